@@ -1,0 +1,31 @@
+# make venv    the virtual environment with everything the trainer and its tests need
+# make test    checks and tests, at most ten minutes on two cores
+# make check   only the checks
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: venv test test-slow check clean
+
+venv: $(VENV)/.complete
+
+$(VENV)/.complete: requirements.txt requirements-dev.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 venv")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	touch $@
+
+check: venv
+	$(BIN)/ruff check .
+
+# Waiting threads that spin slow the other processes of the test suite down.
+test: check
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow"
+
+test-slow: venv
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache
