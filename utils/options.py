@@ -1,0 +1,193 @@
+"""Options are frozen dataclasses; this file turns them into a command line and reads the same names from TOML.
+
+A script declares its options in groups, one line each, and joins the groups by inheritance:
+
+    @dataclass(frozen=True)
+    class Lora:
+        "LoRA"
+        lora_rank: int = option(16, "rank of the LoRA matrices", minimum=1)
+
+    @dataclass(frozen=True)
+    class Options(Data, Lora):
+        "Train a LoRA."
+
+Supported types: bool, int, float, str, Path, `T | None` and `tuple[T, ...]` of these.
+"""
+
+import argparse
+import difflib
+import json
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import Field, asdict, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from utils.errors import RunError, UserError
+
+T = TypeVar("T")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple = (),
+    bare: Any = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    needs: str | None = None,
+) -> Any:
+    """One option: its default, its help line, and what it may be.
+
+    `bare` is the value of the flag given without one (`--gradient_checkpointing`), which `true` means in TOML;
+    `false` there means the default. `needs` names the option without which this one would be ignored.
+    """
+    facts = {"help": help, "choices": choices, "bare": bare, "needs": needs, "minimum": minimum, "maximum": maximum}
+    return field(default=default, metadata=facts)
+
+
+def parse_options(cls: type[T], argv: Sequence[str] | None = None) -> T:
+    """The options of `cls` from `argv` (default: the command line), flags over `--config FILE.toml` over defaults.
+
+    Raises UserError for an unknown name (with the nearest known one), a value of the wrong type or out of range, and
+    for an option that would be ignored.
+    """
+    specs = {spec.name: spec for spec in fields(cls)}
+    hints = typing.get_type_hints(cls)
+    namespace, unknown = _parser(cls, specs, hints).parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        if not name.startswith("-"):
+            raise UserError(f"{name!r} stands without an option before it (see --help)")
+        raise UserError(f"unknown option {name!r}{_nearest(name.lstrip('-'), specs, '--')}")
+    given = vars(namespace)
+    if given.get("config") is not None:
+        given = _read_toml(Path(given["config"]), specs) | given
+    options = cls(**{name: _convert(specs[name], hints[name], value) for name, value in given.items()})
+    for name, spec in specs.items():
+        needed = spec.metadata["needs"]
+        if needed and getattr(options, name) != spec.default and not getattr(options, needed):
+            raise UserError(f"--{name} means nothing without --{needed}")
+    return options
+
+
+def to_json(options: Any) -> str:
+    """Options as JSON text, paths as strings."""
+    return json.dumps(asdict(options), indent=2, default=str)
+
+
+def run_script(main: Callable[[], None], bad_input: tuple[type[Exception], ...] = ()) -> int:
+    """Runs a script's `main` and returns its exit code: 0 done, 1 failure, 2 bad input, 130 interrupted.
+
+    UserError and the types in `bad_input` (2) and RunError (1) become one message on stderr; anything else is a defect
+    and keeps its traceback.
+    """
+    try:
+        main()
+    except (UserError, RunError, *bad_input) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, RunError) else 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def _parser(cls: type, specs: dict[str, Field], hints: dict[str, Any]) -> _Parser:
+    parser = _Parser(usage="%(prog)s [options]", description=cls.__doc__, allow_abbrev=False)
+    for owner in (*cls.__mro__[1:], cls):
+        names = [name for name in vars(owner).get("__annotations__", {}) if name in specs]
+        if names:
+            group = parser.add_argument_group(owner.__doc__ if owner is not cls else None)
+            for name in names:
+                _add_argument(group, specs[name], hints[name])
+    return parser
+
+
+def _add_argument(group: argparse._ArgumentGroup, spec: Field, hint: Any) -> None:
+    scalar, many, _ = _shape(hint)
+    meta = spec.metadata
+    shown = spec.default if not isinstance(spec.default, tuple) else " ".join(map(str, spec.default))
+    text = meta["help"] if shown is None or shown is False or shown == "" else f"{meta['help']} (default: {shown})"
+    settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    if scalar is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    else:
+        choices = ",".join(map(str, meta["choices"]))
+        settings["metavar"] = f"{{{choices}}}" if choices else scalar.__name__.upper()
+        if many:
+            settings["nargs"] = "+"
+        elif meta["bare"] is not None:
+            settings |= {"nargs": "?", "const": meta["bare"]}
+    group.add_argument(f"--{spec.name}", **settings)
+
+
+def _shape(hint: Any) -> tuple[type, bool, bool]:
+    """(scalar type, is it a tuple, may it be None) of an annotation."""
+    optional = False
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        optional = True
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True, optional
+    return hint, False, optional
+
+
+def _convert(spec: Field, hint: Any, value: Any) -> Any:
+    scalar, many, _ = _shape(hint)
+    if spec.metadata["bare"] is not None and isinstance(value, bool):
+        return spec.metadata["bare"] if value else spec.default
+    if many:
+        values = value if isinstance(value, list | tuple) else [value]
+        if not values and spec.default:
+            raise UserError(f"--{spec.name} needs at least one value")
+        return tuple(_convert_scalar(spec, scalar, item) for item in values)
+    return _convert_scalar(spec, scalar, value)
+
+
+def _convert_scalar(spec: Field, scalar: type, value: Any) -> Any:
+    meta = spec.metadata
+    wrong = UserError(f"--{spec.name} must be of type {scalar.__name__}, not {value!r}")
+    # int(True) and int(2.5) succeed in Python; a config file that says so is mistaken.
+    numbers = (int, float, str)
+    allowed = {bool: (bool,), int: (int, str), float: numbers, str: numbers}.get(scalar, (str, Path))
+    if not isinstance(value, allowed) or (isinstance(value, bool) and scalar is not bool):
+        raise wrong
+    try:
+        converted = scalar(value)
+    except ValueError:
+        raise wrong from None
+    if meta["choices"] and converted not in meta["choices"]:
+        raise UserError(f"--{spec.name} must be one of {', '.join(map(str, meta['choices']))}, not {value!r}")
+    if meta["minimum"] is not None and not converted >= meta["minimum"]:
+        raise UserError(f"--{spec.name} must be at least {meta['minimum']}, not {value!r}")
+    if meta["maximum"] is not None and not converted <= meta["maximum"]:
+        raise UserError(f"--{spec.name} must be at most {meta['maximum']}, not {value!r}")
+    return converted
+
+
+def _read_toml(path: Path, specs: dict[str, Field]) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a valid TOML file: {error}") from None
+    for name in values:
+        if name not in specs or name == "config":
+            raise UserError(f"unknown option {name!r} in {path}{_nearest(name, specs, '')}")
+    return values
+
+
+def _nearest(name: str, specs: dict[str, Field], prefix: str) -> str:
+    close = difflib.get_close_matches(name, specs, n=1, cutoff=0.5)
+    return f"; did you mean {prefix + close[0]!r}?" if close else "; see --help for the known ones"
