@@ -1,0 +1,211 @@
+"""The Wan diffusion transformer: noisy latents, a timestep and text in, a velocity out.
+
+Shape letters: B batch, C latent channels, F H W latent frames, height and width, f h w the same in patches,
+L = f h w video tokens, D model width, N heads, K head size, T text tokens, E text width,
+S timesteps per sample: 1 (one noise level per clip) or L (one per token).
+
+Precision follows the official inference code: linear layers compute in the dtype of their weights, while the
+residual stream, normalisation, modulation, time embedding and head are fp32 (`is_fp32` names their parameters).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from wan.modules.attention import attention
+
+FREQUENCY_BASE = 10_000.0  # of the time sinusoid and of the rotary positions
+
+
+@dataclass(frozen=True)
+class WanShape:
+    """The widths of one transformer; the defaults are those of Wan2.1-T2V-1.3B."""
+
+    dim: int = 1536
+    ffn_dim: int = 8960
+    num_heads: int = 12
+    num_layers: int = 30
+    in_dim: int = 16
+    out_dim: int = 16
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+
+def is_fp32(name: str) -> bool:
+    """Whether the parameter of this official name stays fp32 when the rest is cast to bf16."""
+    return name.startswith(("time_embedding.", "time_projection.", "head.")) or "norm" in name or "modulation" in name
+
+
+def sinusoid(timestep: Tensor, freq_dim: int) -> Tensor:
+    """Timesteps (B, S) on the 0..1000 scale -> (B, S, freq_dim) fp32, cosines first, computed in float64."""
+    half = freq_dim // 2
+    exponent = torch.arange(half, dtype=torch.float64, device=timestep.device) / -half
+    angle = timestep.double().unsqueeze(-1) * FREQUENCY_BASE**exponent
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
+
+
+@lru_cache(maxsize=8)
+def rotary_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
+    """Unit complex numbers (L, 1, K/2) that rotate the pairs of one head by their token's frame, row and column.
+
+    Height and width get 2 * (K // 6) of the K dimensions each, time the rest; every axis counts its own frequencies
+    from base 10000 over its own share. Angles are float64, the table is complex64.
+    """
+    side = 2 * (head_dim // 6)
+    # A caller may sample in inference mode; the remembered table must serve training too.
+    with torch.inference_mode(False):
+        axes = []
+        for axis, (length, share) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
+            exponent = torch.arange(0, share, 2, dtype=torch.float64, device=device) / -share
+            position = torch.arange(length, dtype=torch.float64, device=device)
+            angle = torch.outer(position, FREQUENCY_BASE**exponent)
+            shape = [1, 1, 1, angle.shape[1]]
+            shape[axis] = length
+            axes.append(angle.view(shape).expand(*grid, -1))
+        angles = rearrange(torch.cat(axes, dim=-1), "f h w P -> (f h w) 1 P")
+        return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turns the adjacent pairs of x (B, L, N, K) by `rotary` (L, 1, K/2), in fp32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotary).flatten(-2)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the full width: normalised in fp32, rounded to x's dtype, then weighted in fp32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+
+
+class Attention(nn.Module):
+    """Multi-head attention with normalised queries and keys; what is attended to decides self or cross."""
+
+    def __init__(self, shape: WanShape) -> None:
+        super().__init__()
+        dim = shape.dim
+        self.num_heads = shape.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim, shape.eps), RMSNorm(dim, shape.eps)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+
+class SelfAttention(Attention):
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        """x (B, L, D) -> (B, L, D)"""
+        v = self.heads(self.v(x))
+        q = rotate(self.heads(self.norm_q(self.q(x))), rotary).to(v.dtype)
+        k = rotate(self.heads(self.norm_k(self.k(x))), rotary).to(v.dtype)
+        return self.o(attention(q, k, v).flatten(2))
+
+
+class CrossAttention(Attention):
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """x (B, L, D), text (B, T, D) -> (B, L, D)"""
+        v = self.heads(self.v(text))
+        q = self.heads(self.norm_q(self.q(x))).to(v.dtype)
+        k = self.heads(self.norm_k(self.k(text))).to(v.dtype)
+        return self.o(attention(q, k, v).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, shape: WanShape) -> None:
+        super().__init__()
+        dim = shape.dim
+        self.norm1 = nn.LayerNorm(dim, shape.eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(shape)
+        self.norm3 = nn.LayerNorm(dim, shape.eps)
+        self.cross_attn = CrossAttention(shape)
+        self.norm2 = nn.LayerNorm(dim, shape.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(dim, shape.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(shape.ffn_dim, dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(self, x: Tensor, mod: Tensor, rotary: Tensor, text: Tensor) -> Tensor:
+        """x (B, L, D) fp32, mod (B, S, 6, D) fp32, rotary (L, 1, K/2), text (B, T, D) -> x (B, L, D) fp32
+
+        The text's dtype is the one the linear layers compute in.
+        """
+        dtype = text.dtype
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + mod).unbind(2)  # each (B, S, D)
+        x = x + gate1 * self.self_attn(modulate(self.norm1(x), shift1, scale1).to(dtype), rotary)
+        x = x + self.cross_attn(self.norm3(x).to(dtype), text)
+        return x + gate2 * self.ffn(modulate(self.norm2(x), shift2, scale2).to(dtype))
+
+
+class Head(nn.Module):
+    def __init__(self, shape: WanShape) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(shape.dim, shape.eps, elementwise_affine=False)
+        self.head = nn.Linear(shape.dim, math.prod(shape.patch_size) * shape.out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, shape.dim) / shape.dim**0.5)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x (B, L, D) fp32, time (B, S, D) fp32 -> (B, L, patch * C) fp32"""
+        shift, scale = (self.modulation + time.unsqueeze(2)).unbind(2)
+        return self.head(modulate(self.norm(x), shift, scale))
+
+
+class WanModel(nn.Module):
+    """The transformer with the official parameter names."""
+
+    def __init__(self, shape: WanShape) -> None:
+        super().__init__()
+        self.shape = shape
+        dim = shape.dim
+        self.patch_embedding = nn.Conv3d(shape.in_dim, dim, shape.patch_size, shape.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(shape.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(shape.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
+        self.head = Head(shape)
+
+    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """The velocity (noise - latents) that the model sees in noisy latents.
+
+        latents (B, C, F, H, W), H and W even; timestep (B,) or per token (B, L), 0..1000, not rounded;
+        text (B, T, E) rows of the text encoder, T <= text_len: shorter ones are padded with zero rows, which the
+        model attends to, as it was trained. Returns (B, out_dim, F, H, W) fp32.
+        """
+        dtype = self.text_embedding[0].bias.dtype
+        x = self.patch_embedding(latents.to(dtype))
+        grid = tuple(x.shape[2:])
+        x = rearrange(x, "B D f h w -> B (f h w) D").float()
+        rotary = rotary_table(grid, self.shape.dim // self.shape.num_heads, x.device)
+
+        text = F.pad(text.to(dtype), (0, 0, 0, self.shape.text_len - text.shape[1]))
+        text = self.text_embedding(text)
+        time = self.time_embedding(sinusoid(timestep.reshape(len(x), -1), self.shape.freq_dim))  # (B, S, D)
+        mod = self.time_projection(time).unflatten(-1, (6, -1))
+
+        for block in self.blocks:
+            x = block(x, mod, rotary, text)
+        return self._unpatchify(self.head(x, time), grid)
+
+    def _unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        f, h, w = grid
+        p, q, r = self.shape.patch_size
+        return rearrange(x, "B (f h w) (p q r C) -> B C (f p) (h q) (w r)", f=f, h=h, w=w, p=p, q=q, r=r)
