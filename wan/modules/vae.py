@@ -1,0 +1,297 @@
+"""The causal video VAE of Wan 2.1: video (B, 3, F, H, W) in [-1, 1] <-> normalised latents (B, 16, f, h, w).
+
+Frame n never sees frame n+1, so a video is passed through in chunks: one frame, then as many as make one latent frame.
+`Past` carries what the temporal convolutions still need of earlier chunks; memory does not grow with the length.
+
+B batch, C channels, F frames, H height, W width; f, h, w the same counts after compression by 4, 8, 8.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as functional
+from einops import rearrange
+from torch import Tensor, nn
+
+from wan.modules.attention import attention
+
+# Per-channel statistics of the released Wan 2.1 VAE's latents.
+LATENT_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENT_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916,
+)  # fmt: skip
+
+
+class Past:
+    """What one pass over a video remembers of the chunks behind it: the last input frames of each temporal convolution.
+
+    Every pass makes its own, so the modules hold no state and passes may interleave. `first_chunk` is True until the
+    first chunk has gone through; `frames` holds (B, C, num_past, H, W) per convolution.
+    """
+
+    def __init__(self) -> None:
+        self.first_chunk = True
+        self.frames: dict[nn.Module, Tensor] = {}
+
+    def remember(self, conv: "CausalConv3d", x: Tensor) -> None:
+        """Keep the last `conv.num_past` frames of x (B, C, F, H, W) for the next chunk."""
+        # A slice would keep all of x alive.
+        self.frames[conv] = x[:, :, -conv.num_past :].clone()
+
+    def prepend(self, conv: "CausalConv3d", x: Tensor) -> Tensor:
+        """x (B, C, F, H, W) behind the `conv.num_past` frames before it: those remembered, or zeros at the start."""
+        before = self.frames.get(conv)
+        if before is None:
+            before = torch.zeros_like(x[:, :, :1]).expand(-1, -1, conv.num_past, -1, -1)
+        x = torch.cat([before, x], dim=2)
+        self.remember(conv, x)
+        return x
+
+
+class Causal:
+    """Marks the layers that look back in time: their forward takes (x, past)."""
+
+
+class Chain(Causal, nn.Sequential):
+    """Layers in a row, of which only the causal ones are given the past."""
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        for layer in self:
+            x = layer(x, past) if isinstance(layer, Causal) else layer(x)
+        return x
+
+
+class CausalConv3d(Causal, nn.Conv3d):
+    """A convolution over (F, H, W) that is centred in space and ends at the current frame in time.
+
+    In time it is padded on the left only, by `num_past` = kernel - stride frames of the past: a chunk of F frames gives
+    F / stride frames.
+    """
+
+    def __init__(
+        self, dim: int, out_dim: int, kernel_size: tuple[int, int, int] = (3, 3, 3), time_stride: int = 1
+    ) -> None:
+        padding = (0, kernel_size[1] // 2, kernel_size[2] // 2)
+        super().__init__(dim, out_dim, kernel_size, stride=(time_stride, 1, 1), padding=padding)
+        self.num_past = kernel_size[0] - time_stride
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        return super().forward(past.prepend(self, x))
+
+
+class RMSNorm(nn.Module):
+    """Scales the channel vector at each place to length sqrt(C), times gamma: x / ||x|| * sqrt(C) * gamma.
+
+    `num_axes` counts the axes behind the channels: 3 for video, 2 for frames. Half precision is normalised in fp32 and
+    rounded once.
+    """
+
+    def __init__(self, dim: int, num_axes: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * num_axes))
+        self.scale = dim**0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        precise = torch.promote_types(x.dtype, torch.float32)
+        return (functional.normalize(x.to(precise), dim=1) * (self.scale * self.gamma.to(precise))).to(x.dtype)
+
+
+class ResidualBlock(Causal, nn.Module):
+    """Twice norm, SiLU and causal convolution, added to the input (projected where the width changes)."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.residual = Chain(
+            RMSNorm(dim, num_axes=3),
+            nn.SiLU(),
+            CausalConv3d(dim, out_dim),
+            RMSNorm(out_dim, num_axes=3),
+            nn.SiLU(),
+            nn.Identity(),  # the released weights count a dropout here
+            CausalConv3d(out_dim, out_dim),
+        )
+        self.shortcut = nn.Conv3d(dim, out_dim, 1) if dim != out_dim else nn.Identity()
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        return self.shortcut(x) + self.residual(x, past)
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self attention among the places of each frame."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim, num_axes=2)
+        self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def attend(self, frames: Tensor) -> Tensor:
+        """(N, C, H, W) frames, each on its own -> the same shape."""
+        # Contiguous, or no fused kernel would take them and the scores of all pairs of places would be stored.
+        q, k, v = rearrange(self.to_qkv(self.norm(frames)), "n (qkv c) h w -> qkv n (h w) 1 c", qkv=3).contiguous()
+        return self.proj(rearrange(attention(q, k, v), "n (h w) 1 c -> n c h w", h=frames.shape[2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + per_frame(self.attend, x)
+
+
+class Downsample(Causal, nn.Module):
+    """Halves height and width and, if `temporal`, the frames; a first chunk of one frame stays one frame."""
+
+    def __init__(self, dim: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+        self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), time_stride=2) if temporal else None
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        x = per_frame(self.resample, x)
+        if self.time_conv is None:
+            return x
+        if past.first_chunk:
+            past.remember(self.time_conv, x)
+            return x
+        return self.time_conv(x, past)
+
+
+class Upsample(Causal, nn.Module):
+    """Doubles height and width and, if `temporal`, the frames; the first chunk keeps its one frame.
+
+    The temporal convolution never sees that first frame: for it, time begins with zeros at the second chunk.
+    """
+
+    def __init__(self, dim: int, out_dim: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2, mode="nearest-exact"), nn.Conv2d(dim, out_dim, 3, padding=1)
+        )
+        self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
+
+    def forward(self, x: Tensor, past: Past) -> Tensor:
+        if self.time_conv is not None and not past.first_chunk:
+            x = rearrange(self.time_conv(x, past), "b (two c) f h w -> b c (f two) h w", two=2)
+        return per_frame(self.resample, x)
+
+
+def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Run a layer for images (N, C, H, W) on every frame of x (B, C, F, H, W)."""
+    frames = layer(rearrange(x, "b c f h w -> (b f) c h w"))
+    return rearrange(frames, "(b f) c h w -> b c f h w", b=x.shape[0])
+
+
+def in_chunks(layer: Callable[[Tensor, Past], Tensor], chunks: Iterable[Tensor]) -> Tensor:
+    """Run a causal layer over the chunks of a video (B, C, F, H, W) in order; the outputs joined along time."""
+    past, outputs = Past(), []
+    for chunk in chunks:
+        outputs.append(layer(chunk, past))
+        past.first_chunk = False
+    return torch.cat(outputs, dim=2)
+
+
+def middle(dim: int) -> Chain:
+    """The narrowest part of encoder and decoder."""
+    return Chain(ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim))
+
+
+def head(dim: int, out_dim: int) -> Chain:
+    """Norm, SiLU and the last convolution of encoder and decoder."""
+    return Chain(RMSNorm(dim, num_axes=3), nn.SiLU(), CausalConv3d(dim, out_dim))
+
+
+def encoder(z_dim: int, widths: Sequence[int], num_res_blocks: int, temporal: Sequence[bool]) -> Chain:
+    """(B, 3, F, H, W) -> (B, 2 * z_dim, f, h, w): a stage per width, halving after each but the last.
+
+    `temporal` says per halving whether time is halved too.
+    """
+    stages: list[nn.Module] = []
+    dim = widths[0]
+    for width, halve_time in zip(widths, [*temporal, None], strict=True):
+        for _ in range(num_res_blocks):
+            stages.append(ResidualBlock(dim, width))
+            dim = width
+        if halve_time is not None:
+            stages.append(Downsample(dim, halve_time))
+    parts = {"conv1": CausalConv3d(3, widths[0]), "downsamples": Chain(*stages), "middle": middle(dim)}
+    return Chain(OrderedDict(parts, head=head(dim, 2 * z_dim)))
+
+
+def decoder(z_dim: int, widths: Sequence[int], num_res_blocks: int, temporal: Sequence[bool]) -> Chain:
+    """(B, z_dim, f, h, w) -> (B, 3, F, H, W): a stage per width, doubling after each but the last.
+
+    `temporal` says per doubling whether time is doubled too. A doubling halves the width, and the next stage widens it.
+    """
+    stages: list[nn.Module] = []
+    dim = widths[0]
+    for width, double_time in zip(widths, [*temporal, None], strict=True):
+        for _ in range(num_res_blocks + 1):
+            stages.append(ResidualBlock(dim, width))
+            dim = width
+        if double_time is not None:
+            stages.append(Upsample(width, width // 2, double_time))
+            dim = width // 2
+    parts = {"conv1": CausalConv3d(z_dim, widths[0]), "middle": middle(widths[0]), "upsamples": Chain(*stages)}
+    return Chain(OrderedDict(parts, head=head(dim, 3)))
+
+
+class WanVAE(nn.Module):
+    """The Wan 2.1 VAE, with the released parameter names.
+
+    `stride` is its compression in time, height and width, (4, 8, 8) as released; `z_dim` the latent channels. Latents
+    are normalised by the statistics of the released weights and never sampled. Raises ValueError for another `z_dim`
+    than those statistics have.
+    """
+
+    def __init__(
+        self,
+        dim: int = 96,
+        z_dim: int = 16,
+        dim_mult: Sequence[int] = (1, 2, 4, 4),
+        num_res_blocks: int = 2,
+        temporal_downsample: Sequence[bool] = (False, True, True),
+    ) -> None:
+        super().__init__()
+        if z_dim != len(LATENT_MEAN):
+            raise ValueError(f"the Wan 2.1 VAE has latent statistics for z_dim {len(LATENT_MEAN)}, not {z_dim}")
+        widths = [dim * multiple for multiple in dim_mult]
+        self.z_dim = z_dim
+        space = 2 ** len(temporal_downsample)
+        self.stride = (2 ** sum(temporal_downsample), space, space)
+        self.encoder = encoder(z_dim, widths, num_res_blocks, temporal_downsample)
+        self.conv1 = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
+        self.conv2 = nn.Conv3d(z_dim, z_dim, 1)
+        self.decoder = decoder(z_dim, widths[::-1], num_res_blocks, temporal_downsample[::-1])
+        # Not in the checkpoint: real numbers even when the module is built on the meta device.
+        for name, values in (("latent_mean", LATENT_MEAN), ("latent_std", LATENT_STD)):
+            self.register_buffer(name, torch.tensor(values, device="cpu").view(-1, 1, 1, 1), persistent=False)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """video (B, 3, F, H, W) in [-1, 1] -> normalised latents (B, z_dim, (F - 1) / 4 + 1, H / 8, W / 8).
+
+        The latents are (mu - mean) / std of the posterior's mean mu. Raises ValueError unless F is 4n + 1 and H and W
+        are multiples of 8.
+        """
+        frames, height, width = video.shape[2:]
+        time, space, _ = self.stride
+        if (frames - 1) % time or height % space or width % space:
+            raise ValueError(
+                f"the VAE encodes {time}n+1 frames with height and width multiples of {space}, "
+                f"not {frames} frames of {height}x{width} (height x width)"
+            )
+        chunks = video.split([1] + [time] * ((frames - 1) // time), dim=2)
+        mu, _ = in_chunks(self._encode_chunk, chunks).chunk(2, dim=1)
+        return (mu - self.latent_mean) / self.latent_std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents (B, z_dim, f, h, w) -> video (B, 3, 4 (f - 1) + 1, 8 h, 8 w), clamped to [-1, 1]."""
+        z = latents * self.latent_std + self.latent_mean
+        return in_chunks(self._decode_chunk, z.split(1, dim=2)).clamp(-1, 1)
+
+    def _encode_chunk(self, video: Tensor, past: Past) -> Tensor:
+        return self.conv1(self.encoder(video, past))
+
+    def _decode_chunk(self, z: Tensor, past: Past) -> Tensor:
+        return self.decoder(self.conv2(z), past)
