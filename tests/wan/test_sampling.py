@@ -1,0 +1,158 @@
+"""Solvers on the official noise grid, and the sampling loop around them."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from torch import Tensor
+
+from wan.text2video import guided, sample
+from wan.utils.fm_solvers import SOLVERS, make_solver, sigma_grid
+
+CPU = torch.device("cpu")
+SHAPE = (2, 4, 3, 4, 6)
+
+
+def draw(seed: int) -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def curved(latents: Tensor, timestep: Tensor) -> Tensor:
+    """A velocity that depends on place and time, smooth like a model's."""
+    return torch.tanh(latents.roll(1, dims=1)) + latents * (timestep / 1000).view(-1, 1, 1, 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------- the grid
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(50, 5.0), (40, 3.0), (50, 16.0), (1, 5.0), (4, 1.0)])
+def test_the_grid_has_the_official_values(steps, shift):
+    expected = []
+    for i in range(steps):
+        s = 0.999 * (steps - i) / steps
+        expected.append(shift * s / (1 + (shift - 1) * s))
+    assert sigma_grid(steps, shift).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("shift", [1.0, 5.0, 16.0])
+def test_a_solver_steps_through_the_grid_shifted_once_and_ends_at_0(name, shift):
+    solver = make_solver(name, 20, shift, CPU)
+    np.testing.assert_allclose(solver.sigmas.numpy(), [*sigma_grid(20, shift), 0.0], atol=1e-6)
+    assert len(solver.timesteps) == 20
+
+
+def test_timesteps_are_truncated_for_unipc_and_exact_for_euler():
+    grid = sigma_grid(50, 5.0) * 1000
+    assert make_solver("unipc", 50, 5.0, CPU).timesteps.tolist() == [int(t) for t in grid]
+    assert make_solver("unipc", 50, 5.0, CPU).timesteps[:2].tolist() == [999, 995]
+    np.testing.assert_allclose(make_solver("euler", 50, 5.0, CPU).timesteps.numpy(), grid, rtol=1e-6)
+
+
+def test_an_unknown_solver_is_refused_by_name():
+    with pytest.raises(ValueError, match="unknown solver 'heun'; known: unipc, euler"):
+        make_solver("heun", 20, 5.0, CPU)
+
+
+# ------------------------------------------------------------------------------------------------------ the trajectory
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize(("steps", "shift"), [(1, 5.0), (2, 5.0), (20, 3.0), (50, 16.0), (100, 16.0)])
+def test_on_a_straight_flow_a_solver_lands_on_the_clean_latents(name, steps, shift):
+    clean, noise = draw(0), draw(1)
+    solver = make_solver(name, steps, shift, CPU)
+    sigma = solver.sigmas[0]
+    start = (1 - sigma) * clean + sigma * noise
+    result = sample(lambda latents, timestep: noise - clean, start, solver)
+    assert (result - clean).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_more_steps_come_closer_to_the_true_end_of_a_curved_flow(name):
+    true = sample(curved, draw(1), make_solver("euler", 2000, 5.0, CPU))
+    errors = [(sample(curved, draw(1), make_solver(name, steps, 5.0, CPU)) - true).abs().max() for steps in (10, 40)]
+    assert errors[1] < errors[0] / 2
+
+
+def test_unipc_is_of_higher_order_than_euler():
+    true = sample(curved, draw(1), make_solver("euler", 2000, 5.0, CPU))
+    unipc, euler = (sample(curved, draw(1), make_solver(name, 20, 5.0, CPU)) - true for name in SOLVERS)
+    assert unipc.abs().max() < euler.abs().max() / 2
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("steps", [50, 100])
+def test_at_shift_16_every_step_has_its_own_sigma_even_where_timesteps_repeat(name, steps):
+    solver, sigmas = make_solver(name, steps, 16.0, CPU), []
+    repeats = len(solver.timesteps) - len(set(solver.timesteps.tolist()))
+    assert (repeats > 0) == (name == "unipc" and steps == 100)
+
+    def spy(latents: Tensor, timestep: Tensor) -> Tensor:
+        sigmas.append(solver.sigmas[solver.step_index or 0].item())
+        return curved(latents, timestep)
+
+    assert sample(spy, draw(1), solver).isfinite().all()
+    np.testing.assert_allclose(sigmas, sigma_grid(steps, 16.0), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_sampling_equals_the_loop_that_diffusers_runs(name):
+    if name == "unipc":
+        theirs = UniPCMultistepScheduler(
+            solver_order=2, solver_type="bh2", predict_x0=True, prediction_type="flow_prediction",
+            use_flow_sigmas=True, flow_shift=1.0, final_sigmas_type="zero", lower_order_final=True,
+        )  # fmt: skip
+    else:
+        theirs = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0)
+    theirs.set_timesteps(sigmas=sigma_grid(12, 3.0))
+    latents = draw(1)
+    for t in theirs.timesteps:
+        latents = theirs.step(curved(latents, t.expand(len(latents))), t, latents).prev_sample
+    assert torch.equal(sample(curved, draw(1), make_solver(name, 12, 3.0, CPU)), latents)
+
+
+def test_the_model_sees_the_solvers_timestep_for_each_sample():
+    solver, seen = make_solver("unipc", 5, 5.0, CPU), []
+    sample(lambda latents, timestep: seen.append(timestep) or latents, draw(1), solver)
+    assert all(timestep.shape == (2,) for timestep in seen)
+    assert [timestep[0].item() for timestep in seen] == [timestep[1].item() for timestep in seen]
+    assert [timestep[0].item() for timestep in seen] == solver.timesteps.tolist()
+
+
+def test_sampling_keeps_the_noise_and_lets_progress_watch_every_step():
+    noise, before, watched = draw(1), draw(1), []
+
+    def progress(timesteps: Tensor):
+        for timestep in timesteps:
+            watched.append(timestep)
+            yield timestep
+
+    result = sample(curved, noise, make_solver("unipc", 7, 5.0, CPU), progress)
+    assert torch.equal(noise, before) and len(watched) == 7
+    assert result.shape == SHAPE and result.dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------- guidance
+
+
+def test_guidance_moves_away_from_the_unconditional_answer():
+    cond, uncond = draw(2), draw(3)
+    predict = guided(lambda *_: cond, lambda *_: uncond, 5.0)
+    torch.testing.assert_close(predict(draw(1), torch.ones(2)), 5.0 * cond - 4.0 * uncond, rtol=1e-5, atol=1e-5)
+    assert torch.equal(guided(lambda *_: cond, lambda *_: uncond, 0.0)(draw(1), torch.ones(2)), uncond)
+
+
+@pytest.mark.parametrize(("guidance", "calls"), [(1.0, (6, 0)), (5.0, (6, 6))])
+def test_guidance_1_makes_one_call_per_step_and_any_other_two(guidance, calls):
+    counts = [0, 0]
+
+    def counting(side: int):
+        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+            counts[side] += 1
+            return curved(latents, timestep)
+
+        return predict
+
+    sample(guided(counting(0), counting(1), guidance), draw(1), make_solver("unipc", 6, 5.0, CPU))
+    assert tuple(counts) == calls

@@ -1,0 +1,38 @@
+"""Flow-matching solvers on Wan's official noise grids, built on diffusers' schedulers."""
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+SOLVERS = ("unipc", "euler")
+
+
+def sigma_grid(num_steps: int, shift: float) -> np.ndarray:
+    """The official noise levels: num_steps values from just below 1 downward, shifted; the final 0 is not included.
+
+    sigma = shift * s / (1 + (shift - 1) * s) over s = linspace(0.999, 0, num_steps + 1)[:-1].
+    """
+    s = np.linspace(0.999, 0.0, num_steps + 1)[:-1]
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def make_solver(
+    name: str, num_steps: int, shift: float, device: torch.device
+) -> UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler:
+    """A fresh solver ("unipc" or "euler") on the official grid: `timesteps`, and `step(velocity, timestep, latents)`.
+
+    UniPC is the official default (order 2, bh2) and its timesteps are truncated to whole numbers, as Wan's are.
+    """
+    sigmas = sigma_grid(num_steps, shift)
+    # The grid is shifted already: the schedulers' own shift must stay 1, else it would be shifted twice.
+    if name == "unipc":
+        solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
+        solver.set_timesteps(sigmas=sigmas, device=device)
+    elif name == "euler":
+        solver = FlowMatchEulerDiscreteScheduler(shift=1.0)
+        solver.set_timesteps(sigmas=sigmas, device=device)
+    else:
+        raise ValueError(f"unknown solver {name!r}; known: {', '.join(SOLVERS)}")
+    # Truncated timesteps can repeat; counted from the beginning, a repeated one is not mistaken for the other.
+    solver.set_begin_index(0)
+    return solver
