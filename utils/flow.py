@@ -1,0 +1,64 @@
+"""Rectified flow: latents travel in a straight line to noise, and the model answers with the velocity.
+
+    noisy = (1 - sigma) * latents + sigma * noise        sigma 0 is clean, 1 is pure noise
+    velocity = d noisy / d sigma = noise - latents
+    timestep = 1000 * sigma, never rounded
+
+Shapes: latents, noise and velocity (B, C, F, H, W), sigma (B,); everything fp32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NUM_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """Noisy latents and what made them."""
+
+    latents: Tensor  # (B, C, F, H, W) noisy
+    clean: Tensor  # (B, C, F, H, W)
+    noise: Tensor  # (B, C, F, H, W)
+    sigma: Tensor  # (B,)
+
+    @property
+    def timestep(self) -> Tensor:
+        """(B,) on the 0..1000 scale."""
+        return self.sigma * NUM_TIMESTEPS
+
+    @property
+    def velocity(self) -> Tensor:
+        """What the model should answer."""
+        return self.noise - self.clean
+
+
+def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Noisy:
+    """The point at `sigma` (B,) of the line from `clean` to `noise`."""
+    return Noisy(torch.lerp(clean, noise, _broadcast(sigma)), clean, noise, sigma)
+
+
+def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """Moves noise levels towards 1: shift * sigma / (1 + (shift - 1) * sigma), the identity at shift 1."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def sample_sigma(count: int, shift: float, device: torch.device) -> Tensor:
+    """Noise levels (count,) for training: uniform in 0..1, then shifted. Drawn from torch's own random state."""
+    return shift_sigma(torch.rand(count, device=device), shift)
+
+
+def velocity_to_latents(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+    """The clean latents that a velocity at `sigma` points back to."""
+    return noisy - _broadcast(sigma) * velocity
+
+
+def latents_to_velocity(noisy: Tensor, latents: Tensor, sigma: Tensor) -> Tensor:
+    """The velocity that points from `noisy` at `sigma` (greater than 0) back to these clean latents."""
+    return (noisy - latents) / _broadcast(sigma)
+
+
+def _broadcast(sigma: Tensor) -> Tensor:
+    return sigma.view(-1, 1, 1, 1, 1)
