@@ -1,0 +1,80 @@
+"""Training teaches: what the whole machinery does to a small model, in one process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_wan_lora
+from tests.tiny import TINY_SHAPE, tiny_transformer, tiny_vae, write_clips, write_transformer
+from utils.conditioning import Batch, Cond, collate, encode_clip, make_predict
+from utils.dataset import SamplingOptions, load_clip, scan, validation_windows
+from utils.flow import add_noise
+from utils.lora import add_lora, select_modules
+from utils.objectives import squared_error
+from utils.optim import OptimizerSpec, Updater
+from wan.checkpoints import load_transformer
+from wan.modules.model import is_fp32
+
+
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory) -> Batch:
+    """One clip with its control, encoded."""
+    sources, _ = scan(write_clips(tmp_path_factory.mktemp("clips")) / "val")
+    (window,) = validation_windows(sources, SamplingOptions(base_res=(64,), token_limit=50), 1)
+    text = torch.randn(6, TINY_SHAPE.text_dim, generator=torch.Generator().manual_seed(0))
+    return collate([encode_clip(load_clip(window), text, tiny_vae(), "tile")])
+
+
+def test_the_loss_on_one_clip_with_fixed_noise_falls_by_at_least_half(batch):
+    torch.manual_seed(0)
+    model = tiny_transformer()
+    names = select_modules(model, ["all-linear"])
+    updater = Updater(add_lora(model, names, rank=16, alpha=16), OptimizerSpec(1e-2, 0.0, "constant", 0, 120))
+    predict, cond = make_predict(model), Cond(batch.cond.text)
+    noisy = add_noise(batch.latents, torch.randn_like(batch.latents), torch.tensor([0.6]))
+    losses = []
+    for _ in range(120):
+        loss = squared_error(predict(noisy.latents, noisy.timestep, cond), noisy.velocity)
+        loss.backward()
+        updater.update(max_grad_norm=1.0)
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_after_the_second_backward_every_matrix_has_a_finite_gradient_that_is_not_zero():
+    torch.manual_seed(0)
+    model = tiny_transformer()
+    parameters = add_lora(model, select_modules(model, ["all-linear"]), rank=4, alpha=4)
+    updater = Updater(parameters, OptimizerSpec(1e-3, 0.0, "constant", 0, 2))
+    predict, cond = make_predict(model), Cond(torch.randn(2, 6, model.shape.text_dim))
+    for step in range(2):
+        latents = torch.randn(2, 16, 2, 4, 4)
+        noisy = add_noise(latents, torch.randn_like(latents), torch.tensor([0.3, 0.8]))
+        squared_error(predict(noisy.latents, noisy.timestep, cond), noisy.velocity).backward()
+        if step == 0:
+            updater.update(max_grad_norm=1.0)
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in parameters)
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--gradient_checkpointing", "--control_lora --control_inject_noise 0.5 --distill_cfg 2"]
+)
+def test_a_bf16_base_as_on_a_gpu_trains_fp32_adapters(tmp_path: Path, batch: Batch, flags: str):
+    write_transformer(tmp_path, tiny_transformer())
+    model = load_transformer(tmp_path, torch.bfloat16)
+    opts = train_wan_lora.parse_options(train_wan_lora.Options, ["--lora_target", "all-linear", *flags.split()])
+    torch.manual_seed(0)
+    parameters = train_wan_lora.attach_adapter(opts, model)
+    updater = Updater(parameters, OptimizerSpec(1e-3, 0.0, "constant", 0, 3))
+    negative = torch.randn(3, TINY_SHAPE.text_dim) if opts.distill_cfg else None
+    sample = batch if opts.control_lora else Batch(batch.latents, Cond(batch.cond.text))
+    for _ in range(3):
+        loss = train_wan_lora.training_loss(sample, opts, model, make_predict(model), negative)
+        loss.backward()
+        assert loss.dtype == torch.float32 and updater.update(1.0).isfinite()
+    assert all(parameter.dtype == torch.float32 and parameter.abs().max() > 0 for parameter in parameters)
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            islands = is_fp32(name.replace(".base_layer", ""))
+            assert parameter.dtype == (torch.float32 if islands else torch.bfloat16), name

@@ -1,0 +1,138 @@
+"""Small models with random weights, and their files in the layout of the released checkpoints."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from utils.media import save_image, write_video
+from wan.modules.model import WanModel, WanShape
+from wan.modules.t5 import UMT5Encoder
+from wan.modules.vae import WanVAE
+
+TINY_SHAPE = WanShape(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, text_len=64, freq_dim=32)
+VOCAB_SIZE = 512
+SPECIAL_TOKENS = ("<pad>", "</s>", "<s>", "<unk>")  # ids 0, 1, 2, 3, as in umt5-xxl
+WORDS = (
+    "a an the of in on over under and with video image red green blue yellow cat dog bird car house tree river sea sky "
+    "man woman child walks runs jumps turns falls moves slowly quickly left right up down night day light camera"
+).split()
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a Unigram tokenizer for any text: a few words, ASCII characters, and bytes for everything else.
+
+    Special tokens, the class named in its config and the files are those of google/umt5-xxl, less spiece.model. Ids
+    stay below VOCAB_SIZE.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    pieces = [(token, 0.0) for token in SPECIAL_TOKENS]
+    pieces += [(f"<0x{byte:02X}>", -12.0) for byte in range(256)]
+    pieces += [(character, -8.0) for character in map(chr, range(33, 127))]
+    pieces += [("\u2581", -4.0)] + [(f"\u2581{word}", -5.0) for word in WORDS]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=SPECIAL_TOKENS.index("<unk>"), byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    config = names | {"tokenizer_class": "T5Tokenizer", "model_max_length": int(1e30)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2))
+
+
+def initialise(module: nn.Module, seed: int) -> None:
+    """Draw every parameter: matrices and kernels that keep the scale, norm weights around 1, small biases."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        draw = torch.randn(parameter.shape, generator=generator)
+        if "gamma" in name or "norm" in name:
+            draw = 1 + 0.1 * draw
+        elif "token_embedding" not in name and "pos_embedding" not in name:
+            draw = draw / math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 0.1 * draw
+        parameter.data.copy_(draw)
+
+
+def tiny_vae(dim: int = 8, seed: int = 0) -> WanVAE:
+    """The Wan 2.1 VAE with `dim` channels at full resolution, frozen, with latents and frames of scale about 1."""
+    vae = WanVAE(dim)
+    initialise(vae, seed)
+    vae.conv1.weight.data.mul_(4)  # the statistics that normalise the latents expect wider ones
+    return vae.eval().requires_grad_(False)
+
+
+def tiny_text_encoder(dim: int = 32, seed: int = 0) -> UMT5Encoder:
+    """A frozen UMT5 encoder of two layers for the tokenizer of `write_tokenizer`."""
+    encoder = UMT5Encoder(VOCAB_SIZE, dim, dim_attn=dim, dim_ffn=2 * dim, num_heads=4, num_layers=2)
+    initialise(encoder, seed)
+    return encoder.eval().requires_grad_(False)
+
+
+def write_vae(folder: Path, vae: WanVAE) -> None:
+    """Write the weights as the released file: a flat dict in Wan2.1_VAE.pth."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(vae.state_dict(), folder / "Wan2.1_VAE.pth")
+
+
+def write_text_encoder(folder: Path, encoder: UMT5Encoder) -> None:
+    """Write the weights as the released file, in bf16, and the tokenizer to google/umt5-xxl."""
+    write_tokenizer(folder / "google" / "umt5-xxl")
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in encoder.state_dict().items()}
+    torch.save(weights, folder / "models_t5_umt5-xxl-enc-bf16.pth")
+
+
+def tiny_transformer(shape: WanShape = TINY_SHAPE, seed: int = 0) -> WanModel:
+    """A frozen transformer whose velocity has a scale of about 1."""
+    model = WanModel(shape)
+    initialise(model, seed)
+    return model.eval().requires_grad_(False)
+
+
+def write_transformer(folder: Path, model: WanModel, shards: int = 1) -> None:
+    """Write config.json and the weights as one file, or as shards with their index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = model.shape
+    config = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": "t2v"}
+    for name in ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "text_len"):
+        config[name] = getattr(shape, name)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    state, stem = model.state_dict(), "diffusion_pytorch_model"
+    if shards == 1:
+        save_file(state, folder / f"{stem}.safetensors")
+        return
+    names = [f"{stem}-{n + 1:05d}-of-{shards:05d}.safetensors" for n in range(shards)]
+    weight_map = {key: names[i % shards] for i, key in enumerate(state)}
+    for name in names:
+        save_file({key: tensor for key, tensor in state.items() if weight_map[key] == name}, folder / name)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_model(folder: Path, shards: int = 1) -> Path:
+    """Write a whole small Wan in the official layout: transformer, VAE, text encoder, tokenizer."""
+    write_transformer(folder, tiny_transformer(), shards)
+    write_vae(folder, tiny_vae())
+    write_text_encoder(folder, tiny_text_encoder(TINY_SHAPE.text_dim))
+    return folder
+
+
+def write_clips(folder: Path) -> Path:
+    """Write a dataset: four videos and an image in train/, a video in val/, each with a caption of its own."""
+    for index, name in enumerate(("train/a.mp4", "train/b.mp4", "train/c.MP4", "train/d.webm.mp4", "val/e.mp4")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        ramp = torch.linspace(0, 255, 160)
+        frames = torch.stack([torch.roll(ramp, 7 * frame * (index + 1)).expand(3, 96, 160) for frame in range(30)])
+        write_video(folder / name, frames.to(torch.uint8), 16)
+        (folder / name).with_suffix(".txt").write_text(f"a ramp that runs {index + 1} times as fast", encoding="utf-8")
+    save_image(folder / "train" / "f.png", Image.new("RGB", (120, 120), "teal"))
+    (folder / "train" / "f.txt").write_text("a teal square", encoding="utf-8")
+    return folder

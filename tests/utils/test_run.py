@@ -1,0 +1,254 @@
+"""A run's folder, its numbers, its checkpoints, and when it gives up."""
+
+import json
+import math
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import utils.run
+from utils.device import explained_memory, pick_device
+from utils.errors import RunError, UserError
+from utils.lora_files import LoraError, LoraFile, LoraPair, read_lora
+from utils.media import MediaError
+from utils.run import Run, keeping_what_is_learnt
+
+
+@pytest.fixture
+def frozen_clock(monkeypatch) -> None:
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(utils.run, "datetime", Clock)
+
+
+@pytest.fixture
+def run(tmp_path):
+    with Run(tmp_path, total_steps=10, options_json='{"seed": 42}') as run:
+        yield run
+
+
+def log(run: Run, loss: float, grad_norm: float = 1.0) -> None:
+    run.log(torch.tensor(loss), torch.tensor(grad_norm), learning_rate=0.5, tokens=100)
+
+
+def make_lora(value: float = 1.0) -> LoraFile:
+    pair = LoraPair(torch.full((2, 4), value), torch.ones(6, 2), 2.0)
+    return LoraFile({"blocks.0.self_attn.q": pair}, metadata={"step": "1"})
+
+
+def scalars(folder: Path) -> dict[str, dict[int, float]]:
+    """Every scalar TensorBoard would show: tag -> step -> value."""
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+# ------------------------------------------------------------------------------------------------------------ folder
+
+
+def test_a_run_has_a_dated_folder_with_its_options(run):
+    datetime.strptime(run.folder.name, "%Y-%m-%d_%H-%M-%S")
+    assert json.loads((run.folder / "command_args.json").read_text()) == {"seed": 42}
+    assert run.checkpoints.is_dir() and run.step == 0
+
+
+def test_runs_of_the_same_second_get_a_number(tmp_path, frozen_clock):
+    names = []
+    for _ in range(3):
+        with Run(tmp_path / "deep" / "outputs", 10, "{}") as run:
+            names.append(run.folder.name)
+    assert names == ["2026-01-02_03-04-05", "2026-01-02_03-04-05-2", "2026-01-02_03-04-05-3"]
+
+
+def test_an_output_folder_that_is_a_file_is_told(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for output_dir in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(UserError, match="output_dir") as caught:
+            Run(output_dir, 10, "{}")
+        assert str(tmp_path / "file") in str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_every_step_is_in_tensorboard(tmp_path):
+    with Run(tmp_path, 10, "{}") as run:
+        for loss in (4.0, 2.0, 3.0):
+            log(run, loss, grad_norm=10 * loss)
+        run.flush()
+    found = scalars(run.folder)
+    assert run.step == 3
+    assert found["train/loss"] == {1: 4.0, 2: 2.0, 3: 3.0}
+    assert found["train/grad_norm"] == {1: 40.0, 2: 20.0, 3: 30.0}
+    assert found["train/learning_rate"] == {1: 0.5, 2: 0.5, 3: 0.5}
+    assert found["speed/seconds_per_step"][3] > 0 and found["speed/tokens_per_second"][3] > 0
+
+
+def test_the_smooth_loss_is_an_unbiased_running_mean(run):
+    assert math.isnan(run.smooth_loss)
+    losses = [4.0, 2.0, 3.0]
+    for loss in losses:
+        log(run, loss)
+    run.flush()
+    weights = [0.98**2, 0.98, 1.0]
+    expected = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
+    assert run.smooth_loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_steps_wait_on_the_device_until_about_a_second_has_passed(run, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(utils.run.time, "perf_counter", lambda: now[0])
+    run._restart_clock()
+    log(run, 4.0)
+    assert math.isnan(run.smooth_loss)
+    now[0] += 1.5
+    log(run, 2.0)
+    assert run.smooth_loss == pytest.approx((0.98 * 4 + 2) / 1.98)
+
+
+def test_speed_leaves_out_validation_and_saving(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(utils.run.time, "perf_counter", lambda: now[0])
+    with Run(tmp_path, 10, "{}") as run:
+        log(run, 4.0)
+        now[0] += 0.5
+        run.flush()
+        now[0] += 100
+        run.log_validation(torch.ones(2), (0.1, 0.9))
+        for seconds in (0.25, 0.125):
+            log(run, 4.0)
+            now[0] += seconds
+            run.flush()
+    found = scalars(run.folder)
+    assert found["speed/seconds_per_step"] == {1: 0.5, 2: 0.25, 3: 0.125}
+    assert found["speed/tokens_per_second"] == {1: 200, 2: 400, 3: 800}
+
+
+def test_validation_writes_each_sigma_and_the_mean(tmp_path, capsys):
+    with Run(tmp_path, 10, "{}") as run:
+        log(run, 4.0)
+        run.log_validation(torch.tensor([0.5, 1.5]), (0.1, 0.9))
+    found = scalars(run.folder)
+    assert found["val/loss"] == {1: 1.0}
+    assert found["val/loss_sigma_0.1"] == {1: 0.5} and found["val/loss_sigma_0.9"] == {1: 1.5}
+    assert found["train/loss"] == {1: 4.0}
+    assert "step 1: validation loss 1.0000  (by sigma 0.1: 0.5000, 0.9: 1.5000)" in "".join(capsys.readouterr())
+
+
+# ---------------------------------------------------------------------------------------- steps that are not finite
+
+
+@pytest.mark.parametrize(("loss", "grad_norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
+def test_one_step_that_is_not_finite_is_told_counted_and_left_out(tmp_path, capsys, loss, grad_norm):
+    with Run(tmp_path, 10, "{}") as run:
+        log(run, 4.0)
+        log(run, loss, grad_norm)
+        log(run, 4.0)
+        run.flush()
+    found = scalars(run.folder)
+    assert found["train/loss"] == {1: 4.0, 3: 4.0} and run.smooth_loss == pytest.approx(4.0)
+    assert list(found["train/learning_rate"]) == [1, 2, 3] and run.step == 3
+    said = "".join(capsys.readouterr())
+    assert said.count("not finite, the update was skipped") == 1 and "step 2: loss" in said
+
+
+def test_steps_that_are_not_finite_only_count_in_a_row(run):
+    for loss in [math.nan, math.nan, 1.0] * 3:
+        log(run, loss)
+    run.flush()
+
+
+def test_three_in_a_row_end_the_run_and_name_the_last_checkpoint(run):
+    log(run, 1.0)
+    path = run.save(make_lora())
+    for _ in range(3):
+        log(run, math.nan)
+    with pytest.raises(RunError) as caught:
+        run.flush()
+    assert str(caught.value) == (
+        f"3 steps in a row were not finite; try a lower --learning_rate\nthe last checkpoint is {path}"
+    )
+
+
+def test_three_in_a_row_without_a_checkpoint_say_so_also_when_read_apart(run):
+    with pytest.raises(RunError, match="no checkpoint was written yet"):
+        for _ in range(3):
+            log(run, math.nan)
+            run.flush()
+    assert run.step == 3
+
+
+def test_an_interrupted_run_saves_what_it_has_learnt(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Run(tmp_path, 10, "{}") as run, keeping_what_is_learnt(run, make_lora):
+        log(run, 1.0)
+        raise KeyboardInterrupt
+    assert [path.name for path in run.checkpoints.iterdir()] == ["wan-lora-00000001.safetensors"]
+    assert scalars(run.folder)["train/loss"] == {1: 1.0}
+
+
+def test_a_clip_that_became_unreadable_ends_the_run_with_what_is_left(run):
+    log(run, 1.0)
+    path = run.save(make_lora())
+    with pytest.raises(RunError) as caught, keeping_what_is_learnt(run, make_lora):
+        raise MediaError(Path("clips/fox.mp4"), "not a readable video")
+    assert str(caught.value) == f"clips/fox.mp4: not a readable video\nthe last checkpoint is {path}"
+
+
+def test_a_gpu_that_fills_up_in_mid_run_costs_nothing_of_what_was_learnt(run):
+    log(run, 1.0)
+    with pytest.raises(RunError, match="fewer tokens") as caught, keeping_what_is_learnt(run, make_lora):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    (path,) = run.checkpoints.iterdir()
+    assert str(path) in str(caught.value)
+
+
+def test_a_run_that_went_bad_writes_no_checkpoint(run):
+    for _ in range(3):
+        log(run, math.nan)
+    with pytest.raises(RunError):
+        run.save(make_lora())
+    assert not list(run.checkpoints.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_is_named_by_its_step_and_holds_the_lora(run):
+    log(run, 1.0)
+    path = run.save(make_lora())
+    assert path == run.checkpoints / "wan-lora-00000001.safetensors"
+    lora = read_lora(path)
+    assert lora.metadata["step"] == "1"
+    assert torch.equal(lora.pairs["blocks.0.self_attn.q"].down, torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_matrices_that_are_not_finite_are_not_saved(run, bad):
+    log(run, 1.0)
+    good = run.save(make_lora())
+    log(run, 1.0)
+    with pytest.raises(LoraError, match="not finite"):
+        run.save(make_lora(bad))
+    assert list(run.checkpoints.iterdir()) == [good]
+
+
+# ------------------------------------------------------------------------------------------------------------ device
+
+
+def test_a_full_gpu_is_told_with_what_can_be_made_smaller():
+    with pytest.raises(RunError) as caught, explained_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+    first, second = str(caught.value).splitlines()
+    assert first == "CUDA out of memory" and "--token_limit" in second and "--gradient_checkpointing" in second
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_the_gpu_is_used_where_there_is_one(monkeypatch, available):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert pick_device() == torch.device("cuda" if available else "cpu")
