@@ -1,0 +1,219 @@
+#!/usr/bin/env python
+"""Generate a video with a LoRA, to see what it has learnt.
+
+    python test_wan_control_lora.py --lora_path wan-lora-00001000.safetensors --prompt "a fox in snow" --compare
+    python test_wan_control_lora.py --lora_path control.safetensors --input_video small.mp4
+
+The story: the LoRA names its base model; text, control and noise are prepared; the transformer samples, with
+--compare first without the LoRA; the VAE decodes; an mp4 and a contact sheet are written.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from easydict import EasyDict
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.atomic import require_writable
+from utils.buckets import WAN_GRID, bucket_size
+from utils.cache import load_embedding
+from utils.conditioning import Cond, encode_video, make_predict, to_pixels, to_unit_range, with_text
+from utils.device import compute_dtype, explained_memory, pick_device
+from utils.errors import UserError
+from utils.lora import fuse_lora
+from utils.lora_files import LoraFile, read_lora
+from utils.media import MediaInfo, contact_sheet, crop_and_resize, probe, read_frames, save_image, write_video
+from utils.options import option, parse_options, run_script
+from utils.preprocess import AS_IS, CONTROL_TYPES, make_control
+from utils.text import TextStage, read_prompt, require_fit
+from wan.checkpoints import CheckpointError, find_model, load_config, load_transformer, load_vae, transformer_layout
+from wan.modules.model import WanModel, WanShape
+from wan.text2video import guided, sample
+from wan.utils.fm_solvers import SOLVERS, make_solver
+
+EMBEDDINGS = Path(__file__).resolve().parent / "embeddings"
+
+# ------------------------------------------------------------------------------------------------------------ options
+
+
+@dataclass(frozen=True)
+class Source:
+    """what to generate"""
+
+    lora_path: Path | None = option(None, "LoRA file: from training, converted, or in another tool's format")
+    pretrained_model_name_or_path: str | None = option(None, "base model (default: the one the LoRA names)")
+    prompt: str | None = option(None, "what to show (default: nothing in particular)")
+    embedding: Path | None = option(None, "text embedding file to use instead of --prompt")
+    negative_prompt: str | None = option(None, "what not to show (default: the model's own)")
+    input_video: Path | None = option(None, "video or image that a control LoRA follows")
+    control_type: str | None = option(
+        None, "how --input_video becomes the control (default: as trained)", choices=(*CONTROL_TYPES, AS_IS)
+    )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """how"""
+
+    width: int | None = option(None, "multiple of 16 (default: the model's, or near the input video's)", minimum=16)
+    height: int | None = option(None, "multiple of 16", minimum=16)
+    frames: int | None = option(None, "4n + 1 (default: the model's, or what the input video has)", minimum=1)
+    steps: int | None = option(None, "sampling steps (default: the model's)", minimum=1)
+    guidance: float | None = option(None, "classifier-free guidance, 1: none (default: the model's)", minimum=0)
+    shift: float | None = option(None, "shift of the noise levels (default: the model's)", minimum=0.01)
+    solver: str = option("unipc", "how the steps are taken", choices=SOLVERS)
+    seed: int = option(42, "seed of the noise", minimum=0, maximum=2**32 - 1)
+    strength: float = option(1.0, "strength of the LoRA")
+    compare: bool = option(False, "generate without the LoRA too, from the same noise, side by side")
+    output_dir: Path = option(Path("outputs/samples"), "where the mp4 and the contact sheet are written")
+
+
+@dataclass(frozen=True)
+class Options(Source, Sampling):
+    """Generate a video with a LoRA."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    opts = parse_options(Options, argv)
+    if opts.lora_path is None:
+        raise UserError("--lora_path is missing: the LoRA file to try")
+    lora = read_lora(opts.lora_path)
+    name = opts.pretrained_model_name_or_path or lora.metadata.get("base_model")
+    if not name:
+        raise UserError(f"{opts.lora_path} does not name its base model; pass --pretrained_model_name_or_path")
+    folder = find_model(name)
+    config = load_config(folder)
+    opts = complete(opts, lora, config)
+    require_writable(opts.output_dir)
+    # A rehearsal without weights: a LoRA that does not fit should not cost the minutes of loading.
+    layout = transformer_layout(folder)
+    fuse_lora(layout, lora)
+    with explained_memory(), torch.no_grad():
+        generate(opts, lora, folder, layout.shape, config.fps)
+
+
+# --------------------------------------------------------------------------------------------------------- the request
+
+
+def complete(opts: Options, lora: LoraFile, config: EasyDict) -> Options:
+    """Fills in what was left open: from the input video, from the LoRA's metadata, from the model's own settings."""
+    size, frames = config.size, config.frames
+    if bool(lora.input_shapes) != (opts.input_video is not None):
+        raise UserError(
+            "this is a control LoRA: pass the video to follow as --input_video"
+            if lora.input_shapes
+            else f"{opts.lora_path} is not a control LoRA: it cannot follow --input_video"
+        )
+    if opts.input_video is not None:
+        info = probe(opts.input_video)
+        size, frames = bucket_size(info.width, info.height, 624), min(frames, usable_frames(info))
+    opts = replace(
+        opts,
+        width=opts.width or size[0],
+        height=opts.height or size[1],
+        frames=opts.frames or frames,
+        steps=opts.steps or config.steps,
+        guidance=config.guidance if opts.guidance is None else opts.guidance,
+        shift=opts.shift or config.shift,
+        control_type=opts.control_type or lora.metadata.get("control") or "tile",
+        negative_prompt=read_prompt(EMBEDDINGS / config.negative_prompt)
+        if opts.negative_prompt is None
+        else opts.negative_prompt,
+    )
+    step, side = WAN_GRID.frame, WAN_GRID.side
+    if opts.width % side or opts.height % side:
+        raise UserError(f"--width {opts.width} and --height {opts.height} must be multiples of {side}")
+    if opts.control_type not in (*CONTROL_TYPES, AS_IS):
+        made = f"the LoRA follows {opts.control_type!r}, which cannot be made here"
+        raise UserError(f"{made}; pass a video of it and --control_type {AS_IS}")
+    if opts.frames % step != 1:
+        raise UserError(f"--frames {opts.frames} must be {step}n + 1, like {opts.frames // step * step + 1}")
+    if opts.input_video is not None and opts.frames > usable_frames(info):
+        raise UserError(f"{opts.input_video} has {info.frames} frames, too few for --frames {opts.frames}")
+    return opts
+
+
+def usable_frames(info: MediaInfo) -> int:
+    """The frames of a control video that fit the model: 4n + 1."""
+    return (info.frames - 1) // WAN_GRID.frame * WAN_GRID.frame + 1
+
+
+# ---------------------------------------------------------------------------------------------------------- generation
+
+
+def generate(opts: Options, lora: LoraFile, folder: Path, wan: WanShape, fps: int) -> None:
+    """From the request to files; models are loaded one after another, and only while they are needed."""
+    device = pick_device()
+    text, negative = (require_fit(rows, wan, "the prompt").to(device) for rows in embed(opts, folder, device))
+    vae = load_vae(folder, device)
+    control = read_control(opts, device) if opts.input_video else None
+    cond = Cond(text[None], None if control is None else encode_video(control, vae)[None])
+    frame_stride, side_stride, _ = vae.stride
+    shape = (vae.z_dim, (opts.frames - 1) // frame_stride + 1, opts.height // side_stride, opts.width // side_stride)
+    # The noise is drawn on the CPU: the same seed gives the same noise on every device.
+    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(opts.seed)).to(device)
+
+    progress = partial(tqdm, desc="loading the transformer", unit="tensor", leave=False)
+    model = load_transformer(folder, compute_dtype(device), device, progress)
+    latents = {}
+    if opts.compare:
+        # The base model has no channels for control.
+        base = replace(cond, channels=None)
+        latents["without the LoRA"] = denoise(opts, model, base, negative, noise, "without the LoRA")
+    fuse_lora(model, lora, opts.strength)
+    latents["with the LoRA"] = denoise(opts, model, cond, negative, noise, "with the LoRA")
+    del model
+
+    videos = {} if control is None else {"control": to_pixels(control)}
+    for label, result in latents.items():
+        videos[label] = to_pixels(vae.decode(result)[0])
+    write(opts, videos, fps)
+
+
+def embed(opts: Options, folder: Path, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The embeddings (T, E) of the prompt and of the negative prompt; both are cached beside the script."""
+    stage = TextStage(folder, device)
+    cache = stage.cache(EMBEDDINGS)
+    prompt = opts.prompt or ""
+    negative = prompt if opts.guidance == 1 else opts.negative_prompt  # without guidance there is nothing to encode
+    given = load_embedding(opts.embedding) if opts.embedding else None
+    stage.fill({cache: [prompt, negative] if given is None else [negative]})
+    return cache.load(prompt) if given is None else given, cache.load(negative)
+
+
+def read_control(opts: Options, device: torch.device) -> Tensor:
+    """What to follow: (3, F, H, W) in -1..1, made from the beginning of the input video as it was in training."""
+    frames = read_frames(opts.input_video, range(opts.frames))
+    pixels = crop_and_resize(frames, opts.width, opts.height).transpose(0, 1)
+    return make_control(to_unit_range(pixels.to(device)), opts.control_type)
+
+
+def denoise(opts: Options, model: WanModel, cond: Cond, negative: Tensor, noise: Tensor, label: str) -> Tensor:
+    """Latents from noise, with classifier-free guidance."""
+    predict = make_predict(model)
+    velocity = guided(partial(predict, cond=cond), partial(predict, cond=with_text(cond, negative)), opts.guidance)
+    solver = make_solver(opts.solver, opts.steps, opts.shift, noise.device)
+    return sample(velocity, noise, solver, partial(tqdm, desc=label, unit="step"))
+
+
+def write(opts: Options, videos: dict[str, Tensor], fps: int) -> None:
+    """One mp4, several videos side by side, and a contact sheet with a row for each."""
+    stem = f"{opts.lora_path.stem}_seed{opts.seed}"
+    taken = {path.stem for path in opts.output_dir.glob("*.mp4")}
+    name = next(name for name in (stem, *(f"{stem}_{n}" for n in range(2, 10_000))) if name not in taken)
+    try:
+        opts.output_dir.mkdir(parents=True, exist_ok=True)
+        write_video(opts.output_dir / f"{name}.mp4", torch.cat(list(videos.values()), dim=3), fps)
+        save_image(opts.output_dir / f"{name}.png", contact_sheet(list(videos.items())))
+    except OSError as error:
+        raise UserError(f"cannot write to {opts.output_dir}: {error.strerror}") from None
+    print(f"wrote {opts.output_dir / name}.mp4 ({' | '.join(videos)})\nwrote {opts.output_dir / name}.png")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, bad_input=(CheckpointError,)))
