@@ -1,0 +1,75 @@
+"""Does bf16 compute what fp32 computes? Loss and LoRA gradients of one step, against an fp32 reference."""
+
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Clock, Row, Sizes, at_least, count_tokens, skipped
+from benchmarks.models import Inputs, Trainee, diffusers_trainee, our_trainee, random_inputs, rounded_trainee
+from wan.modules.model import WanShape
+
+COSINE_LIMIT = 0.999
+# What the fp32 reference of the 1.3B model takes at 10,000 tokens; smaller devices compare a shallower model.
+FULL_DEPTH_BYTES = 16e9
+SHALLOW_LAYERS = 8
+
+
+def check(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Row]:
+    """Our bf16 model; the same with a bf16 residual stream, which is an open question; and diffusers'."""
+    shape = replace(WanShape(**sizes.shape), num_layers=_depth(sizes, device))
+    inputs = random_inputs(sizes, sizes.video, device)
+    yield Row("depth", shape.num_layers, "blocks", f"{count_tokens(sizes.video)} tokens, random weights")
+    # Convolutions would compute in TF32 otherwise.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        reference = _measure(lambda: our_trainee(shape, sizes, device, torch.float32), inputs)
+    rivals: dict[str, Callable[[], Trainee]] = {
+        "ours": lambda: our_trainee(shape, sizes, device),
+        "ours, bf16 residual": lambda: rounded_trainee(shape, sizes, device),
+        "diffusers + PEFT": lambda: diffusers_trainee(shape, sizes, device),
+    }
+    for name, build in rivals.items():
+        try:
+            yield from _compare(name, reference, _measure(build, inputs), limited=name == "ours")
+        except ModuleNotFoundError as error:
+            yield skipped(name, f"{error.name} is not installed")
+
+
+def _depth(sizes: Sizes, device: torch.device) -> int:
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < FULL_DEPTH_BYTES:
+        return min(sizes.reference_layers, SHALLOW_LAYERS)
+    return sizes.reference_layers
+
+
+def _measure(build: Callable[[], Trainee], inputs: Inputs) -> tuple[float, list[Tensor]]:
+    """Loss and gradients of a model that is gone before the next one is built."""
+    trainee = build()
+    loss = trainee.loss(inputs)
+    loss.backward()
+    value, grads = loss.item(), [parameter.grad for parameter in trainee.parameters]
+    del trainee, loss
+    gc.collect()  # replaced forwards refer to their modules in a circle
+    return value, grads
+
+
+def _compare(
+    name: str, reference: tuple[float, list[Tensor]], measured: tuple[float, list[Tensor]], limited: bool
+) -> Iterator[Row]:
+    (true_loss, true_grads), (loss, grads) = reference, measured
+    yield Row(f"{name}: relative loss difference", abs(loss - true_loss) / true_loss, comparison="fp32 reference")
+    pairs = list(zip(grads, true_grads, strict=True))
+    together = _cosine(*(torch.cat([grad.flatten() for grad in side]) for side in (grads, true_grads)))
+    label = f"{name}: cosine of all LoRA gradients"
+    if limited:
+        yield at_least(label, together, COSINE_LIMIT)
+    else:
+        yield Row(label, together, comparison="fp32 reference")
+    worst = min(_cosine(grad, true) for grad, true in pairs)
+    yield Row(f"{name}: worst cosine of one matrix", worst, comparison=f"of {len(pairs)} matrices")
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    a, b = a.flatten().double(), b.flatten().double()
+    return (a @ b / (a.norm() * b.norm())).item()

@@ -1,0 +1,33 @@
+"""Encoding a clip with the video VAE: time, memory, and what bf16 would cost in accuracy."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Clock, Row, Sizes, median_seconds, peak_bytes
+from benchmarks.weights import SEED, random_vae
+
+WARMUPS, REPEATS = 1, 3
+
+
+@torch.no_grad()
+def check(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Row]:
+    """In fp32, with TF32 convolutions where torch's defaults allow them, and in bf16."""
+    frames, height, width = sizes.clip
+    generator = torch.Generator(device).manual_seed(SEED)
+    video = torch.rand(1, 3, *sizes.clip, device=device, generator=generator) * 2 - 1
+    vae = random_vae(sizes.vae_dim, device)
+    latents: dict[torch.dtype, Tensor] = {}
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        vae, pixels = vae.to(dtype), video.to(dtype)
+        latents[dtype] = vae.encode(pixels).double()
+        peak = peak_bytes(lambda vae=vae, pixels=pixels: vae.encode(pixels), device)
+        spent = median_seconds(lambda vae=vae, pixels=pixels: vae.encode(pixels), device, WARMUPS, REPEATS)
+        yield Row(f"encode, {name}", spent, "s", f"{frames} frames of {width}x{height}")
+        if peak:
+            resident = sum(parameter.nbytes for parameter in vae.parameters())
+            yield Row(f"encode, {name}: peak memory", (peak + resident + pixels.nbytes) / 1e9, "GB")
+    exact, rounded = latents.values()
+    error = ((rounded - exact).norm() / exact.norm()).item()
+    yield Row("bf16: relative error of the latents", error, comparison="fp32 above, random weights")

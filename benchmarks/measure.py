@@ -1,0 +1,113 @@
+"""What every check shares: rows of the table, sizes, the clock, and how time and memory are taken. Needs torch only."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+
+FAILED = "failed"
+SKIPPED = "skipped"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. Only a verdict that begins with `FAILED` makes the whole run fail."""
+
+    name: str
+    value: float | str = ""
+    unit: str = ""
+    comparison: str = ""
+    verdict: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.verdict.startswith(FAILED)
+
+
+def skipped(name: str, reason: str) -> Row:
+    return Row(name, verdict=f"{SKIPPED}: {reason}")
+
+
+def at_least(name: str, value: float, limit: float) -> Row:
+    """A row that fails below its limit, and for NaN."""
+    return Row(name, value, comparison=f"limit >= {limit:g}", verdict="ok" if value >= limit else FAILED)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured, and how often. The defaults are Wan2.1-T2V-1.3B at the trainer's default token limit."""
+
+    shape: Mapping[str, int] = field(default_factory=dict)  # what differs from WanShape's defaults, the 1.3B model
+    reference_layers: int = 30  # depth of the comparison with fp32
+    vae_dim: int = 96
+    rank: int = 16
+    text_tokens: int = 128  # rows of a long caption; the model pads them to its text length
+    video: tuple[int, int, int] = (6, 60, 104)  # latents F, H, W: 21 frames of 832x480, 9,360 tokens
+    image: tuple[int, int, int] = (1, 64, 64)  # 512x512, 1,024 tokens
+    clip: tuple[int, int, int] = (25, 480, 832)  # pixels F, H, W for the VAE
+    gemm_side: int = 8192
+    warmups: int = 5
+    steps: int = 20
+
+
+class Clock:
+    """Seconds that are left of a limit, counted from its making."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self._end = time.monotonic() + limit
+
+    def left(self) -> float:
+        return self._end - time.monotonic()
+
+
+def count_tokens(grid: tuple[int, int, int]) -> int:
+    """Tokens of latents F, H, W, in patches of 1 x 2 x 2."""
+    frames, height, width = grid
+    return frames * (height // 2) * (width // 2)
+
+
+def seconds(action: Callable[[], object], device: torch.device) -> float:
+    """How long an action takes from an idle device until the device has finished it, by the device's own events."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        action()
+        return time.perf_counter() - start
+    torch.cuda.synchronize(device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    action()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def median_seconds(action: Callable[[], object], device: torch.device, warmups: int = 3, repeats: int = 10) -> float:
+    for _ in range(warmups):
+        action()
+    return statistics.median(seconds(action, device) for _ in range(repeats))
+
+
+def p90(values: list[float]) -> float:
+    return statistics.quantiles(values, n=10, method="inclusive")[-1]
+
+
+def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
+    """The most memory allocated while an action runs, less what was allocated before it; 0 on the CPU."""
+    if device.type != "cuda":
+        action()
+        return 0
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    action()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+@lru_cache
+def gemm_rate(side: int, device: torch.device) -> float:
+    """FLOP/s of a square bf16 matrix product of random numbers: what this device reaches, not what it is sold as."""
+    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
+    return 2 * side**3 / median_seconds(lambda: a @ b, device)

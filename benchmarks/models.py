@@ -1,0 +1,155 @@
+"""The two trainers that are compared, with the same random weights, adapters and inputs; and what a step costs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import Sizes
+from benchmarks.weights import SEED, random_transformer, to_bf16
+from utils.flow import Noisy, add_noise
+from utils.lora import add_lora, select_modules
+from utils.lora_names import diffusers_name, is_parameter
+from utils.memory import checkpoint_blocks
+from utils.objectives import squared_error
+from wan.modules.model import WanModel, WanShape
+
+SIGMA = 0.6
+TARGETS = ("attn",)
+# Large enough that the adapter changes the output by about a tenth, so that both its matrices have gradients.
+ADAPTER_STD = 0.05
+
+
+@dataclass(frozen=True)
+class Inputs:
+    noisy: Noisy  # latents (1, C, F, H, W) fp32
+    text: Tensor  # (1, text_len, E) fp32, zero rows behind the caption
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A frozen transformer with an adapter in training."""
+
+    model: nn.Module
+    parameters: list[nn.Parameter]  # A, B, A, B, ... fp32, in the order of our modules
+    velocity: Callable[[Tensor, Tensor, Tensor], Tensor]  # latents, timestep, text -> (B, C, F, H, W)
+
+    def loss(self, inputs: Inputs) -> Tensor:
+        noisy = inputs.noisy
+        return squared_error(self.velocity(noisy.latents, noisy.timestep, inputs.text), noisy.velocity)
+
+
+def random_inputs(sizes: Sizes, grid: tuple[int, int, int], device: torch.device) -> Inputs:
+    """Latents of `grid` (F, H, W) on the way to noise, and the rows of one caption."""
+    shape = WanShape(**sizes.shape)
+    generator = torch.Generator(device).manual_seed(SEED)
+    clean, noise = (torch.randn(1, shape.in_dim, *grid, device=device, generator=generator) for _ in range(2))
+    text = torch.randn(1, shape.text_len, shape.text_dim, device=device, generator=generator)
+    text[:, sizes.text_tokens :] = 0
+    return Inputs(add_noise(clean, noise, torch.full((1,), SIGMA, device=device)), text)
+
+
+def random_diffusers(shape: WanShape, device: torch.device) -> nn.Module:
+    """Diffusers' transformer with the weights of `random_transformer`, frozen, in bf16 as `from_pretrained` makes it.
+
+    It keeps the modules that the class itself names in fp32. Raises ModuleNotFoundError without diffusers.
+    """
+    from diffusers import WanTransformer3DModel
+
+    with torch.device(device):
+        theirs = WanTransformer3DModel(
+            num_attention_heads=shape.num_heads,
+            attention_head_dim=shape.dim // shape.num_heads,
+            in_channels=shape.in_dim,
+            out_channels=shape.out_dim,
+            text_dim=shape.text_dim,
+            freq_dim=shape.freq_dim,
+            ffn_dim=shape.ffn_dim,
+            num_layers=shape.num_layers,
+            eps=shape.eps,
+        ).requires_grad_(False)
+    islands = set(theirs._keep_in_fp32_modules)
+    for name, parameter in theirs.named_parameters():
+        parameter.data = parameter.data if islands & set(name.split(".")) else parameter.data.bfloat16()
+    ours = random_transformer(shape, device)
+    theirs.load_state_dict({_diffusers_parameter(name): tensor for name, tensor in ours.state_dict().items()})
+    return theirs
+
+
+def _diffusers_parameter(name: str) -> str:
+    if is_parameter(name):
+        return diffusers_name(name)
+    module, _, role = name.rpartition(".")
+    return f"{diffusers_name(module)}.{role}"
+
+
+def our_trainee(
+    shape: WanShape, sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.bfloat16, checkpointing: bool = True
+) -> Trainee:
+    """Our transformer with our adapter, as the trainer builds them."""
+    model = random_transformer(shape, device)
+    if dtype == torch.bfloat16:
+        model = to_bf16(model)
+    parameters = add_lora(model, select_modules(model, TARGETS), sizes.rank, sizes.rank)
+    _draw_adapter(parameters)
+    if checkpointing:
+        checkpoint_blocks(model.blocks)
+    return Trainee(model, parameters, model)
+
+
+def rounded_trainee(shape: WanShape, sizes: Sizes, device: torch.device) -> Trainee:
+    """Ours, with the residual stream rounded to bf16 between the blocks, and its gradient with it."""
+    trainee = our_trainee(shape, sizes, device)
+    for block in trainee.model.blocks:
+        block.register_forward_hook(lambda _block, _args, x: x.bfloat16().float())
+    return trainee
+
+
+def diffusers_trainee(shape: WanShape, sizes: Sizes, device: torch.device) -> Trainee:
+    """Diffusers' transformer with PEFT's adapter in fp32 and gradient checkpointing.
+
+    Raises ModuleNotFoundError without diffusers or PEFT.
+    """
+    from peft import LoraConfig
+
+    model = random_diffusers(shape, device)
+    with torch.device("meta"):
+        names = [diffusers_name(name) for name in select_modules(WanModel(shape), TARGETS)]
+    model.add_adapter(LoraConfig(r=sizes.rank, lora_alpha=sizes.rank, target_modules=names))
+    layers = [model.get_submodule(name) for name in names]
+    parameters = [matrix["default"].weight for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    _draw_adapter(parameters)
+    model.enable_gradient_checkpointing()
+
+    def velocity(latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        # As diffusers is trained: without autocast PEFT's fp32 matrices would be multiplied in fp32.
+        with torch.autocast(latents.device.type, torch.bfloat16):
+            return model(latents.bfloat16(), timestep, text.bfloat16(), return_dict=False)[0]
+
+    return Trainee(model, parameters, velocity)
+
+
+@torch.no_grad()
+def _draw_adapter(parameters: list[nn.Parameter]) -> None:
+    generator = torch.Generator(parameters[0].device).manual_seed(SEED)
+    for down, up in zip(parameters[::2], parameters[1::2], strict=True):
+        down.normal_(std=down.shape[1] ** -0.5, generator=generator)
+        up.normal_(std=ADAPTER_STD, generator=generator)
+
+
+def step_flops(shape: WanShape, tokens: int, rank: int) -> float:
+    """Useful floating point operations of one training step with LoRA on attention: no block is computed twice.
+
+    Per block, T tokens, S text rows, width d, feed-forward width f, rank r, in multiply-adds counted as two:
+    linears 12 T d^2 + 4 T d f for the video and 4 S d^2 for the text; attention 4 T^2 d and 4 T S d; LoRA 24 T d r
+    and 8 S d r. The backward pass computes the gradient of the video's frozen linears once more (their weights and
+    the text need none), attention 2.5 times, LoRA twice. Embeddings and head are left out: below 1 percent.
+    """
+    d, text = shape.dim, shape.text_len
+    linears = 12 * tokens * d**2 + 4 * tokens * d * shape.ffn_dim
+    attention = 4 * tokens * d * (tokens + text)
+    lora = 24 * tokens * d * rank + 8 * text * d * rank
+    return shape.num_layers * (2 * linears + 4 * text * d**2 + 3.5 * attention + 3 * lora)

@@ -1,0 +1,50 @@
+"""Random weights, drawn on the device itself under a seed, scaled so that activations keep their size through depth."""
+
+import math
+
+import torch
+from torch import nn
+
+from utils.lora_names import is_parameter
+from wan.modules.model import WanModel, WanShape, is_fp32
+from wan.modules.vae import WanVAE
+
+SEED = 0
+
+
+@torch.no_grad()
+def draw(module: nn.Module, device: torch.device) -> None:
+    """Fills every parameter: weights by their fan-in, norms around 1, biases and modulation small."""
+    generator = torch.Generator(device).manual_seed(SEED)
+    for name, parameter in module.named_parameters():
+        parameter.normal_(generator=generator)
+        if "norm" in name or "gamma" in name:
+            parameter.mul_(0.1).add_(1)
+        elif parameter.ndim > 1 and not is_parameter(name):
+            parameter.div_(math.sqrt(parameter[0].numel()))
+        else:
+            parameter.mul_(0.1)
+
+
+def random_transformer(shape: WanShape, device: torch.device) -> WanModel:
+    """Our transformer in fp32, frozen."""
+    with torch.device("meta"):
+        model = WanModel(shape)
+    model.to_empty(device=device).requires_grad_(False)
+    draw(model, device)
+    return model
+
+
+def to_bf16(model: WanModel) -> WanModel:
+    """As the trainer loads it on a GPU: bf16, but for the fp32 islands."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data if is_fp32(name) else parameter.data.bfloat16()
+    return model
+
+
+def random_vae(dim: int, device: torch.device) -> WanVAE:
+    """The VAE in fp32, frozen."""
+    with torch.device(device):
+        vae = WanVAE(dim)
+    draw(vae, device)
+    return vae.to(device).requires_grad_(False)
