@@ -1,0 +1,169 @@
+"""The rules of the house: who may import whom, who opens what, and how long things may be."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(path for path in ROOT.glob("*.py"))
+ROOMS = {room: sorted((ROOT / room).rglob("*.py")) for room in ("wan", "utils", "tests", "benchmarks", "nano")}
+MODULES = ROOMS["wan"] + ROOMS["utils"]
+SOURCES = SCRIPTS + MODULES
+EVERYTHING = SOURCES + ROOMS["tests"] + ROOMS["benchmarks"] + ROOMS["nano"]
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+
+
+def label(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, wherever in it, with the names taken from it: "torch", "torch.nn", ..."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{label(path)}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """Every call in a file, with what is called as it is written."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def importers_of(package: str, paths: list[Path]) -> set[str]:
+    return {label(path) for path in paths if any(f"{name}.".startswith(f"{package}.") for name in imports(path))}
+
+
+# ----------------------------------------------------------------------------------------------------------- floors
+
+
+def test_the_rooms_are_found():
+    assert {"train_wan_lora.py", "test_wan_control_lora.py", "convert_lora_to_comfy.py"} <= {label(p) for p in SCRIPTS}
+    assert len(ROOMS["wan"]) > 8 and len(ROOMS["utils"]) > 15
+
+
+def test_wan_knows_nothing_of_training():
+    for package in ("utils", "tests", "benchmarks", "nano", "peft"):
+        assert not importers_of(package, ROOMS["wan"])
+
+
+def test_nothing_imports_a_script():
+    for script in SCRIPTS:
+        assert not importers_of(script.stem, MODULES + SCRIPTS + ROOMS["nano"])
+
+
+def test_what_training_is_knows_no_tests_and_no_benchmarks():
+    for package in ("tests", "benchmarks"):
+        assert not importers_of(package, SOURCES)
+
+
+@pytest.mark.parametrize("name", ["flow", "objectives", "lora", "memory", "options", "optim", "lora_files", "media"])
+def test_these_know_no_wan(name):
+    assert not importers_of("wan", [ROOT / "utils" / f"{name}.py"])
+
+
+def test_the_command_line_and_toml_are_read_in_one_place():
+    assert importers_of("argparse", SOURCES) | importers_of("tomllib", SOURCES) == {"utils/options.py"}
+
+
+def test_adapters_come_from_one_place():
+    assert importers_of("peft", SOURCES) == {"utils/lora.py"}
+
+
+# ------------------------------------------------------------------------------------------------------------ safety
+
+
+def test_weights_are_opened_in_one_place_of_wan():
+    openers = {"torch.load", "safe_open", "load_file", "torch.jit.load"}
+    found = {label(path) for path in ROOMS["wan"] for name, _ in calls(path) if name in openers}
+    assert found == {"wan/checkpoints.py"}
+    assert importers_of("safetensors", ROOMS["wan"]) == {"wan/checkpoints.py"}
+
+
+def test_nothing_is_unpickled():
+    unpicklers = {"pickle", "dill", "joblib", "shelve", "marshal"}
+    for path in SOURCES:
+        used = {name for name in imports(path) if name.split(".")[0] in unpicklers}
+        assert used <= {"pickle.UnpicklingError"}, label(path)  # the name of an error, nothing that acts
+
+
+def test_torch_load_reads_only_weights():
+    for path in SOURCES:
+        for name, call in calls(path):
+            if name.endswith("torch.load"):
+                settings = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+                assert settings.get("weights_only") == "True", f"{label(path)}:{call.lineno}"
+
+
+def test_nothing_is_evaluated_and_no_shell_is_called():
+    forbidden = {"eval", "exec", "os.system", "os.popen", "__import__"}
+    for path in SOURCES:
+        assert not [f"{label(path)}:{call.lineno}" for name, call in calls(path) if name in forbidden]
+
+
+# ------------------------------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=label)
+def test_files_and_functions_stay_within_their_budgets(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= MAX_FUNCTION_LINES, f"{node.name} is too long"
+
+
+def test_scripts_hold_no_nested_function():
+    for path in SCRIPTS:
+        for function in ast.walk(parse(path)):
+            if isinstance(function, ast.FunctionDef):
+                nested = [node.name for node in ast.walk(function) if isinstance(node, ast.FunctionDef)][1:]
+                assert not nested, f"{label(path)}: {nested}"
+
+
+# -------------------------------------------------------------------------------------------------------- everywhere
+
+
+def test_every_module_imports_without_a_gpu_and_without_decord():
+    names = [label(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in MODULES]
+    code = (
+        "import importlib, sys, warnings\n"
+        "warnings.simplefilter('error')\n"
+        "sys.modules['decord'] = None\n"
+        f"for name in {names!r}:\n    importlib.import_module(name)\n"
+        "import torch\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_no_text_names_a_place_on_one_machine():
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    places = [f"/{place}/" for place in ("home", "root", "work")]
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, FileNotFoundError):
+            continue
+        assert not [place for place in places if place in text], name
