@@ -171,6 +171,7 @@ def generate(opts: Options, lora: LoraFile, folder: Path, wan: WanShape, fps: in
 
     videos = {} if control is None else {"control": to_pixels(control)}
     for label, result in latents.items():
+        print(f"decoding the video {label}")
         videos[label] = to_pixels(vae.decode(result)[0])
     write(opts, videos, fps)
 

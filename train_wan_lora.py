@@ -241,6 +241,15 @@ def encode_batch(clips: Sequence[Clip], opts: Options, vae: WanVAE, texts: TextC
     return collate([encode_clip(clip, texts.load(clip.caption), vae, control) for clip in clips])
 
 
+def encode_validation(opts: Options, data: Dataset, vae: WanVAE, texts: TextCache) -> list[Batch]:
+    """The validation clips, which are the same all along: encoded once, and kept in host memory until needed."""
+    if opts.val_samples and not data.val:
+        print(f"no clips are held out in {opts.dataset / 'val'}: validating on training clips, which says less")
+    windows = validation_windows(data.val or data.train, opts.sampling, opts.val_samples)
+    watched = tqdm(windows, desc="encoding validation clips", leave=False)
+    return [encode_batch([load_clip(window)], opts, vae, texts).to(torch.device("cpu")) for window in watched]
+
+
 def training_loss(batch: Batch, opts: Options, model: WanModel, predict: Predict, negative: Tensor | None) -> Tensor:
     """How far the model's velocity is from its target, at a random noise level per clip."""
     cond = inject_noise(batch.cond, opts.control_inject_noise)
@@ -279,8 +288,7 @@ def train(opts: Options, folder: Path, device: torch.device, data: Dataset) -> N
     layout = transformer_layout(folder)
     attach_adapter(opts, layout)
 
-    # The text encoder is the largest model of all. It is loaded only if a text is not cached yet, and is gone before
-    # the others come.
+    # The text encoder takes 11 GB. It is loaded only if a text is not cached yet, and is gone before the others come.
     texts, negative = encode_texts(opts, TextStage(folder, device), data)
     require_fit(texts.load(data.captions[0]), layout.shape, "the captions")
     if negative is not None:
@@ -295,11 +303,7 @@ def train(opts: Options, folder: Path, device: torch.device, data: Dataset) -> N
     updater = Updater(parameters, opts.optimizer)
     print_plan(opts, data, parameters, device)
 
-    # The validation clips are the same all along: encoded once, and kept in host memory while they are not needed.
-    if opts.val_samples and not data.val:
-        print(f"no clips are held out in {opts.dataset / 'val'}: validating on training clips, which says less")
-    windows = validation_windows(data.val or data.train, opts.sampling, opts.val_samples)
-    validation = [encode_batch([load_clip(window)], opts, vae, texts).to(torch.device("cpu")) for window in windows]
+    validation = encode_validation(opts, data, vae, texts)
     val_seed = opts.seed if opts.val_seed is None else opts.val_seed
 
     on_gpu = device.type == "cuda"
@@ -312,7 +316,7 @@ def train(opts: Options, folder: Path, device: torch.device, data: Dataset) -> N
             # Once in a while: measure on the validation clips, the first time before anything is learnt.
             if validation and (last or run.step % opts.val_steps == 0):
                 run.flush()  # what follows is no training time
-                samples = (batch.to(device) for batch in validation)
+                samples = (batch.to(device) for batch in tqdm(validation, desc="validating", leave=False))
                 run.log_validation(validation_loss(predict, samples, val_seed), SIGMAS)
 
             # Once in a while, and at the end: write the LoRA.

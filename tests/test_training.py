@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import train_wan_lora
-from tests.tiny import TINY_SHAPE, tiny_transformer, tiny_vae, write_clips, write_transformer
+from tests.tiny import TINY_SHAPE, tiny_transformer, tiny_vae, write_clips, write_model, write_transformer
 from utils.conditioning import Batch, Cond, collate, encode_clip, make_predict
 from utils.dataset import SamplingOptions, load_clip, scan, validation_windows
 from utils.flow import add_noise
 from utils.lora import add_lora, select_modules
+from utils.lora_files import read_lora
 from utils.objectives import squared_error
 from utils.optim import OptimizerSpec, Updater
 from wan.checkpoints import load_transformer
@@ -78,3 +79,21 @@ def test_a_bf16_base_as_on_a_gpu_trains_fp32_adapters(tmp_path: Path, batch: Bat
         if "lora_" not in name:
             islands = is_fp32(name.replace(".base_layer", ""))
             assert parameter.dtype == (torch.float32 if islands else torch.bfloat16), name
+
+
+def test_the_same_seed_gives_the_same_lora_whatever_the_number_of_workers(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("model"))
+    write_clips(Path("clips"))
+    flags = "--dataset clips --pretrained_model_name_or_path model --base_res 64 96 --token_limit 60 --batch_size 2"
+    flags += " --max_train_steps 3 --val_samples 1 --learning_rate 1e-3 --random_frame_length --gradient_accumulation 2"
+    runs = {"a": "--num_workers 0", "b": "--num_workers 2 --val_steps 1", "c": "--num_workers 0 --seed 7"}
+    results = []
+    for name, more in runs.items():
+        train_wan_lora.main([*flags.split(), *more.split(), "--output_dir", name])
+        (path,) = Path(name).glob("*/checkpoints/*.safetensors")
+        results.append(read_lora(path).pairs)
+    first, second, other = results
+    assert all(torch.equal(first[name].up, second[name].up) for name in first)
+    assert all(torch.equal(first[name].down, second[name].down) for name in first)
+    assert not any(torch.equal(first[name].down, other[name].down) for name in first)

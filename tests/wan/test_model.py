@@ -115,6 +115,14 @@ def test_the_fp32_islands_are_those_of_the_official_precision():
     assert others == {"time_embedding", "time_projection", "head"}
 
 
+@torch.no_grad()
+def test_nothing_in_the_forward_pass_waits_for_a_value():
+    with torch.device("meta"):  # where there are no values to wait for
+        model, latents, timestep = WanModel(SHAPE), torch.empty(2, 16, 3, 4, 6), torch.empty(2)
+        velocity = model(latents, timestep, torch.empty(2, 5, SHAPE.text_dim))
+    assert velocity.shape == latents.shape
+
+
 def test_the_rotary_table_is_built_once_per_shape():
     device = torch.device("cpu")
     first = rotary_table((2, 3, 4), 24, device)
