@@ -30,6 +30,7 @@ from utils.lora_files import LoraFile, read_lora
 from utils.media import MediaInfo, contact_sheet, crop_and_resize, probe, read_frames, save_image, write_video
 from utils.options import option, parse_options, run_script
 from utils.preprocess import AS_IS, CONTROL_TYPES, make_control
+from utils.report import counted
 from utils.text import TextStage, read_prompt, require_fit
 from wan.checkpoints import CheckpointError, find_model, load_config, load_transformer, load_vae, transformer_layout
 from wan.modules.model import WanModel, WanShape
@@ -52,7 +53,7 @@ class Source:
     negative_prompt: str | None = option(None, "what not to show (default: the model's own)")
     input_video: Path | None = option(None, "video or image that a control LoRA follows")
     control_type: str | None = option(
-        None, "how --input_video becomes the control (default: as trained)", choices=(*CONTROL_TYPES, AS_IS)
+        None, "how it becomes the control (default: as trained)", choices=(*CONTROL_TYPES, AS_IS), needs="input_video"
     )
 
 
@@ -93,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # A rehearsal without weights: a LoRA that does not fit should not cost the minutes of loading.
     layout = transformer_layout(folder)
     fuse_lora(layout, lora)
+    print(describe(opts))
     with explained_memory(), torch.no_grad():
         generate(opts, lora, folder, layout.shape, config.fps)
 
@@ -103,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def complete(opts: Options, lora: LoraFile, config: EasyDict) -> Options:
     """Fills in what was left open: from the input video, from the LoRA's metadata, from the model's own settings."""
     size, frames = config.size, config.frames
+    if opts.prompt is not None and opts.embedding is not None:
+        raise UserError("--prompt and --embedding exclude each other: an embedding is a prompt that is encoded already")
     if bool(lora.input_shapes) != (opts.input_video is not None):
         raise UserError(
             "this is a control LoRA: pass the video to follow as --input_video"
@@ -138,6 +142,15 @@ def complete(opts: Options, lora: LoraFile, config: EasyDict) -> Options:
     return opts
 
 
+def describe(opts: Options) -> str:
+    """What is about to be generated: what was left open is told too, because it decides the result."""
+    followed = f", following {opts.input_video} ({opts.control_type})" if opts.input_video else ""
+    return (
+        f"{opts.width}x{opts.height}, {counted(opts.frames, 'frame')}, {counted(opts.steps, 'step')} of {opts.solver}, "
+        f"guidance {opts.guidance:g}, shift {opts.shift:g}, seed {opts.seed}, strength {opts.strength:g}{followed}"
+    )
+
+
 def usable_frames(info: MediaInfo) -> int:
     """The frames of a control video that fit the model: 4n + 1."""
     return (info.frames - 1) // WAN_GRID.frame * WAN_GRID.frame + 1
@@ -149,7 +162,7 @@ def usable_frames(info: MediaInfo) -> int:
 def generate(opts: Options, lora: LoraFile, folder: Path, wan: WanShape, fps: int) -> None:
     """From the request to files; models are loaded one after another, and only while they are needed."""
     device = pick_device()
-    text, negative = (require_fit(rows, wan, "the prompt").to(device) for rows in embed(opts, folder, device))
+    text, negative = embed(opts, folder, device, wan)
     vae = load_vae(folder, device)
     control = read_control(opts, device) if opts.input_video else None
     cond = Cond(text[None], None if control is None else encode_video(control, vae)[None])
@@ -176,15 +189,24 @@ def generate(opts: Options, lora: LoraFile, folder: Path, wan: WanShape, fps: in
     write(opts, videos, fps)
 
 
-def embed(opts: Options, folder: Path, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The embeddings (T, E) of the prompt and of the negative prompt; both are cached beside the script."""
+def embed(opts: Options, folder: Path, device: torch.device, wan: WanShape) -> tuple[Tensor, Tensor | None]:
+    """The embeddings (T, E) of the prompt and, where there is guidance, of the negative prompt.
+
+    What has to be encoded for them is cached beside the script.
+    """
+    rows, prompts = {}, {}
+    if opts.embedding is not None:
+        rows["text"] = require_fit(load_embedding(opts.embedding), wan, str(opts.embedding))
+    else:
+        prompts["text"] = opts.prompt or ""
+    if opts.guidance != 1:
+        prompts["negative"] = opts.negative_prompt
     stage = TextStage(folder, device)
     cache = stage.cache(EMBEDDINGS)
-    prompt = opts.prompt or ""
-    negative = prompt if opts.guidance == 1 else opts.negative_prompt  # without guidance there is nothing to encode
-    given = load_embedding(opts.embedding) if opts.embedding else None
-    stage.fill({cache: [prompt, negative] if given is None else [negative]})
-    return cache.load(prompt) if given is None else given, cache.load(negative)
+    stage.fill({cache: list(prompts.values())})
+    rows |= {role: require_fit(cache.load(prompt), wan, f"the {role} prompt") for role, prompt in prompts.items()}
+    negative = rows["negative"].to(device) if "negative" in rows else None
+    return rows["text"].to(device), negative
 
 
 def read_control(opts: Options, device: torch.device) -> Tensor:
@@ -194,10 +216,12 @@ def read_control(opts: Options, device: torch.device) -> Tensor:
     return make_control(to_unit_range(pixels.to(device)), opts.control_type)
 
 
-def denoise(opts: Options, model: WanModel, cond: Cond, negative: Tensor, noise: Tensor, label: str) -> Tensor:
-    """Latents from noise, with classifier-free guidance."""
+def denoise(opts: Options, model: WanModel, cond: Cond, negative: Tensor | None, noise: Tensor, label: str) -> Tensor:
+    """Latents from noise, with classifier-free guidance where there is a negative text."""
     predict = make_predict(model)
-    velocity = guided(partial(predict, cond=cond), partial(predict, cond=with_text(cond, negative)), opts.guidance)
+    velocity = partial(predict, cond=cond)
+    if negative is not None:
+        velocity = guided(velocity, partial(predict, cond=with_text(cond, negative)), opts.guidance)
     solver = make_solver(opts.solver, opts.steps, opts.shift, noise.device)
     return sample(velocity, noise, solver, partial(tqdm, desc=label, unit="step"))
 

@@ -277,7 +277,7 @@ def print_plan(opts: Options, data: Dataset, parameters: Sequence[nn.Parameter],
     )
 
 
-def snapshot(run: Run, model: WanModel, opts: Options) -> LoraFile:
+def lora_file(model: WanModel, opts: Options, run: Run) -> LoraFile:
     """The LoRA as it is after this step."""
     return extract_lora(model, metadata(opts, run.step))
 
@@ -309,7 +309,8 @@ def train(opts: Options, folder: Path, device: torch.device, data: Dataset) -> N
     on_gpu = device.type == "cuda"
     stream = batches(data.train, opts.sampling, opts.seed, num_workers=opts.num_workers, pin_memory=on_gpu)
     run = Run(opts.output_dir, opts.max_train_steps, to_json(opts))
-    with closing(stream), run, keeping_what_is_learnt(run, partial(snapshot, run, model, opts)):
+    snapshot = partial(lora_file, model, opts, run)
+    with closing(stream), run, keeping_what_is_learnt(run, snapshot):
         while True:
             last = run.step == opts.max_train_steps
 
@@ -321,7 +322,7 @@ def train(opts: Options, folder: Path, device: torch.device, data: Dataset) -> N
 
             # Once in a while, and at the end: write the LoRA.
             if last or (run.step and run.step % opts.checkpointing_steps == 0):
-                run.save(snapshot(run, model, opts))
+                run.save(snapshot())
             if last:
                 run.say(f"look at it: python test_wan_control_lora.py --lora_path {run.last_saved} --prompt ...")
                 break

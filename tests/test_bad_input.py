@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 import test_wan_control_lora
 import train_wan_lora
+import utils.text
 from tests.tiny import TINY_SHAPE, write_model
 from utils.lora_files import LoraFile, LoraPair, write_lora
 from utils.media import write_video
@@ -102,6 +103,8 @@ def test_a_mistaken_call_of_the_trainer_is_told(work, capsys, arguments, message
         ("--lora_path deep.safetensors", "does not name its base model"),
         (f"--lora_path deep.safetensors {MODEL} --strength 0.5", "blocks.77.self_attn.q"),
         (f"--lora_path deep.safetensors {MODEL} --frames 6", "--frames 6 must be 4n + 1, like 5"),
+        (f"--lora_path fitting.safetensors {MODEL} --prompt fox --embedding narrow.safetensors", "exclude each other"),
+        (f"--lora_path fitting.safetensors {MODEL} --control_type tile", "means nothing without --input_video"),
         (f"--lora_path deep.safetensors {MODEL} --width 100", "must be multiples of 16"),
         (f"--lora_path deep.safetensors {MODEL} --input_video clips/fox.mp4", "is not a control LoRA"),
         (f"--lora_path fitting.safetensors {MODEL} --embedding other.safetensors", "is not a text embedding"),
@@ -138,6 +141,15 @@ def test_a_model_of_another_family_is_refused_with_its_name(work, capsys):
     config = work / "model" / "config.json"
     config.write_text(config.read_text().replace('"t2v"', '"i2v"').replace('"in_dim": 16', '"in_dim": 36'))
     assert "is a i2v model with 36 input channels; supported: t2v with 16" in ends(train_wan_lora.main, TRAIN, capsys)
+
+
+def test_a_ready_embedding_without_guidance_needs_no_text_encoder(work, capsys, monkeypatch):
+    monkeypatch.setattr(utils.text, "load_text_encoder", None)  # whoever calls it fails
+    save_file({"context": torch.zeros(3, TINY_SHAPE.text_dim)}, work / "ready.safetensors")
+    flags = f"--lora_path fitting.safetensors {MODEL} --embedding ready.safetensors --guidance 1"
+    test_wan_control_lora.main(f"{flags} --width 32 --height 32 --frames 1 --steps 1".split())
+    assert "32x32, 1 frame, 1 step of unipc, guidance 1, shift 5, seed 42, strength 1" in capsys.readouterr().out
+    assert (work / "outputs" / "samples" / "fitting_seed42.mp4").exists()
 
 
 def test_an_edited_caption_is_encoded_again_and_an_unchanged_one_is_not(work, capsys):
