@@ -22,7 +22,7 @@ from tqdm import tqdm
 from utils.atomic import require_writable
 from utils.buckets import WAN_GRID, bucket_size
 from utils.cache import load_embedding
-from utils.conditioning import Cond, encode_video, make_predict, to_pixels, to_unit_range, with_text
+from utils.conditioning import Cond, encode_video, make_predict, to_pixels, to_unit_range
 from utils.device import compute_dtype, explained_memory, pick_device
 from utils.errors import UserError
 from utils.lora import fuse_lora
@@ -31,11 +31,11 @@ from utils.media import MediaInfo, contact_sheet, crop_and_resize, probe, read_f
 from utils.options import option, parse_options, run_script
 from utils.preprocess import AS_IS, CONTROL_TYPES, make_control
 from utils.report import counted
+from utils.sampling import Sampler
 from utils.text import TextStage, read_prompt, require_fit
 from wan.checkpoints import CheckpointError, find_model, load_config, load_transformer, load_vae, transformer_layout
-from wan.modules.model import WanModel, WanShape
-from wan.text2video import guided, sample
-from wan.utils.fm_solvers import SOLVERS, make_solver
+from wan.modules.model import WanShape
+from wan.utils.fm_solvers import SOLVERS
 
 EMBEDDINGS = Path(__file__).resolve().parent / "embeddings"
 
@@ -166,20 +166,21 @@ def generate(opts: Options, lora: LoraFile, folder: Path, wan: WanShape, fps: in
     vae = load_vae(folder, device)
     control = read_control(opts, device) if opts.input_video else None
     cond = Cond(text[None], None if control is None else encode_video(control, vae)[None])
-    frame_stride, side_stride, _ = vae.stride
-    shape = (vae.z_dim, (opts.frames - 1) // frame_stride + 1, opts.height // side_stride, opts.width // side_stride)
+    shape = (1, *vae.latent_shape(opts.frames, opts.height, opts.width))
     # The noise is drawn on the CPU: the same seed gives the same noise on every device.
-    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(opts.seed)).to(device)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(opts.seed)).to(device)
 
     progress = partial(tqdm, desc="loading the transformer", unit="tensor", leave=False)
     model = load_transformer(folder, compute_dtype(device), device, progress)
+    denoise = Sampler(opts.solver, opts.steps, opts.guidance, opts.shift).denoise
     latents = {}
     if opts.compare:
         # The base model has no channels for control.
-        base = replace(cond, channels=None)
-        latents["without the LoRA"] = denoise(opts, model, base, negative, noise, "without the LoRA")
+        base, progress = replace(cond, channels=None), partial(tqdm, desc="without the LoRA", unit="step")
+        latents["without the LoRA"] = denoise(make_predict(model), noise, base, negative, progress)
     fuse_lora(model, lora, opts.strength)
-    latents["with the LoRA"] = denoise(opts, model, cond, negative, noise, "with the LoRA")
+    progress = partial(tqdm, desc="with the LoRA", unit="step")
+    latents["with the LoRA"] = denoise(make_predict(model), noise, cond, negative, progress)
     del model
 
     videos = {} if control is None else {"control": to_pixels(control)}
@@ -214,16 +215,6 @@ def read_control(opts: Options, device: torch.device) -> Tensor:
     frames = read_frames(opts.input_video, range(opts.frames))
     pixels = crop_and_resize(frames, opts.width, opts.height).transpose(0, 1)
     return make_control(to_unit_range(pixels.to(device)), opts.control_type)
-
-
-def denoise(opts: Options, model: WanModel, cond: Cond, negative: Tensor | None, noise: Tensor, label: str) -> Tensor:
-    """Latents from noise, with classifier-free guidance where there is a negative text."""
-    predict = make_predict(model)
-    velocity = partial(predict, cond=cond)
-    if negative is not None:
-        velocity = guided(velocity, partial(predict, cond=with_text(cond, negative)), opts.guidance)
-    solver = make_solver(opts.solver, opts.steps, opts.shift, noise.device)
-    return sample(velocity, noise, solver, partial(tqdm, desc=label, unit="step"))
 
 
 def write(opts: Options, videos: dict[str, Tensor], fps: int) -> None:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from easydict import EasyDict
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -43,8 +44,10 @@ from utils.optim import SCHEDULES, OptimizerSpec, Updater
 from utils.options import option, parse_options, run_script, to_json
 from utils.preflight import Dataset, open_dataset
 from utils.preprocess import CONTROL_TYPES
+from utils.preview import Preview, make_scenes, read_prompts
 from utils.report import clip_table, counted
 from utils.run import Run, keeping_what_is_learnt
+from utils.sampling import Sampler
 from utils.text import TextStage, read_prompt, require_fit
 from utils.validation import SIGMAS, validation_loss
 from wan.checkpoints import CheckpointError, find_model, load_config, load_transformer, load_vae, transformer_layout
@@ -104,9 +107,7 @@ class Control:
 
     control_lora: bool = option(False, "train a LoRA that follows a control video through extra input channels")
     control_type: str = option("tile", "the control made from each clip", choices=CONTROL_TYPES)
-    control_inject_noise: float = option(
-        0.0, "most noise added to the control latents, drawn per sample", minimum=0, needs="control_lora"
-    )
+    control_inject_noise: float = option(0.0, "most noise added to the control", minimum=0, needs="control_lora")
     load_control: bool = option(
         False, "read the control of clip.mp4 from clip_control.mp4 instead of making it", needs="control_lora"
     )
@@ -136,12 +137,16 @@ class Training:
 
 @dataclass(frozen=True)
 class Watching:
-    """validation and checkpoints"""
+    """validation, previews and checkpoints"""
 
     checkpointing_steps: int = option(100, "write the LoRA every N steps", minimum=1)
     val_steps: int = option(100, "validate before the first step, every N steps, and at the end", minimum=1)
     val_samples: int = option(4, "most clips to validate on; 0: no validation", minimum=0)
     val_seed: int | None = option(None, "seed of the validation's noise (default: --seed)", minimum=0, maximum=MAX_SEED)
+    sample_prompts: str | None = option(None, "prompt to preview while training, or a .txt file with one per line")
+    sample_every: int = option(200, "preview first, every N steps, and last", minimum=1, needs="sample_prompts")
+    sample_steps: int = option(20, "sampling steps of a preview", minimum=1, needs="sample_prompts")
+    sample_guidance: float | None = option(None, "guidance (default: the model's)", minimum=0, needs="sample_prompts")
 
 
 @dataclass(frozen=True)
@@ -168,25 +173,41 @@ class Options(Task, Data, Lora, Control, Training, Watching):
     def alpha(self) -> float:
         return self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
+    def preview_sampler(self, config: EasyDict) -> Sampler:
+        usual = 1.0 if self.distill_cfg else config.guidance
+        guidance = usual if self.sample_guidance is None else self.sample_guidance
+        return Sampler("unipc", self.sample_steps, guidance, config.shift)
+
 
 # --------------------------------------------------------------------------------------------------------------- text
 
 
-def encode_texts(opts: Options, stage: TextStage, data: Dataset) -> tuple[TextCache, Tensor | None]:
-    """Caches every text, with one load of the encoder at most.
+@dataclass(frozen=True)
+class Texts:
+    """Everything that is told in words, encoded."""
 
-    Returns the captions' cache, and the negative embedding (T, E) where guidance is distilled against it.
-    """
-    texts, prompts = stage.cache(opts.cache_dir or opts.dataset / ".wan_cache"), stage.cache(EMBEDDINGS)
-    negative = opts.distill_negative or EMBEDDINGS / load_config(stage.folder).negative_prompt
+    captions: TextCache
+    previews: dict[str, Tensor]  # prompt -> (T, E)
+    negative: Tensor | None  # (T, E), where guidance leads away from it: in distillation, and in previews
+
+
+def encode_texts(opts: Options, stage: TextStage, data: Dataset) -> Texts:
+    """Caches every text, with one load of the encoder at most."""
+    captions, negatives = stage.cache(opts.cache_dir or opts.dataset / ".wan_cache"), stage.cache(EMBEDDINGS)
+    prompts = read_prompts(opts.sample_prompts) if opts.sample_prompts else []
+    config = load_config(stage.folder)
+    negative = opts.distill_negative or EMBEDDINGS / config.negative_prompt
     embedded = negative.suffix == ".safetensors"
     files = sorted(EMBEDDINGS.glob("*.txt")) if opts.cache_embeddings else []
-    if opts.distill_cfg and not embedded:
+    guided = bool(opts.distill_cfg) or (bool(prompts) and opts.preview_sampler(config).guidance != 1)
+    if guided and not embedded:
         files.append(negative)
-    stage.fill({texts: data.captions, prompts: [read_prompt(file) for file in files]})
-    if not opts.distill_cfg:
-        return texts, None
-    return texts, load_embedding(negative) if embedded else prompts.load(read_prompt(negative))
+    stage.fill({captions: [*data.captions, *prompts], negatives: [read_prompt(file) for file in files]})
+    rows = {prompt: captions.load(prompt) for prompt in prompts}
+    if not guided:
+        return Texts(captions, rows, None)
+    away = load_embedding(negative) if embedded else negatives.load(read_prompt(negative))
+    return Texts(captions, rows, away.to(stage.device))
 
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -241,13 +262,20 @@ def encode_batch(clips: Sequence[Clip], opts: Options, vae: WanVAE, texts: TextC
     return collate([encode_clip(clip, texts.load(clip.caption), vae, control) for clip in clips])
 
 
-def encode_validation(opts: Options, data: Dataset, vae: WanVAE, texts: TextCache) -> list[Batch]:
+def encode_validation(opts: Options, data: Dataset, count: int, vae: WanVAE, texts: TextCache) -> list[Batch]:
     """The validation clips, which are the same all along: encoded once, and kept in host memory until needed."""
-    if opts.val_samples and not data.val:
-        print(f"no clips are held out in {opts.dataset / 'val'}: validating on training clips, which says less")
-    windows = validation_windows(data.val or data.train, opts.sampling, opts.val_samples)
+    windows = validation_windows(data.val or data.train, opts.sampling, count)
     watched = tqdm(windows, desc="encoding validation clips", leave=False)
     return [encode_batch([load_clip(window)], opts, vae, texts).to(torch.device("cpu")) for window in watched]
+
+
+def prepare_preview(opts: Options, folder: Path, data: Dataset, vae: WanVAE, texts: Texts) -> Preview:
+    """Previews are as large as the largest clip; those of a control LoRA follow validation clips."""
+    followed = encode_validation(opts, data, len(texts.previews), vae, texts.captions) if opts.control_lora else []
+    largest = max(data.windows, key=lambda window: window.tokens)
+    shape = vae.latent_shape(largest.frames, largest.height, largest.width)
+    scenes = make_scenes(texts.previews, shape, opts.seed, followed)
+    return Preview(scenes, texts.negative, opts.preview_sampler(load_config(folder)))
 
 
 def training_loss(batch: Batch, opts: Options, model: WanModel, predict: Predict, negative: Tensor | None) -> Tensor:
@@ -256,7 +284,7 @@ def training_loss(batch: Batch, opts: Options, model: WanModel, predict: Predict
     sigma = sample_sigma(len(batch.latents), opts.shift, batch.latents.device)
     noisy = add_noise(batch.latents, torch.randn_like(batch.latents), sigma)
     target = noisy.velocity
-    if negative is not None:
+    if opts.distill_cfg:
         with adapters_off(model):
             target = guided_target(noisy, predict, cond, with_text(cond, negative), opts.distill_cfg)
     return squared_error(predict(noisy.latents, noisy.timestep, cond), target)
@@ -275,6 +303,8 @@ def print_plan(opts: Options, data: Dataset, parameters: Sequence[nn.Parameter],
         f"{sum(p.numel() for p in parameters):,} trainable parameters: rank {opts.lora_rank}, alpha {opts.alpha:g}, "
         f"learning rate {opts.learning_rate:g}, shift {opts.shift:g}{distilled}"
     )
+    if opts.val_samples and not data.val:
+        print(f"no clips are held out in {opts.dataset / 'val'}: validating on training clips, which says less")
 
 
 def lora_file(model: WanModel, opts: Options, run: Run) -> LoraFile:
@@ -289,13 +319,12 @@ def train(opts: Options, folder: Path, device: torch.device, data: Dataset) -> N
     attach_adapter(opts, layout)
 
     # The text encoder takes 11 GB. It is loaded only if a text is not cached yet, and is gone before the others come.
-    texts, negative = encode_texts(opts, TextStage(folder, device), data)
-    require_fit(texts.load(data.captions[0]), layout.shape, "the captions")
-    if negative is not None:
-        negative = require_fit(negative, layout.shape, "the negative prompt").to(device)
+    texts = encode_texts(opts, TextStage(folder, device), data)
+    require_fit(texts.captions.load(data.captions[0]), layout.shape, "the captions")
+    if texts.negative is not None:
+        require_fit(texts.negative, layout.shape, "the negative prompt")
 
-    # From here on everything random follows the seed: the adapter's start, noise and noise levels. The order of the
-    # clips has its own generator (`plan_epoch`), so that the number of workers changes nothing.
+    # From here on everything random follows the seed; the order of the clips has its own generator (`plan_epoch`).
     torch.manual_seed(opts.seed)
     vae, model = load_models(folder, device)
     parameters = attach_adapter(opts, model)
@@ -303,11 +332,11 @@ def train(opts: Options, folder: Path, device: torch.device, data: Dataset) -> N
     updater = Updater(parameters, opts.optimizer)
     print_plan(opts, data, parameters, device)
 
-    validation = encode_validation(opts, data, vae, texts)
+    validation = encode_validation(opts, data, opts.val_samples, vae, texts.captions)
     val_seed = opts.seed if opts.val_seed is None else opts.val_seed
+    preview = prepare_preview(opts, folder, data, vae, texts) if texts.previews else None
 
-    on_gpu = device.type == "cuda"
-    stream = batches(data.train, opts.sampling, opts.seed, num_workers=opts.num_workers, pin_memory=on_gpu)
+    stream = batches(data.train, opts.sampling, opts.seed, num_workers=opts.num_workers)
     run = Run(opts.output_dir, opts.max_train_steps, to_json(opts))
     snapshot = partial(lora_file, model, opts, run)
     with closing(stream), run, keeping_what_is_learnt(run, snapshot):
@@ -320,6 +349,11 @@ def train(opts: Options, folder: Path, device: torch.device, data: Dataset) -> N
                 samples = (batch.to(device) for batch in tqdm(validation, desc="validating", leave=False))
                 run.log_validation(validation_loss(predict, samples, val_seed), SIGMAS)
 
+            # Once in a while: generate the same prompts from the same noise, to see what it has learnt.
+            if preview and (last or run.step % opts.sample_every == 0):
+                run.flush()
+                run.log_previews(preview.generate(predict, vae), load_config(folder).fps)
+
             # Once in a while, and at the end: write the LoRA.
             if last or (run.step and run.step % opts.checkpointing_steps == 0):
                 run.save(snapshot())
@@ -331,8 +365,8 @@ def train(opts: Options, folder: Path, device: torch.device, data: Dataset) -> N
             # stay there until they have arrived by themselves, and the optimizer skips what is not finite.
             loss, tokens = torch.zeros((), device=device), 0
             for _ in range(opts.gradient_accumulation):
-                batch = encode_batch(next(stream), opts, vae, texts)
-                share = training_loss(batch, opts, model, predict, negative) / opts.gradient_accumulation
+                batch = encode_batch(next(stream), opts, vae, texts.captions)
+                share = training_loss(batch, opts, model, predict, texts.negative) / opts.gradient_accumulation
                 share.backward()
                 loss += share.detach()
                 tokens += batch.tokens(model.shape.patch_size)

@@ -87,6 +87,8 @@ def ends(main: Callable, arguments: str, capsys: pytest.CaptureFixture) -> str:
         (f"{TRAIN} --distill_cfg 1 --distill_negative nowhere.txt", "cannot read the prompt nowhere.txt"),
         (f"{TRAIN} --distill_cfg 1 --distill_negative other.safetensors", "other.safetensors is not a text embedding"),
         (f"{TRAIN} --distill_cfg 1 --distill_negative narrow.safetensors", "3 embedding rows of width 5"),
+        (f"{TRAIN} --sample_prompts nowhere.txt", "cannot read the prompt nowhere.txt"),
+        (f"{TRAIN} --sample_every 5", "--sample_every means nothing without --sample_prompts"),
         (f"{TRAIN} --output_dir clips/fox.txt", "clips/fox.txt is a file"),
     ],
 )

@@ -1,5 +1,6 @@
 """Training teaches: what the whole machinery does to a small model, in one process."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,17 @@ from utils.dataset import SamplingOptions, load_clip, scan, validation_windows
 from utils.flow import add_noise
 from utils.lora import add_lora, select_modules
 from utils.lora_files import read_lora
+from utils.media import probe
 from utils.objectives import squared_error
 from utils.optim import OptimizerSpec, Updater
+from utils.run import Run
 from wan.checkpoints import load_transformer
 from wan.modules.model import is_fp32
+
+
+def copied_prompts(folder: Path) -> Path:
+    """The negative prompts in a folder that embeddings may be written to."""
+    return Path(shutil.copytree(train_wan_lora.EMBEDDINGS, folder / "embeddings", dirs_exist_ok=True))
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +89,15 @@ def test_a_bf16_base_as_on_a_gpu_trains_fp32_adapters(tmp_path: Path, batch: Bat
             assert parameter.dtype == (torch.float32 if islands else torch.bfloat16), name
 
 
-def test_the_same_seed_gives_the_same_lora_whatever_the_number_of_workers(tmp_path: Path, monkeypatch):
+def test_the_same_seed_gives_the_same_lora_whatever_the_workers_and_the_previews(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_wan_lora, "EMBEDDINGS", copied_prompts(tmp_path))
     write_model(Path("model"))
     write_clips(Path("clips"))
     flags = "--dataset clips --pretrained_model_name_or_path model --base_res 64 96 --token_limit 60 --batch_size 2"
     flags += " --max_train_steps 3 --val_samples 1 --learning_rate 1e-3 --random_frame_length --gradient_accumulation 2"
-    runs = {"a": "--num_workers 0", "b": "--num_workers 2 --val_steps 1", "c": "--num_workers 0 --seed 7"}
+    previews = "--sample_prompts fox --sample_every 1 --sample_steps 2"
+    runs = {"a": "--num_workers 0", "b": f"--num_workers 2 --val_steps 1 {previews}", "c": "--num_workers 0 --seed 7"}
     results = []
     for name, more in runs.items():
         train_wan_lora.main([*flags.split(), *more.split(), "--output_dir", name])
@@ -97,3 +107,50 @@ def test_the_same_seed_gives_the_same_lora_whatever_the_number_of_workers(tmp_pa
     assert all(torch.equal(first[name].up, second[name].up) for name in first)
     assert all(torch.equal(first[name].down, second[name].down) for name in first)
     assert not any(torch.equal(first[name].down, other[name].down) for name in first)
+
+
+def test_previews_show_the_same_prompts_from_the_same_noise_until_the_lora_has_learnt(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_wan_lora, "EMBEDDINGS", copied_prompts(tmp_path))
+    write_model(Path("model"))
+    write_clips(Path("clips"))
+    Path("prompts.txt").write_text("a red fox\n\na blue house\n", encoding="utf-8")
+    flags = "--dataset clips --pretrained_model_name_or_path model --base_res 64 --token_limit 60 --val_samples 0"
+    flags += " --max_train_steps 3 --learning_rate 1e-2 --lora_target all-linear --num_workers 0"
+    flags += " --sample_prompts prompts.txt --sample_every 2 --sample_steps 2 --sample_guidance 2"
+    shown = []
+    log_previews = Run.log_previews
+
+    def watched(run: Run, videos: list[tuple[str, torch.Tensor]], fps: float) -> None:
+        shown.append(videos)
+        log_previews(run, videos, fps)
+
+    monkeypatch.setattr(Run, "log_previews", watched)
+    train_wan_lora.main([*flags.split(), "--output_dir", "plain"])
+    train_wan_lora.main([*flags.split(), "--output_dir", "again"])
+    first, second, last, repeated = shown[:4]
+    assert len(shown) == 6
+    for (prompt, frames), (_, later), (_, latest), (_, same) in zip(first, second, last, repeated, strict=True):
+        assert frames.shape == (13, 3, 48, 80) and torch.equal(frames, same), prompt
+        assert not torch.equal(frames, later) and not torch.equal(later, latest)
+    assert [prompt for prompt, _ in first] == ["a red fox", "a blue house"]
+    assert not torch.equal(first[0][1], first[1][1])
+
+
+def test_the_previews_of_a_control_lora_follow_the_validation_clips(tmp_path: Path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_wan_lora, "EMBEDDINGS", copied_prompts(tmp_path))
+    write_model(Path("model"))
+    write_clips(Path("clips"))
+    flags = "--dataset clips --pretrained_model_name_or_path model --base_res 64 --token_limit 60 --control_lora"
+    flags += " --max_train_steps 1 --val_samples 0 --num_workers 0 --sample_prompts fox --sample_steps 1"
+    flags += " --distill_cfg 1"
+    train_wan_lora.main([*flags.split(), "--output_dir", "runs"])
+    (folder,) = Path("runs").iterdir()
+    names = ["00000000-1.mp4", "00000000.png", "00000001-1.mp4", "00000001.png"]
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == names
+    info = probe(folder / "samples" / names[0])
+    assert (info.width, info.height, info.fps) == (2 * 80, 48, 16)
+    assert len(EventAccumulator(str(folder)).Reload().Images("samples")) == 2

@@ -219,7 +219,6 @@ def batches(
     start_epoch: int = 0,
     start_batch: int = 0,
     num_workers: int = 0,
-    pin_memory: bool = False,
 ) -> Iterator[list[Clip]]:
     """Clips of epoch after epoch without end, in the order of `plan_epoch`, loaded ahead by `num_workers` processes.
 
@@ -240,7 +239,7 @@ def batches(
         collate_fn=_unchanged,
         prefetch_factor=_BATCHES_AHEAD if num_workers else None,
         generator=torch.Generator(),
-        pin_memory=pin_memory,
+        pin_memory=torch.cuda.is_available(),
     )
     return _raising(loader)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from utils.device import out_of_memory
 from utils.errors import RunError, UserError
 from utils.lora_files import LoraFile, write_lora
-from utils.media import MediaError
+from utils.media import MediaError, contact_sheet, save_image, write_video
 
 LOG_SECONDS = 1.0
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
@@ -128,6 +129,20 @@ class Run:
             self.writer.add_scalar(f"val/loss_sigma_{sigma:g}", value, self.step)
         each = ", ".join(f"{sigma:g}: {value:.4f}" for sigma, value in zip(sigmas, values, strict=True))
         self.say(f"step {self.step}: validation loss {mean:.4f}  (by sigma {each})")
+        self._restart_clock()
+
+    def log_previews(self, videos: Sequence[tuple[str, Tensor]], fps: float) -> None:
+        """Writes prompts' videos (F, 3, H, W) uint8 as samples/<step>-<n>.mp4, and a contact sheet of all of them."""
+        path, sheet = self.folder / "samples" / f"{self.step:08d}.png", contact_sheet(list(videos))
+        try:
+            path.parent.mkdir(exist_ok=True)
+            for number, (_, frames) in enumerate(videos, 1):
+                write_video(path.with_name(f"{path.stem}-{number}.mp4"), frames, fps)
+            save_image(path, sheet)
+        except OSError as error:
+            raise self.failure(f"cannot write previews to {path.parent}: {error.strerror}") from None
+        self.writer.add_image("samples", np.asarray(sheet), self.step, dataformats="HWC")
+        self.say(f"step {self.step}: previewed {path}")
         self._restart_clock()
 
     def save(self, lora: LoraFile) -> Path:

@@ -268,6 +268,11 @@ class WanVAE(nn.Module):
         for name, values in (("latent_mean", LATENT_MEAN), ("latent_std", LATENT_STD)):
             self.register_buffer(name, torch.tensor(values, device="cpu").view(-1, 1, 1, 1), persistent=False)
 
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(z_dim, f, h, w) of a video's latents."""
+        time, space, _ = self.stride
+        return self.z_dim, (frames - 1) // time + 1, height // space, width // space
+
     def encode(self, video: Tensor) -> Tensor:
         """video (B, 3, F, H, W) in [-1, 1] -> normalised latents (B, z_dim, (F - 1) / 4 + 1, H / 8, W / 8).
 
@@ -281,14 +286,25 @@ class WanVAE(nn.Module):
                 f"the VAE encodes {time}n+1 frames with height and width multiples of {space}, "
                 f"not {frames} frames of {height}x{width} (height x width)"
             )
-        chunks = video.split([1] + [time] * ((frames - 1) // time), dim=2)
-        mu, _ = in_chunks(self._encode_chunk, chunks).chunk(2, dim=1)
+        mu, _ = self.posterior(video)
         return (mu - self.latent_mean) / self.latent_std
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents (B, z_dim, f, h, w) -> video (B, 3, 4 (f - 1) + 1, 8 h, 8 w), clamped to [-1, 1]."""
-        z = latents * self.latent_std + self.latent_mean
-        return in_chunks(self._decode_chunk, z.split(1, dim=2)).clamp(-1, 1)
+        return self.generate(latents * self.latent_std + self.latent_mean).clamp(-1, 1)
+
+    def posterior(self, video: Tensor, latent_frames_at_once: int = 1) -> tuple[Tensor, Tensor]:
+        """What the encoder says of a video as `encode` takes it: mean and log-variance, each (B, z_dim, f, h, w)."""
+        first, rest = video[:, :, :1], video[:, :, 1:]
+        chunks = [first, *rest.split(self.stride[0] * latent_frames_at_once, dim=2)] if rest.shape[2] else [first]
+        mu, log_variance = in_chunks(self._encode_chunk, chunks).chunk(2, dim=1)
+        return mu, log_variance
+
+    def generate(self, z: Tensor, latent_frames_at_once: int = 1) -> Tensor:
+        """z (B, z_dim, f, h, w), drawn from a posterior, not normalised -> video (B, 3, 4 (f - 1) + 1, 8 h, 8 w)."""
+        first, rest = z[:, :, :1], z[:, :, 1:]
+        chunks = [first, *rest.split(latent_frames_at_once, dim=2)] if rest.shape[2] else [first]
+        return in_chunks(self._decode_chunk, chunks)
 
     def _encode_chunk(self, video: Tensor, past: Past) -> Tensor:
         return self.conv1(self.encoder(video, past))
