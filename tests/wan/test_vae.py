@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import wan.modules.vae
 from tests.manifests import load_manifest
 from tests.tiny import tiny_vae
 from wan.modules.vae import Past, RMSNorm, WanVAE, in_chunks
@@ -30,6 +31,14 @@ DIFFUSERS_NAMES = [
 @pytest.fixture(scope="module")
 def vae() -> WanVAE:
     return tiny_vae()
+
+
+@pytest.fixture(params=["frame by frame", "at once"])
+def cut(request, monkeypatch) -> str:
+    """Large videos go through one latent frame at a time, small ones at once: here the small ones both ways."""
+    if request.param == "frame by frame":
+        monkeypatch.setattr(wan.modules.vae, "MAX_PIXELS_AT_ONCE", 1)
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +82,7 @@ def statistics(reference) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("frames", [1, 5, 13])
-def test_encode_equals_diffusers(vae, reference, frames, batch, size):
+def test_encode_equals_diffusers(cut, vae, reference, frames, batch, size):
     video = random_video(batch, 3, frames, *size)
     mean, std = statistics(reference)
     expected = (reference.encode(video).latent_dist.mode() - mean) / std
@@ -85,7 +94,7 @@ def test_encode_equals_diffusers(vae, reference, frames, batch, size):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("frames", [1, 5, 13])
-def test_decode_equals_diffusers(vae, reference, frames, batch, size):
+def test_decode_equals_diffusers(cut, vae, reference, frames, batch, size):
     latents = random_latents(batch, 16, (frames - 1) // 4 + 1, size[0] // 8, size[1] // 8)
     mean, std = statistics(reference)
     expected = reference.decode(latents * std + mean).sample
@@ -102,7 +111,8 @@ def test_the_released_vae_has_exactly_the_names_and_shapes_of_its_checkpoint():
 
 
 @pytest.mark.parametrize("latent_frames", [1, 2, 3])
-def test_latents_do_not_depend_on_later_frames(vae, latent_frames):
+def test_latents_do_not_depend_on_later_frames(vae, latent_frames, monkeypatch):
+    monkeypatch.setattr(wan.modules.vae, "MAX_PIXELS_AT_ONCE", 1)
     video = random_video(1, 3, 13, 16, 24)
     beginning = vae.encode(video[:, :, : 4 * latent_frames - 3])
     assert torch.equal(vae.encode(video)[:, :, :latent_frames], beginning)
@@ -114,13 +124,15 @@ def test_a_lone_image_encodes_like_the_first_frame_of_any_video(vae):
 
 
 @pytest.mark.parametrize("latent_frames", [1, 2, 3])
-def test_frames_do_not_depend_on_later_latents(vae, latent_frames):
+def test_frames_do_not_depend_on_later_latents(vae, latent_frames, monkeypatch):
+    monkeypatch.setattr(wan.modules.vae, "MAX_PIXELS_AT_ONCE", 1)
     latents = random_latents(1, 16, 4, 2, 3)
     beginning = vae.decode(latents[:, :, :latent_frames])
     assert torch.equal(vae.decode(latents)[:, :, : 4 * latent_frames - 3], beginning)
 
 
-def test_every_frame_changes_the_latents_from_its_own_on(vae):
+def test_every_frame_changes_the_latents_from_its_own_on(vae, monkeypatch):
+    monkeypatch.setattr(wan.modules.vae, "MAX_PIXELS_AT_ONCE", 1)
     video = random_video(1, 3, 9, 16, 16)
     latents = vae.encode(video)
     for frame in range(9):
@@ -129,6 +141,11 @@ def test_every_frame_changes_the_latents_from_its_own_on(vae):
         differs = (vae.encode(changed) != latents).any(dim=(0, 1, 3, 4)).tolist()
         first = (frame + 3) // 4
         assert differs == [index >= first for index in range(3)]
+
+
+@pytest.mark.parametrize(("pixels", "expected"), [(64 * 64, 97), (8 * 64 * 64, 12), (832 * 480, 1), (1280 * 720, 1)])
+def test_no_more_goes_through_at_once_than_one_latent_frame_of_480p(vae, pixels, expected):
+    assert vae._latent_frames_at_once(pixels) == expected
 
 
 def test_passes_over_two_videos_may_interleave(vae):

@@ -1,6 +1,7 @@
 """The causal video VAE of Wan 2.1: video (B, 3, F, H, W) in [-1, 1] <-> normalised latents (B, 16, f, h, w).
 
-Frame n never sees frame n+1, so a video is passed through in chunks: one frame, then as many as make one latent frame.
+Frame n never sees frame n+1, so a video is passed through in chunks: one frame, then as many as make one latent frame,
+or several of them where frames are small.
 `Past` carries what the temporal convolutions still need of earlier chunks; memory does not grow with the length.
 
 B batch, C channels, F frames, H height, W width; f, h, w the same counts after compression by 4, 8, 8.
@@ -25,6 +26,9 @@ LATENT_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916,
 )  # fmt: skip
+
+# A chunk is one latent frame of 832x480 pixels, or more where they are smaller: small videos are not worth cutting up.
+MAX_PIXELS_AT_ONCE = 4 * 832 * 480
 
 
 class Past:
@@ -183,6 +187,11 @@ def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return rearrange(frames, "(b f) c h w -> b c f h w", b=x.shape[0])
 
 
+def first_and_rest(x: Tensor, step: int) -> list[Tensor]:
+    """x (B, C, F, H, W) cut along time: the first frame, which the VAE treats apart, then `step` frames at a time."""
+    return [x[:, :, :1], *x[:, :, 1:].split(step, dim=2)] if x.shape[2] > 1 else [x]
+
+
 def in_chunks(layer: Callable[[Tensor, Past], Tensor], chunks: Iterable[Tensor]) -> Tensor:
     """Run a causal layer over the chunks of a video (B, C, F, H, W) in order; the outputs joined along time."""
     past, outputs = Past(), []
@@ -293,18 +302,20 @@ class WanVAE(nn.Module):
         """Normalised latents (B, z_dim, f, h, w) -> video (B, 3, 4 (f - 1) + 1, 8 h, 8 w), clamped to [-1, 1]."""
         return self.generate(latents * self.latent_std + self.latent_mean).clamp(-1, 1)
 
-    def posterior(self, video: Tensor, latent_frames_at_once: int = 1) -> tuple[Tensor, Tensor]:
+    def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """What the encoder says of a video as `encode` takes it: mean and log-variance, each (B, z_dim, f, h, w)."""
-        first, rest = video[:, :, :1], video[:, :, 1:]
-        chunks = [first, *rest.split(self.stride[0] * latent_frames_at_once, dim=2)] if rest.shape[2] else [first]
-        mu, log_variance = in_chunks(self._encode_chunk, chunks).chunk(2, dim=1)
+        step = self.stride[0] * self._latent_frames_at_once(video[:, 0, 0].numel())
+        mu, log_variance = in_chunks(self._encode_chunk, first_and_rest(video, step)).chunk(2, dim=1)
         return mu, log_variance
 
-    def generate(self, z: Tensor, latent_frames_at_once: int = 1) -> Tensor:
+    def generate(self, z: Tensor) -> Tensor:
         """z (B, z_dim, f, h, w), drawn from a posterior, not normalised -> video (B, 3, 4 (f - 1) + 1, 8 h, 8 w)."""
-        first, rest = z[:, :, :1], z[:, :, 1:]
-        chunks = [first, *rest.split(latent_frames_at_once, dim=2)] if rest.shape[2] else [first]
-        return in_chunks(self._decode_chunk, chunks)
+        step = self._latent_frames_at_once(z[:, 0, 0].numel() * self.stride[1] * self.stride[2])
+        return in_chunks(self._decode_chunk, first_and_rest(z, step))
+
+    def _latent_frames_at_once(self, pixels: int) -> int:
+        """How many latent frames go through together, for frames of so many pixels in the whole batch."""
+        return max(1, MAX_PIXELS_AT_ONCE // (self.stride[0] * pixels))
 
     def _encode_chunk(self, video: Tensor, past: Past) -> Tensor:
         return self.conv1(self.encoder(video, past))
