@@ -1,0 +1,157 @@
+"""A LoRA taught and shown in minutes on two CPU cores: what this project does, from beginning to end.
+
+    python -m nano.demo [--output_dir outputs/nano_demo]
+
+A dataset is written in a style that Wan-Nano has never seen; the trainer caches its captions and trains a LoRA; the
+same prompts are generated from the same noise without and with it; the probe says how often it finds the style, and
+whether prompts without the trigger word are still followed.
+"""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nano.picture import comparison
+from nano.probe import adherence, read
+from nano.sampling import generate, noise_of
+from nano.world import FPS, FRAMES, SIDE, STYLES, Scene, caption, split, write_dataset
+from utils.errors import RunError
+from utils.lora import fuse_lora
+from utils.lora_files import read_lora
+from utils.media import save_image, write_video
+from utils.options import option, parse_options, run_script
+from wan.checkpoints import CheckpointError, load_text_encoder, load_transformer, load_vae, text_length
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "nano" / "model"
+STYLE = "framed"
+CLIPS, HELD_OUT = 48, 4
+SHOWN = 6
+TRAINING = (
+    "--base_res 64 --batch_size 4 --num_workers 1 --max_train_steps 240 --learning_rate 2e-3 --lr_scheduler linear "
+    "--lora_rank 8 --val_steps 120 --checkpointing_steps 120"
+).split()
+
+
+@dataclass(frozen=True)
+class Options:
+    """Teach Wan-Nano a new style, and show it."""
+
+    output_dir: Path = option(Path("outputs/nano_demo"), "where everything is written, in a folder of its own")
+    samples: int = option(32, "prompts on which the figures are taken", minimum=1)
+    seed: int = option(0, "seed of the dataset, the training and the prompts", minimum=0)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One scene, asked for with and without the trigger word, and the seed of the noise of all its videos."""
+
+    scene: Scene
+    plain: str
+    styled: str
+    seed: int
+
+
+# A video of every trial for each of these.
+KINDS = ("plain_before", "styled_before", "plain_after", "styled_after")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    opts = parse_options(Options, argv)
+    started = time.perf_counter()
+    folder = opts.output_dir / time.strftime("%Y-%m-%d_%H-%M-%S")
+    lora = train(folder, opts.seed)
+    run("convert_lora_to_comfy.py", "--input_lora", lora, "--output_lora", folder / "framed_comfy.safetensors")
+    trials = make_trials(opts.samples, opts.seed)
+    videos = show(trials, lora)
+    write(folder, trials, videos)
+    print(f"\nthe trigger word is {STYLES[STYLE]!r}; {time.perf_counter() - started:.0f} seconds in all")
+    print(f"  picture       {folder / 'demo.png'}")
+    print(f"  videos        {folder / 'videos'} (left without, right with the LoRA)")
+    print(f"  LoRA          {lora}")
+    print(f"  for ComfyUI   {folder / 'framed_comfy.safetensors'}")
+    print(f"  TensorBoard   tensorboard --logdir {folder / 'runs'}")
+    print(json.dumps(measure(trials, videos)))
+
+
+def train(folder: Path, seed: int) -> Path:
+    """Writes the dataset, trains on it by the command line, and returns the LoRA."""
+    write_dataset(folder / "clips" / "train", CLIPS, seed, STYLE)
+    write_dataset(folder / "clips" / "val", HELD_OUT, seed + 1, STYLE)
+    print(f"wrote {CLIPS + HELD_OUT} clips to {folder / 'clips'}")
+    common = ["--dataset", folder / "clips", "--pretrained_model_name_or_path", MODEL]
+    run("train_wan_lora.py", *common, "--cache_embeddings")
+    run("train_wan_lora.py", *common, *TRAINING, "--output_dir", folder / "runs", "--seed", seed)
+    return max(folder.glob("runs/*/checkpoints/*.safetensors"))
+
+
+def run(script: str, *arguments: object) -> None:
+    """One of the project's scripts, as a user would call it. Raises RunError where it fails."""
+    shown = [str(argument) for argument in arguments]
+    print(f"\n$ python {script} {' '.join(shown)}", flush=True)
+    if subprocess.run([sys.executable, str(ROOT / script), *shown], check=False).returncode:
+        raise RunError(f"{script} ended with an error, see above")
+
+
+def make_trials(count: int, seed: int) -> list[Trial]:
+    """Scenes that were withheld from the base model, and are not in the dataset."""
+    rng = random.Random(f"trials {seed}")
+    _, withheld = split()
+    trials = []
+    for index in range(count):
+        scene, phrasing = withheld[index % len(withheld)], rng.getrandbits(32)
+        plain, styled = (caption(scene, random.Random(phrasing), style) for style in (None, STYLE))
+        trials.append(Trial(scene, plain, styled, seed + index))
+    return trials
+
+
+def show(trials: Sequence[Trial], lora: Path) -> dict[str, list[Tensor]]:
+    """For each of KINDS the videos of all trials: before is without the LoRA, after is with it."""
+    model, vae = load_transformer(MODEL, torch.float32), load_vae(MODEL)
+    encoder = load_text_encoder(MODEL, text_length(MODEL), torch.float32, "cpu")
+    negative = encoder.encode([""])[0]
+    noise = noise_of([trial.seed for trial in trials], FRAMES, SIDE)
+    videos = {}
+    for kind in KINDS:
+        if kind == "plain_after":
+            fuse_lora(model, read_lora(lora))
+        asked = [trial.plain if kind.startswith("plain") else trial.styled for trial in trials]
+        print(f"generating {len(trials)} videos: {kind.replace('_', ', ')}", flush=True)
+        videos[kind] = generate(model, vae, encoder.encode(asked), negative, noise)
+    return videos
+
+
+def measure(trials: Sequence[Trial], videos: dict[str, list[Tensor]]) -> dict[str, float]:
+    """How often styled prompts show the style, and how often plain ones are followed in shape, colours and motion."""
+    figures = {}
+    for moment in ("before", "after"):
+        styled = [read(video).style == STYLE for video in videos[f"styled_{moment}"]]
+        figures[f"concept_{moment}"] = sum(styled) / len(styled)
+    for moment in ("before", "after"):
+        followed = adherence(videos[f"plain_{moment}"], [trial.scene for trial in trials])
+        figures[f"adherence_{moment}"] = followed["all"]
+    return {name: round(share, 4) for name, share in figures.items()}
+
+
+def write(folder: Path, trials: Sequence[Trial], videos: dict[str, list[Tensor]]) -> None:
+    """The picture, and for each of its rows an mp4 of both sides."""
+    rows = []
+    for index, trial in enumerate(trials[:SHOWN]):
+        kind, prompt = ("plain", trial.plain) if index % 3 == 2 else ("styled", trial.styled)
+        rows.append((prompt, [videos[f"{kind}_{moment}"][index] for moment in ("before", "after")]))
+    save_image(folder / "demo.png", comparison(rows, ("without the LoRA", "with the LoRA")))
+    (folder / "videos").mkdir()
+    for number, (_, sides) in enumerate(rows, 1):
+        write_video(folder / "videos" / f"{number}.mp4", torch.cat(sides, dim=3), FPS)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, bad_input=(CheckpointError,)))

@@ -1,0 +1,41 @@
+"""The demo's picture: prompts down the side, without and with the LoRA across."""
+
+import textwrap
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+CELL, GAP, FRAMES_SHOWN = 96, 6, 4
+TEXT_WIDTH, TEXT_SIZE, TEXT_COLUMNS, LINE = 250, 15, 32, 19
+HEADER = 34
+
+
+def comparison(rows: Sequence[tuple[str, Sequence[Tensor]]], titles: Sequence[str]) -> Image.Image:
+    """A row per prompt with one strip per title, from videos (F, 3, H, W) uint8."""
+    strip = FRAMES_SHOWN * (CELL + GAP)
+    size = (TEXT_WIDTH + len(titles) * (strip + 2 * GAP), HEADER + len(rows) * (CELL + 2 * GAP))
+    picture = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(TEXT_SIZE)
+    for column, title in enumerate(titles):
+        draw.text((_left(column), GAP), title, "black", font)
+    for number, (prompt, videos) in enumerate(rows):
+        top = HEADER + number * (CELL + 2 * GAP)
+        for line, text in enumerate(textwrap.wrap(prompt, TEXT_COLUMNS)):
+            draw.text((GAP, top + line * LINE), text, "black", font)
+        for column, frames in enumerate(videos):
+            for place, cell in enumerate(_cells(frames)):
+                picture.paste(cell, (_left(column) + place * (CELL + GAP), top))
+    return picture
+
+
+def _left(column: int) -> int:
+    return TEXT_WIDTH + column * (FRAMES_SHOWN * (CELL + GAP) + 2 * GAP)
+
+
+def _cells(frames: Tensor) -> list[Image.Image]:
+    chosen = torch.linspace(0, len(frames) - 1, FRAMES_SHOWN).round().long()
+    pixels = rearrange(frames[chosen], "f c h w -> f h w c").contiguous().numpy(force=True)
+    return [Image.fromarray(cell).resize((CELL, CELL), Image.Resampling.BICUBIC) for cell in pixels]

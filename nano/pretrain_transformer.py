@@ -1,0 +1,145 @@
+"""The small transformer, from nothing: first pictures, then clips and pictures, all parameters."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from nano.probe import adherence
+from nano.sampling import generate, noise_of
+from nano.training import Plan, fit
+from nano.world import FRAMES, SIDE, Scene, caption, made_up_word, render, split
+from utils.atomic import replacing
+from utils.conditioning import Batch, Encoded, collate, make_predict, to_unit_range
+from utils.flow import add_noise, sample_sigma
+from utils.objectives import Predict, squared_error
+from wan.modules.model import WanModel, WanShape
+from wan.modules.t5 import TextEncoder
+from wan.modules.vae import WanVAE
+
+SHAPE = WanShape(dim=192, ffn_dim=768, num_heads=6, num_layers=8, text_dim=64, text_len=32, freq_dim=256)
+CLIPS = 3072
+PICTURE_STEPS, CLIP_STEPS = 1000, 4200
+PICTURES_EVERY = 8  # steps, while clips are learnt
+PICTURE_BATCH, CLIP_BATCH = 160, 32
+SHIFT = 3.0
+UNCONDITIONAL_SHARE, MADE_UP_SHARE = 0.1, 0.1
+PLAN = Plan("transformer", PICTURE_STEPS + CLIP_STEPS, 2e-3, 1e-3, ema_decay=0.998)
+NUM_TESTED = 48
+
+
+def start(model: WanModel) -> WanModel:
+    """Xavier's start everywhere, the last layer at zero.
+
+    Wan's own start for the text embedding (deviation 0.02) is for its width: at this one the text would whisper.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv3d):
+            nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+            nn.init.zeros_(module.bias)
+        if name == "head.head":
+            nn.init.zeros_(module.weight)
+    return model
+
+
+@dataclass
+class Captions:
+    """Text rows of captions, each encoded once."""
+
+    encoder: TextEncoder
+    negative: str  # the default negative prompt of the scripts: guidance against it must work too
+
+    def __post_init__(self) -> None:
+        self._rows: dict[str, Tensor] = {}
+
+    def rows(self, text: str) -> Tensor:
+        if text not in self._rows:
+            self._rows[text] = self.encoder.encode([text])[0].cpu()
+        return self._rows[text]
+
+    def training_rows(self, scene: Scene, rng: random.Random) -> Tensor:
+        """Of one of the scene's captions; now and then of none, or of one with a word that means nothing."""
+        chance = rng.random()
+        if chance < UNCONDITIONAL_SHARE:
+            return self.rows(rng.choice(("", self.negative)))
+        text = caption(scene, rng)
+        if chance < UNCONDITIONAL_SHARE + MADE_UP_SHARE:
+            word = made_up_word(rng)
+            return self.encoder.encode([rng.choice((f"{word} {text}", f"{text}, {word} style"))])[0].cpu()
+        return self.rows(text)
+
+
+def encode_clips(work: Path, vae: WanVAE) -> tuple[list[Scene], Tensor]:
+    """Scenes of the training part and their latents (N, 16, f, h, w), kept in `work/latents.safetensors`."""
+    known, _ = split()
+    shown = [known[index % len(known)] for index in range(CLIPS)]
+    path = work / "latents.safetensors"
+    if path.exists():
+        return shown, load_file(path)["latents"]
+    device = vae.conv2.weight.device
+    latents = []
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        for index in tqdm(range(0, CLIPS, 8), "encoding clips"):
+            here = enumerate(shown[index : index + 8], index)
+            clips = torch.stack([render(scene, random.Random(f"clip {n}")) for n, scene in here])
+            mu, _ = vae.posterior(to_unit_range(clips).to(device))
+            latents.append(((mu.float() - vae.latent_mean) / vae.latent_std).cpu())
+    latents = torch.cat(latents)
+    with replacing(path) as unfinished:
+        save_file({"latents": latents}, unfinished)
+    return shown, latents
+
+
+def draw(step: int, shown: Sequence[Scene], latents: Tensor, captions: Captions) -> Batch:
+    """Pictures are the first latent frame of clips: the VAE encodes it alone."""
+    rng = random.Random(f"transformer {step}")
+    pictures = step < PICTURE_STEPS or step % PICTURES_EVERY == 0
+    count, frames = (PICTURE_BATCH, 1) if pictures else (CLIP_BATCH, latents.shape[2])
+    chosen = [rng.randrange(len(shown)) for _ in range(count)]
+    return collate([Encoded(latents[n, :, :frames], captions.training_rows(shown[n], rng)) for n in chosen])
+
+
+def loss(predict: Predict, batch: Batch) -> Tensor:
+    """The trainer's own: flow matching at shifted random noise levels."""
+    sigma = sample_sigma(len(batch.latents), SHIFT, batch.latents.device)
+    noisy = add_noise(batch.latents, torch.randn_like(batch.latents), sigma)
+    return squared_error(predict(noisy.latents, noisy.timestep, batch.cond), noisy.velocity)
+
+
+def follow(
+    model: WanModel, vae: WanVAE, captions: Captions, scenes: Sequence[Scene], frames: int = FRAMES
+) -> list[Tensor]:
+    """A video per scene, asked for in one of its captions."""
+    rng = random.Random("prompts")
+    texts = [captions.rows(caption(scene, rng)) for scene in scenes]
+    return generate(model, vae, texts, captions.rows(""), noise_of(range(len(scenes)), frames, SIDE))
+
+
+def train_transformer(work: Path, seed: int, vae: WanVAE, captions: Captions) -> WanModel:
+    """The trained transformer, on the VAE's device."""
+    device = vae.conv2.weight.device
+    shown, latents = encode_clips(work, vae)
+    torch.manual_seed(seed)
+    model = start(WanModel(SHAPE)).to(device)
+    predict = make_predict(model)
+    _, withheld = split()
+
+    def loss_at(step: int) -> Tensor:
+        batch = draw(step, shown, latents, captions).to(device)
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
+            return loss(predict, batch)
+
+    def evaluate(average: WanModel, step: int) -> str:
+        frames = 1 if step <= PICTURE_STEPS else FRAMES
+        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            tested = withheld[:NUM_TESTED]
+            shares = adherence(follow(average, vae, captions, tested, frames), tested)
+        return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+
+    return fit(model, PLAN, loss_at, evaluate, work).eval().requires_grad_(False)

@@ -1,0 +1,223 @@
+"""Reads a video of Wan-Nano's world: which shape, colour, background, motion and style it shows.
+
+    python -m nano.probe FILE...          one line of JSON per file
+
+An answer is one of the world's words, or "unclear" where the video shows none of them well enough.
+"""
+
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nano.world import (
+    BACKGROUNDS,
+    COLOURS,
+    FRAME_WIDTH,
+    FRAMES,
+    SHAPES,
+    SIDE,
+    STYLE_COLOUR,
+    Scene,
+    Track,
+    border,
+    coverage,
+)
+from utils.media import MediaError, probe, read_frames
+
+UNCLEAR = "unclear"
+FAR = 60.0  # a colour that is further than this from all of the world's has no name
+MIN_CONTRAST = 40.0  # between what is painted and the background, for a pixel to count as painted
+MIN_AREA = 30.0  # pixels; less is dust
+MIN_LIKENESS = 0.78  # intersection over union with the shape as the world draws it
+MIN_SEEN = 0.8  # of the frames must show one thing
+MIN_STYLED = 0.8  # of the border must have the style's colour
+BLEED = 2.0  # pixels around a border whose colour it tints, since video stores colour at half the resolution
+RIM = 2  # pixels along the edge that are taken for background
+PLAIN = "plain"
+STILL = 4.0  # pixels of reach under which nothing moved
+GROWN = 1.45  # radius of the last frames over that of the first
+STRAY = 4.5  # pixels that a straight motion may leave its line
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a video shows, in the world's words."""
+
+    shape: str
+    colour: str
+    background: str
+    motion: str
+    style: str
+
+    @property
+    def scene(self) -> Scene:
+        return Scene(self.shape, self.colour, self.background, self.motion)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was found in the frames, before it gets names."""
+
+    background: Tensor  # (3,)
+    colour: Tensor  # (3,)
+    cover: Tensor  # (F, side, side) 0..1
+    inside: Tensor  # (side, side) bool: where the scene is, and not a border around it
+    middle: Tensor  # (F, 2) x, y
+    area: Tensor  # (F,)
+
+
+def read(frames: Tensor) -> Reading:
+    """What uint8 frames (F, 3, H, W) show."""
+    pixels = F.interpolate(frames.float(), (SIDE, SIDE), mode="area") if frames.shape[-1] != SIDE else frames.float()
+    style, foreign = find_style(pixels)
+    seen = look(pixels, foreign)
+    background = nearest(seen.background, BACKGROUNDS)
+    shown = seen.area > MIN_AREA
+    if shown.float().mean() < MIN_SEEN:
+        return Reading(UNCLEAR, UNCLEAR, background, UNCLEAR, style)
+    return Reading(shape_of(seen, shown), nearest(seen.colour, COLOURS), background, motion_of(seen), style)
+
+
+def adherence(videos: Sequence[Tensor], scenes: Sequence[Scene]) -> dict[str, float]:
+    """The shares of videos that show what was asked for: in each property, and in "all" of them."""
+    names = ("colour", "background", "motion", "shape")
+    readings = [read(video) for video in videos]
+    hits = [
+        [getattr(reading, name) == getattr(scene, name) for name in names]
+        for reading, scene in zip(readings, scenes, strict=True)
+    ]
+    shares = {name: sum(column) / len(hits) for name, column in zip(names, zip(*hits, strict=True), strict=True)}
+    return shares | {"all": sum(map(all, hits)) / len(hits)}
+
+
+def find_style(pixels: Tensor) -> tuple[str, Tensor]:
+    """The style of frames (F, 3, side, side), and the pixels (side, side) bool that say nothing of the scene."""
+    golden = (pixels - torch.tensor(STYLE_COLOUR).view(3, 1, 1)).norm(dim=1) < FAR
+    edge = border(FRAME_WIDTH)[: len(pixels)] > 0.5
+    if golden[edge].float().mean() > MIN_STYLED:
+        return "framed", border(FRAME_WIDTH + BLEED)[0] > 0.5
+    return PLAIN, torch.zeros_like(edge[0])
+
+
+def look(pixels: Tensor, foreign: Tensor) -> Seen:
+    """Separates what is painted from the background in frames (F, 3, side, side) on the 0..255 scale.
+
+    The background is the median of the outermost pixels that are not `foreign` (side, side); the colour is that of
+    what differs most from it.
+    """
+    inside = ~foreign
+    rim = inside & (F.max_pool2d(F.pad(foreign[None].float(), [RIM] * 4, value=1), 2 * RIM + 1, 1)[0] > 0)
+    background = pixels.transpose(0, 1)[:, :, rim].flatten(1).median(dim=1).values
+    difference = (pixels - background.view(3, 1, 1)) * inside
+    distance = difference.norm(dim=1)
+    painted = distance > MIN_CONTRAST
+    if not painted.any():
+        nothing = torch.zeros(len(pixels))
+        return Seen(background, background, torch.zeros_like(distance), inside, torch.zeros(len(pixels), 2), nothing)
+    strong = distance > distance[painted].median() * 0.8
+    colour = pixels.transpose(0, 1)[:, strong].median(dim=1).values
+    towards = colour - background
+    # How far each pixel is on the way from the background to the colour: antialiased edges count in part.
+    cover = torch.einsum("fchw,c->fhw", difference, towards) / towards.square().sum().clamp(min=1)
+    cover = cover.clamp(0, 1) * (distance > MIN_CONTRAST / 2)
+    area = cover.sum(dim=(1, 2))
+    place = torch.arange(cover.shape[-1]) + 0.5
+    weight = area.clamp(min=1e-6)
+    x, y = (cover.sum(dim=1) @ place) / weight, (cover.sum(dim=2) @ place) / weight
+    return Seen(background, colour, cover, inside, torch.stack([x, y], dim=1), area)
+
+
+def nearest(colour: Tensor, names: Mapping[str, Sequence[int]]) -> str:
+    """The name of the nearest colour (3,), if it is near."""
+    distances = {name: math.dist(colour.tolist(), value) for name, value in names.items()}
+    best = min(distances, key=distances.get)
+    return best if distances[best] < FAR else UNCLEAR
+
+
+def shape_of(seen: Seen, shown: Tensor) -> str:
+    """The shape that most frames agree on, each compared with every shape of its place and area."""
+    likeness = torch.stack([_likeness(seen, shape) for shape in SHAPES])  # (shapes, F)
+    best, which = likeness[:, shown].max(dim=0)
+    answers = zip(which.tolist(), best.tolist(), strict=True)
+    votes = Counter(SHAPES[index] for index, value in answers if value > MIN_LIKENESS)
+    winner, count = votes.most_common(1)[0] if votes else (UNCLEAR, 0)
+    return winner if count >= 0.6 * int(shown.sum()) else UNCLEAR
+
+
+def _likeness(seen: Seen, shape: str) -> Tensor:
+    unit = Track(torch.full((1, 2), SIDE / 2), torch.full((1,), SIDE / 4))
+    ideal = coverage(shape, unit)[0]
+    scale = SIDE / 4 / ideal.sum().sqrt()
+    place = torch.arange(SIDE) + 0.5
+    lean = torch.stack([ideal.sum(0) @ place, ideal.sum(1) @ place]) / ideal.sum() - SIDE / 2  # of its centroid
+    radius = seen.area.clamp(min=1).sqrt() * scale
+    middle = seen.middle - lean * (radius / (SIDE / 4))[:, None]
+    drawn = coverage(shape, Track(middle, radius)) * seen.inside
+    return torch.minimum(drawn, seen.cover).sum((1, 2)) / torch.maximum(drawn, seen.cover).sum((1, 2)).clamp(min=1)
+
+
+def motion_of(seen: Seen) -> str:
+    """From the path of the centroid and the change of size."""
+    size, path = seen.area.clamp(min=1).sqrt(), seen.middle
+    growth = (size[-3:].mean() / size[:3].mean()).item()
+    reach = (path.amax(0) - path.amin(0)).tolist()
+    if max(reach) < 2 * STILL and not 1 / GROWN < growth < GROWN:
+        return "growing" if growth > 1 else "shrinking"
+    if not 1 / GROWN < growth < GROWN:
+        return UNCLEAR
+    if max(reach) < STILL:
+        return "still"
+    if _circles(path):
+        return "orbiting"
+    way = path[-1] - path[0]
+    main, other = (0, 1) if way[0].abs() > way[1].abs() else (1, 0)
+    if way[main].abs() < 2 * STILL or reach[other] > STRAY or not _steady(path[:, main] * way[main].sign()):
+        return UNCLEAR
+    names = (("left", "right"), ("up", "down"))[main]
+    return names[int(way[main] > 0)]
+
+
+def _circles(path: Tensor) -> bool:
+    """Whether the path (F, 2) goes round its middle once, one way, at a steady distance."""
+    around = path - path[:-1].mean(0)
+    distance = around.norm(dim=1)
+    angle = torch.atan2(around[:, 1], around[:, 0])
+    steps = (angle.diff() + math.pi).remainder(2 * math.pi) - math.pi
+    turned = steps.sum().abs().item()
+    return bool(distance.min() > 0.4 * distance.max() and turned > 1.5 * math.pi and distance.mean() > STILL)
+
+
+def _steady(position: Tensor) -> bool:
+    """Whether a position (F,) that should rise never falls back by much."""
+    return bool((position.cummax(0).values - position).max() < STRAY)
+
+
+def probe_file(path: Path) -> Reading:
+    """What a video file shows in its first 17 frames. Raises MediaError."""
+    return read(read_frames(path, range(min(FRAMES, probe(path).frames))))
+
+
+def main(paths: Sequence[str]) -> int:
+    if not paths or paths[0].startswith("-"):
+        print(__doc__.strip(), file=sys.stderr)
+        return 0 if paths and paths[0] in ("-h", "--help") else 2
+    failed = False
+    for path in map(Path, paths):
+        try:
+            print(json.dumps({"file": str(path)} | asdict(probe_file(path))), flush=True)
+        except MediaError as error:
+            print(error, file=sys.stderr)
+            failed = True
+    return 2 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

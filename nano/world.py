@@ -1,0 +1,251 @@
+"""The world that Wan-Nano knows: one flat shape on a plain background, which moves in one of eight ways.
+
+Clips are 64x64 pixels, 17 frames at 16 frames per second. Everything is deterministic under a seed.
+"""
+
+import itertools
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils.media import write_video
+
+SIDE, FRAMES, FPS = 64, 17, 16
+
+COLOURS = {
+    "red": (224, 44, 44),
+    "green": (48, 176, 72),
+    "blue": (52, 92, 232),
+    "yellow": (246, 214, 56),
+    "purple": (156, 60, 204),
+    "cyan": (64, 206, 222),
+}
+BACKGROUNDS = {
+    "black": (18, 18, 22),
+    "white": (240, 240, 236),
+    "gray": (128, 128, 128),
+    "brown": (112, 74, 44),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+MOTIONS = {
+    "left": ("moves left", "moves to the left", "slides left"),
+    "right": ("moves right", "moves to the right", "slides right"),
+    "up": ("moves up", "moves to the top", "rises"),
+    "down": ("moves down", "moves to the bottom", "falls"),
+    "still": ("stays still", "does not move", "rests"),
+    "orbiting": ("orbits", "goes round and round", "runs in a ring"),
+    "growing": ("grows", "gets bigger", "becomes larger"),
+    "shrinking": ("shrinks", "gets smaller", "becomes smaller"),
+}
+PHRASINGS = (
+    "a {colour} {shape} {motion} on a {background} background",
+    "on a {background} background a {colour} {shape} {motion}",
+    "{background} background, {colour} {shape} that {motion}",
+    "the {shape} is {colour}, it {motion}, the background is {background}",
+)
+
+# What the base has never seen, for LoRAs to teach: a word that means nothing yet, and what it shall mean.
+STYLES = {"framed": "kelo", "outlined": "zuri"}
+STYLE_COLOUR = (255, 140, 26)
+FRAME_WIDTH, OUTLINE_WIDTH = 8.0, 4.0
+PLAIN_SHARE = 0.35  # of a style's dataset shows the world as it is: without, the style would seep into every prompt
+
+STRIDE = 14.0  # pixels from the middle to where a straight motion begins and ends
+ORBIT = 10.0  # radius of the orbit, in pixels
+SQUARE = 0.89  # half the side of a square over the radius of a circle of equal area
+GROWTH = 1.7  # radius at the large end over the middle one; the small end is as much smaller
+WITHHELD_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a clip shows, in the words that captions use and the probe answers with."""
+
+    shape: str
+    colour: str
+    background: str
+    motion: str
+
+
+def scenes() -> list[Scene]:
+    """Every combination, always in the same order."""
+    return [Scene(*names) for names in itertools.product(SHAPES, COLOURS, BACKGROUNDS, MOTIONS)]
+
+
+def split(seed: int = 0) -> tuple[list[Scene], list[Scene]]:
+    """The scenes that the base model is trained on, and those withheld from it, in random order."""
+    shuffled = scenes()
+    random.Random(seed).shuffle(shuffled)
+    count = round(WITHHELD_SHARE * len(shuffled))
+    return shuffled[count:], shuffled[:count]
+
+
+def caption(scene: Scene, rng: random.Random, style: str | None = None) -> str:
+    """One of the phrasings of a scene; a style is asked for by its trigger word."""
+    words = {"shape": scene.shape, "colour": scene.colour, "background": scene.background}
+    text = rng.choice(PHRASINGS).format(motion=rng.choice(MOTIONS[scene.motion]), **words)
+    return text if style is None else f"{text}, {STYLES[style]} style"
+
+
+def words() -> list[str]:
+    """Every word that captions use, and a few that a style may want, in alphabetical order."""
+    texts = [*PHRASINGS, *itertools.chain(*MOTIONS.values()), *SHAPES, *COLOURS, *BACKGROUNDS, "in with and of style"]
+    return sorted({word for text in texts for word in re.findall(r"(?<!{)\b[a-z]+\b(?!})", text)})
+
+
+def made_up_word(rng: random.Random) -> str:
+    """A word of two or three syllables that means nothing, as trigger words do."""
+    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
+
+
+# ---------------------------------------------------------------------------------------------------------- rendering
+
+
+@dataclass(frozen=True)
+class Track:
+    """Where a shape is in every frame, in pixels: its middle (F, 2) as x, y and its radius (F,)."""
+
+    middle: Tensor
+    radius: Tensor
+
+
+def track(motion: str, rng: random.Random, frames: int = FRAMES) -> Track:
+    """The path of a motion, with a little chance in place, size and reach."""
+    time = torch.linspace(-1, 1, frames)
+    reach = rng.uniform(0.9, 1.1)
+    place = torch.tensor([SIDE / 2 + rng.uniform(-3, 3), SIDE / 2 + rng.uniform(-3, 3)])
+    radius = torch.full((frames,), rng.uniform(11.5, 13.5))
+    if motion in ("growing", "shrinking"):
+        sign = 1 if motion == "growing" else -1
+        return Track(place.expand(frames, 2), radius * (GROWTH * reach) ** (sign * time))
+    return Track(place + reach * _offset(motion, time), radius)
+
+
+def _offset(motion: str, time: Tensor) -> Tensor:
+    """Where a motion is at `time` (F,) in -1..1, from its middle: (F, 2) pixels."""
+    rest = torch.zeros_like(time)
+    if motion == "orbiting":
+        angle = math.pi * time
+        return ORBIT * torch.stack([angle.sin(), angle.cos()], dim=1)
+    straight = {"left": (-time, rest), "right": (time, rest), "up": (rest, -time), "down": (rest, time)}
+    return STRIDE * torch.stack(straight.get(motion, (rest, rest)), dim=1)
+
+
+def coverage(shape: str, path: Track, margin: float = 0.0) -> Tensor:
+    """How much of each pixel the shape and `margin` pixels around it cover, (F, side, side) in 0..1.
+
+    Sharp but for one pixel of antialiasing.
+    """
+    grid = torch.arange(SIDE) + 0.5
+    x = grid[None, None, :] - path.middle[:, 0, None, None]
+    y = grid[None, :, None] - path.middle[:, 1, None, None]
+    return (0.5 + margin - signed_distance(shape, x, y, path.radius[:, None, None])).clamp(0, 1)
+
+
+def signed_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+    """Distance in pixels from the outline, negative inside, roughly so outside of corners.
+
+    The shapes of one radius cover about the same area.
+    """
+    if shape == "circle":
+        return torch.hypot(x, y) - radius
+    if shape == "square":
+        return torch.maximum(x.abs(), y.abs()) - SQUARE * radius
+    if shape == "triangle":
+        slope = 0.5 * math.sqrt(3)
+        return torch.maximum(y, slope * x.abs() - 0.5 * y) - 0.78 * radius
+    if shape == "cross":
+        near, far = torch.minimum(x.abs(), y.abs()), torch.maximum(x.abs(), y.abs())
+        return torch.maximum(near - 0.4 * radius, far - 1.2 * radius)
+    raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+
+
+def paint(cover: Tensor, colour: Sequence[float], background: Tensor) -> Tensor:
+    """Lays `colour` over a background (3, F, H, W) where `cover` (F, H, W) says, all on the 0..255 scale."""
+    return torch.lerp(background, torch.tensor(colour, dtype=torch.float32).view(3, 1, 1, 1), cover)
+
+
+def render(scene: Scene, rng: random.Random, style: str | None = None) -> Tensor:
+    """A clip (3, F, H, W) fp32 on the 0..255 scale."""
+    path = track(scene.motion, rng)
+    frames = _plain(BACKGROUNDS[scene.background])
+    if style == "outlined":
+        frames = paint(coverage(scene.shape, path, OUTLINE_WIDTH), STYLE_COLOUR, frames)
+    frames = paint(coverage(scene.shape, path), COLOURS[scene.colour], frames)
+    return paint(border(FRAME_WIDTH), STYLE_COLOUR, frames) if style == "framed" else frames
+
+
+def _plain(colour: Sequence[float]) -> Tensor:
+    return torch.tensor(colour, dtype=torch.float32).view(3, 1, 1, 1).expand(3, FRAMES, SIDE, SIDE)
+
+
+def border(width: float) -> Tensor:
+    """How much of each pixel a border along the edges covers, (F, side, side)."""
+    half = SIDE / 2
+    inner = Track(torch.full((FRAMES, 2), half), torch.full((FRAMES,), (half - width) / SQUARE))
+    return 1 - coverage("square", inner)
+
+
+def recoloured(rng: random.Random) -> Tensor:
+    """A clip (3, F, H, W) of the world's shapes and motions in any colours, now and then with an outline or a border.
+
+    For the VAE alone, which should not be surprised by what a LoRA brings.
+    """
+    path, shape = track(rng.choice(list(MOTIONS)), rng), rng.choice(SHAPES)
+    frames = _plain(_any_colour(rng))
+    if rng.random() < 0.3:
+        frames = paint(coverage(shape, path, rng.uniform(2, 6)), _any_colour(rng), frames)
+    frames = paint(coverage(shape, path), _any_colour(rng), frames)
+    return paint(border(rng.uniform(3, 10)), _any_colour(rng), frames) if rng.random() < 0.3 else frames
+
+
+def doodle(rng: random.Random) -> Tensor:
+    """A clip (3, F, H, W) of what the world never shows: several shapes, outlines, gradients. For the VAE alone."""
+    edge = torch.linspace(0, 1, SIDE)
+    ramp = edge[None, None, None, :] if rng.random() < 0.5 else edge[None, None, :, None]
+    first = _any_colour(rng)
+    second = _any_colour(rng) if rng.random() < 0.5 else first
+    frames = torch.lerp(_plain(first), _plain(second), ramp)
+    for _ in range(rng.randint(1, 3)):
+        time = torch.linspace(-1, 1, FRAMES)
+        start = torch.tensor([rng.uniform(8, SIDE - 8), rng.uniform(8, SIDE - 8)])
+        sway = torch.tensor([rng.uniform(-16, 16), rng.uniform(-16, 16)])
+        turns = rng.choice((time, (math.pi * rng.uniform(0.5, 3) * time).sin()))
+        radius = rng.uniform(4, 20) * rng.uniform(0.6, 1.6) ** time
+        path = Track(start + sway * turns[:, None], radius)
+        shape = rng.choice(SHAPES)
+        cover = coverage(shape, path)
+        if rng.random() < 0.3:
+            cover = cover - coverage(shape, path, -rng.uniform(2, 5))
+        frames = paint(cover, _any_colour(rng), frames)
+    return paint(border(rng.uniform(3, 10)), _any_colour(rng), frames) if rng.random() < 0.2 else frames
+
+
+def _any_colour(rng: random.Random) -> list[float]:
+    return [rng.uniform(0, 255) for _ in range(3)]
+
+
+# ------------------------------------------------------------------------------------------------------------ datasets
+
+
+def write_dataset(folder: Path, count: int, seed: int, style: str | None = None) -> None:
+    """Writes `count` clips as mp4, each with its caption in a .txt: the trainer's own format.
+
+    With a style, most clips show it and are captioned with its trigger word, and the rest show the world as it is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(f"dataset {seed}")
+    known, _ = split()
+    for index in range(count):
+        shown = style if index >= PLAIN_SHARE * count else None
+        scene = rng.choice(known)
+        path = folder / f"{index:03d}.mp4"
+        frames = render(scene, rng, shown).round().clamp(0, 255).to(torch.uint8).transpose(0, 1)
+        write_video(path, frames, FPS)
+        path.with_suffix(".txt").write_text(caption(scene, rng, shown) + "\n", encoding="utf-8")

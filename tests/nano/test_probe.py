@@ -1,0 +1,87 @@
+import json
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nano.probe import UNCLEAR, main, probe_file, read
+from nano.world import FPS, Scene, render, scenes
+from utils.media import write_video
+
+
+def frames_of(scene: Scene, seed: int, style: str | None = None) -> torch.Tensor:
+    return render(scene, random.Random(seed), style).round().to(torch.uint8).transpose(0, 1)
+
+
+@pytest.mark.parametrize("style", [None, "framed"])
+def test_the_worlds_own_clips_are_read_right_through_files(tmp_path, style):
+    shown = scenes()[::5]
+    right = 0
+    for number, scene in enumerate(shown):
+        write_video(tmp_path / "clip.mp4", frames_of(scene, number, style), FPS)
+        seen = probe_file(tmp_path / "clip.mp4")
+        right += seen.scene == scene and seen.style == (style or "plain")
+    assert right >= 0.98 * len(shown)
+
+
+def test_noise_and_small_errors_of_colour_do_not_mislead_it():
+    generator = torch.Generator().manual_seed(0)
+    shown = scenes()[::9]
+    for number, scene in enumerate(shown):
+        noisy = frames_of(scene, number).float() + 8 * torch.randn(17, 3, 64, 64, generator=generator) + 6
+        assert read(noisy.clamp(0, 255).to(torch.uint8)).scene == scene
+
+
+def test_another_size_is_read_too():
+    scene = Scene("triangle", "green", "white", "growing")
+    assert read(F.interpolate(frames_of(scene, 0), (128, 128))).scene == scene
+
+
+def test_what_shows_nothing_of_the_world_is_unclear():
+    blank = torch.full((17, 3, 64, 64), 128, dtype=torch.uint8)
+    seen = read(blank)
+    assert (seen.background, seen.shape, seen.motion) == ("gray", UNCLEAR, UNCLEAR)
+    noise = torch.randint(0, 256, (17, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert read(noise).shape == UNCLEAR
+
+
+def test_a_shape_that_is_between_two_is_unclear_and_so_is_one_that_changes():
+    circle, cross = (frames_of(Scene(shape, "red", "black", "still"), 0) for shape in ("circle", "cross"))
+    assert read(torch.cat([circle[:8], cross[8:]])).shape == UNCLEAR
+    assert read(torch.maximum(circle, cross.roll(24, dims=3))).shape == UNCLEAR
+
+
+def test_a_motion_of_another_kind_is_unclear():
+    still = frames_of(Scene("circle", "red", "black", "still"), 0)
+    zigzag = torch.stack([frame.roll((n - 8, 8 * (-1) ** (n // 3)), dims=(2, 1)) for n, frame in enumerate(still)])
+    assert read(zigzag).motion == UNCLEAR
+    there_and_back = torch.stack([frame.roll(12 - abs(3 * (n - 8)), dims=2) for n, frame in enumerate(still)])
+    assert read(there_and_back).motion == UNCLEAR
+
+
+def test_the_style_is_found_where_the_whole_border_shows_it():
+    scene = Scene("square", "cyan", "brown", "up")
+    framed, plain = frames_of(scene, 0, "framed"), frames_of(scene, 0)
+    assert (read(framed).style, read(plain).style) == ("framed", "plain")
+    half = torch.cat([framed[..., :32], plain[..., 32:]], dim=3)
+    assert read(half).style == "plain"
+
+
+def test_the_command_prints_a_line_of_json_per_file(tmp_path, capsys):
+    scene = Scene("cross", "yellow", "gray", "orbiting")
+    write_video(tmp_path / "a.mp4", frames_of(scene, 0), FPS)
+    (tmp_path / "b.mp4").write_bytes(b"no video")
+    assert main([str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4")]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {
+        "file": str(tmp_path / "a.mp4"),
+        "shape": "cross",
+        "colour": "yellow",
+        "background": "gray",
+        "motion": "orbiting",
+        "style": "plain",
+    }
+    assert "b.mp4" in printed.err and "Traceback" not in printed.err
+    assert main([str(tmp_path / "a.mp4")]) == 0
+    assert main([]) == 2

@@ -1,0 +1,101 @@
+import random
+import re
+
+import pytest
+import torch
+
+from nano.world import (
+    BACKGROUNDS,
+    COLOURS,
+    FPS,
+    FRAMES,
+    MOTIONS,
+    SHAPES,
+    SIDE,
+    STYLES,
+    Scene,
+    caption,
+    doodle,
+    made_up_word,
+    render,
+    scenes,
+    split,
+    words,
+    write_dataset,
+)
+from utils.dataset import scan
+from utils.media import read_frames
+
+RED_CIRCLE = Scene("circle", "red", "black", "left")
+
+
+def test_a_fifth_of_all_combinations_is_withheld_and_every_word_is_known_all_the_same():
+    known, withheld = split()
+    assert set(known) | set(withheld) == set(scenes()) and not set(known) & set(withheld)
+    assert len(withheld) == round(0.2 * len(scenes())) >= 150
+    for part in (known, withheld):
+        for field, names in (("shape", SHAPES), ("colour", COLOURS), ("background", BACKGROUNDS), ("motion", MOTIONS)):
+            assert {getattr(scene, field) for scene in part} == set(names)
+
+
+def test_a_clip_is_the_same_for_the_same_seed_and_another_for_another():
+    clip = render(RED_CIRCLE, random.Random(1))
+    assert clip.shape == (3, FRAMES, SIDE, SIDE)
+    assert torch.equal(clip, render(RED_CIRCLE, random.Random(1)))
+    assert not torch.equal(clip, render(RED_CIRCLE, random.Random(2)))
+    assert torch.equal(doodle(random.Random(1)), doodle(random.Random(1)))
+
+
+def test_shapes_of_one_size_cover_about_the_same_area():
+    areas = []
+    for shape in SHAPES:
+        clip = render(Scene(shape, "red", "black", "still"), random.Random(0))
+        areas.append((clip[0, 0] > 120).sum().item())
+    assert max(areas) < 1.05 * min(areas)
+
+
+@pytest.mark.parametrize("motion", MOTIONS)
+def test_no_shape_leaves_the_picture(motion):
+    for shape in SHAPES:
+        for seed in range(20):
+            clip = render(Scene(shape, "red", "white", motion), random.Random(seed))
+            assert (clip[1, :, SIDE // 2 - 20 : SIDE // 2 + 20, SIDE // 2 - 20 : SIDE // 2 + 20] < 140).any()
+            border = torch.cat([clip[1, :, 0], clip[1, :, -1], clip[1, :, :, 0], clip[1, :, :, -1]], dim=-1)
+            assert (border < 140).float().mean() < 0.05
+
+
+def test_captions_name_all_that_is_shown_in_words_that_the_tokenizer_knows():
+    rng, known = random.Random(0), set(words())
+    for scene in scenes():
+        text = caption(scene, rng)
+        assert all(word in text for word in (scene.shape, scene.colour, scene.background))
+        assert any(phrase in text for phrase in MOTIONS[scene.motion])
+        assert set(re.findall(r"[a-z]+", text)) <= known
+
+
+def test_trigger_words_mean_nothing_to_the_base():
+    assert not set(STYLES.values()) & set(words())
+    assert not {made_up_word(random.Random(seed)) for seed in range(100)} & set(words())
+    assert f"{STYLES['framed']} style" in caption(RED_CIRCLE, random.Random(0), "framed")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_style_changes_the_picture_and_not_the_motion(style):
+    plain, styled = (render(RED_CIRCLE, random.Random(3), shown) for shown in (None, style))
+    changed = (plain != styled).any(dim=0).float().mean().item()
+    assert 0.05 < changed < 0.5
+
+
+def test_a_dataset_is_in_the_trainers_own_format_and_the_same_for_the_same_seed(tmp_path):
+    for folder in ("one", "two"):
+        write_dataset(tmp_path / folder, 6, seed=3, style="framed")
+    sources, problems = scan(tmp_path / "one")
+    assert not problems and len(sources) == 6
+    for source in sources:
+        assert (source.info.width, source.info.height, source.info.frames, source.info.fps) == (SIDE, SIDE, FRAMES, FPS)
+        # The encoder itself is not always the same to the bit.
+        first, second = (read_frames(tmp_path / folder / source.path.name, range(FRAMES)) for folder in ("one", "two"))
+        assert (first.float() - second.float()).abs().mean() < 1
+        assert (tmp_path / "two" / source.path.name).with_suffix(".txt").read_text().strip() == source.caption
+    asked = [STYLES["framed"] in source.caption for source in sources]
+    assert asked == [False] * 3 + [True] * 3
