@@ -1,12 +1,15 @@
-# make venv    the virtual environment with everything the trainer and its tests need
-# make test    checks and tests, at most ten minutes on two cores
-# make check   only the checks
+# make venv        the virtual environment with everything the trainer and its tests need
+# make demo        teach the small Wan a new style, and look at it: five minutes on two cores
+# make test        checks and tests, at most ten minutes on two cores
+# make check       only the checks
+# make test-slow   proofs at full size
+# make nano-check  proofs that training teaches, on the small Wan
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv test test-slow check clean
+.PHONY: venv demo test test-slow nano-check check clean
 
 venv: $(VENV)/.complete
 
@@ -22,10 +25,16 @@ check: venv
 
 # Waiting threads that spin slow the other processes of the test suite down.
 test: check
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow"
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow and not nano"
 
 test-slow: venv
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow
+
+nano-check: venv
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m nano -s
+
+demo: venv
+	OMP_WAIT_POLICY=passive $(BIN)/python -m nano.demo
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache

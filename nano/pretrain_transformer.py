@@ -127,6 +127,8 @@ def train_transformer(work: Path, seed: int, vae: WanVAE, captions: Captions) ->
     shown, latents = encode_clips(work, vae)
     torch.manual_seed(seed)
     model = start(WanModel(SHAPE)).to(device)
+    for block in model.blocks:
+        block.compile(dynamic=False)  # a fifth faster on two CPU cores
     predict = make_predict(model)
     _, withheld = split()
 

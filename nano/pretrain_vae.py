@@ -42,12 +42,13 @@ class Course:
     recoloured_share: float
     doodle_share: float
     kl_weight: float
+    learning_rate: float
     compiled: bool = False  # two minutes per kind of step, for steps that take two thirds of the time
 
     @property
     def plan(self) -> Plan:
         steps = sum(pieces.steps for pieces in self.pieces)
-        return Plan(self.name, steps, 3e-3, 1e-3, ema_decay=0.995, evaluate_every=450)
+        return Plan(self.name, steps, self.learning_rate, self.learning_rate / 3, ema_decay=0.995, evaluate_every=450)
 
     def at(self, step: int) -> Pieces:
         for pieces in self.pieces:
@@ -64,10 +65,19 @@ COURSES = (
         recoloured_share=0.0,
         doodle_share=0.35,
         kl_weight=3e-4,
+        learning_rate=3e-3,
     ),
     # More KL than a picture needs: a decoder that forgives small errors of latents draws what a small transformer
-    # means, not what it says.
-    Course("vae", (Pieces(3200, 17, 64, 2),), recoloured_share=0.2, doodle_share=0.1, kl_weight=1.5e-3, compiled=True),
+    # means, not what it says. The learning rate is low because two clips a step are few.
+    Course(
+        "vae",
+        (Pieces(2400, 17, 64, 2),),
+        recoloured_share=0.2,
+        doodle_share=0.1,
+        kl_weight=1e-3,
+        learning_rate=1e-3,
+        compiled=True,
+    ),
 )
 
 

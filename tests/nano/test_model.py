@@ -1,0 +1,75 @@
+"""The small Wan as it ships: its files, what it follows, and through its VAE."""
+
+import random
+
+import pytest
+import torch
+
+from nano.demo import MODEL
+from nano.pretrain_transformer import SHAPE
+from nano.pretrain_vae import psnr, reconstruct
+from nano.probe import adherence
+from nano.sampling import generate, noise_of
+from nano.world import FRAMES, SIDE, caption, render, split
+from utils.conditioning import to_unit_range
+from wan.checkpoints import load_config, load_text_encoder, load_transformer, load_vae, text_length, transformer_layout
+
+WITHHELD = split()[1]
+
+
+def follow(count: int) -> dict[str, float]:
+    """The adherence to captions of withheld scenes, at 20 UniPC steps with guidance."""
+    scenes, rng = WITHHELD[:count], random.Random("follow")
+    encoder = load_text_encoder(MODEL, text_length(MODEL), torch.float32, "cpu")
+    texts = encoder.encode([caption(scene, rng) for scene in scenes])
+    model, vae = load_transformer(MODEL, torch.float32), load_vae(MODEL)
+    videos = generate(model, vae, texts, encoder.encode([""])[0], noise_of(range(len(scenes)), FRAMES, SIDE))
+    return adherence(videos, scenes)
+
+
+def test_it_ships_in_the_official_layout_in_at_most_30_mb():
+    files = [path for path in MODEL.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 30e6
+    assert {path.relative_to(MODEL).as_posix() for path in files} == {
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+        "Wan2.1_VAE.pth",
+        "models_t5_umt5-xxl-enc-bf16.pth",
+        "google/umt5-xxl/tokenizer.json",
+        "google/umt5-xxl/tokenizer_config.json",
+        "google/umt5-xxl/special_tokens_map.json",
+    }
+    assert load_config(MODEL).task == "t2v" and transformer_layout(MODEL).shape == SHAPE
+
+
+def test_its_latents_have_the_statistics_that_the_code_expects():
+    rng = random.Random(0)
+    vae = load_vae(MODEL)
+    clips = torch.stack([to_unit_range(render(scene, rng)) for scene in WITHHELD[:24]])
+    latents = torch.cat([vae.encode(clip[None]) for clip in clips])
+    assert latents.mean(dim=(0, 2, 3, 4)).abs().mean() < 0.3
+    assert 0.7 < latents.std() < 1.3
+
+
+def test_it_follows_a_few_prompts_whose_scenes_it_has_never_seen():
+    shares = follow(8)
+    assert shares["colour"] >= 0.85 and shares["background"] >= 0.85
+    assert shares["motion"] >= 0.7 and shares["shape"] >= 0.6
+
+
+@pytest.mark.nano
+def test_it_follows_all_withheld_prompts():
+    shares = follow(len(WITHHELD))
+    print(f"\nadherence on {len(WITHHELD)} withheld scenes: {shares}")
+    assert len(WITHHELD) >= 150
+    assert shares["colour"] >= 0.95 and shares["background"] >= 0.95
+    assert shares["motion"] >= 0.90 and shares["shape"] >= 0.80
+
+
+@pytest.mark.nano
+def test_its_vae_keeps_unseen_clips_at_30_db():
+    rng = random.Random(1)
+    clips = torch.stack([to_unit_range(render(scene, rng)) for scene in WITHHELD])
+    reached = psnr(reconstruct(load_vae(MODEL), clips), clips)
+    print(f"\nVAE: {reached:.2f} dB on {len(clips)} clips of withheld scenes")
+    assert reached >= 30
