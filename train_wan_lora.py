@@ -44,7 +44,7 @@ from utils.optim import SCHEDULES, OptimizerSpec, Updater
 from utils.options import option, parse_options, run_script, to_json
 from utils.preflight import Dataset, open_dataset
 from utils.preprocess import CONTROL_TYPES
-from utils.preview import Preview, make_scenes, read_prompts
+from utils.preview import Preview, make_requests, read_prompts
 from utils.report import clip_table, counted
 from utils.run import Run, keeping_what_is_learnt
 from utils.sampling import Sampler
@@ -68,7 +68,7 @@ class Task:
     dataset: Path | None = option(None, "folder with your clips and captions; may hold train/ and val/")
     pretrained_model_name_or_path: str = option("Wan-AI/Wan2.1-T2V-1.3B", "model folder, or hub name under ./models/")
     download_model: bool = option(False, "fetch the model's files from the hub into ./models/, then stop")
-    cache_embeddings: bool = option(False, "encode all captions and the negative prompts, then stop")
+    cache_embeddings: bool = option(False, "encode all captions and prompts, then stop")
     cache_dir: Path | None = option(None, "where text embeddings are kept (default: .wan_cache in the dataset)")
     output_dir: Path = option(Path("outputs"), "where runs are written, each in its own dated folder")
     config: Path | None = option(None, "TOML file with any of these options; flags win over it")
@@ -146,7 +146,9 @@ class Watching:
     sample_prompts: str | None = option(None, "prompt to preview while training, or a .txt file with one per line")
     sample_every: int = option(200, "preview first, every N steps, and last", minimum=1, needs="sample_prompts")
     sample_steps: int = option(20, "sampling steps of a preview", minimum=1, needs="sample_prompts")
-    sample_guidance: float | None = option(None, "guidance (default: the model's)", minimum=0, needs="sample_prompts")
+    sample_guidance: float | None = option(
+        None, "guidance of previews (default: the model's; 1 with --distill_cfg)", minimum=0, needs="sample_prompts"
+    )
 
 
 @dataclass(frozen=True)
@@ -187,14 +189,14 @@ class Texts:
     """Everything that is told in words, encoded."""
 
     captions: TextCache
-    previews: dict[str, Tensor]  # prompt -> (T, E)
+    previews: list[tuple[str, Tensor]]  # prompts with their (T, E)
     negative: Tensor | None  # (T, E), where guidance leads away from it: in distillation, and in previews
 
 
 def encode_texts(opts: Options, stage: TextStage, data: Dataset) -> Texts:
     """Caches every text, with one load of the encoder at most."""
     captions, negatives = stage.cache(opts.cache_dir or opts.dataset / ".wan_cache"), stage.cache(EMBEDDINGS)
-    prompts = read_prompts(opts.sample_prompts) if opts.sample_prompts else []
+    prompts = [] if opts.sample_prompts is None else read_prompts(opts.sample_prompts)
     config = load_config(stage.folder)
     negative = opts.distill_negative or EMBEDDINGS / config.negative_prompt
     embedded = negative.suffix == ".safetensors"
@@ -203,7 +205,7 @@ def encode_texts(opts: Options, stage: TextStage, data: Dataset) -> Texts:
     if guided and not embedded:
         files.append(negative)
     stage.fill({captions: [*data.captions, *prompts], negatives: [read_prompt(file) for file in files]})
-    rows = {prompt: captions.load(prompt) for prompt in prompts}
+    rows = [(prompt, captions.load(prompt)) for prompt in prompts]
     if not guided:
         return Texts(captions, rows, None)
     away = load_embedding(negative) if embedded else negatives.load(read_prompt(negative))
@@ -272,10 +274,10 @@ def encode_validation(opts: Options, data: Dataset, count: int, vae: WanVAE, tex
 def prepare_preview(opts: Options, folder: Path, data: Dataset, vae: WanVAE, texts: Texts) -> Preview:
     """Previews are as large as the largest clip; those of a control LoRA follow validation clips."""
     followed = encode_validation(opts, data, len(texts.previews), vae, texts.captions) if opts.control_lora else []
-    largest = max(data.windows, key=lambda window: window.tokens)
+    largest, config = max(data.windows, key=lambda window: window.tokens), load_config(folder)
     shape = vae.latent_shape(largest.frames, largest.height, largest.width)
-    scenes = make_scenes(texts.previews, shape, opts.seed, followed)
-    return Preview(scenes, texts.negative, opts.preview_sampler(load_config(folder)))
+    requests = make_requests(texts.previews, shape, opts.seed, vae, followed)
+    return Preview(requests, texts.negative, opts.preview_sampler(config), config.fps)
 
 
 def training_loss(batch: Batch, opts: Options, model: WanModel, predict: Predict, negative: Tensor | None) -> Tensor:
@@ -349,14 +351,14 @@ def train(opts: Options, folder: Path, device: torch.device, data: Dataset) -> N
                 samples = (batch.to(device) for batch in tqdm(validation, desc="validating", leave=False))
                 run.log_validation(validation_loss(predict, samples, val_seed), SIGMAS)
 
-            # Once in a while: generate the same prompts from the same noise, to see what it has learnt.
-            if preview and (last or run.step % opts.sample_every == 0):
-                run.flush()
-                run.log_previews(preview.generate(predict, vae), load_config(folder).fps)
-
             # Once in a while, and at the end: write the LoRA.
             if last or (run.step and run.step % opts.checkpointing_steps == 0):
                 run.save(snapshot())
+
+            # Once in a while: generate the same prompts from the same noise, to see what it has learnt.
+            if preview and (last or run.step % opts.sample_every == 0):
+                run.log_previews(preview.generate(predict, vae), preview.fps)
+
             if last:
                 run.say(f"look at it: python test_wan_control_lora.py --lora_path {run.last_saved} --prompt ...")
                 break

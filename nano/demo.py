@@ -9,6 +9,7 @@ whether prompts without the trigger word are still followed.
 
 import json
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -20,14 +21,17 @@ import torch
 from torch import Tensor
 
 from nano.picture import comparison
-from nano.probe import adherence, read
+from nano.probe import PLAIN, adherence
 from nano.sampling import generate, noise_of
-from nano.world import FPS, FRAMES, SIDE, STYLES, Scene, caption, split, write_dataset
+from nano.world import FPS, STYLES, Scene, caption, split, write_dataset
+from utils.atomic import require_writable
+from utils.device import pick_device
 from utils.errors import RunError
 from utils.lora import fuse_lora
 from utils.lora_files import read_lora
 from utils.media import save_image, write_video
 from utils.options import option, parse_options, run_script
+from utils.report import format_table
 from wan.checkpoints import CheckpointError, load_text_encoder, load_transformer, load_vae, text_length
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +51,7 @@ class Options:
 
     output_dir: Path = option(Path("outputs/nano_demo"), "where everything is written, in a folder of its own")
     samples: int = option(32, "prompts on which the figures are taken", minimum=1)
-    seed: int = option(0, "seed of the dataset, the training and the prompts", minimum=0)
+    seed: int = option(0, "seed of the dataset, the training and the prompts", minimum=0, maximum=2**31)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ KINDS = ("plain_before", "styled_before", "plain_after", "styled_after")
 
 def main(argv: Sequence[str] | None = None) -> None:
     opts = parse_options(Options, argv)
+    require_writable(opts.output_dir)
     started = time.perf_counter()
     folder = opts.output_dir / time.strftime("%Y-%m-%d_%H-%M-%S")
     lora = train(folder, opts.seed)
@@ -75,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write(folder, trials, videos)
     print(f"\nthe trigger word is {STYLES[STYLE]!r}; {time.perf_counter() - started:.0f} seconds in all")
     print(f"  picture       {folder / 'demo.png'}")
-    print(f"  videos        {folder / 'videos'} (left without, right with the LoRA)")
+    print(f"  videos        {folder / 'videos'}")
     print(f"  LoRA          {lora}")
     print(f"  for ComfyUI   {folder / 'framed_comfy.safetensors'}")
     print(f"  TensorBoard   tensorboard --logdir {folder / 'runs'}")
@@ -96,7 +101,7 @@ def train(folder: Path, seed: int) -> Path:
 def run(script: str, *arguments: object) -> None:
     """One of the project's scripts, as a user would call it. Raises RunError where it fails."""
     shown = [str(argument) for argument in arguments]
-    print(f"\n$ python {script} {' '.join(shown)}", flush=True)
+    print(f"\n$ python {script} {shlex.join(shown)}", flush=True)
     if subprocess.run([sys.executable, str(ROOT / script), *shown], check=False).returncode:
         raise RunError(f"{script} ended with an error, see above")
 
@@ -115,34 +120,51 @@ def make_trials(count: int, seed: int) -> list[Trial]:
 
 def show(trials: Sequence[Trial], lora: Path) -> dict[str, list[Tensor]]:
     """For each of KINDS the videos of all trials: before is without the LoRA, after is with it."""
-    model, vae = load_transformer(MODEL, torch.float32), load_vae(MODEL)
-    encoder = load_text_encoder(MODEL, text_length(MODEL), torch.float32, "cpu")
-    negative = encoder.encode([""])[0]
-    noise = noise_of([trial.seed for trial in trials], FRAMES, SIDE)
+    device = pick_device()
+    model, vae = load_transformer(MODEL, torch.float32, device), load_vae(MODEL, device)
+    encoder = load_text_encoder(MODEL, text_length(MODEL), torch.float32, device)
+    noise = noise_of(vae, [trial.seed for trial in trials])
     videos = {}
     for kind in KINDS:
         if kind == "plain_after":
             fuse_lora(model, read_lora(lora))
         asked = [trial.plain if kind.startswith("plain") else trial.styled for trial in trials]
         print(f"generating {len(trials)} videos: {kind.replace('_', ', ')}", flush=True)
-        videos[kind] = generate(model, vae, encoder.encode(asked), negative, noise)
+        videos[kind] = generate(model, vae, encoder.encode(asked), noise, encoder.encode([""])[0])
     return videos
 
 
 def measure(trials: Sequence[Trial], videos: dict[str, list[Tensor]]) -> dict[str, float]:
-    """How often styled prompts show the style, and how often plain ones are followed in shape, colours and motion."""
-    figures = {}
-    for moment in ("before", "after"):
-        styled = [read(video).style == STYLE for video in videos[f"styled_{moment}"]]
-        figures[f"concept_{moment}"] = sum(styled) / len(styled)
-    for moment in ("before", "after"):
-        followed = adherence(videos[f"plain_{moment}"], [trial.scene for trial in trials])
-        figures[f"adherence_{moment}"] = followed["all"]
-    return {name: round(share, 4) for name, share in figures.items()}
+    """How often prompts with the trigger word show the style, and how often those without are followed in everything.
+
+    Everything is shape, colours, motion, and that there is no style where none was asked for.
+    """
+    scenes = [trial.scene for trial in trials]
+    styled, plain = (
+        [adherence(videos[f"{kind}_{moment}"], scenes, style) for moment in ("before", "after")]
+        for kind, style in (("styled", STYLE), ("plain", PLAIN))
+    )
+    print_table(styled, plain)
+    return {
+        "concept_before": round(styled[0]["style"], 4),
+        "concept_after": round(styled[1]["style"], 4),
+        "adherence_before": round(plain[0]["all"], 4),
+        "adherence_after": round(plain[1]["all"], 4),
+    }
+
+
+def print_table(styled: Sequence[dict[str, float]], plain: Sequence[dict[str, float]]) -> None:
+    """Every figure of the probe, without and with the LoRA."""
+    rows = [
+        (f"{kind}: {name}", *(f"{shares[name]:.0%}" for shares in moments))
+        for kind, moments in (("with the trigger word", styled), ("without it", plain))
+        for name in styled[0]
+    ]
+    print("\n" + format_table(("what the probe finds as asked", "without the LoRA", "with it"), rows))
 
 
 def write(folder: Path, trials: Sequence[Trial], videos: dict[str, list[Tensor]]) -> None:
-    """The picture, and for each of its rows an mp4 of both sides."""
+    """The picture, and both videos of each of its rows."""
     rows = []
     for index, trial in enumerate(trials[:SHOWN]):
         kind, prompt = ("plain", trial.plain) if index % 3 == 2 else ("styled", trial.styled)
@@ -150,7 +172,8 @@ def write(folder: Path, trials: Sequence[Trial], videos: dict[str, list[Tensor]]
     save_image(folder / "demo.png", comparison(rows, ("without the LoRA", "with the LoRA")))
     (folder / "videos").mkdir()
     for number, (_, sides) in enumerate(rows, 1):
-        write_video(folder / "videos" / f"{number}.mp4", torch.cat(sides, dim=3), FPS)
+        for label, frames in zip(("without", "with"), sides, strict=True):
+            write_video(folder / "videos" / f"{number}-{label}.mp4", frames, FPS)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,9 @@ def write_pth(path: Path, module: nn.Module) -> None:
     state: dict[str, Tensor] = {
         name: tensor.to(torch.bfloat16).contiguous() for name, tensor in module.state_dict().items()
     }
-    with replacing(path) as unfinished:
-        torch.save(state, unfinished)
+    # Into an open file: given a path, torch.save writes its name into the archive, and no two runs would agree.
+    with replacing(path) as unfinished, unfinished.open("wb") as file:
+        torch.save(state, file)
 
 
 def write_vae(folder: Path, vae: nn.Module) -> None:

@@ -1,11 +1,13 @@
 """The small transformer, from nothing: first pictures, then clips and pictures, all parameters."""
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,7 +16,7 @@ from tqdm import tqdm
 from nano.probe import adherence
 from nano.sampling import generate, noise_of
 from nano.training import Plan, fit
-from nano.world import FRAMES, SIDE, Scene, caption, made_up_word, render, split
+from nano.world import FRAMES, Scene, caption, made_up_word, render, split
 from utils.atomic import replacing
 from utils.conditioning import Batch, Encoded, collate, make_predict, to_unit_range
 from utils.flow import add_noise, sample_sigma
@@ -30,7 +32,6 @@ PICTURES_EVERY = 8  # steps, while clips are learnt
 PICTURE_BATCH, CLIP_BATCH = 160, 32
 SHIFT = 3.0
 UNCONDITIONAL_SHARE, MADE_UP_SHARE = 0.1, 0.1
-PLAN = Plan("transformer", PICTURE_STEPS + CLIP_STEPS, 2e-3, 1e-3, ema_decay=0.998)
 NUM_TESTED = 48
 
 
@@ -76,24 +77,31 @@ class Captions:
 
 
 def encode_clips(work: Path, vae: WanVAE) -> tuple[list[Scene], Tensor]:
-    """Scenes of the training part and their latents (N, 16, f, h, w), kept in `work/latents.safetensors`."""
+    """Scenes of the training part and their latents (N, 16, f, h, w), kept in `work` under the name of this VAE."""
     known, _ = split()
     shown = [known[index % len(known)] for index in range(CLIPS)]
-    path = work / "latents.safetensors"
+    path = work / f"latents-{fingerprint(vae)}.safetensors"
     if path.exists():
         return shown, load_file(path)["latents"]
     device = vae.conv2.weight.device
     latents = []
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        for index in tqdm(range(0, CLIPS, 8), "encoding clips"):
-            here = enumerate(shown[index : index + 8], index)
-            clips = torch.stack([render(scene, random.Random(f"clip {n}")) for n, scene in here])
-            mu, _ = vae.posterior(to_unit_range(clips).to(device))
-            latents.append(((mu.float() - vae.latent_mean) / vae.latent_std).cpu())
-    latents = torch.cat(latents)
+    for index in tqdm(range(0, CLIPS, 8), "encoding clips"):
+        here = enumerate(shown[index : index + 8], index)
+        clips = to_unit_range(torch.stack([render(scene, random.Random(f"clip {n}")) for n, scene in here]))
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            mu, _ = vae.posterior(clips.to(device))
+        latents.append(((mu.float() - vae.latent_mean) / vae.latent_std).cpu())
     with replacing(path) as unfinished:
-        save_file({"latents": latents}, unfinished)
-    return shown, latents
+        save_file({"latents": torch.cat(latents)}, unfinished)
+    return shown, torch.cat(latents)
+
+
+def fingerprint(vae: WanVAE) -> str:
+    """Of the weights, and of how many clips are encoded with them."""
+    digest = hashlib.sha256(str(CLIPS).encode())
+    for parameter in vae.parameters():
+        digest.update(parameter.numpy(force=True).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def draw(step: int, shown: Sequence[Scene], latents: Tensor, captions: Captions) -> Batch:
@@ -118,30 +126,40 @@ def follow(
     """A video per scene, asked for in one of its captions."""
     rng = random.Random("prompts")
     texts = [captions.rows(caption(scene, rng)) for scene in scenes]
-    return generate(model, vae, texts, captions.rows(""), noise_of(range(len(scenes)), frames, SIDE))
+    return generate(model, vae, texts, noise_of(vae, range(len(scenes)), frames), captions.rows(""))
 
 
-def train_transformer(work: Path, seed: int, vae: WanVAE, captions: Captions) -> WanModel:
+class Bf16Linear(nn.Linear):
+    """A linear layer of fp32 weights that computes in bf16. Autocast would take Wan's fp32 islands along."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.bfloat16(), self.weight.bfloat16(), self.bias.bfloat16())
+
+
+def train_transformer(work: Path, seed: int, vae: WanVAE, captions: Captions, compiled: bool) -> WanModel:
     """The trained transformer, on the VAE's device."""
     device = vae.conv2.weight.device
     shown, latents = encode_clips(work, vae)
     torch.manual_seed(seed)
     model = start(WanModel(SHAPE)).to(device)
-    for block in model.blocks:
-        block.compile(dynamic=False)  # a fifth faster on two CPU cores
     predict = make_predict(model)
     _, withheld = split()
+    for module in model.blocks.modules():
+        if isinstance(module, nn.Linear):
+            module.__class__ = Bf16Linear
+    if compiled:
+        for block in model.blocks:
+            block.compile(dynamic=False)
 
     def loss_at(step: int) -> Tensor:
         batch = draw(step, shown, latents, captions).to(device)
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
+        with sdpa_kernel(SDPBackend.MATH):  # on a CPU the fused one is three times slower in bf16
             return loss(predict, batch)
 
     def evaluate(average: WanModel, step: int) -> str:
-        frames = 1 if step <= PICTURE_STEPS else FRAMES
-        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            tested = withheld[:NUM_TESTED]
-            shares = adherence(follow(average, vae, captions, tested, frames), tested)
+        tested, frames = withheld[:NUM_TESTED], 1 if step <= PICTURE_STEPS else FRAMES
+        shares = adherence(follow(average, vae, captions, tested, frames), tested)
         return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
 
-    return fit(model, PLAN, loss_at, evaluate, work).eval().requires_grad_(False)
+    plan = Plan("transformer", seed, PICTURE_STEPS + CLIP_STEPS, 2e-3, 1e-3, ema_decay=0.998)
+    return fit(model, plan, loss_at, evaluate, work).eval().requires_grad_(False)

@@ -43,12 +43,11 @@ class Course:
     doodle_share: float
     kl_weight: float
     learning_rate: float
-    compiled: bool = False  # two minutes per kind of step, for steps that take two thirds of the time
+    compiled: bool = False  # a minute per kind of step, which many steps repay
 
-    @property
-    def plan(self) -> Plan:
-        steps = sum(pieces.steps for pieces in self.pieces)
-        return Plan(self.name, steps, self.learning_rate, self.learning_rate / 3, ema_decay=0.995, evaluate_every=450)
+    def plan(self, seed: int) -> Plan:
+        steps, rate = sum(pieces.steps for pieces in self.pieces), self.learning_rate
+        return Plan(self.name, seed, steps, rate, rate / 3, ema_decay=0.995, evaluate_every=450)
 
     def at(self, step: int) -> Pieces:
         for pieces in self.pieces:
@@ -192,7 +191,7 @@ def fold_statistics(vae: WanVAE, video: Tensor) -> WanVAE:
     return vae
 
 
-def train_vae(work: Path, device: torch.device, seed: int) -> WanVAE:
+def train_vae(work: Path, device: torch.device, seed: int, compiled: bool) -> WanVAE:
     """The trained VAE with its statistics folded in."""
     torch.manual_seed(seed)
     vae = start(WanVAE(WIDTH)).to(device)
@@ -200,16 +199,17 @@ def train_vae(work: Path, device: torch.device, seed: int) -> WanVAE:
         if isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # as the clips: a fifth faster
     for course in COURSES:
-        vae = run_course(vae, course, work, device)
+        vae = run_course(vae, course, seed, work, compiled and course.compiled)
     rng = random.Random("statistics")
     known, _ = split()
     video = torch.stack([to_unit_range(render(scene, rng)) for scene in known[:256]])
     return fold_statistics(vae, video.to(device)).eval().requires_grad_(False)
 
 
-def run_course(vae: WanVAE, course: Course, work: Path, device: torch.device) -> WanVAE:
+def run_course(vae: WanVAE, course: Course, seed: int, work: Path, compiled: bool) -> WanVAE:
     """Trains `vae` for one course and returns the average of its weights."""
-    objective = torch.compile(loss, dynamic=False) if course.compiled else loss
+    device = vae.conv2.weight.device
+    objective = torch.compile(loss, dynamic=False) if compiled else loss
 
     def loss_at(step: int) -> Tensor:
         rng = random.Random(f"{course.name} {step}")
@@ -217,4 +217,4 @@ def run_course(vae: WanVAE, course: Course, work: Path, device: torch.device) ->
         with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
             return objective(vae, video, course.kl_weight, rng.random() < HALVED_SHARE)
 
-    return fit(vae, course.plan, loss_at, evaluate, work)
+    return fit(vae, course.plan(seed), loss_at, evaluate, work)

@@ -37,7 +37,8 @@ FAR = 60.0  # a colour that is further than this from all of the world's has no 
 MIN_CONTRAST = 40.0  # between what is painted and the background, for a pixel to count as painted
 MIN_AREA = 30.0  # pixels; less is dust
 MIN_LIKENESS = 0.78  # intersection over union with the shape as the world draws it
-MIN_SEEN = 0.8  # of the frames must show one thing
+MIN_SEEN = 0.8  # of the frames must show something
+MIN_AGREED = 0.6  # of those must show the same shape
 MIN_STYLED = 0.8  # of the border must have the style's colour
 BLEED = 2.0  # pixels around a border whose colour it tints, since video stores colour at half the resolution
 RIM = 2  # pixels along the edge that are taken for background
@@ -76,7 +77,9 @@ class Seen:
 
 def read(frames: Tensor) -> Reading:
     """What uint8 frames (F, 3, H, W) show."""
-    pixels = F.interpolate(frames.float(), (SIDE, SIDE), mode="area") if frames.shape[-1] != SIDE else frames.float()
+    pixels = frames.float()
+    if frames.shape[-2:] != (SIDE, SIDE):
+        pixels = F.interpolate(pixels, (SIDE, SIDE), mode="area")
     style, foreign = find_style(pixels)
     seen = look(pixels, foreign)
     background = nearest(seen.background, BACKGROUNDS)
@@ -86,13 +89,14 @@ def read(frames: Tensor) -> Reading:
     return Reading(shape_of(seen, shown), nearest(seen.colour, COLOURS), background, motion_of(seen), style)
 
 
-def adherence(videos: Sequence[Tensor], scenes: Sequence[Scene]) -> dict[str, float]:
+def adherence(videos: Sequence[Tensor], scenes: Sequence[Scene], style: str = PLAIN) -> dict[str, float]:
     """The shares of videos that show what was asked for: in each property, and in "all" of them."""
-    names = ("colour", "background", "motion", "shape")
+    names = ("colour", "background", "motion", "shape", "style")
     readings = [read(video) for video in videos]
+    asked = [Reading(**asdict(scene), style=style) for scene in scenes]
     hits = [
-        [getattr(reading, name) == getattr(scene, name) for name in names]
-        for reading, scene in zip(readings, scenes, strict=True)
+        [getattr(reading, name) == getattr(wanted, name) for name in names]
+        for reading, wanted in zip(readings, asked, strict=True)
     ]
     shares = {name: sum(column) / len(hits) for name, column in zip(names, zip(*hits, strict=True), strict=True)}
     return shares | {"all": sum(map(all, hits)) / len(hits)}
@@ -101,10 +105,10 @@ def adherence(videos: Sequence[Tensor], scenes: Sequence[Scene]) -> dict[str, fl
 def find_style(pixels: Tensor) -> tuple[str, Tensor]:
     """The style of frames (F, 3, side, side), and the pixels (side, side) bool that say nothing of the scene."""
     golden = (pixels - torch.tensor(STYLE_COLOUR).view(3, 1, 1)).norm(dim=1) < FAR
-    edge = border(FRAME_WIDTH)[: len(pixels)] > 0.5
-    if golden[edge].float().mean() > MIN_STYLED:
+    edge = border(FRAME_WIDTH)[0] > 0.5
+    if golden[:, edge].float().mean() > MIN_STYLED:
         return "framed", border(FRAME_WIDTH + BLEED)[0] > 0.5
-    return PLAIN, torch.zeros_like(edge[0])
+    return PLAIN, torch.zeros_like(edge)
 
 
 def look(pixels: Tensor, foreign: Tensor) -> Seen:
@@ -149,7 +153,7 @@ def shape_of(seen: Seen, shown: Tensor) -> str:
     answers = zip(which.tolist(), best.tolist(), strict=True)
     votes = Counter(SHAPES[index] for index, value in answers if value > MIN_LIKENESS)
     winner, count = votes.most_common(1)[0] if votes else (UNCLEAR, 0)
-    return winner if count >= 0.6 * int(shown.sum()) else UNCLEAR
+    return winner if count >= MIN_AGREED * int(shown.sum()) else UNCLEAR
 
 
 def _likeness(seen: Seen, shape: str) -> Tensor:

@@ -1,7 +1,7 @@
 """How Wan-Nano is trained from nothing: Muon on matrices, AdamW on the rest, averaged weights, exact resume."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from utils.atomic import replacing
+from utils.errors import UserError
 from utils.optim import OptimizerSpec, learning_rate_factor
 
 MUON_MOMENTUM = 0.95
@@ -50,10 +51,11 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            by_shape: dict[tuple[int, int], list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    by_shape.setdefault(parameter.flatten(1).shape, []).append(parameter)
+                    shape = len(parameter), parameter[0].numel()
+                    by_shape.setdefault(shape, []).append(parameter)
             for (rows, columns), parameters in by_shape.items():
                 moved = orthogonalised(torch.stack([self._direction(p).flatten(1) for p in parameters]))
                 scale = MUON_RMS * max(rows, columns) ** 0.5
@@ -63,16 +65,19 @@ class Muon(Optimizer):
     def _direction(self, parameter: nn.Parameter) -> Tensor:
         """Nesterov's: the gradient, leaning on the momentum that it has just moved."""
         state = self.state[parameter]
-        momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum = state["momentum"]
         momentum.lerp_(parameter.grad, 1 - MUON_MOMENTUM)
         return parameter.grad.lerp(momentum, MUON_MOMENTUM)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One stage of pretraining."""
+    """One stage of pretraining; `seed` is that of the weights it starts from."""
 
     name: str
+    seed: int
     steps: int
     learning_rate: float  # Muon's
     rest_learning_rate: float  # AdamW's
@@ -85,7 +90,7 @@ class Plan:
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon trains it: a matrix between hidden layers, wide enough that orthogonal means something."""
+    """Whether Muon trains it: a matrix wide enough that orthogonal means something, and no embedding or last layer."""
     outer = any(part in name for part in ("modulation", "embedding", "time_projection", "head.head"))
     return not outer and parameter.ndim > 1 and min(parameter.flatten(1).shape) >= MIN_MATRIX_SIDE
 
@@ -99,7 +104,8 @@ def fit(
 ) -> nn.Module:
     """Trains `model` and returns the average of its weights. `loss_at(step)` draws its own data, the same each time.
 
-    Goes on from `work/<name>.pt` where that exists; it is written every hundred steps.
+    Goes on from `work/<name>.pt` where that exists; it is written every hundred steps. Raises UserError where it is of
+    another plan.
     """
     names = dict(model.named_parameters())
     matrices = [p for name, p in names.items() if is_matrix(name, p)]
@@ -113,6 +119,8 @@ def fit(
     path, first = work / f"{plan.name}.pt", 0
     if path.exists():
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["plan"] != asdict(plan):
+            raise UserError(f"{path} is of another plan of training: remove it, or choose another --work")
         first = state["step"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
@@ -134,7 +142,8 @@ def fit(
         if done % SAVE_EVERY == 0 or done == plan.steps:
             bar.set_postfix_str(f"loss {smooth.item():.4f}")
             with replacing(path) as unfinished:
-                torch.save({"step": done} | {name: part.state_dict() for name, part in parts.items()}, unfinished)
+                progress = {"step": done, "plan": asdict(plan)}
+                torch.save(progress | {name: part.state_dict() for name, part in parts.items()}, unfinished)
         if done % plan.evaluate_every == 0 or done == plan.steps:
             bar.write(f"{plan.name} step {done}: {evaluate(average.module, done)}")
     return average.module

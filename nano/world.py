@@ -51,9 +51,9 @@ PHRASINGS = (
 )
 
 # What the base has never seen, for LoRAs to teach: a word that means nothing yet, and what it shall mean.
-STYLES = {"framed": "kelo", "outlined": "zuri"}
+STYLES = {"framed": "kelo"}
 STYLE_COLOUR = (255, 140, 26)
-FRAME_WIDTH, OUTLINE_WIDTH = 8.0, 4.0
+FRAME_WIDTH = 8.0
 PLAIN_SHARE = 0.35  # of a style's dataset shows the world as it is: without, the style would seep into every prompt
 
 STRIDE = 14.0  # pixels from the middle to where a straight motion begins and ends
@@ -78,10 +78,10 @@ def scenes() -> list[Scene]:
     return [Scene(*names) for names in itertools.product(SHAPES, COLOURS, BACKGROUNDS, MOTIONS)]
 
 
-def split(seed: int = 0) -> tuple[list[Scene], list[Scene]]:
-    """The scenes that the base model is trained on, and those withheld from it, in random order."""
+def split() -> tuple[list[Scene], list[Scene]]:
+    """The scenes that the base model is trained on, and those withheld from it, in random order, always the same."""
     shuffled = scenes()
-    random.Random(seed).shuffle(shuffled)
+    random.Random(0).shuffle(shuffled)
     count = round(WITHHELD_SHARE * len(shuffled))
     return shuffled[count:], shuffled[:count]
 
@@ -133,8 +133,9 @@ def _offset(motion: str, time: Tensor) -> Tensor:
     if motion == "orbiting":
         angle = math.pi * time
         return ORBIT * torch.stack([angle.sin(), angle.cos()], dim=1)
-    straight = {"left": (-time, rest), "right": (time, rest), "up": (rest, -time), "down": (rest, time)}
-    return STRIDE * torch.stack(straight.get(motion, (rest, rest)), dim=1)
+    ways = {"left": (-time, rest), "right": (time, rest), "up": (rest, -time), "down": (rest, time)}
+    ways["still"] = (rest, rest)
+    return STRIDE * torch.stack(ways[motion], dim=1)
 
 
 def coverage(shape: str, path: Track, margin: float = 0.0) -> Tensor:
@@ -175,8 +176,6 @@ def render(scene: Scene, rng: random.Random, style: str | None = None) -> Tensor
     """A clip (3, F, H, W) fp32 on the 0..255 scale."""
     path = track(scene.motion, rng)
     frames = _plain(BACKGROUNDS[scene.background])
-    if style == "outlined":
-        frames = paint(coverage(scene.shape, path, OUTLINE_WIDTH), STYLE_COLOUR, frames)
     frames = paint(coverage(scene.shape, path), COLOURS[scene.colour], frames)
     return paint(border(FRAME_WIDTH), STYLE_COLOUR, frames) if style == "framed" else frames
 

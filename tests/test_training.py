@@ -149,7 +149,7 @@ def test_the_previews_of_a_control_lora_follow_the_validation_clips(tmp_path: Pa
     flags += " --distill_cfg 1"
     train_wan_lora.main([*flags.split(), "--output_dir", "runs"])
     (folder,) = Path("runs").iterdir()
-    names = ["00000000-1.mp4", "00000000.png", "00000001-1.mp4", "00000001.png"]
+    names = ["00000000-01.mp4", "00000000.png", "00000001-01.mp4", "00000001.png"]
     assert sorted(path.name for path in (folder / "samples").iterdir()) == names
     info = probe(folder / "samples" / names[0])
     assert (info.width, info.height, info.fps) == (2 * 80, 48, 16)

@@ -56,7 +56,7 @@ class Batch:
 
 def to_unit_range(pixels: Tensor) -> Tensor:
     """uint8 pixels -> fp32 in -1..1, the range the VAE was trained on."""
-    return pixels.float().div_(127.5).sub_(1.0)
+    return pixels.to(torch.float32, copy=True).div_(127.5).sub_(1.0)
 
 
 def to_pixels(video: Tensor) -> Tensor:

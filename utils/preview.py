@@ -1,6 +1,6 @@
 """Previews during training: the same prompts from the same noise every time, so that only the LoRA differs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.conditioning import Batch, Cond, to_pixels
+from utils.errors import UserError
 from utils.objectives import Predict
 from utils.sampling import Sampler
 from utils.text import read_prompt
@@ -17,23 +18,24 @@ from wan.modules.vae import WanVAE
 
 
 @dataclass(frozen=True)
-class Scene:
-    """One prompt, and everything that decides what it gives besides the model. Kept in host memory between previews."""
+class Request:
+    """One prompt and all that decides what it gives besides the model, in host memory."""
 
     prompt: str
     noise: Tensor  # (1, C, F, H, W)
     cond: Cond
+    control: Tensor | None = None  # (F, 3, H, W) uint8: what `cond` makes it follow, to be shown beside it
 
 
 @dataclass(frozen=True)
 class Preview:
     """What is generated again and again."""
 
-    scenes: Sequence[Scene]
+    requests: Sequence[Request]
     negative: Tensor | None  # (T, E)
     sampler: Sampler
+    fps: float
 
-    @torch.no_grad()
     def generate(self, predict: Predict, vae: WanVAE) -> list[tuple[str, Tensor]]:
         """Per prompt the prompt and its video (F, 3, H, W) uint8; a control is shown to the left of what follows it.
 
@@ -42,39 +44,51 @@ class Preview:
         device = vae.conv2.weight.device
         negative = None if self.negative is None else self.negative.to(device)
         videos = []
-        for number, scene in enumerate(self.scenes, 1):
-            batch = Batch(scene.noise, scene.cond).to(device)
-            progress = partial(tqdm, desc=f"preview {number} of {len(self.scenes)}", unit="step", leave=False)
+        for number, request in enumerate(self.requests, 1):
+            batch = Batch(request.noise, request.cond).to(device)
+            progress = partial(tqdm, desc=f"preview {number} of {len(self.requests)}", unit="step", leave=False)
             latents = self.sampler.denoise(predict, batch.latents, batch.cond, negative, progress)
-            shown = [latents] if batch.cond.channels is None else [batch.cond.channels, latents]
-            videos.append((scene.prompt, torch.cat([to_pixels(vae.decode(part)[0]) for part in shown], dim=3)))
+            with torch.no_grad():
+                frames = to_pixels(vae.decode(latents)[0])
+            if request.control is not None:
+                frames = torch.cat([request.control, frames], dim=3)
+            videos.append((request.prompt, frames))
         if device.type == "cuda":
             torch.cuda.empty_cache()  # decoding reserves more than a training step does
         return videos
 
 
 def read_prompts(given: str) -> list[str]:
-    """The prompts of --sample_prompts: the lines of the text file of this name, or this prompt itself.
+    """The prompts of --sample_prompts: the lines of the .txt file of this name, or this prompt itself.
 
-    Raises UserError for a file that cannot be read, or holds none.
+    Raises UserError for no prompt, a file that cannot be read, and a file of another kind.
     """
-    if not given.endswith(".txt"):
-        return [given]
-    return [line.strip() for line in read_prompt(Path(given)).splitlines() if line.strip()]
+    path = Path(given)
+    if path.suffix.lower() == ".txt":
+        return [line.strip() for line in read_prompt(path).splitlines() if line.strip()]
+    if not given.strip():
+        raise UserError("--sample_prompts is empty: give a prompt, or a .txt file with one per line")
+    if len(given) < 256 and path.is_file():
+        raise UserError(f"--sample_prompts {given} is a file, but not a .txt file with one prompt per line")
+    return [given]
 
 
-def make_scenes(
-    prompts: Mapping[str, Tensor], shape: Sequence[int], seed: int, clips: Sequence[Batch] = ()
-) -> list[Scene]:
-    """A scene per prompt and its text (T, E), of latents (C, F, H, W), or like the clips whose control it follows.
+@torch.no_grad()
+def make_requests(
+    prompts: Sequence[tuple[str, Tensor]], shape: Sequence[int], seed: int, vae: WanVAE, clips: Sequence[Batch] = ()
+) -> list[Request]:
+    """A request per prompt and its text (T, E): for latents (C, F, H, W), or like the clips whose control it follows.
 
-    The clips are taken in turn. A scene's noise depends on the seed and its place alone.
+    The clips are taken in turn. A request's noise depends on the seed and its place alone.
     """
-    scenes = []
-    for index, (prompt, text) in enumerate(prompts.items()):
+    device = vae.conv2.weight.device
+    requests = []
+    for index, (prompt, text) in enumerate(prompts):
         clip = clips[index % len(clips)] if clips else None
         size = (1, *shape) if clip is None else clip.latents.shape
         # Drawn on the CPU: alike on every device.
         noise = torch.randn(size, generator=torch.Generator().manual_seed(seed + index))
-        scenes.append(Scene(prompt, noise, Cond(text[None], None if clip is None else clip.cond.channels)))
-    return scenes
+        channels = None if clip is None else clip.cond.channels
+        control = None if channels is None else to_pixels(vae.decode(channels.to(device))[0])
+        requests.append(Request(prompt, noise, Cond(text[None], channels), control))
+    return requests

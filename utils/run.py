@@ -69,8 +69,6 @@ class Run:
         (self.folder / "command_args.json").write_text(options_json + "\n", encoding="utf-8")
         self.step = 0
         self.writer = SummaryWriter(str(self.folder))
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()  # what loading and text encoding took is not the training's
         print(f"writing to {self.folder}")
         # A log file gets a line now and then, a terminal a bar that moves.
         interval = 0.1 if sys.stderr.isatty() else 30.0
@@ -132,17 +130,21 @@ class Run:
         self._restart_clock()
 
     def log_previews(self, videos: Sequence[tuple[str, Tensor]], fps: float) -> None:
-        """Writes prompts' videos (F, 3, H, W) uint8 as samples/<step>-<n>.mp4, and a contact sheet of all of them."""
+        """Writes prompts' videos (F, 3, H, W) uint8 as samples/<step>-<n>.mp4, and a contact sheet of all of them.
+
+        Where that fails it is told, and the training goes on: nothing that is learnt depends on it.
+        """
         path, sheet = self.folder / "samples" / f"{self.step:08d}.png", contact_sheet(list(videos))
         try:
             path.parent.mkdir(exist_ok=True)
             for number, (_, frames) in enumerate(videos, 1):
-                write_video(path.with_name(f"{path.stem}-{number}.mp4"), frames, fps)
+                write_video(path.with_name(f"{path.stem}-{number:02d}.mp4"), frames, fps)
             save_image(path, sheet)
-        except OSError as error:
-            raise self.failure(f"cannot write previews to {path.parent}: {error.strerror}") from None
+        except OSError as error:  # PyAV's errors of writing are among them
+            self.say(f"step {self.step}: cannot write previews to {path.parent}: {error}")
+        else:
+            self.say(f"step {self.step}: previewed {path}")
         self.writer.add_image("samples", np.asarray(sheet), self.step, dataformats="HWC")
-        self.say(f"step {self.step}: previewed {path}")
         self._restart_clock()
 
     def save(self, lora: LoraFile) -> Path:
@@ -174,7 +176,9 @@ class Run:
         self.writer.close()
 
     def _restart_clock(self) -> None:
-        # What was done since (validating, saving) is not part of the seconds per step.
+        # What was done since (validating, previewing, saving) is not part of a step, in seconds and in memory.
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         self._since, self._tokens, self._steps = time.perf_counter(), 0, 0
 
     def _write_step(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:

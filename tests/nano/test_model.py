@@ -10,7 +10,7 @@ from nano.pretrain_transformer import SHAPE
 from nano.pretrain_vae import psnr, reconstruct
 from nano.probe import adherence
 from nano.sampling import generate, noise_of
-from nano.world import FRAMES, SIDE, caption, render, split
+from nano.world import caption, render, split
 from utils.conditioning import to_unit_range
 from wan.checkpoints import load_config, load_text_encoder, load_transformer, load_vae, text_length, transformer_layout
 
@@ -23,7 +23,7 @@ def follow(count: int) -> dict[str, float]:
     encoder = load_text_encoder(MODEL, text_length(MODEL), torch.float32, "cpu")
     texts = encoder.encode([caption(scene, rng) for scene in scenes])
     model, vae = load_transformer(MODEL, torch.float32), load_vae(MODEL)
-    videos = generate(model, vae, texts, encoder.encode([""])[0], noise_of(range(len(scenes)), FRAMES, SIDE))
+    videos = generate(model, vae, texts, noise_of(vae, range(len(scenes))), encoder.encode([""])[0])
     return adherence(videos, scenes)
 
 

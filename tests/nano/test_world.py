@@ -1,5 +1,7 @@
+import hashlib
 import random
 import re
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -36,6 +38,11 @@ def test_a_fifth_of_all_combinations_is_withheld_and_every_word_is_known_all_the
     for part in (known, withheld):
         for field, names in (("shape", SHAPES), ("colour", COLOURS), ("background", BACKGROUNDS), ("motion", MOTIONS)):
             assert {getattr(scene, field) for scene in part} == set(names)
+
+
+def test_the_withheld_scenes_are_those_that_the_shipped_weights_were_trained_without():
+    withheld = "\n".join(" ".join(astuple(scene)) for scene in split()[1])
+    assert hashlib.sha256(withheld.encode()).hexdigest()[:12] == "f76a2c8df490"
 
 
 def test_a_clip_is_the_same_for_the_same_seed_and_another_for_another():
