@@ -1,6 +1,6 @@
 """Trains Wan-Nano from nothing and writes it in the official layout.
 
-    python -m nano.pretrain --compile          into nano/model, with the states of the training in nano/work
+    python -m nano.pretrain --compile          into nano/model, with the states of the training in nano/states
 
 A few hours on two CPU cores. Interrupted, the same command goes on where it was.
 """
@@ -31,7 +31,7 @@ class Options:
     """Train Wan-Nano from nothing."""
 
     model: Path = option(NANO / "model", "where the weights are written once all are trained")
-    work: Path = option(NANO / "work", "where unfinished training is kept")
+    work: Path = option(NANO / "states", "where unfinished training is kept")
     seed: int = option(0, "seed of the starting weights", minimum=0, maximum=2**32 - 1)
     compile: bool = option(False, "compile the training steps: a quarter faster, where a C++ compiler is installed")
 

@@ -67,9 +67,11 @@ def test_nothing_imports_a_script():
         assert not importers_of(script.stem, MODULES + SCRIPTS + ROOMS["nano"])
 
 
-def test_what_training_is_knows_no_tests_and_no_benchmarks():
-    for package in ("tests", "benchmarks"):
+def test_what_training_is_knows_no_tests_no_benchmarks_and_no_small_model():
+    for package in ("tests", "benchmarks", "nano"):
         assert not importers_of(package, SOURCES)
+    for package in ("tests", "benchmarks"):
+        assert not importers_of(package, ROOMS["nano"])
 
 
 @pytest.mark.parametrize("name", ["flow", "objectives", "lora", "memory", "options", "optim", "lora_files", "media"])
@@ -78,11 +80,12 @@ def test_these_know_no_wan(name):
 
 
 def test_the_command_line_and_toml_are_read_in_one_place():
-    assert importers_of("argparse", SOURCES) | importers_of("tomllib", SOURCES) == {"utils/options.py"}
+    shipped = SOURCES + ROOMS["nano"]
+    assert importers_of("argparse", shipped) | importers_of("tomllib", shipped) == {"utils/options.py"}
 
 
 def test_adapters_come_from_one_place():
-    assert importers_of("peft", SOURCES) == {"utils/lora.py"}
+    assert importers_of("peft", SOURCES + ROOMS["nano"]) == {"utils/lora.py"}
 
 
 # ------------------------------------------------------------------------------------------------------------ safety
@@ -97,13 +100,13 @@ def test_weights_are_opened_in_one_place_of_wan():
 
 def test_nothing_is_unpickled():
     unpicklers = {"pickle", "dill", "joblib", "shelve", "marshal"}
-    for path in SOURCES:
+    for path in SOURCES + ROOMS["nano"]:
         used = {name for name in imports(path) if name.split(".")[0] in unpicklers}
         assert used <= {"pickle.UnpicklingError"}, label(path)  # the name of an error, nothing that acts
 
 
 def test_torch_load_reads_only_weights():
-    for path in SOURCES:
+    for path in SOURCES + ROOMS["nano"]:
         for name, call in calls(path):
             if name.endswith("torch.load"):
                 settings = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
@@ -112,7 +115,7 @@ def test_torch_load_reads_only_weights():
 
 def test_nothing_is_evaluated_and_no_shell_is_called():
     forbidden = {"eval", "exec", "os.system", "os.popen", "__import__"}
-    for path in SOURCES:
+    for path in SOURCES + ROOMS["nano"]:
         assert not [f"{label(path)}:{call.lineno}" for name, call in calls(path) if name in forbidden]
 
 

@@ -9,44 +9,20 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+from nano.official_layout import write_config, write_pth
+from nano.text_encoder import write_tokenizer
 from utils.media import save_image, write_video
+from wan.checkpoints import TEXT_ENCODER, TOKENIZER, VAE
 from wan.modules.model import WanModel, WanShape
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
 
 TINY_SHAPE = WanShape(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, text_len=64, freq_dim=32)
-VOCAB_SIZE = 512
-SPECIAL_TOKENS = ("<pad>", "</s>", "<s>", "<unk>")  # ids 0, 1, 2, 3, as in umt5-xxl
+VOCAB_SIZE = 512  # more than the tokenizer has
 WORDS = (
     "a an the of in on over under and with video image red green blue yellow cat dog bird car house tree river sea sky "
     "man woman child walks runs jumps turns falls moves slowly quickly left right up down night day light camera"
 ).split()
-
-
-def write_tokenizer(folder: Path) -> None:
-    """Write a Unigram tokenizer for any text: a few words, ASCII characters, and bytes for everything else.
-
-    Special tokens, the class named in its config and the files are those of google/umt5-xxl, less spiece.model. Ids
-    stay below VOCAB_SIZE.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    pieces = [(token, 0.0) for token in SPECIAL_TOKENS]
-    pieces += [(f"<0x{byte:02X}>", -12.0) for byte in range(256)]
-    pieces += [(character, -8.0) for character in map(chr, range(33, 127))]
-    pieces += [("\u2581", -4.0)] + [(f"\u2581{word}", -5.0) for word in WORDS]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=SPECIAL_TOKENS.index("<unk>"), byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    config = names | {"tokenizer_class": "T5Tokenizer", "model_max_length": int(1e30)}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
-    (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2))
 
 
 def initialise(module: nn.Module, seed: int) -> None:
@@ -79,14 +55,13 @@ def tiny_text_encoder(dim: int = 32, seed: int = 0) -> UMT5Encoder:
 def write_vae(folder: Path, vae: WanVAE) -> None:
     """Write the weights as the released file: a flat dict in Wan2.1_VAE.pth."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(vae.state_dict(), folder / "Wan2.1_VAE.pth")
+    torch.save(vae.state_dict(), folder / VAE)
 
 
 def write_text_encoder(folder: Path, encoder: UMT5Encoder) -> None:
     """Write the weights as the released file, in bf16, and the tokenizer to google/umt5-xxl."""
-    write_tokenizer(folder / "google" / "umt5-xxl")
-    weights = {name: tensor.to(torch.bfloat16) for name, tensor in encoder.state_dict().items()}
-    torch.save(weights, folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    write_tokenizer(folder / TOKENIZER, WORDS)
+    write_pth(folder / TEXT_ENCODER, encoder)
 
 
 def tiny_transformer(shape: WanShape = TINY_SHAPE, seed: int = 0) -> WanModel:
@@ -98,13 +73,7 @@ def tiny_transformer(shape: WanShape = TINY_SHAPE, seed: int = 0) -> WanModel:
 
 def write_transformer(folder: Path, model: WanModel, shards: int = 1) -> None:
     """Write config.json and the weights as one file, or as shards with their index."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shape = model.shape
-    config = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": "t2v"}
-    for name in ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "text_len"):
-        config[name] = getattr(shape, name)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
+    write_config(folder, model.shape)
     state, stem = model.state_dict(), "diffusion_pytorch_model"
     if shards == 1:
         save_file(state, folder / f"{stem}.safetensors")

@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import VOCAB_SIZE, write_tokenizer
+from nano.text_encoder import write_tokenizer
+from tests.tiny import VOCAB_SIZE, WORDS
 from wan.modules.tokenizers import Tokenizer, clean_prompt
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("umt5-xxl")
-    write_tokenizer(folder)
+    write_tokenizer(folder, WORDS)
     return folder
 
 
