@@ -27,12 +27,12 @@ from wan.modules.vae import WanVAE
 
 SHAPE = WanShape(dim=192, ffn_dim=768, num_heads=6, num_layers=8, text_dim=64, text_len=32, freq_dim=256)
 CLIPS = 3072
-PICTURE_STEPS, CLIP_STEPS = 1000, 4200
+PICTURE_STEPS, CLIP_STEPS = 700, 2500
 PICTURES_EVERY = 8  # steps, while clips are learnt
-PICTURE_BATCH, CLIP_BATCH = 160, 32
+PICTURE_BATCH, CLIP_BATCH = 96, 32
 SHIFT = 3.0
-UNCONDITIONAL_SHARE, MADE_UP_SHARE = 0.1, 0.1
-NUM_TESTED = 48
+UNCONDITIONAL_SHARE, MADE_UP_SHARE = 0.1, 0.05
+NUM_TESTED = 32
 
 
 def start(model: WanModel) -> WanModel:
@@ -51,7 +51,7 @@ def start(model: WanModel) -> WanModel:
 
 @dataclass
 class Captions:
-    """Text rows of captions, each encoded once."""
+    """Text rows (T, E) of captions, each encoded once and padded to the length that the transformer reads."""
 
     encoder: TextEncoder
     negative: str  # the default negative prompt of the scripts: guidance against it must work too
@@ -61,7 +61,7 @@ class Captions:
 
     def rows(self, text: str) -> Tensor:
         if text not in self._rows:
-            self._rows[text] = self.encoder.encode([text])[0].cpu()
+            self._rows[text] = self._encode(text)
         return self._rows[text]
 
     def training_rows(self, scene: Scene, rng: random.Random) -> Tensor:
@@ -72,8 +72,12 @@ class Captions:
         text = caption(scene, rng)
         if chance < UNCONDITIONAL_SHARE + MADE_UP_SHARE:
             word = made_up_word(rng)
-            return self.encoder.encode([rng.choice((f"{word} {text}", f"{text}, {word} style"))])[0].cpu()
+            return self._encode(rng.choice((f"{word} {text}", f"{text}, {word} style")))
         return self.rows(text)
+
+    def _encode(self, text: str) -> Tensor:
+        rows = self.encoder.encode([text])[0].cpu()
+        return F.pad(rows, (0, 0, 0, SHAPE.text_len - len(rows)))
 
 
 def encode_clips(work: Path, vae: WanVAE) -> tuple[list[Scene], Tensor]:
@@ -91,9 +95,10 @@ def encode_clips(work: Path, vae: WanVAE) -> tuple[list[Scene], Tensor]:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             mu, _ = vae.posterior(clips.to(device))
         latents.append(((mu.float() - vae.latent_mean) / vae.latent_std).cpu())
+    latents = torch.cat(latents).contiguous()
     with replacing(path) as unfinished:
-        save_file({"latents": torch.cat(latents)}, unfinished)
-    return shown, torch.cat(latents)
+        save_file({"latents": latents}, unfinished)
+    return shown, latents
 
 
 def fingerprint(vae: WanVAE) -> str:
@@ -161,5 +166,5 @@ def train_transformer(work: Path, seed: int, vae: WanVAE, captions: Captions, co
         shares = adherence(follow(average, vae, captions, tested, frames), tested)
         return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
 
-    plan = Plan("transformer", seed, PICTURE_STEPS + CLIP_STEPS, 2e-3, 1e-3, ema_decay=0.998)
+    plan = Plan("transformer", seed, PICTURE_STEPS + CLIP_STEPS, 2e-3, 1e-3, ema_decay=0.998, evaluate_every=800)
     return fit(model, plan, loss_at, evaluate, work).eval().requires_grad_(False)

@@ -2,7 +2,7 @@
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nano.training import Plan, fit
 from nano.world import FRAMES, SIDE, doodle, recoloured, render, split
+from utils.atomic import replacing
 from utils.conditioning import to_unit_range
 from utils.preprocess import tile
 from wan.modules.vae import CausalConv3d, Downsample, Upsample, WanVAE
@@ -20,7 +21,7 @@ WIDTH = 16
 EDGE_WEIGHT = 0.5
 START_LOG_VARIANCE = -6.0
 TILE_SHARE, HALVED_SHARE = 0.1, 0.2
-NUM_TESTED = 16
+NUM_TESTED, NUM_FOLDED = 16, 256
 
 
 @dataclass(frozen=True)
@@ -192,9 +193,14 @@ def fold_statistics(vae: WanVAE, video: Tensor) -> WanVAE:
 
 
 def train_vae(work: Path, device: torch.device, seed: int, compiled: bool) -> WanVAE:
-    """The trained VAE with its statistics folded in."""
+    """The trained VAE with its statistics folded in, kept in `work/vae-done.pt`."""
+    path, plans = work / "vae-done.pt", [asdict(course.plan(seed)) for course in COURSES]
+    done = torch.load(path, map_location=device, weights_only=True) if path.exists() else {}
     torch.manual_seed(seed)
     vae = start(WanVAE(WIDTH)).to(device)
+    if done.get("plans") == plans:
+        vae.load_state_dict(done["vae"])
+        return vae.eval().requires_grad_(False)
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)  # as the clips: a fifth faster
@@ -202,8 +208,11 @@ def train_vae(work: Path, device: torch.device, seed: int, compiled: bool) -> Wa
         vae = run_course(vae, course, seed, work, compiled and course.compiled)
     rng = random.Random("statistics")
     known, _ = split()
-    video = torch.stack([to_unit_range(render(scene, rng)) for scene in known[:256]])
-    return fold_statistics(vae, video.to(device)).eval().requires_grad_(False)
+    video = torch.stack([to_unit_range(render(scene, rng)) for scene in known[:NUM_FOLDED]])
+    vae = fold_statistics(vae, video.to(device)).eval().requires_grad_(False)
+    with replacing(path) as unfinished:
+        torch.save({"plans": plans, "vae": vae.state_dict()}, unfinished)
+    return vae
 
 
 def run_course(vae: WanVAE, course: Course, seed: int, work: Path, compiled: bool) -> WanVAE:
