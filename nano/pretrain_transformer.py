@@ -2,8 +2,9 @@
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,12 +28,32 @@ from wan.modules.vae import WanVAE
 
 SHAPE = WanShape(dim=192, ffn_dim=768, num_heads=6, num_layers=8, text_dim=64, text_len=32, freq_dim=256)
 CLIPS = 3072
-PICTURE_STEPS, CLIP_STEPS = 700, 2500
 PICTURES_EVERY = 8  # steps, while clips are learnt
 PICTURE_BATCH, CLIP_BATCH = 96, 32
-SHIFT = 3.0
 UNCONDITIONAL_SHARE, MADE_UP_SHARE = 0.1, 0.05
 NUM_TESTED = 32
+
+
+@dataclass(frozen=True)
+class Course:
+    """A part of the training with a learning rate that rises and falls: pictures, then mostly clips."""
+
+    name: str
+    picture_steps: int
+    clip_steps: int
+    learning_rate: float
+    shift: float
+
+    def plan(self, seed: int) -> Plan:
+        steps, rate = self.picture_steps + self.clip_steps, self.learning_rate
+        return Plan(self.name, seed, steps, rate, rate / 2, ema_decay=0.998, evaluate_every=800)
+
+
+# The second looks more at low noise, where outlines become sharp.
+COURSES = (
+    Course("transformer", picture_steps=700, clip_steps=2500, learning_rate=2e-3, shift=3.0),
+    Course("transformer-outlines", picture_steps=0, clip_steps=2400, learning_rate=1.5e-3, shift=1.5),
+)
 
 
 def start(model: WanModel) -> WanModel:
@@ -102,25 +123,34 @@ def encode_clips(work: Path, vae: WanVAE) -> tuple[list[Scene], Tensor]:
 
 
 def fingerprint(vae: WanVAE) -> str:
-    """Of the weights, and of how many clips are encoded with them."""
+    """Of the weights that encode, and of how many clips are encoded with them."""
     digest = hashlib.sha256(str(CLIPS).encode())
-    for parameter in vae.parameters():
+    for parameter in (*vae.encoder.parameters(), *vae.conv1.parameters()):
         digest.update(parameter.numpy(force=True).tobytes())
     return digest.hexdigest()[:16]
 
 
-def draw(step: int, shown: Sequence[Scene], latents: Tensor, captions: Captions) -> Batch:
-    """Pictures are the first latent frame of clips: the VAE encodes it alone."""
-    rng = random.Random(f"transformer {step}")
-    pictures = step < PICTURE_STEPS or step % PICTURES_EVERY == 0
-    count, frames = (PICTURE_BATCH, 1) if pictures else (CLIP_BATCH, latents.shape[2])
-    chosen = [rng.randrange(len(shown)) for _ in range(count)]
-    return collate([Encoded(latents[n, :, :frames], captions.training_rows(shown[n], rng)) for n in chosen])
+@dataclass(frozen=True)
+class Lessons:
+    """What the transformer is trained on."""
+
+    scenes: list[Scene]
+    latents: Tensor  # (N, 16, f, h, w), a clip of each scene
+    captions: Captions
+
+    def draw(self, course: Course, step: int) -> Batch:
+        """Pictures are the first latent frame of clips: the VAE encodes it alone."""
+        rng = random.Random(f"{course.name} {step}")
+        pictures = step < course.picture_steps or step % PICTURES_EVERY == 0
+        count, frames = (PICTURE_BATCH, 1) if pictures else (CLIP_BATCH, self.latents.shape[2])
+        chosen = [rng.randrange(len(self.scenes)) for _ in range(count)]
+        texts = [self.captions.training_rows(self.scenes[n], rng) for n in chosen]
+        return collate([Encoded(self.latents[n, :, :frames], rows) for n, rows in zip(chosen, texts, strict=True)])
 
 
-def loss(predict: Predict, batch: Batch) -> Tensor:
+def loss(predict: Predict, batch: Batch, shift: float) -> Tensor:
     """The trainer's own: flow matching at shifted random noise levels."""
-    sigma = sample_sigma(len(batch.latents), SHIFT, batch.latents.device)
+    sigma = sample_sigma(len(batch.latents), shift, batch.latents.device)
     noisy = add_noise(batch.latents, torch.randn_like(batch.latents), sigma)
     return squared_error(predict(noisy.latents, noisy.timestep, batch.cond), noisy.velocity)
 
@@ -143,28 +173,35 @@ class Bf16Linear(nn.Linear):
 
 def train_transformer(work: Path, seed: int, vae: WanVAE, captions: Captions, compiled: bool) -> WanModel:
     """The trained transformer, on the VAE's device."""
-    device = vae.conv2.weight.device
-    shown, latents = encode_clips(work, vae)
+    lessons = Lessons(*encode_clips(work, vae), captions)
     torch.manual_seed(seed)
-    model = start(WanModel(SHAPE)).to(device)
-    predict = make_predict(model)
-    _, withheld = split()
+    model = start(WanModel(SHAPE)).to(vae.conv2.weight.device)
     for module in model.blocks.modules():
         if isinstance(module, nn.Linear):
             module.__class__ = Bf16Linear
+    for course in COURSES:
+        loss_at = lesson_loss(model, course, lessons, compiled)
+        model = fit(model, course.plan(seed), loss_at, partial(evaluate, course, vae, captions), work)
+    return model.eval().requires_grad_(False)
+
+
+def evaluate(course: Course, vae: WanVAE, captions: Captions, model: WanModel, step: int) -> str:
+    """What the probe finds on withheld scenes, as pictures while the course is still at them."""
+    tested, frames = split()[1][:NUM_TESTED], 1 if step <= course.picture_steps else FRAMES
+    shares = adherence(follow(model, vae, captions, tested, frames), tested)
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+
+
+def lesson_loss(model: WanModel, course: Course, lessons: Lessons, compiled: bool) -> Callable[[int], Tensor]:
+    """The loss of a step of the course as a function of the step."""
+    device, predict = model.head.head.weight.device, make_predict(model)
     if compiled:
         for block in model.blocks:
             block.compile(dynamic=False)
 
     def loss_at(step: int) -> Tensor:
-        batch = draw(step, shown, latents, captions).to(device)
+        batch = lessons.draw(course, step).to(device)
         with sdpa_kernel(SDPBackend.MATH):  # on a CPU the fused one is three times slower in bf16
-            return loss(predict, batch)
+            return loss(predict, batch, course.shift)
 
-    def evaluate(average: WanModel, step: int) -> str:
-        tested, frames = withheld[:NUM_TESTED], 1 if step <= PICTURE_STEPS else FRAMES
-        shares = adherence(follow(average, vae, captions, tested, frames), tested)
-        return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-
-    plan = Plan("transformer", seed, PICTURE_STEPS + CLIP_STEPS, 2e-3, 1e-3, ema_decay=0.998, evaluate_every=800)
-    return fit(model, plan, loss_at, evaluate, work).eval().requires_grad_(False)
+    return loss_at

@@ -11,6 +11,8 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from glob import glob
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -205,8 +207,16 @@ def _steady(position: Tensor) -> bool:
 
 
 def probe_file(path: Path) -> Reading:
-    """What a video file shows in its first 17 frames. Raises MediaError."""
-    return read(read_frames(path, range(min(FRAMES, probe(path).frames))))
+    """What a video file shows in its first 17 frames. Raises MediaError, also for a video that is not square."""
+    info = probe(path)
+    if info.width != info.height:
+        raise MediaError(path, f"{info.width}x{info.height} is not of Nano's world, whose videos are square")
+    return read(read_frames(path, range(min(FRAMES, info.frames))))
+
+
+def _matching(path: str) -> list[str]:
+    """The files of a pattern, which Windows hands over as it was typed; the path itself where it is none."""
+    return sorted(glob(path)) or [path]
 
 
 def main(paths: Sequence[str]) -> int:
@@ -214,7 +224,7 @@ def main(paths: Sequence[str]) -> int:
         print(__doc__.strip(), file=sys.stderr)
         return 0 if paths and paths[0] in ("-h", "--help") else 2
     failed = False
-    for path in map(Path, paths):
+    for path in map(Path, chain.from_iterable(_matching(path) for path in paths)):
         try:
             print(json.dumps({"file": str(path)} | asdict(probe_file(path))), flush=True)
         except MediaError as error:

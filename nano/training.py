@@ -102,14 +102,14 @@ def fit(
     evaluate: Callable[[nn.Module, int], str],
     work: Path,
 ) -> nn.Module:
-    """Trains `model` and returns the average of its weights. `loss_at(step)` draws its own data, the same each time.
+    """Trains what is not frozen of `model` and returns the average of its weights.
 
-    Goes on from `work/<name>.pt` where that exists; it is written every hundred steps. Raises UserError where it is of
-    another plan.
+    `loss_at(step)` draws its own data, the same each time. Goes on from `work/<name>.pt` where that exists; it is
+    written every hundred steps. Raises UserError where it is of another plan.
     """
-    names = dict(model.named_parameters())
-    matrices = [p for name, p in names.items() if is_matrix(name, p)]
-    rest = [p for name, p in names.items() if not is_matrix(name, p)]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    matrices = [p for name, p in trained.items() if is_matrix(name, p)]
+    rest = [p for name, p in trained.items() if not is_matrix(name, p)]
     optimizers = {
         "muon": (Muon(matrices, plan.learning_rate), plan.learning_rate),
         "adamw": (AdamW(rest, plan.rest_learning_rate, (0.9, 0.95), weight_decay=0.0), plan.rest_learning_rate),

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL_CLIPS = ROOT.parent / "shared" / "real_clips"
 SMALL = "--base_res 96 --token_limit 120 --num_workers 1".split()
 
+
 def run(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, script, *map(str, arguments)]
     result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)

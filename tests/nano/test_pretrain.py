@@ -7,6 +7,7 @@ from nano import pretrain, pretrain_transformer, pretrain_vae
 from nano.pretrain_vae import Course, Pieces
 from utils.errors import UserError
 from wan.checkpoints import load_config, load_text_encoder, load_transformer, load_vae
+from wan.modules.vae import WanVAE
 
 
 @pytest.fixture
@@ -17,10 +18,15 @@ def brief(tmp_path, monkeypatch) -> Path:
         Course("vae", (Pieces(1, 5, 32, 1),), 0.0, 0.0, 1e-3, 1e-3),
     )
     monkeypatch.setattr(pretrain_vae, "COURSES", courses)
+    monkeypatch.setattr(pretrain_vae, "SHARPENING", Course("vae-decoder", (Pieces(1, 5, 32, 1),), 0.0, 0.0, 1e-3))
     for name, value in {"NUM_TESTED": 1, "NUM_FOLDED": 3}.items():
         monkeypatch.setattr(pretrain_vae, name, value)
-    steps = {"PICTURE_STEPS": 1, "CLIP_STEPS": 1, "PICTURE_BATCH": 2, "CLIP_BATCH": 2, "CLIPS": 8, "NUM_TESTED": 1}
-    for name, value in steps.items():
+    lessons = (
+        pretrain_transformer.Course("transformer", 1, 1, 1e-3, 1.0),
+        pretrain_transformer.Course("more", 0, 1, 1e-3, 1.0),
+    )
+    monkeypatch.setattr(pretrain_transformer, "COURSES", lessons)
+    for name, value in {"PICTURE_BATCH": 2, "CLIP_BATCH": 2, "CLIPS": 8, "NUM_TESTED": 1}.items():
         monkeypatch.setattr(pretrain_transformer, name, value)
     return tmp_path
 
@@ -40,7 +46,7 @@ def test_one_command_writes_a_model_that_loads_and_goes_on_where_it_was(brief):
     velocity = model(torch.randn(1, vae.z_dim, 2, 4, 4), torch.tensor([500.0]), rows[None])
     assert velocity.isfinite().all() and velocity.abs().max() > 0
 
-    (brief / "states" / "transformer.pt").unlink()
+    (brief / "states" / "more.pt").unlink()
     pretrain.main(arguments)
     assert files(brief / "model").keys() == first.keys()
     assert all(data == first[name] for name, data in files(brief / "model").items() if name.endswith(".pth"))
@@ -52,3 +58,12 @@ def test_states_of_another_training_are_refused(brief):
     pretrain.main(["--model", str(brief / "model"), "--work", str(brief / "states")])
     with pytest.raises(UserError, match="vae-draft.pt is of another plan"):
         pretrain.main(["--model", str(brief / "model"), "--work", str(brief / "states"), "--seed", "1"])
+
+
+def test_sharpening_trains_the_decoder_and_leaves_the_latents_alone(brief):
+    torch.manual_seed(0)
+    vae = pretrain_vae.start(WanVAE(16))
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    after = pretrain_vae.sharpen(vae, 0, brief, compiled=False).state_dict()
+    changed = {name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {"decoder", "conv2"}

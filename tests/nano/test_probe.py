@@ -85,3 +85,15 @@ def test_the_command_prints_a_line_of_json_per_file(tmp_path, capsys):
     assert "b.mp4" in printed.err and "Traceback" not in printed.err
     assert main([str(tmp_path / "a.mp4")]) == 0
     assert main([]) == 2
+
+
+def test_the_command_takes_patterns_and_names_what_is_not_square(tmp_path, capsys):
+    scene = Scene("cross", "yellow", "gray", "up")
+    for name in ("a", "b", "[1]"):
+        write_video(tmp_path / f"{name}.mp4", frames_of(scene, 0), FPS)
+    assert main([str(tmp_path / "?.mp4"), str(tmp_path / "[1].mp4")]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["file"] for line in lines] == [str(tmp_path / f"{name}.mp4") for name in ("a", "b", "[1]")]
+    write_video(tmp_path / "wide.mp4", frames_of(scene, 0)[..., :32, :], FPS)
+    assert main([str(tmp_path / "wide.mp4")]) == 2
+    assert "wide.mp4: 64x32 is not of Nano's world" in capsys.readouterr().err

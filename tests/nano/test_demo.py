@@ -1,0 +1,82 @@
+"""The demo's own parts, without its training: `make nano-check` runs that."""
+
+import random
+import subprocess
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from PIL import Image
+
+from nano import demo
+from nano.demo import KINDS, Trial, make_trials, measure, write
+from nano.picture import CELL, HEADER, TEXT_WIDTH, comparison
+from nano.world import STYLES, Scene, render, split
+from utils.errors import RunError
+from utils.options import run_script
+
+SCENE = Scene("circle", "red", "black", "left")
+
+
+def video(scene: Scene, style: str | None = None) -> torch.Tensor:
+    return render(scene, random.Random(0), style).round().to(torch.uint8).transpose(0, 1)
+
+
+def test_trials_are_of_withheld_scenes_and_differ_by_the_trigger_word_alone():
+    trials = make_trials(160, seed=3)
+    assert {trial.scene for trial in trials} == set(split()[1])
+    assert len({trial.seed for trial in trials}) == 160
+    for trial in trials:
+        assert trial.styled.replace(f", {STYLES['framed']} style", "") == trial.plain
+    assert make_trials(5, seed=3) == trials[:5] != make_trials(5, seed=4)
+
+
+def test_figures_count_the_style_where_it_was_asked_for_and_against_where_it_was_not(capsys):
+    other = replace(SCENE, motion="up")
+    trials = [Trial(SCENE, "plain", "styled", 0)] * 2
+    plain, framed, wrong = video(SCENE), video(SCENE, "framed"), video(other)
+    videos = {
+        "styled_before": [plain, plain],
+        "styled_after": [framed, plain],
+        "plain_before": [plain, plain],
+        "plain_after": [framed, wrong],
+    }
+    assert measure(trials, videos) == {
+        "concept_before": 0.0,
+        "concept_after": 0.5,
+        "adherence_before": 1.0,
+        "adherence_after": 0.0,
+    }
+    table = capsys.readouterr().out
+    assert "without it: style" in table and "50%" in table
+
+
+def test_the_picture_has_a_row_per_prompt_and_a_strip_per_side():
+    strips = [torch.full((17, 3, 64, 64), value, dtype=torch.uint8) for value in (40, 80, 120, 160)]
+    picture = comparison([("first", strips[:2]), ("second", strips[2:])], ("without", "with")).convert("L")
+    middle = (TEXT_WIDTH + picture.width) // 2
+    left, right = picture.crop((TEXT_WIDTH, 0, middle, picture.height)), picture.crop((middle, 0, *picture.size))
+    for side, first, second in ((left, 40, 120), (right, 80, 160)):
+        upper, lower = side.crop((0, HEADER, side.width, HEADER + CELL)), side.crop((0, HEADER + CELL, *side.size))
+        assert most_common_gray(upper) == first and most_common_gray(lower) == second
+
+
+def most_common_gray(picture: Image.Image) -> int:
+    return max((count, value) for count, value in picture.getcolors() if value < 200)[1]
+
+
+def test_what_is_written_shows_styled_and_plain_prompts(tmp_path):
+    trials = make_trials(3, seed=0)
+    write(tmp_path, trials, {kind: [video(SCENE)] * 3 for kind in KINDS})
+    assert (tmp_path / "demo.png").is_file()
+    names = sorted(path.name for path in (tmp_path / "videos").iterdir())
+    assert names == [f"{n}-{side}.mp4" for n in (1, 2, 3) for side in ("with", "without")]
+
+
+def test_a_script_that_fails_ends_the_demo_with_a_message(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: subprocess.CompletedProcess(args, 2))
+    assert run_script(partial(demo.main, ["--output_dir", str(tmp_path)])) == 1
+    assert "train_wan_lora.py ended with an error, see above" in capsys.readouterr().err
+    with pytest.raises(RunError):
+        demo.run("convert_lora_to_comfy.py")
