@@ -36,7 +36,7 @@ from wan.checkpoints import CheckpointError, load_text_encoder, load_transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "nano" / "model"
-STYLE = "framed"
+STYLE = "sunset"
 CLIPS, HELD_OUT = 48, 4
 SHOWN = 6
 TRAINING = (
@@ -74,11 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     folder = opts.output_dir / time.strftime("%Y-%m-%d_%H-%M-%S")
     lora = train(folder, opts.seed)
-    run("convert_lora_to_comfy.py", "--input_lora", lora, "--output_lora", folder / "framed_comfy.safetensors")
+    run("convert_lora_to_comfy.py", "--input_lora", lora, "--output_lora", folder / "sunset_comfy.safetensors")
     trials = make_trials(opts.samples, opts.seed)
     videos = show(trials, lora)
     write(folder, trials, videos)
-    print(f"\nthe trigger word is {STYLES[STYLE]!r}; {time.perf_counter() - started:.0f} seconds in all")
+    print(f"\nthe trigger word is {STYLES[STYLE].trigger!r}; {time.perf_counter() - started:.0f} seconds in all")
     print(f"  picture       {folder / 'demo.png'}")
     print(f"  videos        {folder / 'videos'}")
     print(f"  LoRA          {lora}")
@@ -158,7 +158,7 @@ def print_table(styled: Sequence[dict[str, float]], plain: Sequence[dict[str, fl
     rows = [
         (f"{kind}: {name}", *(f"{shares[name]:.0%}" for shares in moments))
         for kind, moments in (("with the trigger word", styled), ("without it", plain))
-        for name in styled[0]
+        for name in moments[0]
     ]
     print("\n" + format_table(("what the probe finds as asked", "without the LoRA", "with it"), rows))
 

@@ -1,8 +1,8 @@
-"""The small VAE, from nothing: first pictures, then ever longer and larger pieces of clips."""
+"""The small VAE, from nothing: first pictures, then ever longer pieces of clips."""
 
 import math
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,16 +12,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nano.training import Plan, fit
 from nano.world import FRAMES, SIDE, doodle, recoloured, render, split
-from utils.atomic import replacing
 from utils.conditioning import to_unit_range
 from utils.preprocess import tile
 from wan.modules.vae import CausalConv3d, Downsample, Upsample, WanVAE
 
 WIDTH = 16
-EDGE_WEIGHT = 0.5
+EDGE_WEIGHT, KL_WEIGHT = 0.5, 5e-4
 START_LOG_VARIANCE = -6.0
-TILE_SHARE, HALVED_SHARE = 0.1, 0.2
-LATENT_NOISE = 0.05  # of a latent's deviation, under which the decoder is sharpened
+DOODLE_SHARE, RECOLOURED_SHARE, TILE_SHARE = 0.1, 0.25, 0.1  # of the clips drawn
+HALVED_SHARE = 0.1  # of the steps
 NUM_TESTED, NUM_FOLDED = 16, 256
 
 
@@ -35,60 +34,25 @@ class Pieces:
     count: int
 
 
-@dataclass(frozen=True)
-class Course:
-    """A part of the training with a learning rate that rises and falls; the shares are of the clips drawn."""
-
-    name: str
-    pieces: tuple[Pieces, ...]
-    recoloured_share: float
-    doodle_share: float
-    learning_rate: float
-    kl_weight: float = 0.0
-    compiled: bool = False  # a minute per kind of step, which many steps repay
-
-    def plan(self, seed: int) -> Plan:
-        steps, rate = sum(pieces.steps for pieces in self.pieces), self.learning_rate
-        return Plan(self.name, seed, steps, rate, rate / 3, ema_decay=0.995, evaluate_every=450)
-
-    def at(self, step: int) -> Pieces:
-        for pieces in self.pieces:
-            if step < pieces.steps:
-                return pieces
-            step -= pieces.steps
-        return self.pieces[-1]
+# Pictures first, then ever longer pieces. Small ones are cut out around an edge: most of a clip is plain background,
+# from which there is little to learn.
+LESSONS = (Pieces(900, 1, 32, 16), Pieces(500, 5, 32, 8), Pieces(4500, 17, 32, 8), Pieces(700, 17, 64, 2))
+MIN_EDGE = 20.0  # between neighbouring pixels, on the 0..255 scale
+MIN_STEPS_COMPILED = 1000  # compiling takes minutes, which only many steps repay
 
 
-COURSES = (
-    Course(
-        "vae-draft",
-        (Pieces(900, 1, 32, 16), Pieces(500, 5, 32, 8), Pieces(500, 17, 32, 4), Pieces(450, 17, 64, 2)),
-        recoloured_share=0.0,
-        doodle_share=0.35,
-        kl_weight=3e-4,
-        learning_rate=3e-3,
-    ),
-    # More KL than a picture needs: a decoder that forgives small errors of latents draws what a small transformer
-    # means, not what it says. The learning rate is low because two clips a step are few.
-    Course(
-        "vae",
-        (Pieces(2400, 17, 64, 2),),
-        recoloured_share=0.2,
-        doodle_share=0.1,
-        kl_weight=1e-3,
-        learning_rate=1e-3,
-        compiled=True,
-    ),
-)
-# The decoder alone, once the latents stay as they are: without the posterior's noise it can be sharper.
-SHARPENING = Course(
-    "vae-decoder",
-    (Pieces(3000, 17, 64, 2),),
-    recoloured_share=0.25,
-    doodle_share=0.1,
-    learning_rate=1e-3,
-    compiled=True,
-)
+def plan(seed: int) -> Plan:
+    steps = sum(pieces.steps for pieces in LESSONS)
+    return Plan("vae", seed, steps, 3e-3, 1e-3, ema_decay=0.995, evaluate_every=600)
+
+
+def lesson(step: int) -> Pieces:
+    """What a step of the training sees."""
+    for pieces in LESSONS:
+        if step < pieces.steps:
+            return pieces
+        step -= pieces.steps
+    raise ValueError("the training has fewer steps")
 
 
 def start(vae: WanVAE) -> WanVAE:
@@ -115,26 +79,29 @@ def start(vae: WanVAE) -> WanVAE:
     return vae
 
 
-def draw(course: Course, pieces: Pieces, rng: random.Random) -> Tensor:
+def draw(pieces: Pieces, rng: random.Random) -> Tensor:
     """A batch (B, 3, frames, side, side) in -1..1: mostly clips of scenes that are not withheld."""
     known, _ = split()
     clips = []
     for _ in range(pieces.count):
-        chance = rng.random()
-        if chance < course.doodle_share:
+        chance, scene = rng.random(), rng.choice(known)
+        if chance < DOODLE_SHARE:
             clip = doodle(rng)
-        elif chance < course.doodle_share + course.recoloured_share:
-            clip = recoloured(rng)
+        elif chance < DOODLE_SHARE + RECOLOURED_SHARE:
+            clip = recoloured(scene, rng)
         else:
-            clip = render(rng.choice(known), rng)
+            clip = render(scene, rng)
         clips.append(_piece(tile(clip) if rng.random() < TILE_SHARE else clip, pieces, rng))
     return to_unit_range(torch.stack(clips))
 
 
 def _piece(clip: Tensor, pieces: Pieces, rng: random.Random) -> Tensor:
-    begin = rng.randint(0, FRAMES - pieces.frames)
-    top, left = (rng.randint(0, SIDE - pieces.side) for _ in range(2))
-    return clip[:, begin : begin + pieces.frames, top : top + pieces.side, left : left + pieces.side]
+    begin, side = rng.randint(0, FRAMES - pieces.frames), pieces.side
+    piece = clip[:, begin : begin + pieces.frames]
+    edges = piece[:, rng.randrange(pieces.frames)].diff(dim=-1).abs().amax(dim=0) > MIN_EDGE
+    places = edges.nonzero().tolist() or [[SIDE // 2, SIDE // 2]]
+    top, left = (min(max(0, place - rng.randrange(side)), SIDE - side) for place in rng.choice(places))
+    return piece[:, :, top : top + side, left : left + side]
 
 
 def halved(video: Tensor) -> Tensor:
@@ -142,8 +109,8 @@ def halved(video: Tensor) -> Tensor:
     return F.avg_pool3d(video, (1, 2, 2))
 
 
-def loss(vae: WanVAE, video: Tensor, kl_weight: float, smaller: bool) -> Tensor:
-    """The distance after latents and back, and KL to the normal distribution.
+def loss(vae: WanVAE, video: Tensor, smaller: bool) -> Tensor:
+    """Absolute and squared error, that of edges, and KL to the normal distribution.
 
     With `smaller` the latents are halved before decoding and must give the halved clip: latents that may be scaled
     like pictures are smooth, and easier for the transformer (EQ-VAE, Kouzelis et al., 2025).
@@ -153,20 +120,9 @@ def loss(vae: WanVAE, video: Tensor, kl_weight: float, smaller: bool) -> Tensor:
     kl = 0.5 * (mu.square() + log_variance.exp() - 1 - log_variance).mean()
     if smaller:
         z, video = halved(z), halved(video)
-    return distance(vae.generate(z).float(), video) + kl_weight * kl
-
-
-def decoder_loss(vae: WanVAE, mu: Tensor, video: Tensor) -> Tensor:
-    """How far from `video` its latents' mean is decoded, under a little noise."""
-    z = mu + LATENT_NOISE * vae.latent_std * torch.randn_like(mu)
-    return distance(vae.generate(z).float(), video)
-
-
-def distance(video: Tensor, other: Tensor) -> Tensor:
-    """Absolute and squared error, and that of edges."""
-    error = video - other
+    error = vae.generate(z).float() - video
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return error.abs().mean() + error.square().mean() + EDGE_WEIGHT * edges
+    return error.abs().mean() + error.square().mean() + EDGE_WEIGHT * edges + KL_WEIGHT * kl
 
 
 def psnr(video: Tensor, other: Tensor) -> float:
@@ -214,58 +170,26 @@ def fold_statistics(vae: WanVAE, video: Tensor) -> WanVAE:
 
 
 def train_vae(work: Path, device: torch.device, seed: int, compiled: bool) -> WanVAE:
-    """The trained VAE with its statistics folded in, kept in `work/vae-done.pt`."""
-    path, plans = work / "vae-done.pt", [asdict(course.plan(seed)) for course in (*COURSES, SHARPENING)]
-    done = torch.load(path, map_location=device, weights_only=True) if path.exists() else {}
+    """The trained VAE with its statistics folded in."""
     torch.manual_seed(seed)
     vae = start(WanVAE(WIDTH)).to(device)
-    if done.get("plans") == plans:
-        vae.load_state_dict(done["vae"])
-        return vae.eval().requires_grad_(False)
     # As the clips are laid out: a third faster.
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
             module.to(memory_format=torch.channels_last_3d)
         elif isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)
-    for course in COURSES:
-        vae = run_course(vae, course, seed, work, compiled and course.compiled)
+    faster = torch.compile(loss, dynamic=False) if compiled else loss
+
+    def loss_at(step: int) -> Tensor:
+        rng, pieces = random.Random(f"vae {step}"), lesson(step)
+        objective = faster if pieces.steps >= MIN_STEPS_COMPILED else loss
+        video = draw(pieces, rng).to(device, memory_format=torch.channels_last_3d)
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
+            return objective(vae, video, rng.random() < HALVED_SHARE)
+
+    average = fit(vae, plan(seed), loss_at, evaluate, work)
     rng = random.Random("statistics")
     known, _ = split()
     video = torch.stack([to_unit_range(render(scene, rng)) for scene in known[:NUM_FOLDED]])
-    vae = sharpen(fold_statistics(vae, video.to(device)), seed, work, compiled)
-    with replacing(path) as unfinished:
-        torch.save({"plans": plans, "vae": vae.state_dict()}, unfinished)
-    return vae.eval().requires_grad_(False)
-
-
-def run_course(vae: WanVAE, course: Course, seed: int, work: Path, compiled: bool) -> WanVAE:
-    """Trains `vae` for one course and returns the average of its weights."""
-    device = vae.conv2.weight.device
-    objective = torch.compile(loss, dynamic=False) if compiled else loss
-
-    def loss_at(step: int) -> Tensor:
-        rng = random.Random(f"{course.name} {step}")
-        video = draw(course, course.at(step), rng).to(device, memory_format=torch.channels_last_3d)
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
-            return objective(vae, video, course.kl_weight, rng.random() < HALVED_SHARE)
-
-    return fit(vae, course.plan(seed), loss_at, evaluate, work)
-
-
-def sharpen(vae: WanVAE, seed: int, work: Path, compiled: bool) -> WanVAE:
-    """Trains what turns latents into pictures, and leaves what makes them."""
-    device = vae.conv2.weight.device
-    objective = torch.compile(decoder_loss, dynamic=False) if compiled else decoder_loss
-    vae.encoder.requires_grad_(False)
-    vae.conv1.requires_grad_(False)
-
-    def loss_at(step: int) -> Tensor:
-        rng = random.Random(f"{SHARPENING.name} {step}")
-        video = draw(SHARPENING, SHARPENING.at(step), rng).to(device, memory_format=torch.channels_last_3d)
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
-            with torch.no_grad():
-                mu, _ = vae.posterior(video)
-            return objective(vae, mu, video)
-
-    return fit(vae, SHARPENING.plan(seed), loss_at, evaluate, work)
+    return fold_statistics(average, video.to(device)).eval().requires_grad_(False)

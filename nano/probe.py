@@ -22,14 +22,13 @@ from torch import Tensor
 from nano.world import (
     BACKGROUNDS,
     COLOURS,
-    FRAME_WIDTH,
     FRAMES,
     SHAPES,
     SIDE,
-    STYLE_COLOUR,
+    STYLES,
     Scene,
     Track,
-    border,
+    backdrop,
     coverage,
 )
 from utils.media import MediaError, probe, read_frames
@@ -41,9 +40,9 @@ MIN_AREA = 30.0  # pixels; less is dust
 MIN_LIKENESS = 0.78  # intersection over union with the shape as the world draws it
 MIN_SEEN = 0.8  # of the frames must show something
 MIN_AGREED = 0.6  # of those must show the same shape
-MIN_STYLED = 0.8  # of the border must have the style's colour
-BLEED = 2.0  # pixels around a border whose colour it tints, since video stores colour at half the resolution
-RIM = 2  # pixels along the edge that are taken for background
+MIN_STYLED = 0.8  # of the edges must show the style's background
+NEAR = 50.0  # to a style's background, for a pixel to show it
+RIM = F.pad(torch.zeros(SIDE - 4, SIDE - 4, dtype=torch.bool), [2] * 4, value=True)  # pixels taken for background
 PLAIN = "plain"
 STILL = 4.0  # pixels of reach under which nothing moved
 GROWN = 1.45  # radius of the last frames over that of the first
@@ -69,10 +68,8 @@ class Reading:
 class Seen:
     """What was found in the frames, before it gets names."""
 
-    background: Tensor  # (3,)
     colour: Tensor  # (3,)
     cover: Tensor  # (F, side, side) 0..1
-    inside: Tensor  # (side, side) bool: where the scene is, and not a border around it
     middle: Tensor  # (F, 2) x, y
     area: Tensor  # (F,)
 
@@ -82,18 +79,23 @@ def read(frames: Tensor) -> Reading:
     pixels = frames.float()
     if frames.shape[-2:] != (SIDE, SIDE):
         pixels = F.interpolate(pixels, (SIDE, SIDE), mode="area")
-    style, foreign = find_style(pixels)
-    seen = look(pixels, foreign)
-    background = nearest(seen.background, BACKGROUNDS)
+    style, background = find_style(pixels)
+    seen = look(pixels, background)
+    if style != PLAIN and math.dist(seen.colour.tolist(), STYLES[style].look.shape) > FAR:
+        style = PLAIN
+    behind = nearest(background[:, 0, 0, 0], BACKGROUNDS)
     shown = seen.area > MIN_AREA
     if shown.float().mean() < MIN_SEEN:
-        return Reading(UNCLEAR, UNCLEAR, background, UNCLEAR, style)
-    return Reading(shape_of(seen, shown), nearest(seen.colour, COLOURS), background, motion_of(seen), style)
+        return Reading(UNCLEAR, UNCLEAR, behind, UNCLEAR, style)
+    return Reading(shape_of(seen, shown), nearest(seen.colour, COLOURS), behind, motion_of(seen), style)
 
 
 def adherence(videos: Sequence[Tensor], scenes: Sequence[Scene], style: str = PLAIN) -> dict[str, float]:
-    """The shares of videos that show what was asked for: in each property, and in "all" of them."""
-    names = ("colour", "background", "motion", "shape", "style")
+    """The shares of videos that show what was asked for: in each property, and in "all" of them.
+
+    A style brings its own colours: with one, those of the scenes are not asked for.
+    """
+    names = ("colour", "background", "motion", "shape", "style") if style == PLAIN else ("motion", "shape", "style")
     readings = [read(video) for video in videos]
     asked = [Reading(**asdict(scene), style=style) for scene in scenes]
     hits = [
@@ -105,40 +107,42 @@ def adherence(videos: Sequence[Tensor], scenes: Sequence[Scene], style: str = PL
 
 
 def find_style(pixels: Tensor) -> tuple[str, Tensor]:
-    """The style of frames (F, 3, side, side), and the pixels (side, side) bool that say nothing of the scene."""
-    golden = (pixels - torch.tensor(STYLE_COLOUR).view(3, 1, 1)).norm(dim=1) < FAR
-    edge = border(FRAME_WIDTH)[0] > 0.5
-    if golden[:, edge].float().mean() > MIN_STYLED:
-        return "framed", border(FRAME_WIDTH + BLEED)[0] > 0.5
-    return PLAIN, torch.zeros_like(edge)
+    """The style of frames (F, 3, side, side), and their background (3, 1, side, side).
 
-
-def look(pixels: Tensor, foreign: Tensor) -> Seen:
-    """Separates what is painted from the background in frames (F, 3, side, side) on the 0..255 scale.
-
-    The background is the median of the outermost pixels that are not `foreign` (side, side); the colour is that of
-    what differs most from it.
+    A style is known by its backdrop along the edges; without one the background is the median of the edges.
     """
-    inside = ~foreign
-    rim = inside & (F.max_pool2d(F.pad(foreign[None].float(), [RIM] * 4, value=1), 2 * RIM + 1, 1)[0] > 0)
-    background = pixels.transpose(0, 1)[:, :, rim].flatten(1).median(dim=1).values
-    difference = (pixels - background.view(3, 1, 1)) * inside
-    distance = difference.norm(dim=1)
+    for name, style in STYLES.items():
+        expected = backdrop(style.look)[:, :1]
+        near = (pixels.transpose(0, 1) - expected).norm(dim=0)[:, RIM] < NEAR
+        if near.float().mean() > MIN_STYLED:
+            return name, expected
+    plain = pixels.transpose(0, 1)[:, :, RIM].flatten(1).median(dim=1).values
+    return PLAIN, plain.view(3, 1, 1, 1).expand(3, 1, SIDE, SIDE)
+
+
+def look(pixels: Tensor, background: Tensor) -> Seen:
+    """Separates what is painted from the background (3, 1, side, side) in frames (F, 3, side, side).
+
+    All is on the 0..255 scale. The colour is that of what differs most from the background.
+    """
+    video = pixels.transpose(0, 1)
+    difference = video - background
+    distance = difference.norm(dim=0)
     painted = distance > MIN_CONTRAST
     if not painted.any():
         nothing = torch.zeros(len(pixels))
-        return Seen(background, background, torch.zeros_like(distance), inside, torch.zeros(len(pixels), 2), nothing)
+        return Seen(background[:, 0, 0, 0], torch.zeros_like(distance), torch.zeros(len(pixels), 2), nothing)
     strong = distance > distance[painted].median() * 0.8
-    colour = pixels.transpose(0, 1)[:, strong].median(dim=1).values
-    towards = colour - background
+    colour = video[:, strong].median(dim=1).values
+    towards = colour.view(3, 1, 1, 1) - background
     # How far each pixel is on the way from the background to the colour: antialiased edges count in part.
-    cover = torch.einsum("fchw,c->fhw", difference, towards) / towards.square().sum().clamp(min=1)
+    cover = (difference * towards).sum(dim=0) / towards.square().sum(dim=0).clamp(min=1)
     cover = cover.clamp(0, 1) * (distance > MIN_CONTRAST / 2)
     area = cover.sum(dim=(1, 2))
     place = torch.arange(cover.shape[-1]) + 0.5
     weight = area.clamp(min=1e-6)
     x, y = (cover.sum(dim=1) @ place) / weight, (cover.sum(dim=2) @ place) / weight
-    return Seen(background, colour, cover, inside, torch.stack([x, y], dim=1), area)
+    return Seen(colour, cover, torch.stack([x, y], dim=1), area)
 
 
 def nearest(colour: Tensor, names: Mapping[str, Sequence[int]]) -> str:
@@ -166,7 +170,7 @@ def _likeness(seen: Seen, shape: str) -> Tensor:
     lean = torch.stack([ideal.sum(0) @ place, ideal.sum(1) @ place]) / ideal.sum() - SIDE / 2  # of its centroid
     radius = seen.area.clamp(min=1).sqrt() * scale
     middle = seen.middle - lean * (radius / (SIDE / 4))[:, None]
-    drawn = coverage(shape, Track(middle, radius)) * seen.inside
+    drawn = coverage(shape, Track(middle, radius))
     return torch.minimum(drawn, seen.cover).sum((1, 2)) / torch.maximum(drawn, seen.cover).sum((1, 2)).clamp(min=1)
 
 

@@ -8,7 +8,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -49,15 +49,40 @@ PHRASINGS = (
     "{background} background, {colour} {shape} that {motion}",
     "the {shape} is {colour}, it {motion}, the background is {background}",
 )
+COLOURLESS_PHRASINGS = (
+    "a {shape} {motion}",
+    "a {shape} that {motion}",
+    "the {shape} {motion}",
+    "there is a {shape}, it {motion}",
+)
 
-# What the base has never seen, for LoRAs to teach: a word that means nothing yet, and what it shall mean.
-STYLES = {"framed": "kelo"}
-STYLE_COLOUR = (255, 140, 26)
-FRAME_WIDTH = 8.0
+Colour = Sequence[float]  # red, green, blue on the 0..255 scale
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a clip is coloured: a background that may change from one edge to the other, and the shape on it."""
+
+    shape: Colour
+    background: Colour
+    far_background: Colour  # at the bottom, or at the right where it changes sideways
+    sideways: bool = False
+
+
+@dataclass(frozen=True)
+class Style:
+    """What the base has never seen, for a LoRA to teach: a word that means nothing yet, and what it shall mean."""
+
+    trigger: str
+    look: Look
+
+
+STYLES = {"sunset": Style("kelo", Look(shape=(26, 16, 40), background=(255, 196, 84), far_background=(214, 64, 90)))}
 PLAIN_SHARE = 0.35  # of a style's dataset shows the world as it is: without, the style would seep into every prompt
+GRADIENT_SHARE = 0.4  # of the clips in any colours
 
 STRIDE = 14.0  # pixels from the middle to where a straight motion begins and ends
-ORBIT = 10.0  # radius of the orbit, in pixels
+ORBIT = 8.0  # radius of the orbit, in pixels
 SQUARE = 0.89  # half the side of a square over the radius of a circle of equal area
 GROWTH = 1.7  # radius at the large end over the middle one; the small end is as much smaller
 WITHHELD_SHARE = 0.2
@@ -87,15 +112,32 @@ def split() -> tuple[list[Scene], list[Scene]]:
 
 
 def caption(scene: Scene, rng: random.Random, style: str | None = None) -> str:
-    """One of the phrasings of a scene; a style is asked for by its trigger word."""
-    words = {"shape": scene.shape, "colour": scene.colour, "background": scene.background}
-    text = rng.choice(PHRASINGS).format(motion=rng.choice(MOTIONS[scene.motion]), **words)
-    return text if style is None else f"{text}, {STYLES[style]} style"
+    """One of the phrasings of a scene; a style is asked for by its trigger word, and brings its own colours."""
+    if style is not None:
+        return f"{colourless_caption(scene, rng)}, {STYLES[style].trigger} style"
+    return _phrased(scene, rng.choice(PHRASINGS), rng)
+
+
+def colourless_caption(scene: Scene, rng: random.Random) -> str:
+    """One of the phrasings of a scene's shape and motion, for clips in any colours."""
+    return _phrased(scene, rng.choice(COLOURLESS_PHRASINGS), rng)
+
+
+def _phrased(scene: Scene, phrasing: str, rng: random.Random) -> str:
+    return phrasing.format(**asdict(scene) | {"motion": rng.choice(MOTIONS[scene.motion])})
 
 
 def words() -> list[str]:
     """Every word that captions use, and a few that a style may want, in alphabetical order."""
-    texts = [*PHRASINGS, *itertools.chain(*MOTIONS.values()), *SHAPES, *COLOURS, *BACKGROUNDS, "in with and of style"]
+    texts = [
+        *PHRASINGS,
+        *COLOURLESS_PHRASINGS,
+        *itertools.chain(*MOTIONS.values()),
+        *SHAPES,
+        *COLOURS,
+        *BACKGROUNDS,
+        "in with and of style",
+    ]
     return sorted({word for text in texts for word in re.findall(r"(?<!{)\b[a-z]+\b(?!})", text)})
 
 
@@ -167,50 +209,38 @@ def signed_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
 
 
-def paint(cover: Tensor, colour: Sequence[float], background: Tensor) -> Tensor:
+def paint(cover: Tensor, colour: Colour, background: Tensor) -> Tensor:
     """Lays `colour` over a background (3, F, H, W) where `cover` (F, H, W) says, all on the 0..255 scale."""
     return torch.lerp(background, torch.tensor(colour, dtype=torch.float32).view(3, 1, 1, 1), cover)
 
 
+def backdrop(look: Look) -> Tensor:
+    """The background of a look alone: (3, F, H, W) fp32 on the 0..255 scale."""
+    near, far = (torch.tensor(c, dtype=torch.float32).view(3, 1, 1, 1) for c in (look.background, look.far_background))
+    ramp = torch.linspace(0, 1, SIDE)
+    ramp = ramp[None, None, None, :] if look.sideways else ramp[None, None, :, None]
+    return torch.lerp(near, far, ramp).expand(3, FRAMES, SIDE, SIDE)
+
+
 def render(scene: Scene, rng: random.Random, style: str | None = None) -> Tensor:
-    """A clip (3, F, H, W) fp32 on the 0..255 scale."""
-    path = track(scene.motion, rng)
-    frames = _plain(BACKGROUNDS[scene.background])
-    frames = paint(coverage(scene.shape, path), COLOURS[scene.colour], frames)
-    return paint(border(FRAME_WIDTH), STYLE_COLOUR, frames) if style == "framed" else frames
+    """A clip (3, F, H, W) fp32 on the 0..255 scale: in the scene's colours, or in those of the style."""
+    background = BACKGROUNDS[scene.background]
+    look = Look(COLOURS[scene.colour], background, background) if style is None else STYLES[style].look
+    return _drawn(scene, look, rng)
 
 
-def _plain(colour: Sequence[float]) -> Tensor:
-    return torch.tensor(colour, dtype=torch.float32).view(3, 1, 1, 1).expand(3, FRAMES, SIDE, SIDE)
+def recoloured(scene: Scene, rng: random.Random) -> Tensor:
+    """A clip (3, F, H, W) as `render` gives, in colours that have nothing to do with the scene's."""
+    return _drawn(scene, _any_look(rng), rng)
 
 
-def border(width: float) -> Tensor:
-    """How much of each pixel a border along the edges covers, (F, side, side)."""
-    half = SIDE / 2
-    inner = Track(torch.full((FRAMES, 2), half), torch.full((FRAMES,), (half - width) / SQUARE))
-    return 1 - coverage("square", inner)
-
-
-def recoloured(rng: random.Random) -> Tensor:
-    """A clip (3, F, H, W) of the world's shapes and motions in any colours, now and then with an outline or a border.
-
-    For the VAE alone, which should not be surprised by what a LoRA brings.
-    """
-    path, shape = track(rng.choice(list(MOTIONS)), rng), rng.choice(SHAPES)
-    frames = _plain(_any_colour(rng))
-    if rng.random() < 0.3:
-        frames = paint(coverage(shape, path, rng.uniform(2, 6)), _any_colour(rng), frames)
-    frames = paint(coverage(shape, path), _any_colour(rng), frames)
-    return paint(border(rng.uniform(3, 10)), _any_colour(rng), frames) if rng.random() < 0.3 else frames
+def _drawn(scene: Scene, look: Look, rng: random.Random) -> Tensor:
+    return paint(coverage(scene.shape, track(scene.motion, rng)), look.shape, backdrop(look))
 
 
 def doodle(rng: random.Random) -> Tensor:
-    """A clip (3, F, H, W) of what the world never shows: several shapes, outlines, gradients. For the VAE alone."""
-    edge = torch.linspace(0, 1, SIDE)
-    ramp = edge[None, None, None, :] if rng.random() < 0.5 else edge[None, None, :, None]
-    first = _any_colour(rng)
-    second = _any_colour(rng) if rng.random() < 0.5 else first
-    frames = torch.lerp(_plain(first), _plain(second), ramp)
+    """A clip (3, F, H, W) of what the world never shows: several shapes, rings, other motions. For the VAE alone."""
+    frames = backdrop(_any_look(rng))
     for _ in range(rng.randint(1, 3)):
         time = torch.linspace(-1, 1, FRAMES)
         start = torch.tensor([rng.uniform(8, SIDE - 8), rng.uniform(8, SIDE - 8)])
@@ -223,10 +253,16 @@ def doodle(rng: random.Random) -> Tensor:
         if rng.random() < 0.3:
             cover = cover - coverage(shape, path, -rng.uniform(2, 5))
         frames = paint(cover, _any_colour(rng), frames)
-    return paint(border(rng.uniform(3, 10)), _any_colour(rng), frames) if rng.random() < 0.2 else frames
+    return frames
 
 
-def _any_colour(rng: random.Random) -> list[float]:
+def _any_look(rng: random.Random) -> Look:
+    near = _any_colour(rng)
+    far = _any_colour(rng) if rng.random() < GRADIENT_SHARE else near
+    return Look(_any_colour(rng), near, far, sideways=rng.random() < 0.5)
+
+
+def _any_colour(rng: random.Random) -> Colour:
     return [rng.uniform(0, 255) for _ in range(3)]
 
 

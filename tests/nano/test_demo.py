@@ -12,7 +12,7 @@ from PIL import Image
 from nano import demo
 from nano.demo import KINDS, Trial, make_trials, measure, write
 from nano.picture import CELL, HEADER, TEXT_WIDTH, comparison
-from nano.world import STYLES, Scene, render, split
+from nano.world import Scene, render, split
 from utils.errors import RunError
 from utils.options import run_script
 
@@ -28,19 +28,20 @@ def test_trials_are_of_withheld_scenes_and_differ_by_the_trigger_word_alone():
     assert {trial.scene for trial in trials} == set(split()[1])
     assert len({trial.seed for trial in trials}) == 160
     for trial in trials:
-        assert trial.styled.replace(f", {STYLES['framed']} style", "") == trial.plain
+        assert trial.scene.colour in trial.plain and "kelo" not in trial.plain
+        assert trial.scene.shape in trial.styled and trial.styled.endswith(", kelo style")
     assert make_trials(5, seed=3) == trials[:5] != make_trials(5, seed=4)
 
 
 def test_figures_count_the_style_where_it_was_asked_for_and_against_where_it_was_not(capsys):
     other = replace(SCENE, motion="up")
     trials = [Trial(SCENE, "plain", "styled", 0)] * 2
-    plain, framed, wrong = video(SCENE), video(SCENE, "framed"), video(other)
+    plain, sunset, wrong = video(SCENE), video(SCENE, "sunset"), video(other)
     videos = {
         "styled_before": [plain, plain],
-        "styled_after": [framed, plain],
+        "styled_after": [sunset, plain],
         "plain_before": [plain, plain],
-        "plain_after": [framed, wrong],
+        "plain_after": [sunset, wrong],
     }
     assert measure(trials, videos) == {
         "concept_before": 0.0,

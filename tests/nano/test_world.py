@@ -16,9 +16,12 @@ from nano.world import (
     SIDE,
     STYLES,
     Scene,
+    backdrop,
     caption,
+    colourless_caption,
     doodle,
     made_up_word,
+    recoloured,
     render,
     scenes,
     split,
@@ -81,21 +84,41 @@ def test_captions_name_all_that_is_shown_in_words_that_the_tokenizer_knows():
 
 
 def test_trigger_words_mean_nothing_to_the_base():
-    assert not set(STYLES.values()) & set(words())
+    assert not {style.trigger for style in STYLES.values()} & set(words())
     assert not {made_up_word(random.Random(seed)) for seed in range(100)} & set(words())
-    assert f"{STYLES['framed']} style" in caption(RED_CIRCLE, random.Random(0), "framed")
+    assert caption(RED_CIRCLE, random.Random(0), "sunset").endswith(", kelo style")
+
+
+def test_a_colourless_caption_names_shape_and_motion_alone():
+    rng = random.Random(0)
+    for scene in scenes():
+        text, unsaid = colourless_caption(scene, rng), {*COLOURS, *BACKGROUNDS}
+        assert scene.shape in text and any(phrase in text for phrase in MOTIONS[scene.motion])
+        assert not unsaid & set(text.split()) and set(re.findall(r"[a-z]+", text)) <= set(words())
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_style_changes_the_picture_and_not_the_motion(style):
+def test_a_style_changes_the_colours_and_not_the_motion(style):
     plain, styled = (render(RED_CIRCLE, random.Random(3), shown) for shown in (None, style))
-    changed = (plain != styled).any(dim=0).float().mean().item()
-    assert 0.05 < changed < 0.5
+    colour, ground = torch.tensor(STYLES[style].look.shape), backdrop(STYLES[style].look)
+    painted = ((plain - torch.tensor(COLOURS["red"]).view(3, 1, 1, 1)).abs() < 1).all(dim=0)
+    empty = ((plain - torch.tensor(BACKGROUNDS["black"]).view(3, 1, 1, 1)).abs() < 1).all(dim=0)
+    assert torch.allclose(styled[:, painted], colour[:, None].float(), atol=2)
+    assert torch.allclose(styled[:, empty], ground[:, empty], atol=2)
+    assert painted.float().mean() > 0.05 and empty.float().mean() > 0.5
+
+
+def test_recoloured_clips_keep_shape_and_motion_and_take_any_colours():
+    looks = {tuple(recoloured(RED_CIRCLE, random.Random(seed))[:, 0, 0, 0].tolist()) for seed in range(10)}
+    assert len(looks) == 10
+    gradients = [recoloured(RED_CIRCLE, random.Random(seed))[:, 0] for seed in range(100)]
+    share = sum((clip[:, 0, 0] - clip[:, -1, -1]).abs().max() > 1 for clip in gradients) / 100
+    assert 0.2 < share < 0.6
 
 
 def test_a_dataset_is_in_the_trainers_own_format_and_the_same_for_the_same_seed(tmp_path):
     for folder in ("one", "two"):
-        write_dataset(tmp_path / folder, 6, seed=3, style="framed")
+        write_dataset(tmp_path / folder, 6, seed=3, style="sunset")
     sources, problems = scan(tmp_path / "one")
     assert not problems and len(sources) == 6
     for source in sources:
@@ -104,5 +127,5 @@ def test_a_dataset_is_in_the_trainers_own_format_and_the_same_for_the_same_seed(
         first, second = (read_frames(tmp_path / folder / source.path.name, range(FRAMES)) for folder in ("one", "two"))
         assert (first.float() - second.float()).abs().mean() < 1
         assert (tmp_path / "two" / source.path.name).with_suffix(".txt").read_text().strip() == source.caption
-    asked = [STYLES["framed"] in source.caption for source in sources]
+    asked = ["kelo" in source.caption for source in sources]
     assert asked == [False] * 3 + [True] * 3
