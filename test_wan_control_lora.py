@@ -175,9 +175,9 @@ def generate(opts: Options, lora: LoraFile, folder: Path, wan: WanShape, fps: in
     denoise = Sampler(opts.solver, opts.steps, opts.guidance, opts.shift).denoise
     latents = {}
     if opts.compare:
-        # The base model has no channels for control.
-        base, progress = replace(cond, channels=None), partial(tqdm, desc="without the LoRA", unit="step")
-        latents["without the LoRA"] = denoise(make_predict(model), noise, base, negative, progress)
+        free = replace(cond, channels=None)  # the base model has no channels for control
+        progress = partial(tqdm, desc="without the LoRA", unit="step")
+        latents["without the LoRA"] = denoise(make_predict(model), noise, free, negative, progress)
     fuse_lora(model, lora, opts.strength)
     progress = partial(tqdm, desc="with the LoRA", unit="step")
     latents["with the LoRA"] = denoise(make_predict(model), noise, cond, negative, progress)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nano.picture import comparison
 from nano.probe import PLAIN, adherence
-from nano.sampling import generate, noise_of
+from nano.sampling import SAMPLER, generate, noise_of
 from nano.world import FPS, STYLES, Scene, caption, split, write_dataset
 from utils.atomic import require_writable
 from utils.device import pick_device
@@ -94,7 +94,9 @@ def train(folder: Path, seed: int) -> Path:
     print(f"wrote {CLIPS + HELD_OUT} clips to {folder / 'clips'}")
     common = ["--dataset", folder / "clips", "--pretrained_model_name_or_path", MODEL]
     run("train_wan_lora.py", *common, "--cache_embeddings")
-    run("train_wan_lora.py", *common, *TRAINING, "--output_dir", folder / "runs", "--seed", seed)
+    shown = caption(split()[1][0], random.Random(seed), STYLE)
+    watching = ["--sample_prompts", shown, "--sample_every", 120, "--sample_guidance", SAMPLER.guidance]
+    run("train_wan_lora.py", *common, *TRAINING, *watching, "--output_dir", folder / "runs", "--seed", seed)
     return max(folder.glob("runs/*/checkpoints/*.safetensors"))
 
 
