@@ -25,6 +25,7 @@ from utils.cache import load_embedding
 from utils.conditioning import Cond, encode_video, make_predict, to_pixels, to_unit_range
 from utils.device import compute_dtype, explained_memory, pick_device
 from utils.errors import UserError
+from utils.flow import seeded_noise
 from utils.lora import fuse_lora
 from utils.lora_files import LoraFile, read_lora
 from utils.media import MediaInfo, contact_sheet, crop_and_resize, probe, read_frames, save_image, write_video
@@ -167,8 +168,7 @@ def generate(opts: Options, lora: LoraFile, folder: Path, wan: WanShape, fps: in
     control = read_control(opts, device) if opts.input_video else None
     cond = Cond(text[None], None if control is None else encode_video(control, vae)[None])
     shape = (1, *vae.latent_shape(opts.frames, opts.height, opts.width))
-    # The noise is drawn on the CPU: the same seed gives the same noise on every device.
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(opts.seed)).to(device)
+    noise = seeded_noise(shape, opts.seed).to(device)
 
     progress = partial(tqdm, desc="loading the transformer", unit="tensor", leave=False)
     model = load_transformer(folder, compute_dtype(device), device, progress)

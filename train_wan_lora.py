@@ -27,16 +27,8 @@ from utils.dataset import Clip, SamplingOptions, batches, load_clip, plan_epoch,
 from utils.device import compute_dtype, explained_memory, pick_device
 from utils.download import download_model
 from utils.errors import UserError
-from utils.flow import add_noise, sample_sigma
-from utils.lora import (
-    adapters_off,
-    add_lora,
-    extract_lora,
-    fuse_lora,
-    load_lora,
-    select_modules,
-    widen_patch_embedding,
-)
+from utils.flow import noised
+from utils.lora import adapters_off, add_lora, extract_lora, fuse_lora, load_lora, select_modules, widen_patch_embedding
 from utils.lora_files import LoraFile, read_lora
 from utils.memory import checkpoint_blocks
 from utils.objectives import Predict, guided_target, squared_error
@@ -107,7 +99,9 @@ class Control:
 
     control_lora: bool = option(False, "train a LoRA that follows a control video through extra input channels")
     control_type: str = option("tile", "the control made from each clip", choices=CONTROL_TYPES)
-    control_inject_noise: float = option(0.0, "most noise added to the control", minimum=0, needs="control_lora")
+    control_inject_noise: float = option(
+        0.0, "most noise added to the control's latents, drawn per sample", minimum=0, needs="control_lora"
+    )
     load_control: bool = option(
         False, "read the control of clip.mp4 from clip_control.mp4 instead of making it", needs="control_lora"
     )
@@ -271,9 +265,13 @@ def encode_validation(opts: Options, data: Dataset, count: int, vae: WanVAE, tex
     return [encode_batch([load_clip(window)], opts, vae, texts).to(torch.device("cpu")) for window in watched]
 
 
-def prepare_preview(opts: Options, folder: Path, data: Dataset, vae: WanVAE, texts: Texts) -> Preview:
+def prepare_preview(
+    opts: Options, folder: Path, data: Dataset, vae: WanVAE, texts: Texts, validation: list[Batch]
+) -> Preview:
     """Previews are as large as the largest clip; those of a control LoRA follow validation clips."""
-    followed = encode_validation(opts, data, len(texts.previews), vae, texts.captions) if opts.control_lora else []
+    followed = []
+    if opts.control_lora:
+        followed = validation or encode_validation(opts, data, len(texts.previews), vae, texts.captions)
     largest, config = max(data.windows, key=lambda window: window.tokens), load_config(folder)
     shape = vae.latent_shape(largest.frames, largest.height, largest.width)
     requests = make_requests(texts.previews, shape, opts.seed, vae, followed)
@@ -283,8 +281,7 @@ def prepare_preview(opts: Options, folder: Path, data: Dataset, vae: WanVAE, tex
 def training_loss(batch: Batch, opts: Options, model: WanModel, predict: Predict, negative: Tensor | None) -> Tensor:
     """How far the model's velocity is from its target, at a random noise level per clip."""
     cond = inject_noise(batch.cond, opts.control_inject_noise)
-    sigma = sample_sigma(len(batch.latents), opts.shift, batch.latents.device)
-    noisy = add_noise(batch.latents, torch.randn_like(batch.latents), sigma)
+    noisy = noised(batch.latents, opts.shift)
     target = noisy.velocity
     if opts.distill_cfg:
         with adapters_off(model):
@@ -336,7 +333,7 @@ def train(opts: Options, folder: Path, device: torch.device, data: Dataset) -> N
 
     validation = encode_validation(opts, data, opts.val_samples, vae, texts.captions)
     val_seed = opts.seed if opts.val_seed is None else opts.val_seed
-    preview = prepare_preview(opts, folder, data, vae, texts) if texts.previews else None
+    preview = prepare_preview(opts, folder, data, vae, texts, validation) if texts.previews else None
 
     stream = batches(data.train, opts.sampling, opts.seed, num_workers=opts.num_workers)
     run = Run(opts.output_dir, opts.max_train_steps, to_json(opts))
@@ -344,7 +341,6 @@ def train(opts: Options, folder: Path, device: torch.device, data: Dataset) -> N
     with closing(stream), run, keeping_what_is_learnt(run, snapshot):
         while True:
             last = run.step == opts.max_train_steps
-
             # Once in a while: measure on the validation clips, the first time before anything is learnt.
             if validation and (last or run.step % opts.val_steps == 0):
                 run.flush()  # what follows is no training time
@@ -357,6 +353,7 @@ def train(opts: Options, folder: Path, device: torch.device, data: Dataset) -> N
 
             # Once in a while: generate the same prompts from the same noise, to see what it has learnt.
             if preview and (last or run.step % opts.sample_every == 0):
+                run.flush()
                 run.log_previews(preview.generate(predict, vae), preview.fps)
 
             if last:

@@ -8,6 +8,7 @@ whether prompts without the trigger word are still followed.
 """
 
 import json
+import os
 import random
 import shlex
 import subprocess
@@ -17,12 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from nano.picture import comparison
-from nano.probe import PLAIN, adherence
-from nano.sampling import SAMPLER, generate, noise_of
+from nano.probe import adherence
+from nano.sampling import SAMPLER, generate, load, noise_of
 from nano.world import FPS, STYLES, Scene, caption, split, write_dataset
 from utils.atomic import require_writable
 from utils.device import pick_device
@@ -32,13 +32,14 @@ from utils.lora_files import read_lora
 from utils.media import save_image, write_video
 from utils.options import option, parse_options, run_script
 from utils.report import format_table
-from wan.checkpoints import CheckpointError, load_text_encoder, load_transformer, load_vae, text_length
+from wan.checkpoints import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "nano" / "model"
 STYLE = "sunset"
 CLIPS, HELD_OUT = 48, 4
 SHOWN = 6
+MOMENTS = ("before", "after")
 TRAINING = (
     "--base_res 64 --batch_size 4 --num_workers 1 --max_train_steps 240 --learning_rate 2e-3 --lr_scheduler linear "
     "--lora_rank 8 --val_steps 120 --checkpointing_steps 120"
@@ -64,8 +65,8 @@ class Trial:
     seed: int
 
 
-# A video of every trial for each of these.
-KINDS = ("plain_before", "styled_before", "plain_after", "styled_after")
+# For each kind of prompt ("styled" asks for the style, "plain" does not) a video (F, 3, H, W) per trial.
+Videos = dict[str, list[Tensor]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,18 +74,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_writable(opts.output_dir)
     started = time.perf_counter()
     folder = opts.output_dir / time.strftime("%Y-%m-%d_%H-%M-%S")
-    lora = train(folder, opts.seed)
-    run("convert_lora_to_comfy.py", "--input_lora", lora, "--output_lora", folder / "sunset_comfy.safetensors")
+    lora, comfy = train(folder, opts.seed), folder / f"{STYLE}_comfy.safetensors"
+    run("convert_lora_to_comfy.py", "--input_lora", lora, "--output_lora", comfy)
     trials = make_trials(opts.samples, opts.seed)
-    videos = show(trials, lora)
-    write(folder, trials, videos)
+    before, after = show(trials, lora)
+    write(folder, trials, before, after)
+    styled, plain = measure(trials, before, after)
+    print_table(styled, plain)
     print(f"\nthe trigger word is {STYLES[STYLE].trigger!r}; {time.perf_counter() - started:.0f} seconds in all")
     print(f"  picture       {folder / 'demo.png'}")
     print(f"  videos        {folder / 'videos'}")
     print(f"  LoRA          {lora}")
-    print(f"  for ComfyUI   {folder / 'framed_comfy.safetensors'}")
+    print(f"  for ComfyUI   {comfy}")
     print(f"  TensorBoard   tensorboard --logdir {folder / 'runs'}")
-    print(json.dumps(measure(trials, videos)))
+    figures = {"concept": [shares["style"] for shares in styled], "adherence": [shares["all"] for shares in plain]}
+    named = {
+        f"{name}_{moment}": value for name, pair in figures.items() for moment, value in zip(MOMENTS, pair, strict=True)
+    }
+    print(json.dumps({name: round(value, 4) for name, value in named.items()}))
 
 
 def train(folder: Path, seed: int) -> Path:
@@ -92,19 +99,20 @@ def train(folder: Path, seed: int) -> Path:
     write_dataset(folder / "clips" / "train", CLIPS, seed, STYLE)
     write_dataset(folder / "clips" / "val", HELD_OUT, seed + 1, STYLE)
     print(f"wrote {CLIPS + HELD_OUT} clips to {folder / 'clips'}")
-    common = ["--dataset", folder / "clips", "--pretrained_model_name_or_path", MODEL]
+    preview = caption(split()[0][0], random.Random(seed), STYLE)
+    watching = ["--sample_prompts", preview, "--sample_every", 120, "--sample_guidance", SAMPLER.guidance]
+    common = ["--dataset", folder / "clips", "--pretrained_model_name_or_path", MODEL, *watching]
     run("train_wan_lora.py", *common, "--cache_embeddings")
-    shown = caption(split()[1][0], random.Random(seed), STYLE)
-    watching = ["--sample_prompts", shown, "--sample_every", 120, "--sample_guidance", SAMPLER.guidance]
-    run("train_wan_lora.py", *common, *TRAINING, *watching, "--output_dir", folder / "runs", "--seed", seed)
+    run("train_wan_lora.py", *common, *TRAINING, "--output_dir", folder / "runs", "--seed", seed)
     return max(folder.glob("runs/*/checkpoints/*.safetensors"))
 
 
 def run(script: str, *arguments: object) -> None:
     """One of the project's scripts, as a user would call it. Raises RunError where it fails."""
-    shown = [str(argument) for argument in arguments]
-    print(f"\n$ python {script} {shlex.join(shown)}", flush=True)
-    if subprocess.run([sys.executable, str(ROOT / script), *shown], check=False).returncode:
+    given = [str(argument) for argument in arguments]
+    shown = subprocess.list2cmdline(given) if os.name == "nt" else shlex.join(given)
+    print(f"\n$ python {script} {shown}", flush=True)
+    if subprocess.run([sys.executable, str(ROOT / script), *given], check=False).returncode:
         raise RunError(f"{script} ended with an error, see above")
 
 
@@ -120,39 +128,26 @@ def make_trials(count: int, seed: int) -> list[Trial]:
     return trials
 
 
-def show(trials: Sequence[Trial], lora: Path) -> dict[str, list[Tensor]]:
-    """For each of KINDS the videos of all trials: before is without the LoRA, after is with it."""
-    device = pick_device()
-    model, vae = load_transformer(MODEL, torch.float32, device), load_vae(MODEL, device)
-    encoder = load_text_encoder(MODEL, text_length(MODEL), torch.float32, device)
+def show(trials: Sequence[Trial], lora: Path) -> tuple[Videos, Videos]:
+    """The videos of all trials without the LoRA, and those with it, from the same noise."""
+    model, vae, encoder = load(MODEL, pick_device())
     noise = noise_of(vae, [trial.seed for trial in trials])
-    videos = {}
-    for kind in KINDS:
-        if kind == "plain_after":
-            fuse_lora(model, read_lora(lora))
-        asked = [trial.plain if kind.startswith("plain") else trial.styled for trial in trials]
-        print(f"generating {len(trials)} videos: {kind.replace('_', ', ')}", flush=True)
-        videos[kind] = generate(model, vae, encoder.encode(asked), noise, encoder.encode([""])[0])
-    return videos
+    texts = {kind: encoder.encode([getattr(trial, kind) for trial in trials]) for kind in ("styled", "plain")}
+    (negative,) = encoder.encode([""])
+    print(f"\ngenerating {len(trials)} videos with the trigger word and without it, before and after", flush=True)
+    before = {kind: generate(model, vae, rows, noise, negative) for kind, rows in texts.items()}
+    fuse_lora(model, read_lora(lora))
+    return before, {kind: generate(model, vae, rows, noise, negative) for kind, rows in texts.items()}
 
 
-def measure(trials: Sequence[Trial], videos: dict[str, list[Tensor]]) -> dict[str, float]:
-    """How often prompts with the trigger word show the style, and how often those without are followed in everything.
+def measure(trials: Sequence[Trial], *moments: Videos) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """What the probe finds at each moment of what prompts with the trigger word asked for, and those without it.
 
-    Everything is shape, colours, motion, and that there is no style where none was asked for.
+    Those without ask for shape, colours and motion, and that there is no style.
     """
     scenes = [trial.scene for trial in trials]
-    styled, plain = (
-        [adherence(videos[f"{kind}_{moment}"], scenes, style) for moment in ("before", "after")]
-        for kind, style in (("styled", STYLE), ("plain", PLAIN))
-    )
-    print_table(styled, plain)
-    return {
-        "concept_before": round(styled[0]["style"], 4),
-        "concept_after": round(styled[1]["style"], 4),
-        "adherence_before": round(plain[0]["all"], 4),
-        "adherence_after": round(plain[1]["all"], 4),
-    }
+    styled = [adherence(videos["styled"], scenes, STYLE) for videos in moments]
+    return styled, [adherence(videos["plain"], scenes) for videos in moments]
 
 
 def print_table(styled: Sequence[dict[str, float]], plain: Sequence[dict[str, float]]) -> None:
@@ -165,12 +160,12 @@ def print_table(styled: Sequence[dict[str, float]], plain: Sequence[dict[str, fl
     print("\n" + format_table(("what the probe finds as asked", "without the LoRA", "with it"), rows))
 
 
-def write(folder: Path, trials: Sequence[Trial], videos: dict[str, list[Tensor]]) -> None:
-    """The picture, and both videos of each of its rows."""
+def write(folder: Path, trials: Sequence[Trial], before: Videos, after: Videos) -> None:
+    """The picture, and both videos of each of its rows; every third row is without the trigger word."""
     rows = []
     for index, trial in enumerate(trials[:SHOWN]):
-        kind, prompt = ("plain", trial.plain) if index % 3 == 2 else ("styled", trial.styled)
-        rows.append((prompt, [videos[f"{kind}_{moment}"][index] for moment in ("before", "after")]))
+        kind = "plain" if index % 3 == 2 else "styled"
+        rows.append((getattr(trial, kind), [before[kind][index], after[kind][index]]))
     save_image(folder / "demo.png", comparison(rows, ("without the LoRA", "with the LoRA")))
     (folder / "videos").mkdir()
     for number, (_, sides) in enumerate(rows, 1):

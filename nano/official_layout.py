@@ -37,7 +37,7 @@ def write_pth(path: Path, module: nn.Module) -> None:
     """A flat dictionary of bf16 tensors, as the VAE and the text encoder are released."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state: dict[str, Tensor] = {
-        name: tensor.to(torch.bfloat16).clone(memory_format=torch.contiguous_format)
+        name: tensor.to("cpu", torch.bfloat16).clone(memory_format=torch.contiguous_format)
         for name, tensor in module.state_dict().items()
     }
     # Into an open file: given a path, torch.save writes its name into the archive, and no two runs would agree.

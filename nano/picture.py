@@ -3,10 +3,10 @@
 import textwrap
 from collections.abc import Sequence
 
-import torch
-from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from utils.media import thumbnails
 
 CELL, GAP, FRAMES_SHOWN = 96, 6, 4
 TEXT_WIDTH, TEXT_SIZE, TEXT_COLUMNS, LINE = 250, 15, 32, 19
@@ -26,16 +26,10 @@ def comparison(rows: Sequence[tuple[str, Sequence[Tensor]]], titles: Sequence[st
         for line, text in enumerate(textwrap.wrap(prompt, TEXT_COLUMNS)):
             draw.text((GAP, top + line * LINE), text, "black", font)
         for column, frames in enumerate(videos):
-            for place, cell in enumerate(_cells(frames)):
+            for place, cell in enumerate(thumbnails(frames, FRAMES_SHOWN, CELL)):
                 picture.paste(cell, (_left(column) + place * (CELL + GAP), top))
     return picture
 
 
 def _left(column: int) -> int:
     return TEXT_WIDTH + column * (FRAMES_SHOWN * (CELL + GAP) + 2 * GAP)
-
-
-def _cells(frames: Tensor) -> list[Image.Image]:
-    chosen = torch.linspace(0, len(frames) - 1, FRAMES_SHOWN).round().long()
-    pixels = rearrange(frames[chosen], "f c h w -> f h w c").contiguous().numpy(force=True)
-    return [Image.fromarray(cell).resize((CELL, CELL), Image.Resampling.BICUBIC) for cell in pixels]

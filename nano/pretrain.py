@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from nano.official_layout import write_config, write_text_encoder, write_transformer, write_vae
 from nano.pretrain_transformer import SHAPE, Captions, train_transformer
 from nano.pretrain_vae import train_vae
@@ -39,8 +41,8 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> None:
     opts = parse_options(Options, argv)
     unfinished = opts.work / "model"
-    for folder in (opts.model, unfinished):
-        require_writable(folder)
+    for name, folder in (("--model", opts.model), ("--work", unfinished)):
+        require_writable(folder, name)
         folder.mkdir(parents=True, exist_ok=True)
     device = pick_device()
     vocab_size = write_tokenizer(unfinished / TOKENIZER, words())
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_vae(unfinished, train_vae(opts.work, device, opts.seed, opts.compile))
     # What is trained next meets the VAE and the text encoder as they ship: rounded to bf16.
     vae = load_vae(unfinished, device)
-    encoder = load_text_encoder(unfinished, SHAPE.text_len, vae.conv2.weight.dtype, device)
+    encoder = load_text_encoder(unfinished, SHAPE.text_len, torch.float32, device)
     negative = read_prompt(EMBEDDINGS / load_config(unfinished).negative_prompt)
     captions = Captions(encoder, negative)
     write_transformer(unfinished, train_transformer(opts.work, opts.seed, vae, captions, opts.compile))

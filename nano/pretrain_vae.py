@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nano.training import Plan, fit
+from nano.training import Plan, faster_attention, fingerprint, fit
 from nano.world import FRAMES, SIDE, doodle, recoloured, render, split
 from utils.conditioning import to_unit_range
 from utils.preprocess import tile
@@ -43,7 +42,9 @@ MIN_STEPS_COMPILED = 1000  # compiling takes minutes, which only many steps repa
 
 def plan(seed: int) -> Plan:
     steps = sum(pieces.steps for pieces in LESSONS)
-    return Plan("vae", seed, steps, 3e-3, 1e-3, ema_decay=0.995, evaluate_every=600)
+    settings = LESSONS, EDGE_WEIGHT, KL_WEIGHT, DOODLE_SHARE, RECOLOURED_SHARE, TILE_SHARE, HALVED_SHARE
+    data = fingerprint(str(settings), draw(LESSONS[-1], random.Random("sample")))
+    return Plan("vae", seed, steps, 3e-3, 1e-3, ema_decay=0.995, evaluate_every=600, data=data)
 
 
 def lesson(step: int) -> Pieces:
@@ -140,7 +141,7 @@ def evaluate(vae: nn.Module, step: int) -> str:
     """PSNR on clips of scenes that were withheld."""
     rng = random.Random("vae test")
     _, withheld = split()
-    device = vae.conv2.weight.device
+    device = vae.device
     video = torch.stack([to_unit_range(render(scene, rng)) for scene in withheld[:NUM_TESTED]]).to(device)
     drawn = torch.stack([to_unit_range(doodle(rng)) for _ in range(8)]).to(device)
     image = video[:, :, :1]
@@ -185,7 +186,7 @@ def train_vae(work: Path, device: torch.device, seed: int, compiled: bool) -> Wa
         rng, pieces = random.Random(f"vae {step}"), lesson(step)
         objective = faster if pieces.steps >= MIN_STEPS_COMPILED else loss
         video = draw(pieces, rng).to(device, memory_format=torch.channels_last_3d)
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device.type, torch.bfloat16):
+        with faster_attention(device), torch.autocast(device.type, torch.bfloat16):
             return objective(vae, video, rng.random() < HALVED_SHARE)
 
     average = fit(vae, plan(seed), loss_at, evaluate, work)

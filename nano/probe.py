@@ -201,8 +201,9 @@ def _circles(path: Tensor) -> bool:
     distance = around.norm(dim=1)
     angle = torch.atan2(around[:, 1], around[:, 0])
     steps = (angle.diff() + math.pi).remainder(2 * math.pi) - math.pi
-    turned = steps.sum().abs().item()
-    return bool(distance.min() > 0.4 * distance.max() and turned > 1.5 * math.pi and distance.mean() > STILL)
+    turned, moved = steps.sum().abs().item(), steps.abs().sum().item()
+    once = 1.5 * math.pi < turned < 2.5 * math.pi and moved < 1.2 * turned
+    return bool(once and distance.min() > 0.4 * distance.max() and distance.mean() > STILL)
 
 
 def _steady(position: Tensor) -> bool:
@@ -220,7 +221,7 @@ def probe_file(path: Path) -> Reading:
 
 def _matching(path: str) -> list[str]:
     """The files of a pattern, which Windows hands over as it was typed; the path itself where it is none."""
-    return sorted(glob(path)) or [path]
+    return [path] if Path(path).exists() else sorted(glob(path)) or [path]
 
 
 def main(paths: Sequence[str]) -> int:

@@ -1,6 +1,7 @@
 """Many small videos at once: what the probe is asked about."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -8,18 +9,27 @@ from tqdm import tqdm
 
 from nano.world import FRAMES, SIDE
 from utils.conditioning import Encoded, collate, make_predict, to_pixels
+from utils.flow import seeded_noise
 from utils.sampling import Sampler
+from wan.checkpoints import load_text_encoder, load_transformer, load_vae, text_length
 from wan.modules.model import WanModel
+from wan.modules.t5 import TextEncoder
 from wan.modules.vae import WanVAE
 
 SAMPLER = Sampler("unipc", steps=20, guidance=4.0, shift=5.0)
 BATCH = 32
 
 
+def load(folder: Path, device: torch.device) -> tuple[WanModel, WanVAE, TextEncoder]:
+    """All of a small model, in fp32."""
+    encoder = load_text_encoder(folder, text_length(folder), torch.float32, device)
+    return load_transformer(folder, torch.float32, device), load_vae(folder, device), encoder
+
+
 def noise_of(vae: WanVAE, seeds: Sequence[int], frames: int = FRAMES) -> Tensor:
     """Noise (B, 16, f, h, w) for videos of the world's size, each sample's by its own seed."""
     shape = vae.latent_shape(frames, SIDE, SIDE)
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return torch.stack([seeded_noise(shape, seed) for seed in seeds])
 
 
 def generate(
@@ -35,8 +45,7 @@ def generate(
 
     Guided away from the `negative` text (T, E), and following control latents (16, f, h, w), where they are given.
     """
-    device = vae.conv2.weight.device
-    predict = make_predict(model)
+    device, predict = vae.device, make_predict(model)
     negative = None if negative is None else negative.to(device)
     samples = [
         Encoded(start, rows.cpu(), None if controls is None else controls[index].cpu())

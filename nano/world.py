@@ -157,15 +157,15 @@ class Track:
     radius: Tensor
 
 
-def track(motion: str, rng: random.Random, frames: int = FRAMES) -> Track:
+def track(motion: str, rng: random.Random) -> Track:
     """The path of a motion, with a little chance in place, size and reach."""
-    time = torch.linspace(-1, 1, frames)
+    time = torch.linspace(-1, 1, FRAMES)
     reach = rng.uniform(0.9, 1.1)
     place = torch.tensor([SIDE / 2 + rng.uniform(-3, 3), SIDE / 2 + rng.uniform(-3, 3)])
-    radius = torch.full((frames,), rng.uniform(11.5, 13.5))
+    radius = torch.full((FRAMES,), rng.uniform(11.5, 13.5))
     if motion in ("growing", "shrinking"):
         sign = 1 if motion == "growing" else -1
-        return Track(place.expand(frames, 2), radius * (GROWTH * reach) ** (sign * time))
+        return Track(place.expand(FRAMES, 2), radius * (GROWTH * reach) ** (sign * time))
     return Track(place + reach * _offset(motion, time), radius)
 
 
@@ -238,6 +238,11 @@ def _drawn(scene: Scene, look: Look, rng: random.Random) -> Tensor:
     return paint(coverage(scene.shape, track(scene.motion, rng)), look.shape, backdrop(look))
 
 
+def to_frames(clip: Tensor) -> Tensor:
+    """A clip (3, F, H, W) on the 0..255 scale as frames (F, 3, H, W) uint8."""
+    return clip.round().clamp(0, 255).to(torch.uint8).transpose(0, 1)
+
+
 def doodle(rng: random.Random) -> Tensor:
     """A clip (3, F, H, W) of what the world never shows: several shapes, rings, other motions. For the VAE alone."""
     frames = backdrop(_any_look(rng))
@@ -281,6 +286,5 @@ def write_dataset(folder: Path, count: int, seed: int, style: str | None = None)
         shown = style if index >= PLAIN_SHARE * count else None
         scene = rng.choice(known)
         path = folder / f"{index:03d}.mp4"
-        frames = render(scene, rng, shown).round().clamp(0, 255).to(torch.uint8).transpose(0, 1)
-        write_video(path, frames, FPS)
+        write_video(path, to_frames(render(scene, rng, shown)), FPS)
         path.with_suffix(".txt").write_text(caption(scene, rng, shown) + "\n", encoding="utf-8")

@@ -54,7 +54,7 @@ def importers_of(package: str, paths: list[Path]) -> set[str]:
 
 def test_the_rooms_are_found():
     assert {"train_wan_lora.py", "test_wan_control_lora.py", "convert_lora_to_comfy.py"} <= {label(p) for p in SCRIPTS}
-    assert len(ROOMS["wan"]) > 8 and len(ROOMS["utils"]) > 15
+    assert len(ROOMS["wan"]) > 8 and len(ROOMS["utils"]) > 15 and len(ROOMS["nano"]) > 8
 
 
 def test_wan_knows_nothing_of_training():
@@ -142,7 +142,9 @@ def test_scripts_hold_no_nested_function():
 
 
 def test_every_module_imports_without_a_gpu_and_without_decord():
-    names = [label(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in MODULES]
+    names = [
+        label(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in MODULES + ROOMS["nano"]
+    ]
     code = (
         "import importlib, sys, warnings\n"
         "warnings.simplefilter('error')\n"

@@ -21,9 +21,14 @@ from wan.checkpoints import load_transformer
 from wan.modules.model import is_fp32
 
 
-def copied_prompts(folder: Path) -> Path:
-    """The negative prompts in a folder that embeddings may be written to."""
-    return Path(shutil.copytree(train_wan_lora.EMBEDDINGS, folder / "embeddings", dirs_exist_ok=True))
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch) -> None:
+    """In a folder with a small model, clips, and the negative prompts where embeddings may be written beside them."""
+    monkeypatch.chdir(tmp_path)
+    prompts = shutil.copytree(train_wan_lora.EMBEDDINGS, tmp_path / "embeddings")
+    monkeypatch.setattr(train_wan_lora, "EMBEDDINGS", Path(prompts))
+    write_model(Path("model"))
+    write_clips(Path("clips"))
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +94,7 @@ def test_a_bf16_base_as_on_a_gpu_trains_fp32_adapters(tmp_path: Path, batch: Bat
             assert parameter.dtype == (torch.float32 if islands else torch.bfloat16), name
 
 
-def test_the_same_seed_gives_the_same_lora_whatever_the_workers_and_the_previews(tmp_path: Path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_wan_lora, "EMBEDDINGS", copied_prompts(tmp_path))
-    write_model(Path("model"))
-    write_clips(Path("clips"))
+def test_the_same_seed_gives_the_same_lora_whatever_the_workers_and_the_previews(work):
     flags = "--dataset clips --pretrained_model_name_or_path model --base_res 64 96 --token_limit 60 --batch_size 2"
     flags += " --max_train_steps 3 --val_samples 1 --learning_rate 1e-3 --random_frame_length --gradient_accumulation 2"
     previews = "--sample_prompts fox --sample_every 1 --sample_steps 2"
@@ -109,11 +110,7 @@ def test_the_same_seed_gives_the_same_lora_whatever_the_workers_and_the_previews
     assert not any(torch.equal(first[name].down, other[name].down) for name in first)
 
 
-def test_previews_show_the_same_prompts_from_the_same_noise_until_the_lora_has_learnt(tmp_path: Path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_wan_lora, "EMBEDDINGS", copied_prompts(tmp_path))
-    write_model(Path("model"))
-    write_clips(Path("clips"))
+def test_previews_show_the_same_prompts_from_the_same_noise_until_the_lora_has_learnt(work, monkeypatch):
     Path("prompts.txt").write_text("a red fox\n\na blue house\n", encoding="utf-8")
     flags = "--dataset clips --pretrained_model_name_or_path model --base_res 64 --token_limit 60 --val_samples 0"
     flags += " --max_train_steps 3 --learning_rate 1e-2 --lora_target all-linear --num_workers 0"
@@ -137,13 +134,9 @@ def test_previews_show_the_same_prompts_from_the_same_noise_until_the_lora_has_l
     assert not torch.equal(first[0][1], first[1][1])
 
 
-def test_the_previews_of_a_control_lora_follow_the_validation_clips(tmp_path: Path, monkeypatch):
+def test_the_previews_of_a_control_lora_follow_the_validation_clips(work):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_wan_lora, "EMBEDDINGS", copied_prompts(tmp_path))
-    write_model(Path("model"))
-    write_clips(Path("clips"))
     flags = "--dataset clips --pretrained_model_name_or_path model --base_res 64 --token_limit 60 --control_lora"
     flags += " --max_train_steps 1 --val_samples 0 --num_workers 0 --sample_prompts fox --sample_steps 1"
     flags += " --distill_cfg 1"
@@ -154,3 +147,15 @@ def test_the_previews_of_a_control_lora_follow_the_validation_clips(tmp_path: Pa
     info = probe(folder / "samples" / names[0])
     assert (info.width, info.height, info.fps) == (2 * 80, 48, 16)
     assert len(EventAccumulator(str(folder)).Reload().Images("samples")) == 2
+
+
+def test_training_goes_on_where_a_preview_cannot_be_written(work, monkeypatch, capsys):
+    def refused(path: Path, *_: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("utils.run.write_video", refused)
+    flags = "--dataset clips --pretrained_model_name_or_path model --base_res 64 --token_limit 60 --val_samples 0"
+    flags += " --max_train_steps 1 --num_workers 0 --sample_prompts fox --sample_steps 1"
+    train_wan_lora.main([*flags.split(), "--output_dir", "runs"])
+    assert len(list(Path("runs").glob("*/checkpoints/*.safetensors"))) == 1
+    assert "step 1: cannot write previews to" in capsys.readouterr().out

@@ -27,9 +27,9 @@ def replacing(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def require_writable(folder: Path) -> None:
+def require_writable(folder: Path, option: str = "--output_dir") -> None:
     """Raises UserError where a folder that will be written to hours later cannot be; creates nothing."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         reason = "it may not be written" if existing.is_dir() else f"{existing} is a file"
-        raise UserError(f"cannot write to --output_dir {folder}: {reason}")
+        raise UserError(f"cannot write to {option} {folder}: {reason}")

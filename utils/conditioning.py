@@ -55,7 +55,7 @@ class Batch:
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
-    """uint8 pixels -> fp32 in -1..1, the range the VAE was trained on."""
+    """Pixels on the 0..255 scale -> fp32 in -1..1, the range the VAE was trained on; the pixels stay as they are."""
     return pixels.to(torch.float32, copy=True).div_(127.5).sub_(1.0)
 
 
@@ -67,7 +67,7 @@ def to_pixels(video: Tensor) -> Tensor:
 @torch.no_grad()
 def encode_clip(clip: Clip, text: Tensor, vae: WanVAE, control_type: str | None = None) -> Encoded:
     """Encodes a clip on the VAE's device; with a control type, its control too (from its file, where it has one)."""
-    device = vae.conv2.weight.device
+    device = vae.device
     video = to_unit_range(clip.pixels.to(device, non_blocking=True))
     latents, channels = encode_video(video, vae), None
     if control_type is not None and clip.control is None:
@@ -79,7 +79,7 @@ def encode_clip(clip: Clip, text: Tensor, vae: WanVAE, control_type: str | None 
 
 def encode_video(video: Tensor, vae: WanVAE) -> Tensor:
     """Latents (C, F, H, W) fp32 of a video (3, F, H, W) in -1..1."""
-    return vae.encode(video[None].to(vae.conv2.weight.dtype))[0].float()
+    return vae.encode(video[None].to(vae.dtype))[0].float()
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -169,9 +169,7 @@ def scan(
     return sources, problems
 
 
-def plan_epoch(
-    sources: Sequence[Source], options: SamplingOptions, seed: int, epoch: int
-) -> list[tuple[Window, ...]]:
+def plan_epoch(sources: Sequence[Source], options: SamplingOptions, seed: int, epoch: int) -> list[tuple[Window, ...]]:
     """The batches of one epoch: each source once, windows of equal bucket together, at most `batch_size` of them.
 
     The same arguments give the same plan on every machine. Raises `UserError` where `token_limit` is below one frame.

@@ -7,6 +7,7 @@
 Shapes: latents, noise and velocity (B, C, F, H, W), sigma (B,); everything fp32.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,17 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
 def sample_sigma(count: int, shift: float, device: torch.device) -> Tensor:
     """Noise levels (count,) for training: uniform in 0..1, then shifted. Drawn from torch's own random state."""
     return shift_sigma(torch.rand(count, device=device), shift)
+
+
+def noised(clean: Tensor, shift: float) -> Noisy:
+    """Latents at a random noise level for training, each sample at its own. Drawn from torch's own random state."""
+    sigma = sample_sigma(len(clean), shift, clean.device)
+    return add_noise(clean, torch.randn_like(clean), sigma)
+
+
+def seeded_noise(shape: Sequence[int], seed: int) -> Tensor:
+    """Noise of this shape, drawn on the CPU: the same seed gives the same noise on every device."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
 def velocity_to_latents(noisy: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:

@@ -182,7 +182,7 @@ def save_image(path: Path, image: Image.Image) -> None:
 
 def contact_sheet(rows: list[tuple[str, Tensor]], columns: int = 8) -> Image.Image:
     """One labelled strip per video: up to `columns` evenly spaced frames of each uint8 (F, 3, H, W), in order."""
-    strips = [(label, _thumbnails(frames, columns)) for label, frames in rows]
+    strips = [(label, thumbnails(frames, columns, _SHEET_CELL)) for label, frames in rows]
     label_height = _SHEET_TEXT + 2 * _SHEET_GAP
     width = max(len(cells) for _, cells in strips) * (_SHEET_CELL + _SHEET_GAP) + _SHEET_GAP
     height = sum(label_height + cells[0].height + _SHEET_GAP for _, cells in strips)
@@ -197,6 +197,14 @@ def contact_sheet(rows: list[tuple[str, Tensor]], columns: int = 8) -> Image.Ima
             sheet.paste(cell, (_SHEET_GAP + column * (_SHEET_CELL + _SHEET_GAP), y))
         y += cells[0].height + _SHEET_GAP
     return sheet
+
+
+def thumbnails(frames: Tensor, count: int, width: int) -> list[Image.Image]:
+    """At most `count` evenly spaced frames of uint8 (F, 3, H, W), in order, each `width` pixels wide."""
+    chosen = torch.linspace(0, len(frames) - 1, min(count, len(frames))).round().long()
+    size = (width, max(1, round(width * frames.shape[-2] / frames.shape[-1])))
+    pixels = rearrange(frames[chosen], "f c h w -> f h w c").contiguous().numpy(force=True)
+    return [Image.fromarray(cell).resize(size, Image.Resampling.BICUBIC) for cell in pixels]
 
 
 def _require_content(path: Path) -> None:
@@ -370,14 +378,6 @@ def _span(available: int, size: int, position: float, own: int) -> tuple[int, in
     first, last = round(start * own / available), round((start + size) * own / available)
     first = min(first, own - 1)
     return first, max(last, first + 1)
-
-
-def _thumbnails(frames: Tensor, columns: int) -> list[Image.Image]:
-    count = min(columns, len(frames))
-    chosen = torch.linspace(0, len(frames) - 1, count).round().long()
-    size = (_SHEET_CELL, max(1, round(_SHEET_CELL * frames.shape[-2] / frames.shape[-1])))
-    pixels = rearrange(frames[chosen], "f c h w -> f h w c").contiguous().numpy(force=True)
-    return [Image.fromarray(cell).resize(size, Image.Resampling.BICUBIC) for cell in pixels]
 
 
 def _shortened(label: str, font: ImageFont.FreeTypeFont, room: int) -> str:

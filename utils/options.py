@@ -16,6 +16,7 @@ Supported types: bool, int, float, str, Path, `T | None` and `tuple[T, ...]` of 
 
 import argparse
 import difflib
+import io
 import json
 import sys
 import tomllib
@@ -86,6 +87,11 @@ def run_script(main: Callable[[], None], bad_input: tuple[type[Exception], ...] 
     UserError and the types in `bad_input` (2) and RunError (1) become one message on stderr; anything else is a defect
     and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a caption or a file name the terminal cannot show is no error
     try:
         main()
     except (UserError, RunError, *bad_input) as error:

@@ -1,5 +1,6 @@
 """Previews during training: the same prompts from the same noise every time, so that only the LoRA differs."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from utils.conditioning import Batch, Cond, to_pixels
 from utils.errors import UserError
+from utils.flow import seeded_noise
 from utils.objectives import Predict
 from utils.sampling import Sampler
 from utils.text import read_prompt
@@ -41,7 +43,7 @@ class Preview:
 
         Draws no random numbers, and gives the memory back to the driver.
         """
-        device = vae.conv2.weight.device
+        device = vae.device
         negative = None if self.negative is None else self.negative.to(device)
         videos = []
         for number, request in enumerate(self.requests, 1):
@@ -68,7 +70,7 @@ def read_prompts(given: str) -> list[str]:
         return [line.strip() for line in read_prompt(path).splitlines() if line.strip()]
     if not given.strip():
         raise UserError("--sample_prompts is empty: give a prompt, or a .txt file with one per line")
-    if len(given) < 256 and path.is_file():
+    if os.path.isfile(given):  # False, not an error, for a text that is no path
         raise UserError(f"--sample_prompts {given} is a file, but not a .txt file with one prompt per line")
     return [given]
 
@@ -81,14 +83,12 @@ def make_requests(
 
     The clips are taken in turn. A request's noise depends on the seed and its place alone.
     """
-    device = vae.conv2.weight.device
     requests = []
     for index, (prompt, text) in enumerate(prompts):
         clip = clips[index % len(clips)] if clips else None
         size = (1, *shape) if clip is None else clip.latents.shape
-        # Drawn on the CPU: alike on every device.
-        noise = torch.randn(size, generator=torch.Generator().manual_seed(seed + index))
+        noise = seeded_noise(size, seed + index)
         channels = None if clip is None else clip.cond.channels
-        control = None if channels is None else to_pixels(vae.decode(channels.to(device))[0])
+        control = None if channels is None else to_pixels(vae.decode(channels.to(vae.device))[0])
         requests.append(Request(prompt, noise, Cond(text[None], channels), control))
     return requests

@@ -140,7 +140,7 @@ class Run:
             for number, (_, frames) in enumerate(videos, 1):
                 write_video(path.with_name(f"{path.stem}-{number:02d}.mp4"), frames, fps)
             save_image(path, sheet)
-        except OSError as error:  # PyAV's errors of writing are among them
+        except (OSError, ValueError) as error:  # PyAV's errors are of these kinds
             self.say(f"step {self.step}: cannot write previews to {path.parent}: {error}")
         else:
             self.say(f"step {self.step}: previewed {path}")

@@ -62,7 +62,7 @@ class TextStage:
         length = text_length(self.folder)
         for caption in captions:
             if len(cache.load(caption)) == length:
-                print(f"text: a caption fills all {length} tokens of the model, more may be lost: {caption[:40]!r}...")
+                print(f"text: a text fills all {length} tokens of the model, more may be lost: {caption[:40]!r}...")
 
     def _device(self) -> torch.device:
         if self.device.type != "cuda":

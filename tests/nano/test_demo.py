@@ -1,18 +1,20 @@
 """The demo's own parts, without its training: `make nano-check` runs that."""
 
+import json
 import random
 import subprocess
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 from nano import demo
-from nano.demo import KINDS, Trial, make_trials, measure, write
+from nano.demo import Trial, make_trials, measure, print_table, write
 from nano.picture import CELL, HEADER, TEXT_WIDTH, comparison
-from nano.world import Scene, render, split
+from nano.world import Scene, render, split, to_frames
 from utils.errors import RunError
 from utils.options import run_script
 
@@ -20,7 +22,7 @@ SCENE = Scene("circle", "red", "black", "left")
 
 
 def video(scene: Scene, style: str | None = None) -> torch.Tensor:
-    return render(scene, random.Random(0), style).round().to(torch.uint8).transpose(0, 1)
+    return to_frames(render(scene, random.Random(0), style))
 
 
 def test_trials_are_of_withheld_scenes_and_differ_by_the_trigger_word_alone():
@@ -37,18 +39,14 @@ def test_figures_count_the_style_where_it_was_asked_for_and_against_where_it_was
     other = replace(SCENE, motion="up")
     trials = [Trial(SCENE, "plain", "styled", 0)] * 2
     plain, sunset, wrong = video(SCENE), video(SCENE, "sunset"), video(other)
-    videos = {
-        "styled_before": [plain, plain],
-        "styled_after": [sunset, plain],
-        "plain_before": [plain, plain],
-        "plain_after": [sunset, wrong],
-    }
-    assert measure(trials, videos) == {
-        "concept_before": 0.0,
-        "concept_after": 0.5,
-        "adherence_before": 1.0,
-        "adherence_after": 0.0,
-    }
+    styled, seen = measure(
+        trials,
+        {"styled": [plain, plain], "plain": [plain, plain]},
+        {"styled": [sunset, plain], "plain": [sunset, wrong]},
+    )
+    assert [shares["style"] for shares in styled] == [0.0, 0.5]
+    assert [shares["all"] for shares in seen] == [1.0, 0.0]
+    print_table(styled, seen)
     table = capsys.readouterr().out
     assert "without it: style" in table and "50%" in table
 
@@ -69,7 +67,8 @@ def most_common_gray(picture: Image.Image) -> int:
 
 def test_what_is_written_shows_styled_and_plain_prompts(tmp_path):
     trials = make_trials(3, seed=0)
-    write(tmp_path, trials, {kind: [video(SCENE)] * 3 for kind in KINDS})
+    videos = {kind: [video(SCENE)] * 3 for kind in ("styled", "plain")}
+    write(tmp_path, trials, videos, videos)
     assert (tmp_path / "demo.png").is_file()
     names = sorted(path.name for path in (tmp_path / "videos").iterdir())
     assert names == [f"{n}-{side}.mp4" for n in (1, 2, 3) for side in ("with", "without")]
@@ -81,3 +80,19 @@ def test_a_script_that_fails_ends_the_demo_with_a_message(tmp_path, monkeypatch,
     assert "train_wan_lora.py ended with an error, see above" in capsys.readouterr().err
     with pytest.raises(RunError):
         demo.run("convert_lora_to_comfy.py")
+
+
+def test_every_path_that_it_prints_is_there_and_the_last_line_is_its_figures(tmp_path, monkeypatch, capsys):
+    def train(folder, seed):
+        (folder / "runs").mkdir(parents=True)
+        return folder / "lora.safetensors"
+
+    videos = {kind: [video(SCENE)] * 4 for kind in ("styled", "plain")}
+    monkeypatch.setattr(demo, "train", train)
+    monkeypatch.setattr(demo, "show", lambda trials, lora: (videos, videos))
+    monkeypatch.setattr(demo, "run", lambda script, *arguments: arguments[-1].touch())
+    demo.main(["--output_dir", str(tmp_path), "--samples", "4"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    printed = [Path(line.split()[-1]) for line in lines if str(tmp_path) in line]
+    assert len(printed) == 5 and all(path.exists() for path in printed if path.name != "lora.safetensors")
+    assert set(json.loads(last)) == {"concept_before", "concept_after", "adherence_before", "adherence_after"}

@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 import train_wan_lora
 from nano import demo
 from nano.demo import MODEL
 from nano.probe import adherence
-from nano.sampling import SAMPLER, generate, noise_of
+from nano.sampling import SAMPLER, generate, load, noise_of
 from nano.world import caption, render, split, write_dataset
 from utils.conditioning import encode_video, to_unit_range
 from utils.device import pick_device
@@ -22,10 +21,7 @@ from utils.lora import fuse_lora
 from utils.lora_files import LoraFile, read_lora
 from utils.preprocess import tile
 from utils.text import read_prompt
-from wan.checkpoints import load_config, load_text_encoder, load_transformer, load_vae, text_length
-from wan.modules.model import WanModel
-from wan.modules.t5 import TextEncoder
-from wan.modules.vae import WanVAE
+from wan.checkpoints import load_config
 
 pytestmark = pytest.mark.nano
 TESTED = split()[1][:100]
@@ -50,12 +46,6 @@ def trained(work: Path, flags: str) -> LoraFile:
     return read_lora(max(work.glob("runs/*/checkpoints/*.safetensors")))
 
 
-def load() -> tuple[WanModel, WanVAE, TextEncoder]:
-    device = pick_device()
-    encoder = load_text_encoder(MODEL, text_length(MODEL), torch.float32, device)
-    return load_transformer(MODEL, torch.float32, device), load_vae(MODEL, device), encoder
-
-
 def test_the_demo_teaches_its_style_and_leaves_other_prompts_alone(tmp_path, capsys):
     demo.main(["--output_dir", str(tmp_path), "--samples", "100"])
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -67,7 +57,7 @@ def test_the_demo_teaches_its_style_and_leaves_other_prompts_alone(tmp_path, cap
 def test_a_control_lora_follows_its_control_video(work):
     lora = trained(work, "--control_lora --max_train_steps 300 --learning_rate 1e-3 --lora_rank 16")
     rng = random.Random("control")
-    model, vae, encoder = load()
+    model, vae, encoder = load(MODEL, pick_device())
     controls = [encode_video(tile(to_unit_range(render(scene, rng))), vae) for scene in TESTED]
     show = partial(generate, model, vae, encoder.encode([""]) * len(TESTED), noise_of(vae, range(len(TESTED))))
     free = adherence(show(sampler=UNGUIDED), TESTED)
@@ -82,7 +72,7 @@ def test_distilled_guidance_moves_the_unguided_model_toward_the_guided_one(work)
     weight = SAMPLER.guidance - 1
     lora = trained(work, f"--distill_cfg {weight} --max_train_steps 200 --learning_rate 1e-3 --lora_rank 16")
     rng = random.Random("distilled")
-    model, vae, encoder = load()
+    model, vae, encoder = load(MODEL, pick_device())
     texts = encoder.encode([caption(scene, rng) for scene in TESTED])
     negative = read_prompt(train_wan_lora.EMBEDDINGS / load_config(MODEL).negative_prompt)  # as the trainer's default
     show = partial(generate, model, vae, texts, noise_of(vae, range(len(TESTED))))

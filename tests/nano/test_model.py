@@ -9,20 +9,20 @@ from nano.demo import MODEL
 from nano.pretrain_transformer import SHAPE
 from nano.pretrain_vae import psnr, reconstruct
 from nano.probe import adherence
-from nano.sampling import generate, noise_of
+from nano.sampling import generate, load, noise_of
 from nano.world import caption, render, split
 from utils.conditioning import to_unit_range
-from wan.checkpoints import load_config, load_text_encoder, load_transformer, load_vae, text_length, transformer_layout
+from utils.device import pick_device
+from wan.checkpoints import load_config, load_vae, transformer_layout
 
 WITHHELD = split()[1]
 
 
-def follow(count: int) -> dict[str, float]:
+def asked_for(count: int) -> dict[str, float]:
     """The adherence to captions of withheld scenes, at 20 UniPC steps with guidance."""
     scenes, rng = WITHHELD[:count], random.Random("follow")
-    encoder = load_text_encoder(MODEL, text_length(MODEL), torch.float32, "cpu")
+    model, vae, encoder = load(MODEL, pick_device())
     texts = encoder.encode([caption(scene, rng) for scene in scenes])
-    model, vae = load_transformer(MODEL, torch.float32), load_vae(MODEL)
     videos = generate(model, vae, texts, noise_of(vae, range(len(scenes))), encoder.encode([""])[0])
     return adherence(videos, scenes)
 
@@ -52,14 +52,14 @@ def test_its_latents_have_the_statistics_that_the_code_expects():
 
 
 def test_it_follows_a_few_prompts_whose_scenes_it_has_never_seen():
-    shares = follow(8)
+    shares = asked_for(8)
     assert shares["colour"] >= 0.85 and shares["background"] >= 0.85
     assert shares["motion"] >= 0.7 and shares["shape"] >= 0.6
 
 
 @pytest.mark.nano
 def test_it_follows_all_withheld_prompts():
-    shares = follow(len(WITHHELD))
+    shares = asked_for(len(WITHHELD))
     print(f"\nadherence on {len(WITHHELD)} withheld scenes: {shares}")
     assert len(WITHHELD) >= 150
     assert shares["colour"] >= 0.95 and shares["background"] >= 0.95

@@ -47,7 +47,7 @@ def test_one_command_writes_a_model_that_loads_and_goes_on_where_it_was(brief):
 
 def test_states_of_another_training_are_refused(brief):
     pretrain.main(["--model", str(brief / "model"), "--work", str(brief / "states")])
-    with pytest.raises(UserError, match="vae.pt is of another plan"):
+    with pytest.raises(UserError, match="vae.pt is damaged, or of another plan"):
         pretrain.main(["--model", str(brief / "model"), "--work", str(brief / "states"), "--seed", "1"])
 
 

@@ -1,4 +1,5 @@
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -7,12 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from nano.probe import UNCLEAR, main, probe_file, read
-from nano.world import FPS, Scene, render, scenes
+from nano.world import FPS, Scene, Track, coverage, paint, render, scenes, to_frames
 from utils.media import write_video
 
 
 def frames_of(scene: Scene, seed: int, style: str | None = None) -> torch.Tensor:
-    return render(scene, random.Random(seed), style).round().to(torch.uint8).transpose(0, 1)
+    return to_frames(render(scene, random.Random(seed), style))
 
 
 @pytest.mark.parametrize("style", [None, "sunset"])
@@ -62,6 +63,18 @@ def test_a_motion_of_another_kind_is_unclear():
     assert read(there_and_back).motion == UNCLEAR
 
 
+def test_going_round_is_once_and_one_way():
+    turns = {"once": torch.linspace(0, 1, 17), "twice": torch.linspace(0, 2, 17)}
+    turns["and back"] = torch.cat([torch.linspace(0, 1.1, 12), torch.linspace(1, 0.7, 5)])
+    motions = {}
+    for name, angle in turns.items():
+        around = 2 * math.pi * angle
+        path = Track(32 + 8 * torch.stack([around.sin(), around.cos()], dim=1), torch.full((17,), 12.0))
+        frames = paint(coverage("circle", path), (224, 44, 44), torch.full((3, 17, 64, 64), 18.0))
+        motions[name] = read(to_frames(frames)).motion
+    assert motions == {"once": "orbiting", "twice": UNCLEAR, "and back": UNCLEAR}
+
+
 def test_the_style_is_its_background_and_its_shape_together():
     scene = Scene("square", "cyan", "brown", "up")
     sunset, plain = frames_of(scene, 0, "sunset"), frames_of(scene, 0)
@@ -96,9 +109,9 @@ def test_the_command_prints_a_line_of_json_per_file(tmp_path, capsys):
 
 def test_the_command_takes_patterns_and_names_what_is_not_square(tmp_path, capsys):
     scene = Scene("cross", "yellow", "gray", "up")
-    for name in ("a", "b", "[1]"):
+    for name in ("a", "b", "[1]", "1"):
         write_video(tmp_path / f"{name}.mp4", frames_of(scene, 0), FPS)
-    assert main([str(tmp_path / "?.mp4"), str(tmp_path / "[1].mp4")]) == 0
+    assert main([str(tmp_path / "[ab].mp4"), str(tmp_path / "[1].mp4")]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["file"] for line in lines] == [str(tmp_path / f"{name}.mp4") for name in ("a", "b", "[1]")]
     write_video(tmp_path / "wide.mp4", frames_of(scene, 0)[..., :32, :], FPS)

@@ -6,6 +6,7 @@ from nano.pretrain_vae import fold_statistics, start
 from nano.training import Muon, Plan, fit, is_matrix, orthogonalised
 from tests.tiny import tiny_vae
 from utils.conditioning import to_unit_range
+from utils.errors import UserError
 from wan.modules.vae import WanVAE
 
 
@@ -52,7 +53,7 @@ def problem():
             x = torch.randn(64, 24)
             return (model(x) - x @ target).square().mean()
 
-        plan = Plan("small", 0, 300, 2e-2, 1e-2, ema_decay=0.9, evaluate_every=300)
+        plan = Plan("small", 0, 300, 2e-2, 1e-2, ema_decay=0.9, evaluate_every=300, data="squares")
         return fit(model, plan, loss_at, lambda average, step: "", work).state_dict()
 
     return train
@@ -67,6 +68,20 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, problem):
     assert torch.load(tmp_path / "broken" / "small.pt", weights_only=True)["step"] == 200
     resumed = problem(tmp_path / "broken")
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+@pytest.mark.parametrize("content", [b"", b"no state", "another plan", "another model"])
+def test_a_state_that_does_not_belong_here_is_refused(tmp_path, problem, content):
+    problem(tmp_path)
+    path = tmp_path / "small.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        state = torch.load(path, weights_only=True)
+        state = {"step": 1} if content == "another plan" else state | {"model": {"weight": torch.zeros(2)}}
+        torch.save(state, path)
+    with pytest.raises(UserError, match="small.pt is damaged, or of another plan"):
+        problem(tmp_path)
 
 
 def test_training_lowers_the_loss(tmp_path, problem):

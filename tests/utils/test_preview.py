@@ -15,10 +15,12 @@ class Model:
 
     def __init__(self) -> None:
         self.asked: list[tuple[float, float]] = []
+        self.with_gradient = False
 
     def __call__(self, latents: torch.Tensor, timestep: torch.Tensor, cond: Cond) -> torch.Tensor:
         word = cond.text[0, 0, 0].item()
         self.asked.append((timestep[0].item(), word))
+        self.with_gradient |= torch.is_grad_enabled()
         return word * torch.ones_like(latents) + latents
 
 
@@ -77,16 +79,18 @@ def test_requests_follow_the_clips_in_turn_and_show_what_they_follow(vae):
 def test_a_preview_leaves_the_random_state_and_no_gradient(vae):
     requests = make_requests([("fox", text(1).requires_grad_())], SHAPE, 0, vae)
     state = torch.get_rng_state()
-    ((prompt, frames),) = Preview(requests, text(0.2), Sampler("unipc", 2, 3.0, 5.0), 16).generate(Model(), vae)
+    model = Model()
+    ((prompt, frames),) = Preview(requests, text(0.2), Sampler("unipc", 2, 3.0, 5.0), 16).generate(model, vae)
     assert prompt == "fox" and frames.shape == (5, 3, 32, 32) and frames.dtype == torch.uint8
-    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(state, torch.get_rng_state()) and model.asked and not model.with_gradient
 
 
 def test_prompts_are_a_text_or_the_lines_of_a_text_file(tmp_path):
     (tmp_path / "Prompts.TXT").write_text("\ufeffa fox\n\n  a hare \n", encoding="utf-8")
     assert read_prompts(str(tmp_path / "Prompts.TXT")) == ["a fox", "a hare"]
     assert read_prompts("a fox, running.") == ["a fox, running."]
-    assert read_prompts("fox " * 200) == ["fox " * 200]
+    for long in ("fox " * 200, "\u72d0" * 100, "a\0b"):
+        assert read_prompts(long) == [long]
 
 
 @pytest.mark.parametrize(

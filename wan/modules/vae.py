@@ -88,18 +88,19 @@ class CausalConv3d(Causal, nn.Conv3d):
         return super().forward(past.prepend(self, x))
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if _meets_the_slow_kernel(x):
+        if _might_meet_the_slow_kernel(x):
             return torch.mkldnn_convolution(x, weight, bias, self.padding, self.stride, self.dilation, self.groups)
         return super()._conv_forward(x, weight, bias)
 
 
-def _meets_the_slow_kernel(x: Tensor) -> bool:
-    """Whether torch would send x to a CPU kernel five times slower than the one it takes for two samples: a small one.
+def _might_meet_the_slow_kernel(x: Tensor) -> bool:
+    """Whether torch might send x to a CPU kernel five times slower than oneDNN's: it does so with a small lone sample.
 
-    Where it would, oneDNN's is there to be called.
+    A large one goes to oneDNN either way.
     """
     plain = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return x.device.type == "cpu" and len(x) == 1 and plain and torch.backends.mkldnn.is_available()
+    usable = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return x.device.type == "cpu" and len(x) == 1 and plain and usable
 
 
 class RMSNorm(nn.Module):
@@ -290,6 +291,14 @@ class WanVAE(nn.Module):
         # Not in the checkpoint: real numbers even when the module is built on the meta device.
         for name, values in (("latent_mean", LATENT_MEAN), ("latent_std", LATENT_STD)):
             self.register_buffer(name, torch.tensor(values, device="cpu").view(-1, 1, 1, 1), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.conv2.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv2.weight.dtype
 
     def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(z_dim, f, h, w) of a video's latents."""
