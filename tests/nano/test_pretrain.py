@@ -46,9 +46,9 @@ def test_one_command_writes_a_model_that_loads_and_goes_on_where_it_was(brief):
 
 
 def test_states_of_another_training_are_refused(brief):
-    pretrain.main(["--model", str(brief / "model"), "--work", str(brief / "states")])
+    pretrain_vae.train_vae(brief, torch.device("cpu"), seed=0, compiled=False)
     with pytest.raises(UserError, match="vae.pt is damaged, or of another plan"):
-        pretrain.main(["--model", str(brief / "model"), "--work", str(brief / "states"), "--seed", "1"])
+        pretrain_vae.train_vae(brief, torch.device("cpu"), seed=1, compiled=False)
 
 
 def test_small_pieces_are_cut_out_around_an_edge():
