@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from utils.average import average, last_checkpoints
 from utils.errors import UserError
 from utils.lora_files import LAYOUTS, LoraFile, is_written, read_lora, write_lora
 from utils.options import option, parse_options, run_script
@@ -28,6 +29,7 @@ class ConvertOptions:
     input_lora: Path | None = option(None, "the LoRA to convert, a .safetensors file in any known spelling")
     output_lora: Path | None = option(None, "where to write (default: <input>_<layout>.safetensors beside the input)")
     to: str = option("comfy", "layout to write", choices=LAYOUTS)
+    average: int = option(1, "convert the mean of the last N checkpoints of the input's run up to it", minimum=1)
     alpha: float | None = option(None, "alpha of a LoRA whose file carries none")
     dtype: str | None = option(None, "dtype of the matrices (default: as stored)", choices=tuple(DTYPES))
     overwrite: bool = option(False, "replace an output file of different content")
@@ -42,12 +44,20 @@ def main(argv: list[str] | None = None) -> None:
     # Whatever the spelling, the file is first read into one form, under the official names of Wan's modules. All that
     # can be wrong with it (an unknown key, half a pair, another kind of adapter) is found here, before any writing:
     # a key passed over in silence would be a module that the LoRA no longer changes.
-    lora = fill_in_alpha(read_lora(source), opts.alpha, source)
-    print(describe(lora, source))
+    # The mean of several checkpoints is smoother than the last, where a run ends on a learning rate that is not small.
+    if opts.average > 1:
+        taken = last_checkpoints(source, opts.average)
+        print("\n".join(f"averaging {path}" for path in taken))
+        lora = average([read_lora(path) for path in taken])
+        source = source.with_stem(f"{source.stem}_average{len(taken)}")
+    else:
+        lora = read_lora(source)
+    lora = fill_in_alpha(lora, opts.alpha, opts.input_lora)
+    print(describe(lora, opts.input_lora))
 
     # A file that already is what was asked for needs no copy under a second name, unless that name was given.
     output = opts.output_lora or source.with_name(f"{source.stem}_{opts.to}.safetensors")
-    if opts.output_lora is None and is_written(source, lora, opts.to, dtype):
+    if opts.output_lora is None and source.exists() and is_written(source, lora, opts.to, dtype):
         print(f"nothing to do: the file already has the layout {opts.to}")
         return
 
@@ -57,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"nothing to do: {output} already holds this LoRA")
         return
     if output.exists() and not opts.overwrite:
-        what = "is the input itself" if output.samefile(source) else "exists and holds something else"
+        what = "is the input itself" if output.samefile(opts.input_lora) else "exists and holds something else"
         raise UserError(f"{output} {what}. Give another --output_lora, or --overwrite to replace it.")
 
     # The new file appears whole or not at all, so even replacing the input cannot lose it.
