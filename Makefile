@@ -3,13 +3,14 @@
 # make test        checks and tests, at most ten minutes on two cores
 # make check       only the checks
 # make test-slow   proofs at full size
+# make crash-check proof that a killed run goes on as if nothing had happened
 # make nano-check  proofs that training teaches, on the small Wan
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test test-slow nano-check check clean
+.PHONY: venv demo test test-slow crash-check nano-check check clean
 
 venv: $(VENV)/.complete
 
@@ -25,10 +26,13 @@ check: venv
 
 # Waiting threads that spin slow the other processes of the test suite down.
 test: check
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow and not nano"
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow and not nano and not crash"
 
 test-slow: venv
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow
+
+crash-check: venv
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m crash
 
 nano-check: venv
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m nano -s

@@ -28,9 +28,10 @@ from utils.errors import UserError
 from utils.flow import seeded_noise
 from utils.lora import fuse_lora
 from utils.lora_files import LoraFile, read_lora
-from utils.media import MediaInfo, contact_sheet, crop_and_resize, probe, read_frames, save_image, write_video
+from utils.media import contact_sheet, crop_and_resize, read_frames, save_image, write_video
 from utils.options import option, parse_options, run_script
 from utils.preprocess import AS_IS, CONTROL_TYPES, make_control
+from utils.probing import MediaInfo, probe
 from utils.report import counted
 from utils.sampling import Sampler
 from utils.text import TextStage, read_prompt, require_fit

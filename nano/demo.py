@@ -41,7 +41,7 @@ CLIPS, HELD_OUT = 48, 4
 SHOWN = 6
 MOMENTS = ("before", "after")
 TRAINING = (
-    "--base_res 64 --batch_size 4 --num_workers 1 --max_train_steps 240 --learning_rate 2e-3 --lr_scheduler linear "
+    "--base_res 64 --batch_size 4 --cache_latents --max_train_steps 240 --learning_rate 2e-3 --lr_scheduler linear "
     "--lora_rank 8 --val_steps 120 --checkpointing_steps 120"
 ).split()
 
@@ -104,7 +104,7 @@ def train(folder: Path, seed: int) -> Path:
     common = ["--dataset", folder / "clips", "--pretrained_model_name_or_path", MODEL, *watching]
     run("train_wan_lora.py", *common, "--cache_embeddings")
     run("train_wan_lora.py", *common, *TRAINING, "--output_dir", folder / "runs", "--seed", seed)
-    return max(folder.glob("runs/*/checkpoints/*.safetensors"))
+    return max(folder.glob("runs/*/checkpoints/wan-lora-*.safetensors"))
 
 
 def run(script: str, *arguments: object) -> None:

@@ -136,7 +136,7 @@ def test_bad_files_are_left_out_when_the_user_says_so(work, capsys):
     output = capsys.readouterr().out
     assert "going on without 1 file" in output
     assert "1 clip in 1 bucket, 1 step per epoch" in output
-    assert len(list((work / "outputs").glob("*/checkpoints/*.safetensors"))) == 1
+    assert len(list((work / "outputs").glob("*/checkpoints/wan-lora-*.safetensors"))) == 1
 
 
 def test_a_model_of_another_family_is_refused_with_its_name(work, capsys):

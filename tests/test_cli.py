@@ -21,7 +21,7 @@ from tests.tiny import TINY_SHAPE, write_clips, write_model
 from utils.lora import add_lora, extract_lora, load_lora, select_modules
 from utils.lora_files import delta, read_lora
 from utils.lora_names import diffusers_name
-from utils.media import probe
+from utils.probing import probe
 from wan.checkpoints import load_transformer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +80,7 @@ def lora(trained) -> Path:
 def test_a_run_leaves_its_options_its_events_and_its_checkpoints(trained):
     assert json.loads((trained / "command_args.json").read_text())["lora_rank"] == 4
     names = sorted(path.name for path in (trained / "checkpoints").iterdir())
-    assert names == ["wan-lora-00000004.safetensors", "wan-lora-00000006.safetensors"]
+    assert names == [f"{kind}-0000000{step}.safetensors" for kind in ("state", "wan-lora") for step in (4, 6)]
     assert list(trained.glob("events.out.tfevents.*"))
 
 
@@ -170,7 +170,7 @@ def test_a_control_lora_is_trained_converted_and_followed(work, tmp_path):
     control = "--control_lora --control_inject_noise 0.5 --max_train_steps 2 --val_samples 1 --distill_cfg 1.0".split()
     result = run("train_wan_lora.py", *base, *SMALL, *control, "--gradient_checkpointing", cwd=work)
     assert "guidance 2 distilled" in result.stdout
-    lora = next(tmp_path.glob("*/checkpoints/*.safetensors"))
+    lora = next(tmp_path.glob("*/checkpoints/wan-lora-*.safetensors"))
     run("convert_lora_to_comfy.py", "--input_lora", lora, "--dtype", "bf16", cwd=work)
     converted = load_file(lora.with_name(f"{lora.stem}_comfy.safetensors"))
     shape = converted["diffusion_model.patch_embedding.reshape_weight"]

@@ -9,14 +9,19 @@ import torch
 import train_wan_lora
 from tests.tiny import TINY_SHAPE, tiny_transformer, tiny_vae, write_clips, write_model, write_transformer
 from utils.conditioning import Batch, Cond, collate, encode_clip, make_predict
-from utils.dataset import SamplingOptions, load_clip, scan, validation_windows
+from utils.dataset import scan
 from utils.flow import add_noise
+from utils.loading import load_clip
 from utils.lora import add_lora, select_modules
 from utils.lora_files import read_lora
-from utils.media import probe
+from utils.memory import checkpoint_blocks
 from utils.objectives import squared_error
 from utils.optim import OptimizerSpec, Updater
+from utils.probing import probe
+from utils.rules import Folder, Rules
 from utils.run import Run
+from utils.state import read_state
+from utils.windows import Limits, validation_windows
 from wan.checkpoints import load_transformer
 from wan.modules.model import is_fp32
 
@@ -34,8 +39,8 @@ def work(tmp_path: Path, monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory) -> Batch:
     """One clip with its control, encoded."""
-    sources, _ = scan(write_clips(tmp_path_factory.mktemp("clips")) / "val")
-    (window,) = validation_windows(sources, SamplingOptions(base_res=(64,), token_limit=50), 1)
+    folder = Folder(write_clips(tmp_path_factory.mktemp("clips")) / "val", Rules(base_res=(64,)))
+    (window,) = validation_windows(scan(folder, 16.0)[0], Limits(token_limit=50), 1)
     text = torch.randn(6, TINY_SHAPE.text_dim, generator=torch.Generator().manual_seed(0))
     return collate([encode_clip(load_clip(window), text, tiny_vae(), "tile")])
 
@@ -79,7 +84,9 @@ def test_a_bf16_base_as_on_a_gpu_trains_fp32_adapters(tmp_path: Path, batch: Bat
     model = load_transformer(tmp_path, torch.bfloat16)
     opts = train_wan_lora.parse_options(train_wan_lora.Options, ["--lora_target", "all-linear", *flags.split()])
     torch.manual_seed(0)
-    parameters = train_wan_lora.attach_adapter(opts, model)
+    parameters = train_wan_lora.attach_adapter(opts, model).values()
+    if opts.gradient_checkpointing == "full":
+        checkpoint_blocks(model.blocks)
     updater = Updater(parameters, OptimizerSpec(1e-3, 0.0, "constant", 0, 3))
     negative = torch.randn(3, TINY_SHAPE.text_dim) if opts.distill_cfg else None
     sample = batch if opts.control_lora else Batch(batch.latents, Cond(batch.cond.text))
@@ -102,7 +109,7 @@ def test_the_same_seed_gives_the_same_lora_whatever_the_workers_and_the_previews
     results = []
     for name, more in runs.items():
         train_wan_lora.main([*flags.split(), *more.split(), "--output_dir", name])
-        (path,) = Path(name).glob("*/checkpoints/*.safetensors")
+        (path,) = Path(name).glob("*/checkpoints/wan-lora-*.safetensors")
         results.append(read_lora(path).pairs)
     first, second, other = results
     assert all(torch.equal(first[name].up, second[name].up) for name in first)
@@ -157,5 +164,28 @@ def test_training_goes_on_where_a_preview_cannot_be_written(work, monkeypatch, c
     flags = "--dataset clips --pretrained_model_name_or_path model --base_res 64 --token_limit 60 --val_samples 0"
     flags += " --max_train_steps 1 --num_workers 0 --sample_prompts fox --sample_steps 1"
     train_wan_lora.main([*flags.split(), "--output_dir", "runs"])
-    assert len(list(Path("runs").glob("*/checkpoints/*.safetensors"))) == 1
+    assert len(list(Path("runs").glob("*/checkpoints/wan-lora-*.safetensors"))) == 1
     assert "step 1: cannot write previews to" in capsys.readouterr().out
+
+
+RESUMED = (
+    "--dataset clips --pretrained_model_name_or_path model --base_res 64 96 --token_limit 60 --random_frame_length "
+    "--max_train_steps 6 --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 2 --gradient_accumulation 3 "
+    "--val_samples 1 --val_steps 2 --ema_decay 0.9 --caption_dropout 0.3 --repeats 1.5"
+)
+
+
+@pytest.mark.parametrize("more", ["--num_workers 0", "--num_workers 2 --cache_latents 2"])
+def test_a_resumed_run_ends_where_an_unbroken_one_does_bit_for_bit(work, more):
+    flags = [*RESUMED.split(), *more.split()]
+    train_wan_lora.main([*flags, "--output_dir", "straight", "--checkpointing_steps", "6"])
+    train_wan_lora.main([*flags, "--output_dir", "broken", "--checkpointing_steps", "2"])
+    (run,) = Path("broken").iterdir()
+    for path in (run / "checkpoints").glob("*-00000006*"):
+        path.unlink()
+    train_wan_lora.main([*flags, "--output_dir", "broken", "--resume_from_checkpoint", "latest"])
+    (straight,) = Path("straight").glob("*/checkpoints/state-*")
+    first, second = read_state(straight).tensors(), read_state(run / "checkpoints" / straight.name).tensors()
+    assert first.keys() == second.keys() and any(name.startswith("ema.") for name in first)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len(list(Path("broken").iterdir())) == 1

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from utils.errors import UserError
 
 SIZE_STEP = 16
+BUCKETS = ("wan", "fine")
+NUM_FINE = 9
 
 # A picture belongs to the first shape whose cut its width / height exceeds.
 _SHAPES = ((1.528, (16, 9)), (1.15, (4, 3)), (0.884, (1, 1)), (0.669, (3, 4)), (0.0, (9, 16)))
@@ -27,26 +29,66 @@ class Grid:
     side: int = 16
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """Which shapes there are to cut pictures to, and whether small pictures are enlarged for them."""
+
+    buckets: str = "wan"
+    min_ar: float = 0.5
+    max_ar: float = 2.0
+    enlarge: bool = False
+
+
 WAN_GRID = Grid()
+WAN_SHAPES = Shapes()
 
 
-def bucket_size(width: int, height: int, base_res: int, grid: Grid = WAN_GRID) -> tuple[int, int]:
-    """(width, height) in pixels to train a picture of this size at: the nearest of 16:9, 4:3, 1:1, 3:4 and 9:16.
+def bucket_size(
+    width: int, height: int, base_res: int, shapes: Shapes = WAN_SHAPES, grid: Grid = WAN_GRID
+) -> tuple[int, int]:
+    """(width, height) in pixels to train a picture of this size at: about base_res squared, in the nearest shape.
 
-    Released resolutions for the known `base_res`, else sides of about equal area (base_res squared), each a multiple
-    of what a token covers. Raises `UserError` when `base_res` is not a positive multiple of 16.
+    Each side is a multiple of what a token covers. A picture that is smaller than that gets the largest such size that
+    lies within it, unless `shapes` may enlarge it. Raises `UserError` when `base_res` is not a positive multiple of 16.
     """
     if base_res <= 0 or base_res % SIZE_STEP:
         below = max(base_res // SIZE_STEP, 1) * SIZE_STEP
         raise UserError(f"base_res {base_res} is not a positive multiple of {SIZE_STEP}: try {below}")
-    side = grid.side
+    size = (
+        _wan_size(width, height, base_res, grid)
+        if shapes.buckets == "wan"
+        else _fine_size(width, height, base_res, shapes, grid)
+    )
+    scale = min(width / size[0], height / size[1])
+    if shapes.enlarge or scale >= 1:
+        return size
+    return tuple(
+        max(min(round(length * scale / grid.side), available // grid.side), 1) * grid.side
+        for length, available in zip(size, (width, height), strict=True)
+    )
+
+
+def _wan_size(width: int, height: int, base_res: int, grid: Grid) -> tuple[int, int]:
+    """The nearest of 16:9, 4:3, 1:1, 3:4 and 9:16, at the released resolutions for the known `base_res`."""
     across, down = next(shape for cut, shape in _SHAPES if width / height > cut)
     long, short = max(across, down), min(across, down)
     size = _KNOWN_SIZES.get(base_res, {}).get((long, short))
-    if not size or any(length % side for length in size):
-        ideal = base_res * math.sqrt(long / short), base_res * math.sqrt(short / long)
-        size = max(round(ideal[0] / side), 1) * side, max(round(ideal[1] / side), 1) * side
+    if not size or any(length % grid.side for length in size):
+        size = _of_area(long / short, base_res, grid)
     return size[::-1] if across < down else size
+
+
+def _fine_size(width: int, height: int, base_res: int, shapes: Shapes, grid: Grid) -> tuple[int, int]:
+    """The nearest of `NUM_FINE` ratios of width to height, evenly spaced on a log scale."""
+    low, high = math.log(shapes.min_ar), math.log(shapes.max_ar)
+    ratios = [low + (high - low) * step / (NUM_FINE - 1) for step in range(NUM_FINE)]
+    wanted = math.log(width / height)
+    return _of_area(math.exp(min(ratios, key=lambda ratio: abs(ratio - wanted))), base_res, grid)
+
+
+def _of_area(ratio: float, base_res: int, grid: Grid) -> tuple[int, int]:
+    ideal = base_res * math.sqrt(ratio), base_res / math.sqrt(ratio)
+    return tuple(max(round(length / grid.side), 1) * grid.side for length in ideal)
 
 
 def count_tokens(width: int, height: int, frames: int, grid: Grid = WAN_GRID) -> int:

@@ -7,14 +7,15 @@ T text tokens, E text width.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-from utils.dataset import Clip
+from utils.loading import Clip
 from utils.objectives import Predict
 from utils.preprocess import make_control
 from wan.modules.model import WanModel
@@ -31,11 +32,24 @@ class Cond:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample, ready for training."""
+    """One sample, ready for training: fresh from the encoders, or from the cache."""
 
     latents: Tensor  # (C, F, H, W)
     text: Tensor  # (T, E)
     channels: Tensor | None = None  # (K, F, H, W)
+    mask: Tensor | None = None  # (F, H, W) in 0..1
+
+    def to(self, device: torch.device) -> "Encoded":
+        """On the device, without the host waiting for the copies."""
+        return self._each(lambda part: _sent(part, device))
+
+    def pin_memory(self) -> "Encoded":
+        """In page-locked memory, from where a GPU copies without the host waiting; the loader calls this."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Encoded":
+        parts = {spec.name: getattr(self, spec.name) for spec in fields(self)}
+        return Encoded(**{name: part if part is None else change(part) for name, part in parts.items()})
 
 
 @dataclass(frozen=True)
@@ -44,14 +58,15 @@ class Batch:
 
     latents: Tensor  # (B, C, F, H, W)
     cond: Cond
+    mask: Tensor | None = None  # (B, F, H, W) in 0..1: where the loss counts; everywhere alike without
 
     def tokens(self, patch_size: tuple[int, int, int]) -> int:
         """How many tokens the transformer sees."""
         return self.latents[:, 0].numel() // math.prod(patch_size)
 
     def to(self, device: torch.device) -> "Batch":
-        channels = None if self.cond.channels is None else self.cond.channels.to(device)
-        return Batch(self.latents.to(device), Cond(self.cond.text.to(device), channels))
+        channels, mask = (None if part is None else part.to(device) for part in (self.cond.channels, self.mask))
+        return Batch(self.latents.to(device), Cond(self.cond.text.to(device), channels), mask)
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
@@ -67,14 +82,22 @@ def to_pixels(video: Tensor) -> Tensor:
 @torch.no_grad()
 def encode_clip(clip: Clip, text: Tensor, vae: WanVAE, control_type: str | None = None) -> Encoded:
     """Encodes a clip on the VAE's device; with a control type, its control too (from its file, where it has one)."""
-    device = vae.device
-    video = to_unit_range(clip.pixels.to(device, non_blocking=True))
+    video = to_unit_range(clip.pixels.to(vae.device, non_blocking=True))
     latents, channels = encode_video(video, vae), None
     if control_type is not None and clip.control is None:
         channels = encode_video(make_control(video, control_type), vae)
     elif control_type is not None:
-        channels = encode_video(to_unit_range(clip.control.to(device, non_blocking=True)), vae)
-    return Encoded(latents, _sent(text, device), channels)
+        channels = encode_video(to_unit_range(clip.control.to(vae.device, non_blocking=True)), vae)
+    mask = None if clip.mask is None else pooled(clip.mask.to(vae.device, non_blocking=True), vae.stride)
+    return Encoded(latents, _sent(text, vae.device), channels, mask)
+
+
+def pooled(mask: Tensor, stride: tuple[int, int, int]) -> Tensor:
+    """The means (f, h, w) in 0..1 of a mask (F, H, W) uint8 over what each latent covers; the first frame is alone."""
+    time, height, width = stride
+    small = F.avg_pool2d(mask[:, None].float() / 255, (height, width))[:, 0]
+    later = rearrange(small[1:], "(f time) h w -> f time h w", time=time).mean(dim=1)
+    return torch.cat([small[:1], later])
 
 
 def encode_video(video: Tensor, vae: WanVAE) -> Tensor:
@@ -88,13 +111,19 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def collate(samples: Sequence[Encoded]) -> Batch:
-    """Stacks samples of one bucket; shorter texts get zero rows, which is what the model pads with."""
+    """Stacks samples of one bucket; shorter texts get zero rows, which is what the model pads with.
+
+    Where some of them have a mask, the others count everywhere.
+    """
     length = max(len(sample.text) for sample in samples)
     text = torch.stack([F.pad(sample.text, (0, 0, 0, length - len(sample.text))) for sample in samples])
-    channels = None
+    channels = mask = None
     if samples[0].channels is not None:
         channels = torch.stack([sample.channels for sample in samples])
-    return Batch(torch.stack([sample.latents for sample in samples]), Cond(text, channels))
+    if any(sample.mask is not None for sample in samples):
+        everywhere = torch.ones_like(samples[0].latents[0])
+        mask = torch.stack([everywhere if sample.mask is None else sample.mask for sample in samples])
+    return Batch(torch.stack([sample.latents for sample in samples]), Cond(text, channels), mask)
 
 
 def inject_noise(cond: Cond, strength: float) -> Cond:

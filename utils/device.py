@@ -17,6 +17,11 @@ def pick_device() -> torch.device:
     return torch.device("cuda")
 
 
+def describe(device: torch.device) -> str:
+    """The device's name for people."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+
+
 def compute_dtype(device: torch.device) -> torch.dtype:
     """What the large models compute in: bf16 on a GPU, as they are released, and fp32 on the CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32

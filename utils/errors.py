@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class RunError(Exception):
     """A run that began well cannot go on: the message says why, and what is left of it. Exit code 1."""
+
+
+class LoaderError(RunError):
+    """The processes that load clips have died or hang: what was learnt before is sound."""

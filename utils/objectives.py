@@ -25,6 +25,9 @@ def guided_target(noisy: Noisy, base: Predict, cond: Any, negative: Any, weight:
     return noisy.velocity + weight * difference
 
 
-def squared_error(velocity: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error in fp32, a scalar."""
-    return F.mse_loss(velocity.float(), target.float())
+def squared_error(velocity: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean squared error in fp32, a scalar; weighted, where a `weight` (B, F, H, W) says what each place counts."""
+    if weight is None:
+        return F.mse_loss(velocity.float(), target.float())
+    error = F.mse_loss(velocity.float(), target.float(), reduction="none").mean(dim=1)
+    return (error * weight).sum() / weight.sum()

@@ -1,7 +1,7 @@
 """Parameters, their optimizer and schedule, and the update that ends a step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,3 +61,20 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         return norm
+
+    @property
+    def updates(self) -> int:
+        """How many there have been."""
+        return self.schedule.last_epoch
+
+    def load(self, states: Sequence[Mapping[str, Tensor]], updates: int) -> None:
+        """Goes on after so many updates, with what the optimizer remembers of each parameter, in order."""
+        saved = self.optimizer.state_dict()
+        saved["state"] = {index: dict(state) for index, state in enumerate(states) if state}
+        self.optimizer.load_state_dict(saved)
+        self.schedule.last_epoch = updates
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(self.schedule.last_epoch)
+        self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]

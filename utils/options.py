@@ -20,6 +20,7 @@ import io
 import json
 import sys
 import tomllib
+import traceback
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -67,7 +68,7 @@ def parse_options(cls: type[T], argv: Sequence[str] | None = None) -> T:
         raise UserError(f"unknown option {name!r}{_nearest(name.lstrip('-'), specs, '--')}")
     given = vars(namespace)
     if given.get("config") is not None:
-        given = _read_toml(Path(given["config"]), specs) | given
+        given = _config_values(Path(given["config"]), specs) | given
     options = cls(**{name: _convert(specs[name], hints[name], value) for name, value in given.items()})
     for name, spec in specs.items():
         needed = spec.metadata["needs"]
@@ -76,16 +77,47 @@ def parse_options(cls: type[T], argv: Sequence[str] | None = None) -> T:
     return options
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says. Raises UserError where it cannot be read or is none."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a valid TOML file: {error}") from None
+
+
+def convert_table(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values of a TOML table as the options `cls` of the same names take them.
+
+    Raises UserError as `parse_options` does; `where` says in its messages which table it was.
+    """
+    specs = {spec.name: spec for spec in fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in specs:
+            raise UserError(f"unknown option {name!r} in {where}{_nearest(name, specs, '')}")
+    try:
+        return {name: _convert(specs[name], hints[name], value) for name, value in values.items()}
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
 def to_json(options: Any) -> str:
     """Options as JSON text, paths as strings."""
     return json.dumps(asdict(options), indent=2, default=str)
 
 
+def to_table(options: Any) -> dict[str, Any]:
+    """Options as `to_json` writes them, read again: what can be compared with a table from a file."""
+    return json.loads(to_json(options))
+
+
 def run_script(main: Callable[[], None], bad_input: tuple[type[Exception], ...] = ()) -> int:
     """Runs a script's `main` and returns its exit code: 0 done, 1 failure, 2 bad input, 130 interrupted.
 
-    UserError and the types in `bad_input` (2) and RunError (1) become one message on stderr; anything else is a defect
-    and keeps its traceback.
+    UserError and the types in `bad_input` (2) and RunError (1) become one message on stderr, and so does any other
+    exception (1): with --debug on the command line each keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -94,12 +126,16 @@ def run_script(main: Callable[[], None], bad_input: tuple[type[Exception], ...] 
             )  # a caption or a file name the terminal cannot show is no error
     try:
         main()
-    except (UserError, RunError, *bad_input) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, RunError) else 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        known = isinstance(error, (UserError, RunError, *bad_input))
+        shown = error if known else f"{type(error).__name__}: {error}\nthis is not foreseen: --debug shows where it was"
+        print(f"error: {shown}", file=sys.stderr)
+        return 2 if known and not isinstance(error, RunError) else 1
     return 0
 
 
@@ -181,19 +217,18 @@ def _convert_scalar(spec: Field, scalar: type, value: Any) -> Any:
     return converted
 
 
-def _read_toml(path: Path, specs: dict[str, Field]) -> dict[str, Any]:
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a valid TOML file: {error}") from None
-    for name in values:
-        if name not in specs or name == "config":
-            raise UserError(f"unknown option {name!r} in {path}{_nearest(name, specs, '')}")
-    return values
-
-
 def _nearest(name: str, specs: dict[str, Field], prefix: str) -> str:
     close = difflib.get_close_matches(name, specs, n=1, cutoff=0.5)
     return f"; did you mean {prefix + close[0]!r}?" if close else "; see --help for the known ones"
+
+
+def _config_values(path: Path, specs: dict[str, Field]) -> dict[str, Any]:
+    """A config file's values; where its `dataset` is a list of tables, the file is the dataset config too."""
+    values = read_toml(path)
+    for name in values:
+        if name not in specs or name == "config":
+            raise UserError(f"unknown option {name!r} in {path}{_nearest(name, specs, '')}")
+    if isinstance(values.get("dataset"), list) and "dataset_config" in specs:
+        del values["dataset"]
+        values["dataset_config"] = str(path)
+    return values

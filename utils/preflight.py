@@ -1,11 +1,20 @@
-"""The dataset as a run sees it: everything wrong with its files is told together, before a model is loaded."""
+"""The dataset as a run sees it: everything about its files is told in one table, before a model is loaded."""
 
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.dataset import Problem, SamplingOptions, Source, Window, largest_windows, scan, split_folders
+from utils.dataset import Problem, Source, scan, split_folders
 from utils.errors import UserError
-from utils.report import counted
+from utils.probing import is_image
+from utils.report import counted, format_table
+from utils.rules import Folder
+from utils.windows import Limits, Plan, Window, largest_windows
+
+FAR_RATE = 0.1  # from the model's frame rate, as a share of it
+CAPTION_SHOWN = 24
 
 
 @dataclass(frozen=True)
@@ -15,36 +24,117 @@ class Dataset:
     train: list[Source]
     val: list[Source]
     windows: list[Window]  # the most that is used of each training clip, at each resolution
+    folder: Path  # the first one
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """For each training clip what makes its samples what they are."""
+        facts = {source.path: (source.info, source.captions, list(source.shown), source.rules) for source in self.train}
+        return {str(path): hashlib.sha256(repr(fact).encode()).hexdigest()[:16] for path, fact in facts.items()}
 
     @property
     def captions(self) -> list[str]:
-        return [source.caption for source in (*self.train, *self.val)]
+        """Every text that a sample may come with."""
+        texts = [caption for source in (*self.train, *self.val) for caption in source.captions]
+        dropped = any(source.rules.caption_dropout for source in self.train)
+        return [*texts, ""] if dropped else texts
 
 
-def open_dataset(
-    folder: Path, sampling: SamplingOptions, control_suffix: str | None = None, skip_bad_files: bool = False
-) -> Dataset:
-    """Finds the clips of a dataset folder; with a suffix, each with the control file that is named so.
+def open_dataset(folders: Sequence[Folder], limits: Limits, model_fps: float, skip_bad_files: bool = False) -> Dataset:
+    """Finds the clips of the folders and prints a table of them.
 
     Raises UserError that lists every file that cannot be used and why, unless they are to be skipped; then they are
     printed. Raises it too where nothing is left, or a resolution or token limit makes no sense.
     """
-    train_folder, held_out = split_folders(folder)
-    control = {"load_control": True, "control_suffix": control_suffix} if control_suffix is not None else {}
-    train, problems = scan(train_folder, exclude=held_out, **control)
+    train: list[Source] = []
     val: list[Source] = []
-    if held_out:
-        val, val_problems = scan(held_out[0], **control)
-        problems += val_problems
+    problems: list[Problem] = []
+    for folder in folders:
+        train_path, held_out = split_folders(folder.path)
+        for path, exclude, part in ((train_path, held_out, train), *((path, [], val) for path in held_out[:1])):
+            sources, flawed = scan(Folder(path, folder.rules), model_fps, exclude)
+            part += sources
+            problems += flawed
+    windows = largest_windows(train, limits)
+    if train:
+        print(clip_table(windows, problems, model_fps))
+        print(f"\n{bucket_table(Plan(train, limits, seed=0))}")
+        if not val:
+            print("\nno clips are held out in val/: validation is on training clips, which says less")
     if problems:
         _tell(problems, skip_bad_files)
     if not train:
-        raise UserError(f"no usable clip is left in {train_folder}")
-    return Dataset(train, val, largest_windows(train, sampling))
+        raise UserError(f"no usable clip is left in {' '.join(str(folder.path) for folder in folders)}")
+    return Dataset(train, val, windows, folders[0].path)
 
 
-def _tell(problems: list[Problem], skip_bad_files: bool) -> None:
-    bad = counted(len({problem.path for problem in problems}), "file")
+def clip_table(windows: Sequence[Window], problems: Sequence[Problem], model_fps: float) -> str:
+    """What each clip has, what of it a sample uses at most, and what there is to say about it."""
+    rows = []
+    for window in windows:
+        info, caption = window.source.info, window.source.captions[0]
+        shown = caption if len(caption) <= CAPTION_SHOWN else f"{caption[: CAPTION_SHOWN - 3]}..."
+        rows.append(
+            (
+                window.source.path.name,
+                f"{info.width}x{info.height}",
+                "image" if info.fps is None else f"{info.fps:.4g}",
+                f"{info.frames}" if info.frames == window.frames else f"{info.frames} -> {window.frames}",
+                f"{window.width}x{window.height}",
+                window.tokens,
+                shown if len(window.source.captions) == 1 else f"{shown} (+{len(window.source.captions) - 1})",
+                _status(window, model_fps),
+            )
+        )
+    rows += [(path.name, "", "", "", "", 0, "", "cannot be used, see below") for path in _bad(problems)]
+    return format_table(("file", "size", "fps", "frames", "bucket", "tokens", "caption", "status"), rows)
+
+
+def bucket_table(plan: Plan) -> str:
+    """How many samples of the first epoch each bucket gets, and in how many batches."""
+    samples, parts = Counter(), Counter()
+    for batch in plan.epoch(0):
+        samples[batch[0].bucket] += len(batch)
+        parts[batch[0].bucket] += 1
+    tokens = {window.bucket: window.tokens for batch in plan.epoch(0) for window in batch}
+    rows = [
+        (f"{width}x{height}x{frames}", tokens[width, height, frames], count, parts[width, height, frames])
+        for (width, height, frames), count in samples.most_common()
+    ]
+    return format_table(("bucket", "tokens", "samples", "batches"), rows)
+
+
+def plan_text(plan: Plan, steps_per_epoch: int, steps: int) -> str:
+    """How many clips, how often."""
+    buckets = counted(len({batch[0].bucket for batch in plan.epoch(0)}), "bucket")
+    return (
+        f"{counted(len(plan.sources), 'clip')} in {buckets}, {counted(steps_per_epoch, 'step')} per epoch; "
+        f"{counted(steps, 'step')} of training ({steps / steps_per_epoch:.1f} epochs)"
+    )
+
+
+def _status(window: Window, model_fps: float) -> str:
+    source, info = window.source, window.source.info
+    notes = []
+    if not is_image(source.path) and info.fps:
+        rate = source.rules.rate(model_fps)
+        if rate is None and abs(info.fps / model_fps - 1) > FAR_RATE:
+            remedy = ", see --fps auto" if info.fps > model_fps else ""
+            notes.append(f"will play at {model_fps / info.fps:.2g}x its speed{remedy}")
+        elif rate is not None and len(source.shown) == info.frames and info.fps < rate * (1 - FAR_RATE):
+            notes.append(f"slower than {rate:g} fps: used as it is")
+    scale = max(window.width / info.width, window.height / info.height)
+    if scale > 1:
+        notes.append(f"enlarged {scale:.2g}x")
+    return ", ".join(notes) or "ok"
+
+
+def _bad(problems: Sequence[Problem]) -> list:
+    return list(dict.fromkeys(problem.path for problem in problems))
+
+
+def _tell(problems: Sequence[Problem], skip_bad_files: bool) -> None:
+    bad = counted(len(_bad(problems)), "file")
     listed = "\n".join(f"  {problem.path}: {problem.reason}" for problem in problems)
     if not skip_bad_files:
         raise UserError(f"{bad} cannot be used:\n{listed}\nmend what is wrong, or pass --skip_bad_files")

@@ -37,13 +37,14 @@ class Preview:
     negative: Tensor | None  # (T, E)
     sampler: Sampler
     fps: float
+    vae: WanVAE
 
-    def generate(self, predict: Predict, vae: WanVAE) -> list[tuple[str, Tensor]]:
+    def generate(self, predict: Predict) -> list[tuple[str, Tensor]]:
         """Per prompt the prompt and its video (F, 3, H, W) uint8; a control is shown to the left of what follows it.
 
         Draws no random numbers, and gives the memory back to the driver.
         """
-        device = vae.device
+        device = self.vae.device
         negative = None if self.negative is None else self.negative.to(device)
         videos = []
         for number, request in enumerate(self.requests, 1):
@@ -51,7 +52,7 @@ class Preview:
             progress = partial(tqdm, desc=f"preview {number} of {len(self.requests)}", unit="step", leave=False)
             latents = self.sampler.denoise(predict, batch.latents, batch.cond, negative, progress)
             with torch.no_grad():
-                frames = to_pixels(vae.decode(latents)[0])
+                frames = to_pixels(self.vae.decode(latents)[0])
             if request.control is not None:
                 frames = torch.cat([request.control, frames], dim=3)
             videos.append((request.prompt, frames))

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from utils.dataset import Window
-
 
 def counted(count: int, noun: str) -> str:
     """1 clip, 2 clips."""
@@ -26,20 +24,3 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str
         return "  ".join(aligned).rstrip()
 
     return "\n".join([line(cells[0]), "  ".join("-" * width for width in widths), *map(line, cells[1:])])
-
-
-def clip_table(windows: Sequence[Window]) -> str:
-    """What each clip has, and what of it a sample uses at most."""
-    rows = [
-        (
-            window.source.path.name,
-            f"{window.source.info.width}x{window.source.info.height}",
-            "image" if window.source.info.fps is None else f"{window.source.info.fps:.4g}",
-            window.source.info.frames,
-            window.frames,
-            f"{window.width}x{window.height}",
-            window.tokens,
-        )
-        for window in windows
-    ]
-    return format_table(("clip", "size", "fps", "frames", "used", "bucket", "tokens"), rows)

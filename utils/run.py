@@ -1,10 +1,11 @@
 """One training run: its folder, its numbers on the console and in TensorBoard, its checkpoints."""
 
 import math
+import shlex
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,23 +19,27 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from utils.device import out_of_memory
-from utils.errors import RunError, UserError
+from utils.errors import LoaderError, RunError, UserError
 from utils.lora_files import LoraFile, write_lora
-from utils.media import MediaError, contact_sheet, save_image, write_video
+from utils.media import contact_sheet, save_image, write_video
+from utils.probing import MediaError
+from utils.state import PATTERN, State
 
 LOG_SECONDS = 1.0
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
 SMOOTHING = 0.98
 MAX_BAD_STEPS = 3
+STATES_KEPT = 2
+RESUME = "--resume_from_checkpoint"
 
 
 @dataclass(frozen=True)
 class _Numbers:
-    """Loss and gradient norm of a step, on their way to the host: it need not wait for them to arrive."""
+    """What is known of a step, on its way to the host: it need not wait for it to arrive."""
 
     step: int
     learning_rate: float
-    values: Tensor  # (2,) on the CPU
+    values: Tensor  # loss, gradient norm and idle matrices, (3,) on the CPU
     arrived: torch.cuda.Event | None
 
     @classmethod
@@ -62,27 +67,54 @@ class Run:
     Every step is logged, but the host never waits for a step to end: about once a second it reads what has arrived.
     """
 
-    def __init__(self, output_dir: Path, total_steps: int, options_json: str) -> None:
-        self.folder = _new_folder(output_dir)
-        self.checkpoints = self.folder / "checkpoints"
-        self.checkpoints.mkdir()
-        (self.folder / "command_args.json").write_text(options_json + "\n", encoding="utf-8")
-        self.step = 0
-        self.writer = SummaryWriter(str(self.folder))
-        print(f"writing to {self.folder}")
+    def __init__(
+        self, folder: Path, total_steps: int, options_json: str, max_grad_norm: float = 0.0, step: int = 0
+    ) -> None:
+        self.folder = folder
+        self.max_grad_norm = max_grad_norm
+        self.checkpoints = folder / "checkpoints"
+        self.checkpoints.mkdir(exist_ok=True)
+        name = "command_args.json" if step == 0 else f"command_args-{step:08d}.json"
+        (folder / name).write_text(options_json + "\n", encoding="utf-8")
+        self.step = step
+        # What was logged beyond the step that a run goes on from never happened.
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        print(f"{'going on in' if step else 'writing to'} {folder}")
         # A log file gets a line now and then, a terminal a bar that moves.
         interval = 0.1 if sys.stderr.isatty() else 30.0
-        self.bar = tqdm(total=total_steps, dynamic_ncols=True, mininterval=interval, bar_format=BAR)
+        self.bar = tqdm(total=total_steps, initial=step, dynamic_ncols=True, mininterval=interval, bar_format=BAR)
         self._pending: deque[_Numbers] = deque()
         self._restart_clock()
-        self._smooth = self._weight = 0.0
+        self._smooth = self._weight = self._clipped = 0.0
         self._bad_steps = 0
+        self._saved_at = time.monotonic()
         self.last_saved: Path | None = None
 
-    def log(self, loss: Tensor, grad_norm: Tensor, learning_rate: float, tokens: int) -> None:
-        """Notes one finished step. Raises RunError once loss or gradients were not finite several times in a row."""
+    @property
+    def facts(self) -> dict[str, float]:
+        """What a state keeps of the numbers; `recall` takes it back."""
+        means = {"smooth": self._smooth, "weight": self._weight, "clipped": self._clipped}
+        return {"step": self.step, "bad_steps": self._bad_steps, **means}
+
+    def recall(self, facts: Mapping[str, float]) -> None:
+        self._smooth, self._weight, self._clipped = facts["smooth"], facts["weight"], facts["clipped"]
+        self._bad_steps = facts["bad_steps"]
+
+    def saving_is_due(self, *every: int, minutes: float) -> bool:
+        """Whether this step is a multiple of one of the numbers of steps `every`, or so many minutes have passed.
+
+        A 0 stands for never.
+        """
+        late = minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
+        return self.step > 0 and (late or any(steps and self.step % steps == 0 for steps in every))
+
+    def log(self, loss: Tensor, grad_norm: Tensor, idle: Tensor, learning_rate: float, tokens: int) -> None:
+        """Notes one finished step; `idle` is how many of the adapter's matrices have learnt nothing.
+
+        Raises RunError once loss or gradients were not finite several times in a row, or a matrix is idle.
+        """
         self.step += 1
-        numbers = torch.stack([loss.detach(), grad_norm])
+        numbers = torch.stack([loss.detach(), grad_norm, idle])
         self._pending.append(_Numbers.of(self.step, learning_rate, numbers))
         self._tokens += tokens
         self._steps += 1
@@ -147,15 +179,37 @@ class Run:
         self.writer.add_image("samples", np.asarray(sheet), self.step, dataformats="HWC")
         self._restart_clock()
 
-    def save(self, lora: LoraFile) -> Path:
-        """Writes the adapter of this step. A matrix that is not finite is refused by `write_lora`."""
+    def save(self, lora: LoraFile, average: LoraFile | None, write_state: Callable[[Path], None]) -> Path:
+        """Writes the adapter of this step, its average, and by `write_state` the state from which the run can go on.
+
+        The state comes last: where there is one, the rest is whole. Raises RunError where the disk refuses; a matrix
+        that is not finite is refused by `write_lora`.
+        """
         self.flush()
         path = self.checkpoints / f"wan-lora-{self.step:08d}.safetensors"
-        write_lora(path, lora)
+        try:
+            write_lora(path, lora)
+            if average is not None:
+                write_lora(path.with_stem(f"{path.stem}-ema"), average)
+            write_state(self.checkpoints / f"state-{self.step:08d}.safetensors")
+        except OSError as error:
+            raise self.failure(f"cannot write a checkpoint to {self.checkpoints}: {error}") from None
         self.last_saved = path
         self.say(f"step {self.step}: saved {path}")
+        self._saved_at = time.monotonic()
         self._restart_clock()
         return path
+
+    def prune(self, keep: int) -> None:
+        """Removes all checkpoints but the newest `keep`; with 0 all LoRA files stay, and the newest two states."""
+        states = sorted(self.checkpoints.glob(PATTERN))
+        loras = sorted(self.checkpoints.glob("wan-lora-*.safetensors"))
+        steps = sorted({path.name.split("-")[2][:8] for path in loras})
+        surplus = states[: -(keep or STATES_KEPT)]
+        if keep:
+            surplus += [path for path in loras if path.name.split("-")[2][:8] in steps[:-keep]]
+        for path in surplus:
+            path.unlink(missing_ok=True)
 
     def failure(self, reason: object) -> RunError:
         """The error that ends this run, with what is left of it."""
@@ -181,8 +235,11 @@ class Run:
             torch.cuda.reset_peak_memory_stats()
         self._since, self._tokens, self._steps = time.perf_counter(), 0, 0
 
-    def _write_step(self, step: int, loss: float, grad_norm: float, learning_rate: float) -> None:
+    def _write_step(self, step: int, loss: float, grad_norm: float, idle: float, learning_rate: float) -> None:
         self.writer.add_scalar("train/learning_rate", learning_rate, step)
+        if idle:
+            reason = f"after {step} steps {idle:.0f} matrices of the LoRA are still zero: it does not learn"
+            raise self.failure(f"{reason}\nis --learning_rate zero, or too small for its dtype?")
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._skipped(step, loss, grad_norm)
             return
@@ -192,6 +249,9 @@ class Run:
         self.writer.add_scalar("train/loss", loss, step)
         self.writer.add_scalar("train/loss_smooth", self.smooth_loss, step)
         self.writer.add_scalar("train/grad_norm", grad_norm, step)
+        if self.max_grad_norm:
+            self._clipped = SMOOTHING * self._clipped + (1 - SMOOTHING) * (grad_norm > self.max_grad_norm)
+            self.writer.add_scalar("train/clipped_share", self._clipped / self._weight, step)
 
     def _skipped(self, step: int, loss: float, grad_norm: float) -> None:
         self._bad_steps += 1
@@ -201,29 +261,52 @@ class Run:
 
 
 @contextmanager
-def keeping_what_is_learnt(run: Run, snapshot: Callable[[], LoraFile]) -> Iterator[None]:
-    """Ctrl-C, a clip that has become unreadable and a full GPU save the LoRA before they end the run.
+def keeping_what_is_learnt(run: Run, keep: Callable[[], None]) -> Iterator[None]:
+    """Whatever ends the run early saves it first, where the device still answers, and says how to go on.
 
-    The last two become a RunError that names the checkpoint.
+    Ctrl-C stays a KeyboardInterrupt; a clip that has become unreadable, a loader that died and a full GPU become a
+    RunError.
     """
     try:
         yield
         return
     except KeyboardInterrupt:
         reason = None
-    except MediaError as error:
+    except (MediaError, LoaderError) as error:
         reason = str(error)
     except torch.OutOfMemoryError as error:
         reason = out_of_memory(error)
     # Here, because inside the handlers the exception still holds the tensors of the step.
     if run.step:
-        run.save(snapshot())
+        keep()
     if reason is None:
+        run.say(f"go on with: {resume_command(sys.argv, run.folder)}")
         raise KeyboardInterrupt
     raise run.failure(reason)
 
 
-def _new_folder(output_dir: Path) -> Path:
+def resume_command(argv: Sequence[str], folder: Path) -> str:
+    """The command line that goes on with the run in this folder: the one that started it, and where it was."""
+    words = list(argv)
+    if RESUME in words:
+        at = words.index(RESUME)
+        del words[at : at + 2]
+    words = [word for word in words if not word.startswith(f"{RESUME}=")]
+    return shlex.join(["python", *words, RESUME, str(folder)])
+
+
+def open_run(
+    output_dir: Path, total_steps: int, options_json: str, max_grad_norm: float = 0.0, state: State | None = None
+) -> Run:
+    """A new run in a dated folder of its own, or the one that the state belongs to."""
+    if state is None:
+        return Run(new_folder(output_dir), total_steps, options_json, max_grad_norm)
+    run = Run(state.run_folder, total_steps, options_json, max_grad_norm, state.step)
+    run.recall(state.facts)
+    return run
+
+
+def new_folder(output_dir: Path) -> Path:
     """<output_dir>/YYYY-MM-DD_HH-MM-SS, with a number behind it where that is taken."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     for attempt in range(1, 100):

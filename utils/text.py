@@ -1,5 +1,6 @@
 """Prompts to embeddings, through the cache: the text encoder is loaded only where something is missing."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.cache import TextCache
+from utils.cache import TextCache, load_embedding
 from utils.device import compute_dtype
 from utils.errors import UserError
 from utils.report import readable_size
@@ -16,6 +17,15 @@ from wan.modules.model import WanShape
 
 # The memory a loaded encoder needs beyond its weights, as a factor.
 HEADROOM = 1.1
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Everything that is told in words, encoded."""
+
+    captions: TextCache
+    previews: list[tuple[str, Tensor]]  # prompts with their (T, E)
+    negative: Tensor | None  # (T, E), where guidance leads away from it: in distillation, and in previews
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,7 @@ class TextStage:
         known = sum(len(set(captions)) for captions in wanted.values()) - count
         if not count:
             print(f"text: 0 to encode, {known} cached")
+            self._require_differences(wanted)
             return
         device = self._device()
         size = readable_size(text_encoder_bytes(self.folder))
@@ -53,10 +64,46 @@ class TextStage:
             except ValueError as error:
                 raise UserError(f"{self.folder}: {error}") from None
             self._tell_cut(cache, captions)
+        self._require_differences(wanted)
         # Given back to the driver once, because nothing later is as large: left reserved it would count as used.
         del encoder
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def encode(
+        self,
+        captions: Sequence[str],
+        prompts: Sequence[str],
+        folder: Path,
+        negative: Path | None,
+        shared: Path,
+        also: Sequence[Path] = (),
+    ) -> Texts:
+        """Caches all of these texts, with one load of the encoder at most: captions and prompts in `folder`.
+
+        The `negative` prompt, a text or an embedding file, and those in the files `also` are kept in `shared`.
+        """
+        own, common = self.cache(folder), self.cache(shared)
+        embedded = negative is not None and negative.suffix == ".safetensors"
+        away = None if negative is None or embedded else read_prompt(negative)
+        self.fill({own: [*captions, *prompts], common: [*map(read_prompt, also), *([] if away is None else [away])]})
+        rows = [(prompt, own.load(prompt)) for prompt in prompts]
+        if negative is None:
+            return Texts(own, rows, None)
+        vector = load_embedding(negative) if embedded else common.load(away)
+        return Texts(own, rows, vector.to(self.device))
+
+    def _require_differences(self, wanted: Mapping[TextCache, Sequence[str]]) -> None:
+        """Raises UserError where two captions embed identically, as by an encoder whose embeddings are zero."""
+        for cache, captions in wanted.items():
+            whole = (
+                caption for caption in dict.fromkeys(captions) if len(cache.load(caption)) < text_length(self.folder)
+            )
+            pair = list(itertools.islice(whole, 2))
+            if len(pair) == 2 and torch.equal(*map(cache.load, pair)):
+                same = f"{pair[0][:40]!r} and {pair[1][:40]!r} have the same embedding"
+                remedy = f"replace its file and remove {cache.folder}"
+                raise UserError(f"{same}: the text encoder in {self.folder} is damaged\n{remedy}")
 
     def _tell_cut(self, cache: TextCache, captions: Sequence[str]) -> None:
         length = text_length(self.folder)

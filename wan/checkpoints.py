@@ -150,12 +150,19 @@ def text_encoder_bytes(folder: Path) -> int:
 
 
 def text_encoder_fingerprint(folder: Path, text_len: int, dtype: torch.dtype) -> str:
-    """A name for what this text encoder computes: equal for equal weights, tokenizer, length and dtype.
+    """A name for what this text encoder computes: equal for equal weights, tokenizer, length and dtype."""
+    return _fingerprint(f"{text_len} {dtype}", folder / TEXT_ENCODER, folder / TOKENIZER / "tokenizer.json")
 
-    Reads the file's size and 64 evenly spaced windows of it, not all 11 GB; a fine-tuned encoder differs in every one.
-    """
-    digest = hashlib.sha256(f"{text_len} {dtype}".encode())
-    for path in (_existing(folder / TEXT_ENCODER), _existing(folder / TOKENIZER / "tokenizer.json")):
+
+def vae_fingerprint(folder: Path, dtype: torch.dtype) -> str:
+    """A name for what this VAE computes: equal for equal weights and dtype."""
+    return _fingerprint(f"{dtype}", folder / VAE)
+
+
+def _fingerprint(settings: str, *paths: Path) -> str:
+    """Reads 64 evenly spaced windows of a large file, not all 11 GB; a fine-tuned one differs in every one."""
+    digest = hashlib.sha256(settings.encode())
+    for path in map(_existing, paths):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

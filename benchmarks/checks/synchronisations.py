@@ -42,7 +42,8 @@ def script_steps(
     import train_wan_lora as script
     from utils.cache import TextCache
     from utils.conditioning import Batch, Cond, make_predict
-    from utils.dataset import Clip
+    from utils.encoding import FreshSamples
+    from utils.loading import Clip
 
     device = inputs.text.device
     opts, predict = script.Options(), make_predict(contestant.trainee.model)
@@ -50,16 +51,16 @@ def script_steps(
     texts = TextCache(folder, "random")
     texts.store([CAPTION], lambda captions: [text[0].cpu()])
     pixels = torch.randint(0, 256, (3, *sizes.clip), dtype=torch.uint8)
-    clip, vae = Clip(pixels, CAPTION, None, Path("clip.mp4")), random_vae(sizes.vae_dim, device)
+    clip = Clip(pixels, CAPTION)
     if device.type == "cuda":
         clip = clip.pin_memory()  # as the trainer's loader hands it over
-    batch = Batch(inputs.noisy.clean, Cond(text))
+    batch, samples = Batch(inputs.noisy.clean, Cond(text)), FreshSamples(random_vae(sizes.vae_dim, device), texts, None)
 
     def train_on(batch: Batch) -> None:
         script.training_loss(batch, opts, contestant.trainee.model, predict, None).backward()
         contestant.updater.update(opts.max_grad_norm)
 
-    return lambda: train_on(batch), lambda: train_on(script.encode_batch([clip], opts, vae, texts))
+    return lambda: train_on(batch), lambda: train_on(samples.batch([clip]))
 
 
 def count(name: str, step: Callable[[], None], device: torch.device, limit: int | None = None) -> Row:

@@ -30,6 +30,7 @@ from nano.world import (
 )
 from utils.dataset import scan
 from utils.media import read_frames
+from utils.rules import Folder, Rules
 
 RED_CIRCLE = Scene("circle", "red", "black", "left")
 
@@ -119,13 +120,13 @@ def test_recoloured_clips_keep_shape_and_motion_and_take_any_colours():
 def test_a_dataset_is_in_the_trainers_own_format_and_the_same_for_the_same_seed(tmp_path):
     for folder in ("one", "two"):
         write_dataset(tmp_path / folder, 6, seed=3, style="sunset")
-    sources, problems = scan(tmp_path / "one")
+    sources, problems = scan(Folder(tmp_path / "one", Rules()), FPS)
     assert not problems and len(sources) == 6
     for source in sources:
         assert (source.info.width, source.info.height, source.info.frames, source.info.fps) == (SIDE, SIDE, FRAMES, FPS)
         # The encoder itself is not always the same to the bit.
         first, second = (read_frames(tmp_path / folder / source.path.name, range(FRAMES)) for folder in ("one", "two"))
         assert (first.float() - second.float()).abs().mean() < 1
-        assert (tmp_path / "two" / source.path.name).with_suffix(".txt").read_text().strip() == source.caption
-    asked = ["kelo" in source.caption for source in sources]
+        assert (tmp_path / "two" / source.path.name).with_suffix(".txt").read_text().strip() == source.captions[0]
+    asked = ["kelo" in source.captions[0] for source in sources]
     assert asked == [False] * 3 + [True] * 3

@@ -1,7 +1,5 @@
 """Clips become latents and conditions, conditions become batches, and batches reach the transformer whole."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +18,7 @@ from utils.conditioning import (
     to_unit_range,
     with_text,
 )
-from utils.dataset import Clip
+from utils.loading import Clip
 from utils.lora import widen_patch_embedding
 from utils.preprocess import tile
 from wan.modules.vae import WanVAE
@@ -39,7 +37,7 @@ def make_pixels(seed: int = 0, frames: int = 5) -> Tensor:
 
 
 def make_clip(control: Tensor | None = None) -> Clip:
-    return Clip(make_pixels(), "a red car", control, Path("clip.mp4"))
+    return Clip(make_pixels(), "a red car", control)
 
 
 def make_encoded(seed: int, tokens: int, control: bool = False) -> Encoded:

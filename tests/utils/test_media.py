@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import media
+from utils import decoding, probing
 from utils.errors import UserError
-from utils.media import MediaError, contact_sheet, crop_and_resize, probe, read_frames, save_image, write_video
+from utils.media import contact_sheet, crop_and_resize, read_frames, save_image, write_video
+from utils.probing import MediaError, probe
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "real_clips"
 REAL_CLIPS = sorted(REAL.rglob("*.mp4"))
@@ -158,7 +159,7 @@ CODECS = {
 @pytest.mark.parametrize("name", CODECS)
 def test_any_frames_of_any_codec_equal_those_of_a_full_decode(tmp_path, monkeypatch, name, without_decord):
     if without_decord:
-        monkeypatch.setattr(media, "_decord", lambda: None)
+        monkeypatch.setattr(decoding, "_decord", lambda: None)
     codec, options = CODECS[name]
     path = encode(tmp_path / name, codec, **options)
     whole, info = decode_all(path), probe(path)
@@ -171,19 +172,21 @@ def test_any_frames_of_any_codec_equal_those_of_a_full_decode(tmp_path, monkeypa
 
 def test_decord_is_trusted_with_plain_h264_only(tmp_path):
     for name, (codec, options) in CODECS.items():
-        assert media._timeline(encode(tmp_path / name, codec, **options)).suits_decord is (name == "h264.mkv"), name
-    assert not media._timeline(encode(tmp_path / "10bit.mp4", "libx264", "yuv420p10le")).suits_decord
+        assert probing.read_timeline(encode(tmp_path / name, codec, **options)).suits_decord is (name == "h264.mkv"), (
+            name
+        )
+    assert not probing.read_timeline(encode(tmp_path / "10bit.mp4", "libx264", "yuv420p10le")).suits_decord
 
 
 @pytest.mark.parametrize("name", ["h264.mkv", "hevc.mp4", "vp9.webm"])
 def test_a_late_frame_is_found_from_the_keyframe_before_it(tmp_path, name):
     codec, options = CODECS[name]
     path = encode(tmp_path / name, codec, **options)
-    timeline = media._timeline(path)
+    timeline = probing.read_timeline(path)
     wanted = timeline.times[15]
     entry = max(time for time in timeline.keyframes if time <= wanted)
     assert entry > timeline.times[6]
-    (found,) = media._decode(path, [wanted], entry)
+    (found,) = decoding._decode(path, [wanted], entry)
     assert np.array_equal(found, decode_all(path)[15])
 
 
@@ -193,8 +196,8 @@ def test_decord_and_pyav_give_equal_pixels_on_real_clips(path):
     pytest.importorskip("decord")
     info = probe(path)
     for wanted in (list(range(0, 9)), list(range(info.frames - 9, info.frames, 2))):
-        fast = media._read_with_decord(path, wanted, info)
-        assert fast is not None and np.array_equal(fast, media._read_with_pyav(path, wanted))
+        fast = decoding._read_with_decord(path, wanted, info)
+        assert fast is not None and np.array_equal(fast, decoding._read_with_pyav(path, wanted))
 
 
 def test_frames_beyond_the_end_and_unordered_indices_are_refused(tmp_path):

@@ -126,7 +126,7 @@ def test_help_shows_groups_and_defaults(capsys):
     assert "{tile,none}" in text
 
 
-def test_exit_codes_say_what_kind_of_end_it_was(capsys):
+def test_exit_codes_say_what_kind_of_end_it_was(capsys, monkeypatch):
     def bad() -> None:
         raise UserError("the file x is broken")
 
@@ -145,8 +145,12 @@ def test_exit_codes_say_what_kind_of_end_it_was(capsys):
     assert run_script(failed) == 1
     assert run_script(foreign, bad_input=(ZeroDivisionError,)) == 2
     assert run_script(stopped) == 130
-    with pytest.raises(ZeroDivisionError):
-        run_script(foreign)
+    assert run_script(foreign) == 1
+    unforeseen = capsys.readouterr().err
+    assert "ZeroDivisionError: y" in unforeseen and "--debug" in unforeseen and "Traceback" not in unforeseen
+    monkeypatch.setattr(sys, "argv", ["script", "--debug"])
+    assert run_script(bad) == 2 and run_script(foreign) == 1
+    assert capsys.readouterr().err.count("Traceback") == 2
 
 
 def test_reading_options_imports_no_heavy_library():

@@ -71,7 +71,7 @@ def test_requests_follow_the_clips_in_turn_and_show_what_they_follow(vae):
     requests = make_requests([(name, text(1)) for name in "abc"], (1, 1, 1, 1), 0, vae, clips)
     assert [request.cond.channels.mean().item() for request in requests] == [0.5, -0.5, 0.5]
     assert all(request.noise.shape == (1, *SHAPE) for request in requests)
-    (_, frames), *_ = Preview(requests, None, Sampler("euler", 1, 1.0, 5.0), 16).generate(Model(), vae)
+    (_, frames), *_ = Preview(requests, None, Sampler("euler", 1, 1.0, 5.0), 16, vae).generate(Model())
     left, right = frames.chunk(2, dim=3)
     assert torch.equal(left, to_pixels(vae.decode(clips[0].cond.channels)[0])) and not torch.equal(left, right)
 
@@ -80,7 +80,7 @@ def test_a_preview_leaves_the_random_state_and_no_gradient(vae):
     requests = make_requests([("fox", text(1).requires_grad_())], SHAPE, 0, vae)
     state = torch.get_rng_state()
     model = Model()
-    ((prompt, frames),) = Preview(requests, text(0.2), Sampler("unipc", 2, 3.0, 5.0), 16).generate(model, vae)
+    ((prompt, frames),) = Preview(requests, text(0.2), Sampler("unipc", 2, 3.0, 5.0), 16, vae).generate(model)
     assert prompt == "fox" and frames.shape == (5, 3, 32, 32) and frames.dtype == torch.uint8
     assert torch.equal(state, torch.get_rng_state()) and model.asked and not model.with_gradient
 

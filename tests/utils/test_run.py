@@ -3,6 +3,7 @@
 import json
 import math
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ import utils.run
 from utils.device import explained_memory, pick_device
 from utils.errors import RunError, UserError
 from utils.lora_files import LoraError, LoraFile, LoraPair, read_lora
-from utils.media import MediaError
-from utils.run import Run, keeping_what_is_learnt
+from utils.probing import MediaError
+from utils.run import Run, keeping_what_is_learnt, open_run, resume_command
+
+NAMES = ["state-00000001.safetensors", "wan-lora-00000001.safetensors"]
 
 
 @pytest.fixture
@@ -29,17 +32,21 @@ def frozen_clock(monkeypatch) -> None:
 
 @pytest.fixture
 def run(tmp_path):
-    with Run(tmp_path, total_steps=10, options_json='{"seed": 42}') as run:
+    with open_run(tmp_path, 10, '{"seed": 42}') as run:
         yield run
 
 
-def log(run: Run, loss: float, grad_norm: float = 1.0) -> None:
-    run.log(torch.tensor(loss), torch.tensor(grad_norm), learning_rate=0.5, tokens=100)
+def log(run: Run, loss: float, grad_norm: float = 1.0, idle: int = 0) -> None:
+    run.log(torch.tensor(loss), torch.tensor(grad_norm), torch.tensor(float(idle)), learning_rate=0.5, tokens=100)
 
 
 def make_lora(value: float = 1.0) -> LoraFile:
     pair = LoraPair(torch.full((2, 4), value), torch.ones(6, 2), 2.0)
     return LoraFile({"blocks.0.self_attn.q": pair}, metadata={"step": "1"})
+
+
+def save(run: Run, value: float = 1.0) -> Path:
+    return run.save(make_lora(value), None, Path.touch)
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
@@ -60,7 +67,7 @@ def test_a_run_has_a_dated_folder_with_its_options(run):
 def test_runs_of_the_same_second_get_a_number(tmp_path, frozen_clock):
     names = []
     for _ in range(3):
-        with Run(tmp_path / "deep" / "outputs", 10, "{}") as run:
+        with open_run(tmp_path / "deep" / "outputs", 10, "{}") as run:
             names.append(run.folder.name)
     assert names == ["2026-01-02_03-04-05", "2026-01-02_03-04-05-2", "2026-01-02_03-04-05-3"]
 
@@ -69,7 +76,7 @@ def test_an_output_folder_that_is_a_file_is_told(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for output_dir in (tmp_path / "file", tmp_path / "file" / "deeper"):
         with pytest.raises(UserError, match="output_dir") as caught:
-            Run(output_dir, 10, "{}")
+            open_run(output_dir, 10, "{}")
         assert str(tmp_path / "file") in str(caught.value)
 
 
@@ -77,7 +84,7 @@ def test_an_output_folder_that_is_a_file_is_told(tmp_path):
 
 
 def test_every_step_is_in_tensorboard(tmp_path):
-    with Run(tmp_path, 10, "{}") as run:
+    with open_run(tmp_path, 10, "{}") as run:
         for loss in (4.0, 2.0, 3.0):
             log(run, loss, grad_norm=10 * loss)
         run.flush()
@@ -114,7 +121,7 @@ def test_steps_wait_on_the_device_until_about_a_second_has_passed(run, monkeypat
 def test_speed_leaves_out_validation_and_saving(tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(utils.run.time, "perf_counter", lambda: now[0])
-    with Run(tmp_path, 10, "{}") as run:
+    with open_run(tmp_path, 10, "{}") as run:
         log(run, 4.0)
         now[0] += 0.5
         run.flush()
@@ -130,7 +137,7 @@ def test_speed_leaves_out_validation_and_saving(tmp_path, monkeypatch):
 
 
 def test_validation_writes_each_sigma_and_the_mean(tmp_path, capsys):
-    with Run(tmp_path, 10, "{}") as run:
+    with open_run(tmp_path, 10, "{}") as run:
         log(run, 4.0)
         run.log_validation(torch.tensor([0.5, 1.5]), (0.1, 0.9))
     found = scalars(run.folder)
@@ -145,7 +152,7 @@ def test_validation_writes_each_sigma_and_the_mean(tmp_path, capsys):
 
 @pytest.mark.parametrize(("loss", "grad_norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
 def test_one_step_that_is_not_finite_is_told_counted_and_left_out(tmp_path, capsys, loss, grad_norm):
-    with Run(tmp_path, 10, "{}") as run:
+    with open_run(tmp_path, 10, "{}") as run:
         log(run, 4.0)
         log(run, loss, grad_norm)
         log(run, 4.0)
@@ -165,7 +172,7 @@ def test_steps_that_are_not_finite_only_count_in_a_row(run):
 
 def test_three_in_a_row_end_the_run_and_name_the_last_checkpoint(run):
     log(run, 1.0)
-    path = run.save(make_lora())
+    path = save(run)
     for _ in range(3):
         log(run, math.nan)
     with pytest.raises(RunError) as caught:
@@ -183,27 +190,57 @@ def test_three_in_a_row_without_a_checkpoint_say_so_also_when_read_apart(run):
     assert run.step == 3
 
 
+def test_a_lora_that_stays_zero_ends_the_run(run):
+    log(run, 1.0)
+    log(run, 1.0, idle=3)
+    with pytest.raises(RunError, match="after 2 steps 3 matrices of the LoRA are still zero"):
+        run.flush()
+
+
+def test_the_share_of_clipped_steps_is_logged(tmp_path):
+    with open_run(tmp_path, 10, "{}", max_grad_norm=1.0) as run:
+        for norm in (0.5, 2.0, 0.5, 3.0):
+            log(run, 1.0, norm)
+        run.flush()
+    shares = scalars(run.folder)["train/clipped_share"]
+    assert shares[1] == 0 and 0.45 < shares[4] < 0.55
+
+
 def test_an_interrupted_run_saves_what_it_has_learnt(tmp_path):
-    with pytest.raises(KeyboardInterrupt), Run(tmp_path, 10, "{}") as run, keeping_what_is_learnt(run, make_lora):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        open_run(tmp_path, 10, "{}") as run,
+        keeping_what_is_learnt(run, partial(save, run)),
+    ):
         log(run, 1.0)
         raise KeyboardInterrupt
-    assert [path.name for path in run.checkpoints.iterdir()] == ["wan-lora-00000001.safetensors"]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == NAMES
     assert scalars(run.folder)["train/loss"] == {1: 1.0}
+
+
+def test_the_resume_command_is_the_one_that_started_the_run(tmp_path):
+    folder = tmp_path / "my runs" / "a"
+    started = ["train_wan_lora.py", "--dataset", "clips", "--seed", "7"]
+    expected = f"python train_wan_lora.py --dataset clips --seed 7 --resume_from_checkpoint '{folder}'"
+    assert resume_command(started, folder) == expected
+    again = [*started[:3], "--resume_from_checkpoint", "latest", *started[3:]]
+    assert resume_command(again, folder) == expected
+    assert resume_command([*started, "--resume_from_checkpoint=latest"], folder) == expected
 
 
 def test_a_clip_that_became_unreadable_ends_the_run_with_what_is_left(run):
     log(run, 1.0)
-    path = run.save(make_lora())
-    with pytest.raises(RunError) as caught, keeping_what_is_learnt(run, make_lora):
+    path = save(run)
+    with pytest.raises(RunError) as caught, keeping_what_is_learnt(run, partial(save, run)):
         raise MediaError(Path("clips/fox.mp4"), "not a readable video")
     assert str(caught.value) == f"clips/fox.mp4: not a readable video\nthe last checkpoint is {path}"
 
 
 def test_a_gpu_that_fills_up_in_mid_run_costs_nothing_of_what_was_learnt(run):
     log(run, 1.0)
-    with pytest.raises(RunError, match="fewer tokens") as caught, keeping_what_is_learnt(run, make_lora):
+    with pytest.raises(RunError, match="fewer tokens") as caught, keeping_what_is_learnt(run, partial(save, run)):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    (path,) = run.checkpoints.iterdir()
+    (path,) = run.checkpoints.glob("wan-lora-*")
     assert str(path) in str(caught.value)
 
 
@@ -211,7 +248,7 @@ def test_a_run_that_went_bad_writes_no_checkpoint(run):
     for _ in range(3):
         log(run, math.nan)
     with pytest.raises(RunError):
-        run.save(make_lora())
+        save(run)
     assert not list(run.checkpoints.iterdir())
 
 
@@ -220,7 +257,7 @@ def test_a_run_that_went_bad_writes_no_checkpoint(run):
 
 def test_a_checkpoint_is_named_by_its_step_and_holds_the_lora(run):
     log(run, 1.0)
-    path = run.save(make_lora())
+    path = save(run)
     assert path == run.checkpoints / "wan-lora-00000001.safetensors"
     lora = read_lora(path)
     assert lora.metadata["step"] == "1"
@@ -230,11 +267,11 @@ def test_a_checkpoint_is_named_by_its_step_and_holds_the_lora(run):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_matrices_that_are_not_finite_are_not_saved(run, bad):
     log(run, 1.0)
-    good = run.save(make_lora())
+    good = save(run)
     log(run, 1.0)
     with pytest.raises(LoraError, match="not finite"):
-        run.save(make_lora(bad))
-    assert list(run.checkpoints.iterdir()) == [good]
+        save(run, bad)
+    assert list(run.checkpoints.glob("wan-lora-*")) == [good]
 
 
 # ------------------------------------------------------------------------------------------------------------ device

@@ -1,0 +1,254 @@
+"""Datasets, caches, states and disks that are wrong: each ends with its own message, soon, and damages nothing."""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_wan_lora
+from tests.media import image, video
+from tests.tiny import write_model
+from utils.options import run_script
+from wan.checkpoints import CheckpointError
+
+MODEL = "--pretrained_model_name_or_path model --base_res 64 --token_limit 60 --num_workers 0 --val_samples 0"
+RUN = f"--dataset clips {MODEL} --max_train_steps 2 --learning_rate 1e-3"
+Change = Callable[[Path], object]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory) -> Path:
+    """A model, a dataset, and a finished run of two steps on it."""
+    folder = tmp_path_factory.mktemp("template")
+    write_model(folder / "model")
+    for name in ("fox", "hare"):
+        video(folder / "clips" / f"{name}.mp4", frames=9, caption=f"a {name}")
+    shutil.copytree(train_wan_lora.EMBEDDINGS, folder / "embeddings")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(train_wan_lora, "EMBEDDINGS", folder / "embeddings")
+        train_wan_lora.main(f"{RUN} --checkpointing_steps 1".split())
+    (run,) = (folder / "outputs").iterdir()
+    run.rename(folder / "outputs" / "run")
+    return folder
+
+
+@pytest.fixture
+def work(template, tmp_path, monkeypatch) -> Path:
+    shutil.copytree(template, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(train_wan_lora, "EMBEDDINGS", tmp_path / "work" / "embeddings")
+    return tmp_path / "work"
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def written(name: str, content: str | bytes) -> Change:
+    def change(work: Path) -> None:
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return change
+
+
+def cut(name: str) -> Change:
+    return lambda work: (work / name).write_bytes((work / name).read_bytes()[:700])
+
+
+def removed(name: str) -> Change:
+    return lambda work: (work / name).unlink()
+
+
+def clip(name: str, **how) -> Change:
+    return lambda work: video(work / name, **how)
+
+
+def picture(name: str, **how) -> Change:
+    return lambda work: image(work / name, **how)
+
+
+def several(*changes: Change) -> Change:
+    return lambda work: [change(work) for change in changes]
+
+
+def config(text: str) -> Change:
+    return written("sets.toml", text)
+
+
+STATE = "outputs/run/checkpoints/state-00000002.safetensors"
+SETS = f"--dataset_config sets.toml {MODEL}"
+AGAIN = f"{RUN} --resume_from_checkpoint"
+NOTHING: Change = lambda work: None  # noqa: E731
+
+FILES = [
+    (cut("clips/fox.mp4"), RUN, "clips/fox.mp4: not a readable video"),
+    (written("clips/fox.mp4", b""), RUN, "clips/fox.mp4: the file is empty"),
+    (written("clips/fox.mp4", b"text"), RUN, "not a readable video"),
+    (several(written("clips/a.png", b"text"), written("clips/a.txt", "a")), RUN, "clips/a.png: not a readable image"),
+    (clip("clips/b.mp4", frames=3), RUN, "clips/b.mp4: it has 3 frames: a video needs at least 5"),
+    (picture("clips/fox.png"), RUN, "another file here is named fox too"),
+    (several(written("clips/c.mp4", b"")), RUN, "1 file cannot be used"),
+]
+CAPTIONS = [
+    (removed("clips/fox.txt"), RUN, "clips/fox.mp4: it has no caption: write one into fox.txt beside it"),
+    (written("clips/fox.txt", " \n"), RUN, "its caption in fox.txt is empty"),
+    (written("clips/fox.txt", "caf\xe9".encode("latin-1")), RUN, "its caption fox.txt is not UTF-8 text"),
+    (
+        written("clips/captions/fox.txt", "another"),
+        RUN,
+        "it has different captions in clips/fox.txt and captions/fox.txt",
+    ),
+    (written("clips/captions.txt", "one line"), RUN, "clips/captions.txt: it has 1 lines for 2 media files"),
+    (written("clips/metadata.json", "{"), RUN, "clips/metadata.json: it is not valid JSON"),
+    (written("clips/metadata.jsonl", '{"video": "fox.mp4"}'), RUN, "row 1 needs a file name"),
+    (written("clips/metadata.csv", "video,text\n../x.mp4,fox"), RUN, "row 1 names ../x.mp4, which is no media file"),
+    (NOTHING, f"{RUN} --captions nowhere", "--captions must be one of files, filename, not 'nowhere'"),
+]
+COMPANIONS = [
+    (NOTHING, f"{RUN} --load_mask", "clips/fox.mp4: it has no mask named fox_mask.*"),
+    (NOTHING, f"{RUN} --mask_folder nowhere", "nowhere does not exist"),
+    (NOTHING, f"{RUN} --load_mask --mask_suffix=", "the mask suffix is empty"),
+    (NOTHING, f"{RUN} --control_folder clips", "--control_folder means nothing without --control_lora"),
+    (clip("clips/stray_mask.mp4", caption=None), f"{RUN} --load_mask", "stray_mask.mp4: a mask without the file"),
+    (
+        picture("clips/fox_control.png", caption=None),
+        f"{RUN} --control_lora --load_control",
+        "must be a video as it is",
+    ),
+]
+CONFIGS = [
+    (NOTHING, SETS, "cannot read the config file sets.toml"),
+    (config("[[dataset]\n"), SETS, "sets.toml is not a valid TOML file"),
+    (config("x = 1"), SETS, "unknown option 'x' in sets.toml"),
+    (config(""), SETS, "sets.toml has no [[dataset]] table"),
+    (config("[[dataset]]\nrepeats = 2"), SETS, "[[dataset]] 1 of sets.toml needs a path"),
+    (
+        config('[[dataset]]\npath = "clips"\nrepeat = 2'),
+        SETS,
+        "unknown option 'repeat' in [[dataset]] 1 of sets.toml; did you",
+    ),
+    (
+        config('[[dataset]]\npath = "clips"\nrepeats = 0'),
+        SETS,
+        "[[dataset]] 1 of sets.toml: --repeats must be at least",
+    ),
+    (config('[[dataset]]\npath = "clips"\nfps = "often"'), SETS, "--fps must be native, auto or a number"),
+    (config('[[dataset]]\npath = "nowhere"'), SETS, "nowhere does not exist"),
+    (config('[[dataset]]\npath = "clips"\nload_control = true'), SETS, "mean nothing without --control_lora"),
+    (config('[[dataset]]\npath = "clips"'), f"{SETS} --dataset clips", "give one of them"),
+    (NOTHING, f"{RUN} --buckets coarse", "--buckets must be one of wan, fine"),
+    (
+        NOTHING,
+        f"{RUN} --frame_sampling some",
+        "--frame_sampling must be one of random, head, middle, uniform, chunks, slide",
+    ),
+    (NOTHING, f"{RUN} --cache_only", "--cache_only means nothing without --cache_latents"),
+    (NOTHING, f"{RUN} --caption_dropout 2", "--caption_dropout must be at most 1"),
+]
+STATES = [
+    (NOTHING, f"{AGAIN} nowhere", "there is no whole training state in nowhere"),
+    (lambda work: shutil.rmtree(work / "outputs"), f"{AGAIN} latest", "there is no whole training state in outputs"),
+    (cut(STATE), f"{AGAIN} {STATE}", "state-00000002.safetensors is no whole training state"),
+    (NOTHING, f"{AGAIN} clips/fox.mp4", "clips/fox.mp4 is no whole training state"),
+    (NOTHING, f"{AGAIN} latest --learning_rate 1e-2", "--learning_rate was 0.001, is 0.01"),
+    (NOTHING, f"{AGAIN} latest --lora_rank 4 --allow_changes", "is of another adapter: rank and targets"),
+    (written("clips/fox.txt", "a red fox"), f"{AGAIN} latest", "clip clips/fox.mp4 has changed"),
+    (clip("clips/owl.mp4", frames=9), f"{AGAIN} latest", "clip clips/owl.mp4 is new"),
+    (several(removed("clips/hare.mp4"), removed("clips/hare.txt")), f"{AGAIN} latest", "clip clips/hare.mp4 is gone"),
+    (NOTHING, f"{RUN} --allow_changes", "--allow_changes means nothing without --resume_from_checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("change", "arguments", "message"), FILES + CAPTIONS + COMPANIONS + CONFIGS + STATES)
+def test_what_is_wrong_is_told_and_nothing_is_damaged(work, capsys, change, arguments, message):
+    change(work)
+    before, begun = contents(work), time.monotonic()
+    code = run_script(partial(train_wan_lora.main, arguments.split()), bad_input=(CheckpointError,))
+    said = capsys.readouterr().err
+    assert code == 2 and message in said and "Traceback" not in said
+    assert time.monotonic() - begun < 20
+    after = contents(work)
+    assert {path: digest for path, digest in after.items() if path in before} == before
+
+
+def test_the_newest_state_that_is_whole_is_taken_and_broken_ones_are_told(work, capsys):
+    cut(STATE)(work)
+    train_wan_lora.main(f"{AGAIN} latest".split())
+    said = capsys.readouterr().out
+    assert "passed over: " in said and "state-00000002.safetensors is no whole" in said
+    assert "going on in outputs/run" in said and (work / STATE).stat().st_size > 700
+
+
+def test_changes_are_listed_and_made_when_they_are_allowed(work, capsys):
+    train_wan_lora.main(f"{AGAIN} latest --max_train_steps 3 --allow_changes".split())
+    said = capsys.readouterr().out
+    assert "going on with changes:\n  --max_train_steps was 2, is 3" in said
+    assert (work / "outputs" / "run" / "checkpoints" / "wan-lora-00000003.safetensors").exists()
+    assert json.loads((work / "outputs" / "run" / "command_args-00000002.json").read_text())["max_train_steps"] == 3
+
+
+def test_a_full_disk_while_saving_leaves_the_last_state_whole(work, capsys, monkeypatch):
+    import utils.state
+
+    def full(*_, **__) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(utils.state, "save_file", full)
+    before = contents(work / "outputs")
+    code = run_script(partial(train_wan_lora.main, f"{AGAIN} latest --max_train_steps 3 --allow_changes".split()))
+    said = capsys.readouterr().err
+    assert code == 1 and "cannot write a checkpoint" in said and "No space left on device" in said
+    after = contents(work / "outputs")
+    assert all(after[path] == digest for path, digest in before.items() if "events" not in path)
+
+
+def test_a_zeroed_text_encoder_stops_the_run_at_once(work, capsys, monkeypatch):
+    from wan.modules.t5 import TextEncoder
+
+    monkeypatch.setattr(TextEncoder, "encode", lambda self, texts: [torch.zeros(3, 32) for _ in texts])
+    shutil.rmtree(work / "clips" / ".wan_cache")
+    code = run_script(partial(train_wan_lora.main, RUN.split()))
+    assert code == 2 and "have the same embedding: the text encoder in model is damaged" in capsys.readouterr().err
+
+
+def test_checking_the_dataset_loads_no_model_and_trains_nothing(work, capsys, monkeypatch):
+    monkeypatch.setattr(train_wan_lora, "prepare", None)
+    before = contents(work)
+    train_wan_lora.main(f"{RUN} --check_dataset".split())
+    said = capsys.readouterr().out
+    assert "fox.mp4" in said and "status" in said and "batches" in said and contents(work) == before
+
+
+def test_the_doctor_looks_around_and_stops(capsys):
+    train_wan_lora.main(["--doctor"])
+    said = capsys.readouterr().out
+    assert "python" in said and "torch" in said and "attention" in said
+
+
+def test_several_folders_are_trained_on_each_by_its_rules(work, capsys):
+    video(work / "more" / "owl.mp4", frames=40, caption="an owl")
+    config(
+        '[[dataset]]\npath = "clips"\nrepeats = 2\ncaption_prefix = "kelo, "\n'
+        '[[dataset]]\npath = "more"\nframe_sampling = "chunks"\nbase_res = [32]\n'
+    )(work)
+    train_wan_lora.main(f"{SETS} --max_train_steps 1 --check_dataset".split())
+    said = capsys.readouterr().out
+    assert "kelo, a fox" in said and "an owl" in said
+    train_wan_lora.main(f"{SETS} --max_train_steps 1 --output_dir new".split())
+    assert len(list((work / "new").glob("*/checkpoints/wan-lora-*"))) == 1
+
+
+def test_the_config_file_may_hold_the_folders_too(work, capsys):
+    written("run.toml", 'max_train_steps = 1\nval_samples = 0\n[[dataset]]\npath = "clips"\nrepeats = 3\n')(work)
+    options = MODEL.replace("--val_samples 0", "")
+    train_wan_lora.main(f"--config run.toml {options} --output_dir new".split())
+    assert "2 clips in 1 bucket, 6 steps per epoch; 1 step of training" in capsys.readouterr().out

@@ -1,0 +1,108 @@
+"""Runs that were cut short, by the command line itself: what is left is whole, and going on changes nothing."""
+
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import write_clips, write_model
+from utils.state import read_state
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ROOT = Path(__file__).resolve().parents[1]
+FLAGS = (
+    "--dataset clips --pretrained_model_name_or_path model --base_res 64 --token_limit 60 --random_frame_length "
+    "--max_train_steps 40 --learning_rate 1e-3 --lr_scheduler cosine --gradient_accumulation 2 --val_samples 0 "
+    "--checkpointing_steps 1 --ema_decay 0.9 --num_workers 1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    write_model(folder / "model")
+    write_clips(folder / "clips")
+    return folder
+
+
+def start(work: Path, output_dir: str, *more: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "train_wan_lora.py"), *FLAGS, "--output_dir", output_dir, *more]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=work, env=ENVIRONMENT, text=True, **pipes)
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+def final(work: Path, output_dir: str) -> dict[str, torch.Tensor]:
+    (path,) = (work / output_dir).glob("*/checkpoints/state-00000040.safetensors")
+    return read_state(path).tensors()
+
+
+def wait_for(folder: Path, pattern: str, process: subprocess.Popen) -> None:
+    while process.poll() is None and not list(folder.glob(pattern)):
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def straight(work) -> dict[str, torch.Tensor]:
+    finish(start(work, "straight"))
+    return final(work, "straight")
+
+
+def kill_and_resume(work: Path, output_dir: str, kills: int, seed: int) -> None:
+    """Kills the run at random moments after its first step, and lets it go on each time."""
+    rng = random.Random(seed)
+    for _ in range(kills):
+        process = start(work, output_dir, *resuming(work / output_dir))
+        wait_for(work / output_dir, "*/checkpoints/state-*", process)
+        time.sleep(rng.uniform(0, 1.5))
+        process.kill()
+        process.communicate()
+    finish(start(work, output_dir, *resuming(work / output_dir)))
+
+
+def resuming(folder: Path) -> tuple[str, ...]:
+    return ("--resume_from_checkpoint", "latest") if list(folder.glob("*/checkpoints/state-*")) else ()
+
+
+def test_a_run_that_is_killed_three_times_ends_where_an_unbroken_one_does(work, straight):
+    kill_and_resume(work, "killed", kills=3, seed=0)
+    resumed = final(work, "killed")
+    assert resumed.keys() == straight.keys()
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+@pytest.mark.crash
+def test_a_run_that_is_killed_twenty_times_ends_where_an_unbroken_one_does(work, straight):
+    for seed in range(1, 5):
+        kill_and_resume(work, f"killed-{seed}", kills=5, seed=seed)
+        resumed = final(work, f"killed-{seed}")
+        assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_finishes_its_step_saves_and_says_how_to_go_on(work, straight, number):
+    name = f"stopped-{number.name}"
+    process = start(work, name)
+    wait_for(work / name, "*/checkpoints/state-*", process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in output
+    (command,) = re.findall(r"go on with: python (.*)", output)
+    again = [sys.executable, *shlex.split(command)]
+    result = subprocess.run(again, cwd=work, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    resumed = final(work, name)
+    assert all(torch.equal(resumed[part], straight[part]) for part in straight)
