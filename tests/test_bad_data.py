@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import train_wan_lora
 from tests.media import image, video
@@ -142,6 +143,7 @@ CONFIGS = [
         "[[dataset]] 1 of sets.toml: --repeats must be at least",
     ),
     (config('[[dataset]]\npath = "clips"\nfps = "often"'), SETS, "--fps must be native, auto or a number"),
+    (NOTHING, f"{RUN} --repeats 0.1", "an epoch shows no clip at all: raise repeats"),
     (config('[[dataset]]\npath = "nowhere"'), SETS, "nowhere does not exist"),
     (config('[[dataset]]\npath = "clips"\nload_control = true'), SETS, "mean nothing without --control_lora"),
     (config('[[dataset]]\npath = "clips"'), f"{SETS} --dataset clips", "give one of them"),
@@ -196,13 +198,13 @@ def test_changes_are_listed_and_made_when_they_are_allowed(work, capsys):
     assert json.loads((work / "outputs" / "run" / "command_args-00000002.json").read_text())["max_train_steps"] == 3
 
 
-def test_a_full_disk_while_saving_leaves_the_last_state_whole(work, capsys, monkeypatch):
-    import utils.state
-
+@pytest.mark.parametrize("module", ["utils.state", "utils.lora_files"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_while_saving_leaves_the_last_state_whole(work, capsys, monkeypatch, module, error):
     def full(*_, **__) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
-    monkeypatch.setattr(utils.state, "save_file", full)
+    monkeypatch.setattr(f"{module}.save_file", full)
     before = contents(work / "outputs")
     code = run_script(partial(train_wan_lora.main, f"{AGAIN} latest --max_train_steps 3 --allow_changes".split()))
     said = capsys.readouterr().err

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from utils.device import out_of_memory
 from utils.errors import LoaderError, RunError, UserError
-from utils.lora_files import LoraFile, write_lora
+from utils.lora_files import LoraError, LoraFile, write_lora
 from utils.media import contact_sheet, save_image, write_video
 from utils.probing import MediaError
 from utils.state import PATTERN, State
@@ -182,8 +182,8 @@ class Run:
     def save(self, lora: LoraFile, average: LoraFile | None, write_state: Callable[[Path], None]) -> Path:
         """Writes the adapter of this step, its average, and by `write_state` the state from which the run can go on.
 
-        The state comes last: where there is one, the rest is whole. Raises RunError where the disk refuses; a matrix
-        that is not finite is refused by `write_lora`.
+        The state comes last: where there is one, the rest is whole. Raises RunError where the disk refuses, and for
+        a matrix that is not finite.
         """
         self.flush()
         path = self.checkpoints / f"wan-lora-{self.step:08d}.safetensors"
@@ -192,7 +192,7 @@ class Run:
             if average is not None:
                 write_lora(path.with_stem(f"{path.stem}-ema"), average)
             write_state(self.checkpoints / f"state-{self.step:08d}.safetensors")
-        except OSError as error:
+        except (OSError, LoraError) as error:
             raise self.failure(f"cannot write a checkpoint to {self.checkpoints}: {error}") from None
         self.last_saved = path
         self.say(f"step {self.step}: saved {path}")

@@ -121,9 +121,12 @@ class Learner:
 
 
 def write_state(path: Path, learner: Learner, facts: Mapping[str, Any]) -> None:
-    """Appears whole or not at all. Raises OSError."""
-    with replacing(path) as unfinished:
-        save_file(learner.tensors(), unfinished, metadata={FACTS: json.dumps(facts)})
+    """Appears whole or not at all. Raises OSError, also for what safetensors calls an error of its own."""
+    try:
+        with replacing(path) as unfinished:
+            save_file(learner.tensors(), unfinished, metadata={FACTS: json.dumps(facts)})
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
 
 
 def read_state(path: Path) -> State:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from utils.buckets import WAN_GRID, Grid, bucket_size, count_tokens, max_frames
 from utils.dataset import MIN_VIDEO_FRAMES, Source
+from utils.errors import UserError
 
 T = TypeVar("T")
 
@@ -67,13 +68,15 @@ class Plan:
         """The batches of one epoch: windows of equal bucket together, at most `batch_size` of them.
 
         Each source comes as often as its folder's `repeats` says; of a fraction, as many of the folder's sources as
-        make it up come once more. Raises `UserError` where `token_limit` is below one frame.
+        make it up come once more. Raises `UserError` where `token_limit` is below one frame, or nothing is shown.
         """
         rng = random.Random(f"{self.seed}/{epoch}")
         buckets = defaultdict(list)
         for index in shuffled(_repeated(self.sources, rng), rng):
             for window in self._windows(index, rng):
                 buckets[window.bucket].append(window)
+        if not buckets:
+            raise UserError("an epoch shows no clip at all: raise repeats")
         size = self.limits.batch_size
         parts = [tuple(windows[at : at + size]) for windows in buckets.values() for at in range(0, len(windows), size)]
         return shuffled(parts, rng)
