@@ -37,7 +37,7 @@ from utils.memory import checkpoint_blocks
 from utils.objectives import Predict, guided_target, squared_error
 from utils.optim import SCHEDULES, OptimizerSpec, Updater
 from utils.options import option, parse_options, run_script, to_json, to_table
-from utils.preflight import Dataset, open_dataset, plan_text
+from utils.preflight import Dataset, cache_text, open_dataset, plan_text
 from utils.preprocess import AS_IS
 from utils.preview import Preview, make_requests, read_prompts
 from utils.report import readable_size
@@ -50,6 +50,7 @@ from utils.text import Texts, TextStage, require_fit
 from utils.validation import SIGMAS, validation_loss
 from utils.windows import Limits, Plan, Window, fixed_windows, validation_windows
 from wan.checkpoints import CheckpointError, find_model, load_config, load_transformer, load_vae, transformer_layout
+from wan.configs import named_config
 from wan.modules.model import WanModel
 
 EMBEDDINGS = Path(__file__).resolve().parent / "embeddings"
@@ -69,9 +70,7 @@ class Task:
     pretrained_model_name_or_path: str = option("Wan-AI/Wan2.1-T2V-1.3B", "model folder, or hub name under ./models/")
     download_model: bool = option(False, "fetch the model's files from the hub into ./models/, then stop")
     output_dir: Path = option(Path("outputs"), "where runs are written, each in its own dated folder")
-    resume_from_checkpoint: str | None = option(
-        None, "go on from a saved state: latest, a run's folder, or a state file"
-    )
+    resume_from_checkpoint: str | None = option(None, "go on from a saved state: latest, or a run's or state's path")
     allow_changes: bool = option(False, "go on though options or data have changed", needs="resume_from_checkpoint")
     config: Path | None = option(None, "TOML file with any of these options; flags win over it")
     seed: int = option(42, "seed of everything random in training", minimum=0, maximum=MAX_SEED)
@@ -84,9 +83,7 @@ class Caches:
     """caches"""
 
     cache_embeddings: bool = option(False, "encode all captions and prompts, then stop")
-    cache_latents: int = option(
-        0, "encode this many windows of each clip once, and train on those; 1: the middle", minimum=0, bare=1
-    )
+    cache_latents: int = option(0, "encode so many windows of each clip once; 1: the middle", minimum=0, bare=1)
     cache_only: bool = option(False, "fill the cache of latents, then stop", needs="cache_latents")
     prune_cache: bool = option(False, "remove cached latents that this run does not use", needs="cache_latents")
     cache_dir: Path | None = option(None, "where caches are kept (default: .wan_cache in the first dataset)")
@@ -189,8 +186,11 @@ def open_folders(opts: Options) -> list[Folder]:
     return folders
 
 
-def cache_folder(opts: Options, data: Dataset) -> Path:
-    return opts.cache_dir or data.folder / ".wan_cache"
+def open_data(opts: Options, folders: list[Folder], config: EasyDict) -> Dataset:
+    """The clips, for a model of this kind, and everything there is to know about them on the console."""
+    data = open_dataset(folders, opts.limits, config.fps, opts.skip_bad_files)
+    print(cache_text(data, opts.limits, config.out_dim * (1 + opts.control_lora)))
+    return data
 
 
 def encode_texts(opts: Options, stage: TextStage, data: Dataset) -> Texts:
@@ -200,7 +200,7 @@ def encode_texts(opts: Options, stage: TextStage, data: Dataset) -> Texts:
     guided = bool(opts.distill_cfg) or (bool(prompts) and opts.preview_sampler(config).guidance != 1)
     negative = (opts.distill_negative or EMBEDDINGS / config.negative_prompt) if guided else None
     files = sorted(EMBEDDINGS.glob("*.txt")) if opts.cache_embeddings else []
-    return stage.encode(data.captions, prompts, cache_folder(opts, data), negative, EMBEDDINGS, files)
+    return stage.encode(data.captions, prompts, data.cache_folder(opts.cache_dir), negative, EMBEDDINGS, files)
 
 
 def open_samples(
@@ -217,7 +217,7 @@ def open_samples(
     fixed = fixed_windows(data.train, opts.limits, opts.cache_latents)
     windows = [*itertools.chain(*fixed), *watched]
     stage = LatentStage(folder, device, opts.made_control)
-    latents = stage.fill(cache_folder(opts, data) / "latents", windows, opts.num_workers)
+    latents = stage.fill(data.cache_folder(opts.cache_dir) / "latents", windows, opts.num_workers)
     if opts.prune_cache:
         print(f"latents: removed {readable_size(latents.prune(windows))} that this run does not use")
     samples = CachedSamples(latents, texts.captions, device)
@@ -378,13 +378,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if opts.download_model:
         download_model(opts.pretrained_model_name_or_path)
         return
-    folders = open_folders(opts)
-    require_writable(opts.output_dir)
-    folder = find_model(opts.pretrained_model_name_or_path)
-    config = load_config(folder)  # an unsupported model is told before anything is prepared for it
-    data = open_dataset(folders, opts.limits, config.fps, opts.skip_bad_files)
-    if opts.check_dataset:
+    folders, name = open_folders(opts), opts.pretrained_model_name_or_path
+    if opts.check_dataset:  # a released model need not be fetched for it
+        open_data(opts, folders, named_config(name) or load_config(find_model(name)))
         return
+    require_writable(opts.output_dir)
+    folder = find_model(name)
+    data = open_data(opts, folders, load_config(folder))
     state = find_state(opts.resume_from_checkpoint, opts.output_dir) if opts.resume_from_checkpoint else None
     if state is not None:
         require_same(state, to_table(opts), data.fingerprint, opts.allow_changes)

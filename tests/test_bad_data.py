@@ -227,7 +227,16 @@ def test_checking_the_dataset_loads_no_model_and_trains_nothing(work, capsys, mo
     before = contents(work)
     train_wan_lora.main(f"{RUN} --check_dataset".split())
     said = capsys.readouterr().out
-    assert "fox.mp4" in said and "status" in said and "batches" in said and contents(work) == before
+    assert "fox.mp4" in said and "status" in said and contents(work) == before
+    assert "an epoch has 2 samples in 2 batches" in said
+    # 2 clips of 48x48x9, each of 16 channels of 3 * 6 * 6 latents in fp32
+    assert "on disk: --cache_latents N takes N times 0.01 MB, each of 2 texts at most 4.19 MB" in said
+
+
+def test_a_dataset_can_be_checked_before_a_released_model_is_there(work, capsys):
+    shutil.rmtree(work / "model")
+    train_wan_lora.main("--dataset clips --base_res 64 --check_dataset".split())
+    assert "an epoch has 2 samples" in capsys.readouterr().out
 
 
 def test_the_doctor_looks_around_and_stops(capsys):

@@ -75,7 +75,7 @@ class LatentStage:
         if missing:
             vae = load_vae(self.folder, self.device)
             sides = 1 + (self.control is not None)
-            size = latent_bytes(missing, vae.stride, sides * vae.z_dim)
+            size = latent_bytes(missing, sides * vae.z_dim)
             cache.require_room(size)
             print(f"latents: writing {readable_size(size)} to {cache.folder}")
             self._encode(cache, vae, missing, num_workers)

@@ -24,6 +24,7 @@ from utils.windows import Window
 
 DIGESTS = "digests.json"
 ROOM_TO_LEAVE = 2**30  # bytes of a disk, for everything else
+LATENTS_PER_TOKEN = 4  # every Wan's patch is (1, 2, 2)
 Parts = dict[str, Tensor]
 
 
@@ -93,14 +94,11 @@ class LatentCache:
         return freed
 
 
-def latent_bytes(windows: Iterable[Window], stride: tuple[int, int, int], channels: int) -> int:
+def latent_bytes(windows: Iterable[Window], channels: int) -> int:
     """How much the fp32 latents of these windows take, of so many channels in all, and masks."""
-    time, height, width = stride
-    values = 0
-    for window in windows:
-        places = ((window.frames - 1) // time + 1) * (window.height // height) * (window.width // width)
-        values += places * (channels + (window.source.mask is not None))
-    return 4 * values
+    return 4 * sum(
+        window.tokens * LATENTS_PER_TOKEN * (channels + (window.source.mask is not None)) for window in windows
+    )
 
 
 class Digests:

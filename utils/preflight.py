@@ -1,6 +1,7 @@
 """The dataset as a run sees it: everything about its files is told in one table, before a model is loaded."""
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,13 +9,15 @@ from pathlib import Path
 
 from utils.dataset import Problem, Source, scan, split_folders
 from utils.errors import UserError
+from utils.latents import latent_bytes
 from utils.probing import is_image
-from utils.report import counted, format_table
+from utils.report import counted, format_table, readable_size
 from utils.rules import Folder
-from utils.windows import Limits, Plan, Window, largest_windows
+from utils.windows import Limits, Plan, Window, fixed_windows, largest_windows
 
 FAR_RATE = 0.1  # from the model's frame rate, as a share of it
 CAPTION_SHOWN = 24
+LONGEST_EMBEDDING = 512 * 4096 * 2  # bytes of a caption that fills all of UMT5-XXL, in bf16
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,10 @@ class Dataset:
     val: list[Source]
     windows: list[Window]  # the most that is used of each training clip, at each resolution
     folder: Path  # the first one
+
+    def cache_folder(self, chosen: Path | None) -> Path:
+        """Where caches are kept."""
+        return chosen or self.folder / ".wan_cache"
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -58,7 +65,7 @@ def open_dataset(folders: Sequence[Folder], limits: Limits, model_fps: float, sk
     windows = largest_windows(train, limits)
     if train:
         print(clip_table(windows, problems, model_fps))
-        print(f"\n{bucket_table(Plan(train, limits, seed=0))}")
+        print(f"\n{bucket_table(Plan(train, limits, seed=0).epoch(0))}")
         if not val:
             print("\nno clips are held out in val/: validation is on training clips, which says less")
     if problems:
@@ -90,18 +97,28 @@ def clip_table(windows: Sequence[Window], problems: Sequence[Problem], model_fps
     return format_table(("file", "size", "fps", "frames", "bucket", "tokens", "caption", "status"), rows)
 
 
-def bucket_table(plan: Plan) -> str:
-    """How many samples of the first epoch each bucket gets, and in how many batches."""
-    samples, parts = Counter(), Counter()
-    for batch in plan.epoch(0):
-        samples[batch[0].bucket] += len(batch)
-        parts[batch[0].bucket] += 1
-    tokens = {window.bucket: window.tokens for batch in plan.epoch(0) for window in batch}
+def bucket_table(batches: Sequence[Sequence[Window]]) -> str:
+    """How many samples of an epoch each bucket gets, in how many batches, and all together."""
+    samples, parts, tokens = Counter(), Counter(), {}
+    for batch in batches:
+        bucket = batch[0].bucket
+        samples[bucket] += len(batch)
+        parts[bucket] += 1
+        tokens[bucket] = batch[0].tokens
     rows = [
-        (f"{width}x{height}x{frames}", tokens[width, height, frames], count, parts[width, height, frames])
-        for (width, height, frames), count in samples.most_common()
+        ("x".join(map(str, bucket)), tokens[bucket], count, parts[bucket]) for bucket, count in samples.most_common()
     ]
-    return format_table(("bucket", "tokens", "samples", "batches"), rows)
+    table = format_table(("bucket", "tokens", "samples", "batches"), rows)
+    total = f"{counted(samples.total(), 'sample')} in {counted(len(batches), 'batch', 'batches')}"
+    return f"{table}\n\nan epoch has {total}"
+
+
+def cache_text(data: Dataset, limits: Limits, channels: int) -> str:
+    """What the caches take: latents of so many channels, with all that is made for a control, and texts."""
+    windows = itertools.chain(*fixed_windows(data.train, limits, 1))
+    latents, texts = readable_size(latent_bytes(windows, channels)), len(set(data.captions))
+    longest = readable_size(LONGEST_EMBEDDING)
+    return f"on disk: --cache_latents N takes N times {latents}, each of {counted(texts, 'text')} at most {longest}"
 
 
 def plan_text(plan: Plan, steps_per_epoch: int, steps: int) -> str:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 
-def counted(count: int, noun: str) -> str:
-    """1 clip, 2 clips."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def counted(count: int, noun: str, nouns: str = "") -> str:
+    """1 clip, 2 clips; `nouns` for a plural of another form."""
+    return f"{count} {noun}" if count == 1 else f"{count} {nouns or noun + 's'}"
 
 
 def readable_size(count: int) -> str:

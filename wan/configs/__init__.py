@@ -5,6 +5,8 @@ and `out_dim`, its channels; `shift`, `steps` and `guidance` of official samplin
 height) of its videos; `negative_prompt`, a file in embeddings/.
 """
 
+from pathlib import PurePath
+
 from easydict import EasyDict
 
 from wan.modules.model import WanShape
@@ -39,6 +41,12 @@ CONFIGS = EasyDict(
 def shape_of(config: EasyDict) -> WanShape:
     """The transformer's shape of a row."""
     return WanShape(**config.widths, in_dim=config.in_dim, out_dim=config.out_dim)
+
+
+def named_config(name: str) -> EasyDict | None:
+    """The row of a released model by its folder's or hub's name, such as Wan-AI/Wan2.1-T2V-1.3B; None for another."""
+    last = PurePath(name).name.lower()
+    return next((row for released, row in CONFIGS.items() if released.lower() == last), None)
 
 
 def find_config(task: str, in_dim: int) -> EasyDict | None:
