@@ -87,7 +87,7 @@ def scan(folder: Folder, model_fps: float, exclude: Sequence[Path] = ()) -> tupl
     sources, problems = [], [Problem(path, reason) for path, reason in captions.strays]
     for path in media:
         reasons = [captions.flaws[path]] if path in captions.flaws else []
-        reasons += content_flaws(path, found[path])
+        reasons += _content_flaws(path, found[path])
         if namesakes[_stem(path)] > 1:
             reasons.append(f"another file here is named {path.stem} too, and they would share a caption: rename one")
         goes_with = {}
@@ -104,7 +104,7 @@ def scan(folder: Folder, model_fps: float, exclude: Sequence[Path] = ()) -> tupl
     return sources, problems
 
 
-def content_flaws(path: Path, info: MediaInfo | MediaError) -> list[str]:
+def _content_flaws(path: Path, info: MediaInfo | MediaError) -> list[str]:
     """What is wrong with a file's content."""
     if isinstance(info, MediaError):
         return [info.reason]
@@ -149,7 +149,7 @@ class _Role:
             return None, [f"its {self.name} {other.name} must be an image as it is"]
         if self.name == "control" and is_image(other) and not is_image(path):
             return None, [f"its {self.name} {other.name} must be a video as it is"]
-        flaws = content_flaws(other, found[other])
+        flaws = _content_flaws(other, found[other])
         return (None if flaws else Companion(other, found[other])), [
             f"its {self.name} {other.name}: {f}" for f in flaws
         ]

@@ -72,14 +72,14 @@ class Plan:
         """
         rng = random.Random(f"{self.seed}/{epoch}")
         buckets = defaultdict(list)
-        for index in shuffled(_repeated(self.sources, rng), rng):
+        for index in _shuffled(_repeated(self.sources, rng), rng):
             for window in self._windows(index, rng):
                 buckets[window.bucket].append(window)
         if not buckets:
             raise UserError("an epoch shows no clip at all: raise repeats")
         size = self.limits.batch_size
         parts = [tuple(windows[at : at + size]) for windows in buckets.values() for at in range(0, len(windows), size)]
-        return shuffled(parts, rng)
+        return _shuffled(parts, rng)
 
     def _windows(self, index: int, rng: random.Random) -> Iterator[Window]:
         source = self.sources[index]
@@ -87,7 +87,7 @@ class Plan:
             windows = _draw_windows(source, self.limits, rng)
         else:
             known = self.fixed[index]
-            windows = known if source.rules.uses_all else [known[draw(len(known), rng)]]
+            windows = known if source.rules.uses_all else [known[_draw(len(known), rng)]]
         return (replace(window, caption=_draw_caption(source, rng)) for window in windows)
 
 
@@ -144,7 +144,7 @@ def _repeated(sources: Sequence[Source], rng: random.Random) -> list[int]:
     for group in folders.values():
         whole, fraction = divmod(sources[group[0]].rules.repeats, 1)
         chosen += group * int(whole)
-        chosen += shuffled(group, rng)[: round(fraction * len(group))] if fraction else []
+        chosen += _shuffled(group, rng)[: round(fraction * len(group))] if fraction else []
     return chosen
 
 
@@ -160,10 +160,10 @@ def _draw_windows(source: Source, limits: Limits, rng: random.Random) -> Iterato
     """The samples of one showing of a source: several where long clips are used as a whole, else one."""
     rules = source.rules
     fits = [_fit(source, base_res, limits) for base_res in rules.base_res]
-    width, height, frames = fits[draw(len(fits), rng)]
+    width, height, frames = fits[_draw(len(fits), rng)]
     step = limits.grid.frame
     if rules.random_frame_length:
-        frames = 1 + step * draw((frames - 1) // step + 1, rng)
+        frames = 1 + step * _draw((frames - 1) // step + 1, rng)
     for places in _places(source, frames, step, rng):
         indices = tuple(source.shown[place] for place in places)
         position = rng.random(), rng.random()
@@ -172,7 +172,7 @@ def _draw_windows(source: Source, limits: Limits, rng: random.Random) -> Iterato
 
 def _draw_caption(source: Source, rng: random.Random) -> str:
     dropped = rng.random() < source.rules.caption_dropout
-    return "" if dropped else source.captions[draw(len(source.captions), rng)]
+    return "" if dropped else source.captions[_draw(len(source.captions), rng)]
 
 
 def _places(source: Source, frames: int, step: int, rng: random.Random) -> Iterator[Sequence[int]]:
@@ -191,10 +191,10 @@ def _places(source: Source, frames: int, step: int, rng: random.Random) -> Itera
         return
     stride = 1
     if rules.fps == "native":
-        stride = max(min(1 + draw(rules.max_frame_stride, rng), (available - 1) // max(frames - 1, 1)), 1)
+        stride = max(min(1 + _draw(rules.max_frame_stride, rng), (available - 1) // max(frames - 1, 1)), 1)
     room = available - (frames - 1) * stride
     first = {"head": 0, "middle": (room - 1) // 2}.get(rules.frame_sampling)
-    first = draw(room, rng) if first is None else first
+    first = _draw(room, rng) if first is None else first
     yield range(first, first + frames * stride, stride)
 
 
@@ -206,11 +206,11 @@ def _chunks(available: int, frames: int, step: int) -> Iterator[range]:
             yield range(first, first + length)
 
 
-def draw(count: int, rng: random.Random) -> int:
+def _draw(count: int, rng: random.Random) -> int:
     """Uniform over 0 .. count - 1, from `random()` alone: the one generator method that Python promises to keep."""
     return int(rng.random() * count)
 
 
-def shuffled(items: Sequence[T], rng: random.Random) -> list[T]:
+def _shuffled(items: Sequence[T], rng: random.Random) -> list[T]:
     keys = [rng.random() for _ in items]
     return [items[index] for index in sorted(range(len(items)), key=keys.__getitem__)]
