@@ -15,6 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from easydict import EasyDict
@@ -31,6 +32,7 @@ from utils.ema import Ema
 from utils.encoding import CachedSamples, FreshSamples, LatentStage, Samples
 from utils.errors import UserError
 from utils.flow import noised
+from utils.latents import LATENTS
 from utils.loading import batches
 from utils.lora import adapters_off, extract_lora
 from utils.memory import checkpoint_blocks
@@ -41,14 +43,14 @@ from utils.preflight import Dataset, cache_text, open_dataset, plan_text
 from utils.preprocess import AS_IS
 from utils.preview import Preview, make_requests, read_prompts
 from utils.report import readable_size
-from utils.rules import Folder, Rules, read_folders
+from utils.rules import Folder, Rules, choose_folders
 from utils.run import Run, keeping_what_is_learnt, open_run
 from utils.sampling import Sampler
 from utils.state import Learner, State, find_state, require_same, write_state
 from utils.stopping import stop_on_signals
 from utils.text import Texts, TextStage, require_fit
 from utils.validation import SIGMAS, validation_loss
-from utils.windows import Limits, Plan, Window, fixed_windows, validation_windows
+from utils.windows import Limits, Plan, Window, every_window, fixed_windows, validation_windows
 from wan.checkpoints import CheckpointError, find_model, load_config, load_transformer, load_vae, transformer_layout
 from wan.configs import named_config
 from wan.modules.model import WanModel
@@ -114,9 +116,7 @@ class Training:
         "none", "recompute blocks in the backward pass to save memory", choices=("none", "full"), bare="full"
     )
     shift: float = option(3.0, "moves training towards high noise; 1: uniform", minimum=0.01)
-    mask_floor: float = option(
-        0.1, "what the loss counts where a mask is black; 1 where it is white", minimum=0, maximum=1
-    )
+    mask_floor: float = option(0.1, "what the loss counts where a mask is black, of 1 in white", minimum=0, maximum=1)
     distill_cfg: float = option(0.0, "teach the LoRA guidance 1 + this, so that sampling needs none", minimum=0)
     distill_negative: Path | None = option(
         None, "negative prompt of --distill_cfg, text or embedding file (default: the model's)", needs="distill_cfg"
@@ -152,6 +152,8 @@ class Options(Task, Caches, Steps, Rules, AdapterOptions, Training, Watching):
     def __post_init__(self) -> None:
         if self.lr_warmup_steps >= self.max_train_steps:
             raise UserError(f"--lr_warmup_steps {self.lr_warmup_steps} leaves none of {self.max_train_steps} steps")
+        if self.cache_embeddings and self.cache_latents:
+            raise UserError("--cache_embeddings stops before it comes to --cache_latents: give one of them")
 
     @property
     def limits(self) -> Limits:
@@ -174,13 +176,10 @@ class Options(Task, Caches, Steps, Rules, AdapterOptions, Training, Watching):
 
 def open_folders(opts: Options) -> list[Folder]:
     """The folders to train on, each with its rules."""
-    if opts.dataset_config is None and opts.dataset is None:
-        raise UserError("--dataset is missing: the folder with your clips and captions (--dataset_config: several)")
-    if opts.dataset_config is not None and opts.dataset is not None:
-        raise UserError("--dataset and --dataset_config both say what to train on: give one of them")
-    rules = Rules.of(opts)
     alone = opts.dataset_config != opts.config
-    folders = [Folder(opts.dataset, rules)] if opts.dataset else read_folders(opts.dataset_config, rules, alone)
+    folders = choose_folders(opts.dataset, opts.dataset_config, Rules.of(opts), alone)
+    if opts.mask_floor != Options.mask_floor and not any(folder.rules.reads_mask for folder in folders):
+        raise UserError("--mask_floor means nothing without masks: see --load_mask and --mask_folder")
     if not opts.control_lora and any(folder.rules.reads_control for folder in folders):
         raise UserError(f"load_control and control_folder in {opts.dataset_config} mean nothing without --control_lora")
     return folders
@@ -188,7 +187,7 @@ def open_folders(opts: Options) -> list[Folder]:
 
 def open_data(opts: Options, folders: list[Folder], config: EasyDict) -> Dataset:
     """The clips, for a model of this kind, and everything there is to know about them on the console."""
-    data = open_dataset(folders, opts.limits, config.fps, opts.skip_bad_files)
+    data = open_dataset(folders, opts.limits, config.fps, opts.cache_dir, opts.skip_bad_files)
     print(cache_text(data, opts.limits, config.out_dim * (1 + opts.control_lora)))
     return data
 
@@ -200,7 +199,7 @@ def encode_texts(opts: Options, stage: TextStage, data: Dataset) -> Texts:
     guided = bool(opts.distill_cfg) or (bool(prompts) and opts.preview_sampler(config).guidance != 1)
     negative = (opts.distill_negative or EMBEDDINGS / config.negative_prompt) if guided else None
     files = sorted(EMBEDDINGS.glob("*.txt")) if opts.cache_embeddings else []
-    return stage.encode(data.captions, prompts, data.cache_folder(opts.cache_dir), negative, EMBEDDINGS, files)
+    return stage.encode(data.captions, prompts, data.cache_folder, negative, EMBEDDINGS, files)
 
 
 def open_samples(
@@ -215,9 +214,9 @@ def open_samples(
         samples = FreshSamples(load_vae(folder, device), texts.captions, opts.made_control)
         return samples, Plan(data.train, opts.limits, opts.seed), watched
     fixed = fixed_windows(data.train, opts.limits, opts.cache_latents)
-    windows = [*itertools.chain(*fixed), *watched]
+    windows = [*every_window(fixed), *watched]
     stage = LatentStage(folder, device, opts.made_control)
-    latents = stage.fill(data.cache_folder(opts.cache_dir) / "latents", windows, opts.num_workers)
+    latents = stage.fill(data.cache_folder / LATENTS, windows, opts.num_workers)
     if opts.prune_cache:
         print(f"latents: removed {readable_size(latents.prune(windows))} that this run does not use")
     samples = CachedSamples(latents, texts.captions, device)
@@ -254,21 +253,6 @@ def training_loss(batch: Batch, opts: Options, model: WanModel, predict: Predict
     return squared_error(predict(noisy.latents, noisy.timestep, cond), target, weight)
 
 
-def save(opts: Options, model: WanModel, learner: Learner, run: Run, data: Dataset) -> None:
-    """Writes the LoRA, its average, and the state to go on from."""
-    run.flush()  # the state holds what is known of the loss
-    control = AS_IS if any(source.control for source in data.train) else opts.made_control or ""
-    facts = {"base_model": opts.pretrained_model_name_or_path, "shift": f"{opts.shift:g}", "options": to_json(opts)}
-    about = metadata(opts, steps=run.step, control=control, **facts)
-    lora, average = extract_lora(model, about), None
-    if learner.ema is not None:
-        with learner.ema.in_place():
-            average = extract_lora(model, about)
-    facts = {"options": to_table(opts), "data": data.fingerprint, **run.facts}
-    run.save(lora, average, partial(write_state, learner=learner, facts=facts))
-    run.prune(opts.keep_checkpoints)
-
-
 @dataclass(frozen=True)
 class Ready:
     """Everything that the loop needs."""
@@ -281,6 +265,21 @@ class Ready:
     negative: Tensor | None
     validation: list[Batch]
     preview: Preview | None
+    facts: dict[str, Any]  # what a state says of options and data
+
+
+def save(opts: Options, data: Dataset, ready: Ready, run: Run) -> None:
+    """Writes the LoRA, its average, and the state to go on from."""
+    run.flush()  # the state holds what is known of the loss
+    control = AS_IS if any(source.control for source in data.train) else opts.made_control or ""
+    facts = {"base_model": opts.pretrained_model_name_or_path, "shift": f"{opts.shift:g}", "options": to_json(opts)}
+    about = metadata(opts, steps=run.step, control=control, **facts)
+    lora, average = extract_lora(ready.model, about), None
+    if ready.learner.ema is not None:
+        with ready.learner.ema.in_place():
+            average = extract_lora(ready.model, about)
+    run.save(lora, average, partial(write_state, learner=ready.learner, facts=ready.facts | run.facts))
+    run.prune(opts.keep_checkpoints)
 
 
 def prepare(opts: Options, folder: Path, device: torch.device, data: Dataset) -> Ready | None:
@@ -315,7 +314,8 @@ def prepare(opts: Options, folder: Path, device: torch.device, data: Dataset) ->
     encoding = tqdm(watched, desc="encoding validation clips", leave=False)
     validation = [samples.batch([samples.load(window)]).to(torch.device("cpu")) for window in encoding]
     preview = prepare_preview(opts, folder, data, samples, plan, texts, validation) if texts.previews else None
-    return Ready(model, learner, samples, plan, per_epoch, texts.negative, validation, preview)
+    facts = {"options": to_table(opts), "data": data.fingerprint}
+    return Ready(model, learner, samples, plan, per_epoch, texts.negative, validation, preview, facts)
 
 
 def train(opts: Options, device: torch.device, data: Dataset, ready: Ready, state: State | None) -> None:
@@ -323,14 +323,14 @@ def train(opts: Options, device: torch.device, data: Dataset, ready: Ready, stat
     model, learner, samples, preview = ready.model, ready.learner, ready.samples, ready.preview
     predict = make_predict(model)
     val_seed = opts.seed if opts.val_seed is None else opts.val_seed
-    run = open_run(opts.output_dir, opts.max_train_steps, to_json(opts), opts.max_grad_norm, state)
     if state is not None:
         learner.restore(state)
+    run = open_run(opts.output_dir, opts.max_train_steps, to_json(opts), opts.max_grad_norm, state)
     done = None if state is None else run.step  # whatever is due there was done before
     workers = opts.num_workers if isinstance(samples, FreshSamples) else 0  # a cached clip is there in a millisecond
     stream = batches(ready.plan, samples.load, run.step * opts.gradient_accumulation, workers)
-    keep = partial(save, opts, model, learner, run, data)
-    with closing(stream), run, keeping_what_is_learnt(run, keep), stop_on_signals() as stop:
+    keep = partial(save, opts, data, ready, run)
+    with closing(stream), run, stop_on_signals() as stop, keeping_what_is_learnt(run, learner, stop, keep):
         while True:
             last, fresh = run.step == opts.max_train_steps, run.step != done
             if stop.asked and not last:

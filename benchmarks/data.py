@@ -31,7 +31,7 @@ from utils.options import option, parse_options, run_script
 from utils.probing import MediaInfo, is_image
 from utils.report import format_table
 from utils.rules import Folder, Rules
-from utils.windows import Limits, Plan, Window, fixed_windows
+from utils.windows import Limits, Plan, Window, every_window, fixed_windows
 
 WIDTH, HEIGHT, FRAMES = 832, 480, 25
 TOKENS = (WIDTH // 16) * (HEIGHT // 16) * ((FRAMES - 1) // 4 + 1)
@@ -101,7 +101,7 @@ def measure_cache() -> list[tuple]:
         cache.require_room(0)
         texts.store(["a clip"], lambda captions: [torch.randn(100, 4096) for _ in captions])
         fixed = fixed_windows(sources, limits, 1)
-        for (window,) in fixed:
+        for window in every_window(fixed):
             cache.store(window, {"latents": torch.randn(16, (FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8)})
         samples = CachedSamples(cache, texts, torch.device("cpu"))
         plan = Plan(sources, limits, 0, fixed)

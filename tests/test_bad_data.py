@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 import train_wan_lora
 from tests.media import image, video
 from tests.tiny import write_model
+from utils.latents import DIGESTS
 from utils.options import run_script
 from wan.checkpoints import CheckpointError
 
@@ -49,7 +50,7 @@ def work(template, tmp_path, monkeypatch) -> Path:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file())
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -86,6 +87,7 @@ def config(text: str) -> Change:
 
 
 STATE = "outputs/run/checkpoints/state-00000002.safetensors"
+LORA = "outputs/run/checkpoints/wan-lora-00000002.safetensors"
 SETS = f"--dataset_config sets.toml {MODEL}"
 AGAIN = f"{RUN} --resume_from_checkpoint"
 NOTHING: Change = lambda work: None  # noqa: E731
@@ -112,6 +114,9 @@ CAPTIONS = [
     (written("clips/metadata.json", "{"), RUN, "clips/metadata.json: it is not valid JSON"),
     (written("clips/metadata.jsonl", '{"video": "fox.mp4"}'), RUN, "row 1 needs a file name"),
     (written("clips/metadata.csv", "video,text\n../x.mp4,fox"), RUN, "row 1 names ../x.mp4, which is no media file"),
+    (written("clips/metadata.csv", "video,text\nfox.mp4,a fox, fast"), RUN, "row 1 has more columns than the header"),
+    (written("clips/metadata.json", '[{"video": "fox.mp4", "text": ["a", "b"]}]'), RUN, "pass --caption_per_line"),
+    (written("clips/fox.txt", "a fox".encode("utf-16-le")), RUN, "its caption fox.txt is not UTF-8 text"),
     (NOTHING, f"{RUN} --captions nowhere", "--captions must be one of files, filename, not 'nowhere'"),
 ]
 COMPANIONS = [
@@ -120,6 +125,16 @@ COMPANIONS = [
     (NOTHING, f"{RUN} --load_mask --mask_suffix=", "the mask suffix is empty"),
     (NOTHING, f"{RUN} --control_folder clips", "--control_folder means nothing without --control_lora"),
     (clip("clips/stray_mask.mp4", caption=None), f"{RUN} --load_mask", "stray_mask.mp4: a mask without the file"),
+    (
+        clip("clips/fox_mask.mp4", frames=9, size=(48, 64), caption=None),
+        f"{RUN} --load_mask",
+        "its mask fox_mask.mp4: it is 48x64, of another shape than 64x48",
+    ),
+    (
+        clip("clips/fox_mask.mp4", frames=9, fps=30, caption=None),
+        f"{RUN} --load_mask",
+        "its mask fox_mask.mp4: it has 30 frames per second, not 16",
+    ),
     (
         picture("clips/fox_control.png", caption=None),
         f"{RUN} --control_lora --load_control",
@@ -143,7 +158,8 @@ CONFIGS = [
         "[[dataset]] 1 of sets.toml: --repeats must be at least",
     ),
     (config('[[dataset]]\npath = "clips"\nfps = "often"'), SETS, "--fps must be native, auto or a number"),
-    (NOTHING, f"{RUN} --repeats 0.1", "an epoch shows no clip at all: raise repeats"),
+    (written("run.toml", '[dataset]\npath = "clips"'), f"--config run.toml {MODEL}", "has two brackets on each side"),
+    (written("run.toml", "debug = true"), f"--config run.toml {RUN}", "unknown option 'debug' in run.toml"),
     (config('[[dataset]]\npath = "nowhere"'), SETS, "nowhere does not exist"),
     (config('[[dataset]]\npath = "clips"\nload_control = true'), SETS, "mean nothing without --control_lora"),
     (config('[[dataset]]\npath = "clips"'), f"{SETS} --dataset clips", "give one of them"),
@@ -155,12 +171,30 @@ CONFIGS = [
     ),
     (NOTHING, f"{RUN} --cache_only", "--cache_only means nothing without --cache_latents"),
     (NOTHING, f"{RUN} --caption_dropout 2", "--caption_dropout must be at most 1"),
+    (NOTHING, f"{RUN} --fps auto --max_frame_stride 7", "--max_frame_stride means nothing with this --fps"),
+    (NOTHING, f"{RUN} --min_ar 0.7", "--min_ar means nothing without --buckets fine"),
+    (NOTHING, f"{RUN} --mask_suffix _m", "--mask_suffix means nothing without --load_mask"),
+    (NOTHING, f"{RUN} --mask_floor 0.5", "--mask_floor means nothing without masks"),
+    (NOTHING, f"{RUN} --captions filename --caption_per_line", "means nothing with --captions filename"),
+    (NOTHING, f"{RUN} --cache_embeddings --cache_latents", "stops before it comes to --cache_latents"),
+    (
+        config('[[dataset]]\npath = "clips"\nmin_ar = 0.7'),
+        SETS,
+        "[[dataset]] 1 of sets.toml: --min_ar means nothing without",
+    ),
 ]
 STATES = [
     (NOTHING, f"{AGAIN} nowhere", "there is no whole training state in nowhere"),
     (lambda work: shutil.rmtree(work / "outputs"), f"{AGAIN} latest", "there is no whole training state in outputs"),
     (cut(STATE), f"{AGAIN} {STATE}", "state-00000002.safetensors is no whole training state"),
     (NOTHING, f"{AGAIN} clips/fox.mp4", "clips/fox.mp4 is no whole training state"),
+    (
+        NOTHING,
+        f"{AGAIN} {LORA}",
+        "wan-lora-00000002.safetensors is no training state: those are the files",
+    ),
+    (NOTHING, f"{AGAIN} latest --max_train_steps 1 --allow_changes", "is of step 2, past --max_train_steps 1"),
+    (clip("clips/fox.mp4", frames=9, darkest=90, caption="a fox"), f"{AGAIN} latest", "clip clips/fox.mp4 has changed"),
     (NOTHING, f"{AGAIN} latest --learning_rate 1e-2", "--learning_rate was 0.001, is 0.01"),
     (NOTHING, f"{AGAIN} latest --lora_rank 4 --allow_changes", "is of another adapter: rank and targets"),
     (written("clips/fox.txt", "a red fox"), f"{AGAIN} latest", "clip clips/fox.mp4 has changed"),

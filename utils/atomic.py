@@ -7,6 +7,8 @@ from pathlib import Path
 
 from utils.errors import UserError
 
+UNFINISHED = ".*.partial.*"  # names that `replacing` gives, where a crash has left them
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

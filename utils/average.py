@@ -27,6 +27,8 @@ def last_checkpoints(path: Path, count: int) -> list[Path]:
         raise UserError(
             f"--average takes a checkpoint of a run, named like wan-lora-00000100.safetensors, not {path.name}"
         )
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
     siblings = sorted(other for other in path.parent.iterdir() if CHECKPOINT.fullmatch(other.name))
     found = [other for other in siblings if other.name <= path.name][-count:]
     if len(found) < count:

@@ -60,7 +60,7 @@ class TextCache:
             raise self._unwritable(error) from None
 
     def _unwritable(self, error: Exception) -> UserError:
-        hint = "make the folder writable; the trainer keeps those of captions elsewhere with --cache_dir"
+        hint = "is its disk full, or is it not writable? the trainer keeps those of captions elsewhere with --cache_dir"
         return UserError(f"cannot write text embeddings to {self.folder}: {error}\n{hint}")
 
 

@@ -10,6 +10,7 @@ A file that has captions in two places has none: which one counts must not be gu
 """
 
 import csv
+import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -37,8 +38,10 @@ class _Unusable(Exception):
     """Why a caption file says nothing."""
 
 
-def find_captions(folder: Path, media: Sequence[Path], source: str = "files", per_line: bool = False) -> Captions:
-    """The captions of `media`, files below `folder` in sorted order.
+def find_captions(
+    folder: Path, media: Sequence[Path], source: str = "files", per_line: bool = False, dataset: Path | None = None
+) -> Captions:
+    """The captions of `media`, files below `folder` in sorted order, which may be a part (`train`) of `dataset`.
 
     `source` "filename" takes the file's own name, underscores as spaces, and reads nothing. With `per_line` every line
     of a caption file is a caption of its own.
@@ -49,12 +52,13 @@ def find_captions(folder: Path, media: Sequence[Path], source: str = "files", pe
         return found
     offers: dict[Path, list[tuple[Path, tuple[str, ...]]]] = defaultdict(list)
     for path in media:
-        for file in _own_files(folder, path):
+        for file in _own_files(dataset or folder, path):
             try:
                 offers[path].append((file, _split(_text(file), per_line)))
             except _Unusable as error:
                 found.flaws[path] = f"its caption {file.name} {error}"
-    for path, file, texts in _listed(folder, media, found.strays, per_line):
+    homes = list(dict.fromkeys((folder, dataset or folder)))
+    for path, file, texts in _listed(homes, media, found.strays, per_line):
         offers[path].append((file, texts))
     for path in media:
         if path not in found.flaws:
@@ -74,23 +78,30 @@ def _settle(path: Path, offers: list[tuple[Path, tuple[str, ...]]], found: Capti
         found.texts[path] = tuple(text for text in offers[0][1] if text)
 
 
-def _own_files(folder: Path, path: Path) -> list[Path]:
+def _own_files(dataset: Path, path: Path) -> list[Path]:
     """The caption files of one media file that are there."""
     beside = [path.with_suffix(suffix) for suffix in (".txt", ".TXT")]
     there = next(([file] for file in beside if file.exists()), [])
     # videos/clip.mp4 with captions/clip.txt, or clip.mp4 with captions/clip.txt; never above the dataset's folder.
-    homes = [path.parent] if path.parent == folder else [path.parent, path.parent.parent]
+    homes = [path.parent] if path.parent == dataset else [path.parent, path.parent.parent]
     return there + [file for home in homes if (file := home / "captions" / f"{path.stem}.txt").exists()]
 
 
 def _listed(
-    folder: Path, media: Sequence[Path], strays: list[tuple[Path, str]], per_line: bool
+    homes: Sequence[Path], media: Sequence[Path], strays: list[tuple[Path, str]], per_line: bool
 ) -> Iterable[tuple[Path, Path, tuple[str, ...]]]:
-    """(media, file, texts) of the folder's listing and of its metadata; what is wrong with those goes to `strays`."""
+    """(media, file, texts) of listings and metadata; what is wrong with those goes to `strays`.
+
+    `homes` are the folder of the media and, where it is a part of a dataset, that one: its listing cannot be of both.
+    """
+    folder, *above = homes
+    for listing in (home / LISTING for home in above):
+        if listing.exists():
+            strays.append((listing, f"move it into {folder.name}/, whose files it is to list"))
     listing = folder / LISTING
     if listing.exists() and not any(path.parent == folder and path.stem == "captions" for path in media):
         try:
-            lines = _text(listing).splitlines()
+            lines = _text(listing).split("\n")
             if len(lines) != len(media):
                 reason = f"it has {len(lines)} lines for {len(media)} media files: a line for each, in sorted order"
                 raise _Unusable(reason)
@@ -98,17 +109,17 @@ def _listed(
         except _Unusable as error:
             strays.append((listing, str(error)))
     known = {path.resolve(): path for path in media}
-    for file in (folder / name for name in METADATA):
+    for file in (home / name for home in homes for name in METADATA):
         if not file.exists():
             continue
         try:
             for number, row in enumerate(_rows(file), 1):
                 name, texts = _row(row, number, per_line)
-                target = known.get((folder / name).resolve())
-                if target is None:
+                named = (file.parent / name).resolve()
+                if named in known:
+                    yield known[named], file, texts
+                elif file.parent == folder or not named.is_file():
                     strays.append((file, f"row {number} names {name}, which is no media file of this folder"))
-                else:
-                    yield target, file, texts
         except _Unusable as error:
             strays.append((file, str(error)))
 
@@ -117,9 +128,9 @@ def _rows(file: Path) -> list[Any]:
     text = _text(file)
     try:
         if file.suffix == ".csv":
-            return list(csv.DictReader(text.splitlines()))
+            return list(csv.DictReader(io.StringIO(text, newline="")))
         if file.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         rows = json.loads(text)
     except (json.JSONDecodeError, csv.Error) as error:
         raise _Unusable(f"it is not valid {file.suffix[1:].upper()}: {error}") from None
@@ -131,12 +142,16 @@ def _rows(file: Path) -> list[Any]:
 def _row(row: Any, number: int, per_line: bool) -> tuple[str, tuple[str, ...]]:
     """The file name and the texts of a row."""
     values = row if isinstance(row, dict) else {}
+    if None in values:
+        raise _Unusable(f"row {number} has more columns than the header: put a text with commas in quotes")
     name = next((values[key] for key in FILE_KEYS if values.get(key)), None)
     text = next((values[key] for key in TEXT_KEYS if key in values), None)
     texts = [text] if isinstance(text, str) else text
     if not isinstance(name, str) or not isinstance(texts, list) or not all(isinstance(part, str) for part in texts):
         files, words = ", ".join(FILE_KEYS), ", ".join(TEXT_KEYS)
         raise _Unusable(f"row {number} needs a file name (one of {files}) and a text (one of {words})")
+    if len(texts) > 1 and not per_line:
+        raise _Unusable(f"row {number} has several texts: pass --caption_per_line to draw one per sample")
     return name, tuple(line for part in texts for line in _split(part.strip(), per_line))
 
 
@@ -146,8 +161,11 @@ def _split(text: str, per_line: bool) -> tuple[str, ...]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError:
+        text = file.read_text(encoding="utf-8-sig").strip()
+        if "\0" in text:  # UTF-16
+            raise UnicodeError
+        return text
+    except UnicodeError:
         raise _Unusable("is not UTF-8 text: save it as UTF-8") from None
     except OSError as error:
         raise _Unusable(f"cannot be read: {error.strerror}") from None

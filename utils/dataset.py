@@ -17,6 +17,7 @@ from utils.rules import Folder, Rules
 
 VALIDATION_NAMES = ("val", "validation", "eval", "test")
 MIN_VIDEO_FRAMES = 5
+OTHER_SHAPE, OTHER_RATE = 0.05, 0.02  # a control or mask may differ by these shares, which rounding brings
 
 Found = dict[Path, MediaInfo | MediaError]
 
@@ -65,11 +66,14 @@ def split_folders(dataset: Path) -> tuple[Path, list[Path]]:
     return train if train.is_dir() else dataset, [folder for folder in held_out if folder.is_dir()]
 
 
-def scan(folder: Folder, model_fps: float, exclude: Sequence[Path] = ()) -> tuple[list[Source], list[Problem]]:
+def scan(
+    folder: Folder, model_fps: float, exclude: Sequence[Path] = (), dataset: Path | None = None
+) -> tuple[list[Source], list[Problem]]:
     """Every media file below the folder, as a source or as one or more problems, both in path order.
 
-    Hidden files and folders and the folders `exclude` are left out. Raises `UserError` for a folder that is missing or
-    has no media at all; a bad file never raises.
+    `dataset` is the folder that this one is a part of: captions may lie there. Hidden files and folders and the
+    folders `exclude` are left out. Raises `UserError` for a folder that is missing or has no media at all; a bad file
+    never raises.
     """
     rules = folder.rules
     roles = [
@@ -80,7 +84,7 @@ def scan(folder: Folder, model_fps: float, exclude: Sequence[Path] = ()) -> tupl
     wanted = {role.name: role.among(files) for role in roles if role.wanted}
     companions = {path for found in wanted.values() for paths in found.values() for path in paths}
     media = [path for path in files if path not in companions]
-    captions = find_captions(folder.path, media, rules.captions, rules.caption_per_line)
+    captions = find_captions(folder.path, media, rules.captions, rules.caption_per_line, dataset)
     namesakes = Counter(_stem(path) for path in media)
     found = _inspect([*media, *sorted(companions)])
 
@@ -111,6 +115,19 @@ def _content_flaws(path: Path, info: MediaInfo | MediaError) -> list[str]:
     if is_video(path) and info.frames < MIN_VIDEO_FRAMES:
         return [f"it has {info.frames} frames: a video needs at least {MIN_VIDEO_FRAMES}"]
     return []
+
+
+def _mismatches(other: MediaInfo, info: MediaInfo | MediaError) -> list[str]:
+    """Why a companion cannot go with its file, frame for frame and place for place."""
+    if isinstance(info, MediaError):
+        return []
+    flaws = []
+    if abs(other.width * info.height / (other.height * info.width) - 1) > OTHER_SHAPE:
+        sizes = f"{other.width}x{other.height}", f"{info.width}x{info.height}"
+        flaws.append("it is {}, of another shape than {}".format(*sizes))
+    if other.fps and info.fps and abs(other.fps / info.fps - 1) > OTHER_RATE:
+        flaws.append(f"it has {other.fps:.4g} frames per second, not {info.fps:.4g}: they must go frame by frame")
+    return flaws
 
 
 @dataclass(frozen=True)
@@ -149,15 +166,16 @@ class _Role:
             return None, [f"its {self.name} {other.name} must be an image as it is"]
         if self.name == "control" and is_image(other) and not is_image(path):
             return None, [f"its {self.name} {other.name} must be a video as it is"]
-        flaws = _content_flaws(other, found[other])
+        flaws = _content_flaws(other, found[other]) or _mismatches(found[other], found[path])
         return (None if flaws else Companion(other, found[other])), [
             f"its {self.name} {other.name}: {f}" for f in flaws
         ]
 
     def strays(self, wanted: dict[Path, list[Path]], known: set[Path]) -> list[Problem]:
-        keys = {self._key(stem) for stem in known}
+        """Files beside the clips that go with none of them; a folder of its own may hold those of others too."""
         reason = f"a {self.name} without the file that it goes with"
-        return [Problem(path, reason) for key, paths in wanted.items() if key not in keys for path in paths]
+        lonely = (paths for key, paths in wanted.items() if key not in known and not self.folder)
+        return [Problem(path, reason) for paths in lonely for path in paths]
 
     def _key(self, stem: Path) -> Path:
         return Path(stem.name) if self.folder else stem

@@ -47,6 +47,11 @@ def _open_rgb(path: Path) -> Image.Image:
         return upright.convert("RGB")
 
 
+def has_decord() -> bool:
+    """Whether decord can be imported here."""
+    return _decord() is not None
+
+
 @functools.cache
 def _decord() -> ModuleType | None:
     """decord, imported only when a frame is wanted: loaded before torch it can hang or crash CUDA."""

@@ -5,15 +5,14 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 import psutil
 import torch
 
+from utils.decoding import has_decord
 from utils.report import format_table, readable_size
 
 PACKAGES = ("torch", "torchvision", "peft", "transformers", "diffusers", "safetensors", "av", "decord", "numpy")
-ATTENTION = ("flash_attn", "flash_attn_interface", "sageattention", "xformers")
 
 
 def examine() -> tuple[str, list[str]]:
@@ -21,8 +20,9 @@ def examine() -> tuple[str, list[str]]:
     rows = [("python", f"{platform.python_version()} ({platform.system()} {platform.machine()})")]
     rows += [(name, _version(name) or "not installed") for name in PACKAGES]
     rows += [("memory", f"{readable_size(psutil.virtual_memory().available)} free"), *_gpu()]
-    backends = ["torch's own", *(name for name in ATTENTION if find_spec(name))]
-    rows.append(("attention", ", ".join(backends)))
+    kinds = {"flash": torch.backends.cuda.flash_sdp_enabled(), "cudnn": torch.backends.cuda.cudnn_sdp_enabled()}
+    kinds["memory-efficient"] = torch.backends.cuda.mem_efficient_sdp_enabled()
+    rows.append(("attention", f"torch's own: {', '.join([*(name for name, on in kinds.items() if on), 'plain'])}"))
     rows.append(("disk here", f"{readable_size(shutil.disk_usage('.').free)} free"))
     return format_table(("what", "here"), rows), list(_warnings())
 
@@ -60,10 +60,10 @@ def _warnings() -> Iterator[str]:
         yield "torch 2.9 without cuDNN 9.15 encodes video ten times slower, in several times the memory: use torch 2.10"
     if gpu and 90800 <= cudnn < 91100:
         yield "cuDNN 9.8 to 9.10 compute bf16 video convolutions wrongly; here the VAE runs in fp32"
-    if _numbers(_version("transformers")) < (5, 2):
-        yield "transformers before 5.2 zeroes UMT5's embeddings; this program has its own UMT5 and is not touched by it"
-    if _version("decord") is None:
-        yield "decord is not installed: PyAV decodes everything, somewhat slower"
+    if (5,) <= _numbers(_version("transformers")) < (5, 2):
+        yield "transformers 5.0 and 5.1 zero UMT5's embeddings; this program has its own UMT5 and is not touched by it"
+    if not has_decord():
+        yield "decord is not installed, or does not load: PyAV decodes everything, somewhat slower"
     if not gpu:
         yield "without a GPU everything runs on the CPU: right for Wan-Nano, hopeless for 1.3B"
     elif platform.system() == "Windows":

@@ -22,6 +22,7 @@ from utils.errors import RunError, UserError
 from utils.report import readable_size
 from utils.windows import Window
 
+LATENTS = "latents"  # the folder of them inside a cache folder
 DIGESTS = "digests.json"
 ROOM_TO_LEAVE = 2**30  # bytes of a disk, for everything else
 LATENTS_PER_TOKEN = 4  # every Wan's patch is (1, 2, 2)
@@ -35,15 +36,24 @@ class LatentCache:
         self.folder = root / fingerprint
         self.control = control
         self._digests = Digests(root / DIGESTS)
+        self._seen: dict[Path, str] = {}
 
     def path(self, window: Window) -> Path:
-        """Where a window's latents are, or would be. Raises UserError where its file has vanished."""
+        """Where a window's latents are, or would be, by its file as it was first seen: a run keeps to that.
+
+        Raises UserError where the file has vanished before.
+        """
         source = window.source
         files = [source.path, *(other.path for other in (source.control, source.mask) if other)]
         control = ("file" if source.control else self.control, source.mask is not None)
-        facts = [[self._digests.of(path) for path in files], control]
+        facts = [[self._digest(path) for path in files], control]
         facts += [window.indices, window.width, window.height, window.position]
         return self.folder / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
+
+    def _digest(self, path: Path) -> str:
+        if path not in self._seen:
+            self._seen[path] = self._digests.of(path)
+        return self._seen[path]
 
     def missing(self, windows: Iterable[Window]) -> list[Window]:
         """The windows without a whole file here, each once, in order. What is damaged is missing."""

@@ -32,6 +32,8 @@ from utils.errors import RunError, UserError
 
 T = TypeVar("T")
 
+ONLY_FLAGS = ("config", "debug")  # what a config file cannot say: it is read too late for them
+
 
 def option(
     default: Any,
@@ -226,8 +228,10 @@ def _config_values(path: Path, specs: dict[str, Field]) -> dict[str, Any]:
     """A config file's values; where its `dataset` is a list of tables, the file is the dataset config too."""
     values = read_toml(path)
     for name in values:
-        if name not in specs or name == "config":
+        if name not in specs or name in ONLY_FLAGS:
             raise UserError(f"unknown option {name!r} in {path}{_nearest(name, specs, '')}")
+    if isinstance(values.get("dataset"), dict):
+        raise UserError(f"{path}: a [dataset] has two brackets on each side, [[dataset]], as there may be several")
     if isinstance(values.get("dataset"), list) and "dataset_config" in specs:
         del values["dataset"]
         values["dataset_config"] = str(path)

@@ -1,19 +1,22 @@
 """The dataset as a run sees it: everything about its files is told in one table, before a model is loaded."""
 
 import hashlib
-import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+
+from tqdm import tqdm
 
 from utils.dataset import Problem, Source, scan, split_folders
 from utils.errors import UserError
-from utils.latents import latent_bytes
+from utils.latents import DIGESTS, LATENTS, Digests, latent_bytes
 from utils.probing import is_image
 from utils.report import counted, format_table, readable_size
+from utils.resampling import SLOWER
 from utils.rules import Folder
-from utils.windows import Limits, Plan, Window, fixed_windows, largest_windows
+from utils.windows import Limits, Plan, Window, every_window, fixed_windows, largest_windows
 
 FAR_RATE = 0.1  # from the model's frame rate, as a share of it
 CAPTION_SHOWN = 24
@@ -27,17 +30,20 @@ class Dataset:
     train: list[Source]
     val: list[Source]
     windows: list[Window]  # the most that is used of each training clip, at each resolution
-    folder: Path  # the first one
+    cache_folder: Path
 
-    def cache_folder(self, chosen: Path | None) -> Path:
-        """Where caches are kept."""
-        return chosen or self.folder / ".wan_cache"
-
-    @property
+    @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """For each training clip what makes its samples what they are."""
-        facts = {source.path: (source.info, source.captions, list(source.shown), source.rules) for source in self.train}
-        return {str(path): hashlib.sha256(repr(fact).encode()).hexdigest()[:16] for path, fact in facts.items()}
+        """For each training clip what makes its samples what they are, its content included."""
+        digests = Digests(self.cache_folder / LATENTS / DIGESTS)
+        facts: dict[str, list] = defaultdict(list)
+        for source in tqdm(self.train, "looking for changes", unit="clip", delay=2, leave=False):
+            files = [source.path, *(other.path for other in (source.control, source.mask) if other)]
+            rules = replace(source.rules, control_folder=None, mask_folder=None)
+            name = source.folder.resolve().name / source.path.relative_to(source.folder)
+            facts[str(name)] += [[digests.of(file) for file in files], source.captions, list(source.shown), rules]
+        digests.save()
+        return {name: hashlib.sha256(repr(fact).encode()).hexdigest()[:16] for name, fact in facts.items()}
 
     @property
     def captions(self) -> list[str]:
@@ -47,8 +53,14 @@ class Dataset:
         return [*texts, ""] if dropped else texts
 
 
-def open_dataset(folders: Sequence[Folder], limits: Limits, model_fps: float, skip_bad_files: bool = False) -> Dataset:
-    """Finds the clips of the folders and prints a table of them.
+def open_dataset(
+    folders: Sequence[Folder],
+    limits: Limits,
+    model_fps: float,
+    cache_folder: Path | None = None,
+    skip_bad_files: bool = False,
+) -> Dataset:
+    """Finds the clips of the folders and prints a table of them. Caches are kept in the first folder, if nowhere else.
 
     Raises UserError that lists every file that cannot be used and why, unless they are to be skipped; then they are
     printed. Raises it too where nothing is left, or a resolution or token limit makes no sense.
@@ -59,12 +71,13 @@ def open_dataset(folders: Sequence[Folder], limits: Limits, model_fps: float, sk
     for folder in folders:
         train_path, held_out = split_folders(folder.path)
         for path, exclude, part in ((train_path, held_out, train), *((path, [], val) for path in held_out[:1])):
-            sources, flawed = scan(Folder(path, folder.rules), model_fps, exclude)
+            sources, flawed = scan(Folder(path, folder.rules), model_fps, exclude, folder.path)
             part += sources
             problems += flawed
-    windows = largest_windows(train, limits)
+    problems = list(dict.fromkeys(problems))
+    windows, held_out = largest_windows(train, limits), largest_windows(val, limits)
     if train:
-        print(clip_table(windows, problems, model_fps))
+        print(clip_table(windows, held_out, problems, model_fps))
         print(f"\n{bucket_table(Plan(train, limits, seed=0).epoch(0))}")
         if not val:
             print("\nno clips are held out in val/: validation is on training clips, which says less")
@@ -72,13 +85,15 @@ def open_dataset(folders: Sequence[Folder], limits: Limits, model_fps: float, sk
         _tell(problems, skip_bad_files)
     if not train:
         raise UserError(f"no usable clip is left in {' '.join(str(folder.path) for folder in folders)}")
-    return Dataset(train, val, windows, folders[0].path)
+    return Dataset(train, val, windows, cache_folder or folders[0].path / ".wan_cache")
 
 
-def clip_table(windows: Sequence[Window], problems: Sequence[Problem], model_fps: float) -> str:
+def clip_table(
+    windows: Sequence[Window], held_out: Sequence[Window], problems: Sequence[Problem], model_fps: float
+) -> str:
     """What each clip has, what of it a sample uses at most, and what there is to say about it."""
     rows = []
-    for window in windows:
+    for window in (*windows, *held_out):
         info, caption = window.source.info, window.source.captions[0]
         shown = caption if len(caption) <= CAPTION_SHOWN else f"{caption[: CAPTION_SHOWN - 3]}..."
         rows.append(
@@ -93,6 +108,7 @@ def clip_table(windows: Sequence[Window], problems: Sequence[Problem], model_fps
                 _status(window, model_fps),
             )
         )
+    rows[len(windows) :] = [(*row[:-1], f"held out, {row[-1]}") for row in rows[len(windows) :]]
     rows += [(path.name, "", "", "", "", 0, "", "cannot be used, see below") for path in _bad(problems)]
     return format_table(("file", "size", "fps", "frames", "bucket", "tokens", "caption", "status"), rows)
 
@@ -115,7 +131,7 @@ def bucket_table(batches: Sequence[Sequence[Window]]) -> str:
 
 def cache_text(data: Dataset, limits: Limits, channels: int) -> str:
     """What the caches take: latents of so many channels, with all that is made for a control, and texts."""
-    windows = itertools.chain(*fixed_windows(data.train, limits, 1))
+    windows = every_window(fixed_windows(data.train, limits, 1))
     latents, texts = readable_size(latent_bytes(windows, channels)), len(set(data.captions))
     longest = readable_size(LONGEST_EMBEDDING)
     return f"on disk: --cache_latents N takes N times {latents}, each of {counted(texts, 'text')} at most {longest}"
@@ -138,8 +154,12 @@ def _status(window: Window, model_fps: float) -> str:
         if rate is None and abs(info.fps / model_fps - 1) > FAR_RATE:
             remedy = ", see --fps auto" if info.fps > model_fps else ""
             notes.append(f"will play at {model_fps / info.fps:.2g}x its speed{remedy}")
-        elif rate is not None and len(source.shown) == info.frames and info.fps < rate * (1 - FAR_RATE):
+        elif rate is not None and info.fps < SLOWER * rate:
             notes.append(f"slower than {rate:g} fps: used as it is")
+    companions = (other for other in (source.control, source.mask) if other and not is_image(other.path))
+    ends = min((other.info.frames for other in companions), default=info.frames)
+    if ends < info.frames:
+        notes.append(f"its control or mask ends after {ends} frames")
     scale = max(window.width / info.width, window.height / info.height)
     if scale > 1:
         notes.append(f"enlarged {scale:.2g}x")

@@ -3,15 +3,15 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 
-SLOWER = 0.98  # of the rate: a source below it has fewer frames than the rate asks for
+SLOWER = 0.98  # of the rate: a source below it, on average, has fewer frames than the rate asks for
 
 
 def at_rate(times: Sequence[float], rate: float) -> list[int]:
     """The frames nearest to 0, 1 / rate, 2 / rate, ... seconds, by ascending `times` in seconds, the first at 0.
 
-    No frame comes twice: a source that is slower than the rate gives all its frames, as they are.
+    No frame comes twice: where a source is slower than the rate, it gives all its frames, as they are.
     """
-    if is_slower(times, rate):
+    if len(times) < 2:
         return list(range(len(times)))
     chosen: list[int] = []
     end = times[-1] * (1 + 0.5 / (len(times) - 1))  # no later than half a frame after the last
@@ -20,11 +20,6 @@ def at_rate(times: Sequence[float], rate: float) -> list[int]:
         if not chosen or nearest > chosen[-1]:
             chosen.append(nearest)
     return chosen
-
-
-def is_slower(times: Sequence[float], rate: float) -> bool:
-    """Whether frames at these times are fewer than `rate` per second, on average."""
-    return len(times) < 2 or (len(times) - 1) / (times[-1] - times[0]) < SLOWER * rate
 
 
 def _nearest(times: Sequence[float], moment: float) -> int:

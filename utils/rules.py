@@ -1,5 +1,6 @@
 """How the files of one folder become samples: options of a run, which each folder of a dataset config may change."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,37 @@ class Folder:
     rules: Rules
 
 
+def choose_folders(dataset: Path | None, config: Path | None, rules: Rules, alone: bool) -> list[Folder]:
+    """The folders to train on: the one `dataset` with these rules, or those of a config, where rules are defaults.
+
+    Raises UserError for none or both, as `read_folders` does, and for a rule that would be ignored.
+    """
+    if dataset is None and config is None:
+        raise UserError("--dataset is missing: the folder with your clips and captions (--dataset_config: several)")
+    if config is None:
+        _require_meaning(rules, vars(rules))
+        return [Folder(dataset, rules)]
+    if dataset is not None:
+        raise UserError("--dataset and --dataset_config both say what to train on: give one of them")
+    return read_folders(config, rules, alone)
+
+
+def _require_meaning(rules: Rules, given: Iterable[str]) -> None:
+    """Raises UserError where one of the `given` rules is not its default and means nothing beside the others."""
+    strided = rules.fps == "native" and rules.frame_sampling in ("random", "head", "middle")
+    ignored = {
+        "max_frame_stride": (not strided, "with this --fps or --frame_sampling"),
+        "min_ar": (rules.buckets != "fine", "without --buckets fine"),
+        "max_ar": (rules.buckets != "fine", "without --buckets fine"),
+        "caption_per_line": (rules.captions == "filename", "with --captions filename"),
+        "control_suffix": (not rules.load_control, "without --load_control"),
+        "mask_suffix": (not rules.load_mask, "without --load_mask"),
+    }
+    for name, (is_ignored, why) in ignored.items():
+        if is_ignored and name in given and getattr(rules, name) != getattr(Rules, name):
+            raise UserError(f"--{name} means nothing {why}")
+
+
 def read_folders(config: Path, defaults: Rules, alone: bool) -> list[Folder]:
     """The `[[dataset]]` tables of a TOML file: a `path` each, relative to the file, and what differs from `defaults`.
 
@@ -114,4 +146,9 @@ def _folder(config: Path, number: int, table: dict[str, Any], defaults: Rules) -
     for name in ("control_folder", "mask_folder"):
         if name in changes:
             changes[name] = config.parent / changes[name]
-    return Folder(config.parent / path, replace(defaults, **changes))
+    rules = replace(defaults, **changes)
+    try:
+        _require_meaning(rules, changes)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return Folder(config.parent / path, rules)

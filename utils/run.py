@@ -1,6 +1,8 @@
 """One training run: its folder, its numbers on the console and in TensorBoard, its checkpoints."""
 
+import itertools
 import math
+import re
 import shlex
 import sys
 import time
@@ -11,25 +13,27 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from utils.atomic import UNFINISHED
+from utils.board import Board
 from utils.device import out_of_memory
 from utils.errors import LoaderError, RunError, UserError
 from utils.lora_files import LoraError, LoraFile, write_lora
 from utils.media import contact_sheet, save_image, write_video
-from utils.probing import MediaError
-from utils.state import PATTERN, State
+from utils.report import counted
+from utils.state import Learner, State
+from utils.stopping import Stop, undisturbed
 
 LOG_SECONDS = 1.0
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
 SMOOTHING = 0.98
 MAX_BAD_STEPS = 3
 STATES_KEPT = 2
+OWN = re.compile(r"(?:wan-lora|state)-(\d{8})(?:-ema)?\.safetensors")
 RESUME = "--resume_from_checkpoint"
 
 
@@ -77,8 +81,7 @@ class Run:
         name = "command_args.json" if step == 0 else f"command_args-{step:08d}.json"
         (folder / name).write_text(options_json + "\n", encoding="utf-8")
         self.step = step
-        # What was logged beyond the step that a run goes on from never happened.
-        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self.board = Board(folder, step, self.say)
         print(f"{'going on in' if step else 'writing to'} {folder}")
         # A log file gets a line now and then, a terminal a bar that moves.
         interval = 0.1 if sys.stderr.isatty() else 30.0
@@ -88,7 +91,8 @@ class Run:
         self._smooth = self._weight = self._clipped = 0.0
         self._bad_steps = 0
         self._saved_at = time.monotonic()
-        self.last_saved: Path | None = None
+        lora = self._lora_path()
+        self.last_saved = lora if lora.exists() else None
 
     @property
     def facts(self) -> dict[str, float]:
@@ -136,11 +140,11 @@ class Run:
     def _write_speed(self) -> None:
         elapsed = time.perf_counter() - self._since
         seconds, speed = elapsed / self._steps, self._tokens / elapsed
-        self.writer.add_scalar("speed/seconds_per_step", seconds, self.step)
-        self.writer.add_scalar("speed/tokens_per_second", speed, self.step)
-        self.writer.add_scalar("memory/host_gb", psutil.Process().memory_info().rss / 1e9, self.step)
+        self.board.scalar("speed/seconds_per_step", seconds, self.step)
+        self.board.scalar("speed/tokens_per_second", speed, self.step)
+        self.board.scalar("memory/host_gb", psutil.Process().memory_info().rss / 1e9, self.step)
         if torch.cuda.is_available():
-            self.writer.add_scalar("memory/gpu_peak_gb", torch.cuda.max_memory_allocated() / 1e9, self.step)
+            self.board.scalar("memory/gpu_peak_gb", torch.cuda.max_memory_allocated() / 1e9, self.step)
         shown = f"loss {self.smooth_loss:.4f}, {seconds:.2f} s/step, {speed:,.0f} tokens/s"
         self.bar.set_postfix_str(shown, refresh=False)
         self._restart_clock()
@@ -154,9 +158,9 @@ class Run:
         """Writes one loss per noise level and their mean."""
         values = losses.tolist()
         mean = sum(values) / len(values)
-        self.writer.add_scalar("val/loss", mean, self.step)
+        self.board.scalar("val/loss", mean, self.step)
         for sigma, value in zip(sigmas, values, strict=True):
-            self.writer.add_scalar(f"val/loss_sigma_{sigma:g}", value, self.step)
+            self.board.scalar(f"val/loss_sigma_{sigma:g}", value, self.step)
         each = ", ".join(f"{sigma:g}: {value:.4f}" for sigma, value in zip(sigmas, values, strict=True))
         self.say(f"step {self.step}: validation loss {mean:.4f}  (by sigma {each})")
         self._restart_clock()
@@ -176,7 +180,7 @@ class Run:
             self.say(f"step {self.step}: cannot write previews to {path.parent}: {error}")
         else:
             self.say(f"step {self.step}: previewed {path}")
-        self.writer.add_image("samples", np.asarray(sheet), self.step, dataformats="HWC")
+        self.board.image("samples", sheet, self.step)
         self._restart_clock()
 
     def save(self, lora: LoraFile, average: LoraFile | None, write_state: Callable[[Path], None]) -> Path:
@@ -186,7 +190,7 @@ class Run:
         a matrix that is not finite.
         """
         self.flush()
-        path = self.checkpoints / f"wan-lora-{self.step:08d}.safetensors"
+        path = self._lora_path()
         try:
             write_lora(path, lora)
             if average is not None:
@@ -201,15 +205,18 @@ class Run:
         return path
 
     def prune(self, keep: int) -> None:
-        """Removes all checkpoints but the newest `keep`; with 0 all LoRA files stay, and the newest two states."""
-        states = sorted(self.checkpoints.glob(PATTERN))
-        loras = sorted(self.checkpoints.glob("wan-lora-*.safetensors"))
-        steps = sorted({path.name.split("-")[2][:8] for path in loras})
-        surplus = states[: -(keep or STATES_KEPT)]
-        if keep:
-            surplus += [path for path in loras if path.name.split("-")[2][:8] in steps[:-keep]]
-        for path in surplus:
-            path.unlink(missing_ok=True)
+        """Removes all checkpoints but the newest `keep`; with 0 all LoRA files stay, and the newest two states.
+
+        Other files that lie with them, such as converted ones, are left alone.
+        """
+        for kind, count in (("state", keep or STATES_KEPT), ("wan-lora", keep)):
+            own = {path: step for path, step in own_files(self.checkpoints).items() if path.name.startswith(kind)}
+            kept = sorted(set(own.values()))[-count:]
+            for path in (path for path, step in own.items() if step not in kept):
+                path.unlink(missing_ok=True)
+
+    def _lora_path(self) -> Path:
+        return self.checkpoints / f"wan-lora-{self.step:08d}.safetensors"
 
     def failure(self, reason: object) -> RunError:
         """The error that ends this run, with what is left of it."""
@@ -227,7 +234,7 @@ class Run:
         if kind in (None, KeyboardInterrupt):  # after an error the device may not answer
             self.flush()
         self.bar.close()
-        self.writer.close()
+        self.board.close()
 
     def _restart_clock(self) -> None:
         # What was done since (validating, previewing, saving) is not part of a step, in seconds and in memory.
@@ -236,7 +243,7 @@ class Run:
         self._since, self._tokens, self._steps = time.perf_counter(), 0, 0
 
     def _write_step(self, step: int, loss: float, grad_norm: float, idle: float, learning_rate: float) -> None:
-        self.writer.add_scalar("train/learning_rate", learning_rate, step)
+        self.board.scalar("train/learning_rate", learning_rate, step)
         if idle:
             reason = f"after {step} steps {idle:.0f} matrices of the LoRA are still zero: it does not learn"
             raise self.failure(f"{reason}\nis --learning_rate zero, or too small for its dtype?")
@@ -246,12 +253,12 @@ class Run:
         self._bad_steps = 0
         self._smooth = SMOOTHING * self._smooth + (1 - SMOOTHING) * loss
         self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
-        self.writer.add_scalar("train/loss", loss, step)
-        self.writer.add_scalar("train/loss_smooth", self.smooth_loss, step)
-        self.writer.add_scalar("train/grad_norm", grad_norm, step)
+        self.board.scalar("train/loss", loss, step)
+        self.board.scalar("train/loss_smooth", self.smooth_loss, step)
+        self.board.scalar("train/grad_norm", grad_norm, step)
         if self.max_grad_norm:
             self._clipped = SMOOTHING * self._clipped + (1 - SMOOTHING) * (grad_norm > self.max_grad_norm)
-            self.writer.add_scalar("train/clipped_share", self._clipped / self._weight, step)
+            self.board.scalar("train/clipped_share", self._clipped / self._weight, step)
 
     def _skipped(self, step: int, loss: float, grad_norm: float) -> None:
         self._bad_steps += 1
@@ -261,28 +268,36 @@ class Run:
 
 
 @contextmanager
-def keeping_what_is_learnt(run: Run, keep: Callable[[], None]) -> Iterator[None]:
+def keeping_what_is_learnt(run: Run, learner: Learner, stop: Stop, keep: Callable[[], None]) -> Iterator[None]:
     """Whatever ends the run early saves it first, where the device still answers, and says how to go on.
 
-    Ctrl-C stays a KeyboardInterrupt; a clip that has become unreadable, a loader that died and a full GPU become a
-    RunError.
+    Ctrl-C stays a KeyboardInterrupt; a file that has vanished, a loader that died and a full GPU become a RunError.
     """
     try:
         yield
         return
     except KeyboardInterrupt:
         reason = None
-    except (MediaError, LoaderError) as error:
+    except (UserError, LoaderError) as error:
         reason = str(error)
     except torch.OutOfMemoryError as error:
         reason = out_of_memory(error)
+    except RuntimeError as error:
+        # Raised by a signal handler of torch's in the middle of anything; whoever ends us may have ended them first.
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = None if stop.asked else f"loading the next clips failed: {error}"
     # Here, because inside the handlers the exception still holds the tensors of the step.
-    if run.step:
-        keep()
-    if reason is None:
-        run.say(f"go on with: {resume_command(sys.argv, run.folder)}")
+    with undisturbed():
+        if run.step and learner.steps == run.step:
+            keep()
+        elif run.step:
+            run.say("it was interrupted in the middle of an update, which is not saved")
+        if reason is not None:
+            raise run.failure(reason)
+        if run.last_saved is not None:
+            run.say(f"go on with: {resume_command(sys.argv, run.folder)}")
         raise KeyboardInterrupt
-    raise run.failure(reason)
 
 
 def resume_command(argv: Sequence[str], folder: Path) -> str:
@@ -298,12 +313,41 @@ def resume_command(argv: Sequence[str], folder: Path) -> str:
 def open_run(
     output_dir: Path, total_steps: int, options_json: str, max_grad_norm: float = 0.0, state: State | None = None
 ) -> Run:
-    """A new run in a dated folder of its own, or the one that the state belongs to."""
-    if state is None:
-        return Run(new_folder(output_dir), total_steps, options_json, max_grad_norm)
-    run = Run(state.run_folder, total_steps, options_json, max_grad_norm, state.step)
-    run.recall(state.facts)
+    """A new run in a dated folder of its own, or the one that the state belongs to. Raises RunError for a full disk."""
+    folder = new_folder(output_dir) if state is None else state.run_folder
+    step = 0 if state is None else state.step
+    try:
+        if state is not None:
+            set_aside(folder / "checkpoints", step)
+        run = Run(folder, total_steps, options_json, max_grad_norm, step)
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror}") from None
+    if state is not None:
+        run.recall(state.facts)
     return run
+
+
+def own_files(checkpoints: Path) -> dict[Path, int]:
+    """The files that a run has written there, and the step of each."""
+    matches = {path: OWN.fullmatch(path.name) for path in checkpoints.iterdir()}
+    return {path: int(match[1]) for path, match in matches.items() if match}
+
+
+def set_aside(checkpoints: Path, step: int) -> None:
+    """Moves what is of later steps than `step` into a folder of its own: a run that goes on from there writes its own.
+
+    Removes what a crash has left unfinished.
+    """
+    for path in checkpoints.glob(UNFINISHED):
+        path.unlink()
+    later = [path for path, its_step in own_files(checkpoints).items() if its_step > step]
+    if later:
+        names = (checkpoints / f"aside-{number}" for number in itertools.count(1))
+        aside = next(folder for folder in names if not folder.exists())
+        aside.mkdir()
+        for path in later:
+            path.rename(aside / path.name)
+        print(f"moved {counted(len(later), 'file')} of later steps to {aside}")
 
 
 def new_folder(output_dir: Path) -> Path:

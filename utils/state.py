@@ -26,11 +26,12 @@ from utils.optim import Updater
 FACTS = "facts"
 PATTERN = "state-*.safetensors"
 WATCHED_STEP = 10
+CHANGES_SHOWN = 20
 # Options that change nothing of what is learnt.
 HARMLESS = frozenset(
-    """resume_from_checkpoint allow_changes config debug num_workers cache_dir prune_cache output_dir skip_bad_files
-    dataset_config checkpointing_steps save_every_minutes save_every_epochs keep_checkpoints val_steps val_samples
-    val_seed sample_prompts sample_every sample_steps sample_guidance""".split()
+    """resume_from_checkpoint allow_changes config debug dataset dataset_config num_workers cache_dir prune_cache
+    output_dir skip_bad_files checkpointing_steps save_every_minutes save_every_epochs keep_checkpoints val_steps
+    val_samples val_seed sample_prompts sample_every sample_steps sample_guidance""".split()
 )
 
 
@@ -61,6 +62,7 @@ class Learner:
         self.adapter = adapter
         self.updater = updater
         self.ema = ema
+        self.steps: int | None = updater.updates  # whose outcome this is; None in the middle of an update
         self.note_random_state()
 
     def note_random_state(self) -> None:
@@ -71,10 +73,12 @@ class Learner:
 
     def update(self, max_grad_norm: float) -> Tensor:
         """Ends a step: `Updater.update`, and the average follows. Returns the norm of the gradients."""
+        self.steps = None
         norm = self.updater.update(max_grad_norm)
         if self.ema is not None:
             self.ema.update(self.updater.updates)
         self.note_random_state()
+        self.steps = self.updater.updates
         return norm
 
     def idle(self) -> Tensor:
@@ -113,7 +117,8 @@ class Learner:
             for name, value in self.ema.values.items():
                 value.copy_(averages.get(name, self.adapter[name]))
         moments = [{kind: values[name] for kind, values in groups.items() if name in values} for name in self.adapter]
-        self.updater.load(moments, state.facts["step"])
+        self.updater.load(moments, state.step)
+        self.steps = state.step
         torch.set_rng_state(random["cpu"])
         if "cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["cuda"])
@@ -135,15 +140,17 @@ def read_state(path: Path) -> State:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})[FACTS])
             return State(path, facts)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except KeyError:
+        raise UserError(f"{path} is no training state: those are the files named {PATTERN}") from None
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is no whole training state: {error}") from None
 
 
 def find_state(wanted: str, output_dir: Path) -> State:
     """The state that `--resume_from_checkpoint` means; what is passed over on the way is told.
 
-    "latest" is the newest whole state of any run under `output_dir`; else a state file, or a run's folder or its
-    checkpoints, whose newest it is. Raises UserError where there is none.
+    "latest" is the whole state of any run under `output_dir` that was written last; else a state file, or a run's
+    folder or its checkpoints, whose newest it is. Raises UserError where there is none.
     """
     where = output_dir if wanted == "latest" else Path(wanted)
     if where.is_file():
@@ -152,7 +159,7 @@ def find_state(wanted: str, output_dir: Path) -> State:
         found = list(where.glob(f"*/checkpoints/{PATTERN}"))
     else:
         found = [*where.glob(PATTERN), *where.glob(f"checkpoints/{PATTERN}")]
-    for path in sorted(found, key=lambda path: (path.parent.parent.name, path.name), reverse=True):
+    for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
         try:
             return read_state(path)
         except UserError as error:
@@ -161,14 +168,20 @@ def find_state(wanted: str, output_dir: Path) -> State:
 
 
 def require_same(state: State, options: Mapping[str, Any], data: Mapping[str, str], allowed: bool) -> None:
-    """Lists what differs from the run that was saved; raises UserError unless that is allowed."""
+    """Lists what differs from the run that was saved; raises UserError unless that is allowed.
+
+    Raises it too where the run has taken more steps than it is now to take.
+    """
+    if state.step > options["max_train_steps"]:
+        raise UserError(f"{state.path} is of step {state.step}, past --max_train_steps {options['max_train_steps']}")
     changes = [
         *_differences(state.facts["options"], options, "--"),
         *_differences(state.facts["data"], data, "clip "),
     ]
     if not changes:
         return
-    listed = "\n".join(f"  {line}" for line in changes)
+    more = [f"and {len(changes) - CHANGES_SHOWN} more"] if len(changes) > CHANGES_SHOWN else []
+    listed = "\n".join(f"  {line}" for line in changes[:CHANGES_SHOWN] + more)
     if not allowed:
         raise UserError(f"this is not the run that was saved:\n{listed}\npass --allow_changes to go on all the same")
     print(f"going on with changes:\n{listed}")

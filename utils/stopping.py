@@ -21,6 +21,20 @@ class Stop:
 
 
 @contextmanager
+def undisturbed() -> Iterator[None]:
+    """No signal interrupts the block: neither a user's, nor torch's own that a loading process has died."""
+    quiet = dict.fromkeys(SIGNALS, signal.SIG_IGN)
+    if hasattr(signal, "SIGCHLD"):
+        quiet[signal.SIGCHLD] = signal.SIG_DFL
+    before = {number: signal.signal(number, handler) for number, handler in quiet.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def stop_on_signals() -> Iterator[Stop]:
     """Listens while the block runs, and puts the handlers back that were there before."""
     stop = Stop()

@@ -3,6 +3,7 @@
 All randomness is spent here: a `Window` is a sample on which everything has been decided.
 """
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -52,31 +53,33 @@ class Window:
         return self.width, self.height, self.frames
 
 
+Showing = tuple[Window, ...]  # of a clip: one window, or several that use all of it
+
+
 @dataclass(frozen=True)
 class Plan:
     """The samples of a run, epoch after epoch: the same on every machine.
 
-    With `fixed`, a sample is one of those windows of its source instead of a new one.
+    With `fixed`, a showing of a source is one of those instead of a new one.
     """
 
     sources: Sequence[Source]
     limits: Limits
     seed: int
-    fixed: Sequence[Sequence[Window]] | None = None
+    fixed: Sequence[Sequence[Showing]] | None = None
 
     def epoch(self, epoch: int) -> list[tuple[Window, ...]]:
         """The batches of one epoch: windows of equal bucket together, at most `batch_size` of them.
 
         Each source comes as often as its folder's `repeats` says; of a fraction, as many of the folder's sources as
-        make it up come once more. Raises `UserError` where `token_limit` is below one frame, or nothing is shown.
+        make it up come once more, one after another, so that over many epochs all come equally often. Only the first
+        epoch is sure to show something. Raises `UserError` where `token_limit` is below one frame.
         """
         rng = random.Random(f"{self.seed}/{epoch}")
         buckets = defaultdict(list)
-        for index in _shuffled(_repeated(self.sources, rng), rng):
+        for index in _shuffled(self._shown(epoch), rng):
             for window in self._windows(index, rng):
                 buckets[window.bucket].append(window)
-        if not buckets:
-            raise UserError("an epoch shows no clip at all: raise repeats")
         size = self.limits.batch_size
         parts = [tuple(windows[at : at + size]) for windows in buckets.values() for at in range(0, len(windows), size)]
         return _shuffled(parts, rng)
@@ -86,30 +89,47 @@ class Plan:
         if self.fixed is None:
             windows = _draw_windows(source, self.limits, rng)
         else:
-            known = self.fixed[index]
-            windows = known if source.rules.uses_all else [known[_draw(len(known), rng)]]
+            windows = self.fixed[index][_draw(len(self.fixed[index]), rng)]
         return (replace(window, caption=_draw_caption(source, rng)) for window in windows)
 
+    def _shown(self, epoch: int) -> list[int]:
+        """The places of the sources that an epoch shows, each as often as it does."""
+        folders = defaultdict(list)
+        for index, source in enumerate(self.sources):
+            folders[source.folder, source.rules].append(index)
+        shown: list[int] = []
+        for (folder, rules), group in folders.items():
+            whole, fraction = divmod(rules.repeats, 1)
+            first, last = (math.ceil(round(turn * fraction * len(group), 6)) for turn in (epoch, epoch + 1))
+            order = _shuffled(group, random.Random(f"{self.seed}/{folder.name}"))
+            shown += group * int(whole) + [order[turn % len(group)] for turn in range(first, last)]
+        return shown
 
-def fixed_windows(sources: Sequence[Source], limits: Limits, count: int) -> list[list[Window]]:
-    """For each source the only windows that samples are taken from: its middle for a `count` of 1, else random ones.
+
+def fixed_windows(sources: Sequence[Source], limits: Limits, count: int) -> list[list[Showing]]:
+    """For each source the only showings that there are of it: its middle for a `count` of 1, else random ones.
 
     At every `base_res`; they depend on the source and nothing else, so that another run finds them encoded.
     """
     return [list(_fixed(source, limits, count)) for source in sources]
 
 
-def _fixed(source: Source, limits: Limits, count: int) -> Iterator[Window]:
+def every_window(fixed: Sequence[Sequence[Showing]]) -> list[Window]:
+    """All of them, in order."""
+    return [window for showings in fixed for showing in showings for window in showing]
+
+
+def _fixed(source: Source, limits: Limits, count: int) -> Iterator[Showing]:
     for base_res in source.rules.base_res:
         alone = replace(source, rules=replace(source.rules, base_res=(base_res,)))
         if count == 1 and not source.rules.uses_all:
-            yield middle_window(source, base_res, limits)
+            yield (middle_window(source, base_res, limits),)
             continue
         for number in range(count):
             rng = random.Random(f"{source.path.name}/{base_res}/{number}")
-            for window in _draw_windows(alone, limits, rng):
-                position = (0.5, 0.5) if count == 1 else window.position
-                yield replace(window, source=source, position=position)
+            drawn = _draw_windows(alone, limits, rng)
+            windows = [replace(w, position=(0.5, 0.5)) for w in drawn] if count == 1 else drawn
+            yield tuple(replace(window, source=source) for window in windows)
 
 
 def validation_windows(sources: Sequence[Source], limits: Limits, count: int) -> list[Window]:
@@ -124,7 +144,13 @@ def validation_windows(sources: Sequence[Source], limits: Limits, count: int) ->
 
 def largest_windows(sources: Sequence[Source], limits: Limits) -> list[Window]:
     """The most that a sample uses of each source, at every `base_res`. Raises `UserError` like `max_frames`."""
-    return [middle_window(source, base_res, limits) for source in sources for base_res in source.rules.base_res]
+    windows = []
+    for source in sources:
+        try:
+            windows += [middle_window(source, base_res, limits) for base_res in source.rules.base_res]
+        except UserError as error:
+            raise UserError(f"{source.path}: {error}") from None
+    return windows
 
 
 def middle_window(source: Source, base_res: int, limits: Limits) -> Window:
@@ -133,19 +159,6 @@ def middle_window(source: Source, base_res: int, limits: Limits) -> Window:
     first = (len(source.shown) - frames) // 2
     indices = tuple(source.shown[first : first + frames])
     return Window(source, source.captions[0], width, height, indices, (0.5, 0.5), limits.grid)
-
-
-def _repeated(sources: Sequence[Source], rng: random.Random) -> list[int]:
-    """The places of sources, each as often as an epoch shows it."""
-    folders = defaultdict(list)
-    for index, source in enumerate(sources):
-        folders[source.folder].append(index)
-    chosen: list[int] = []
-    for group in folders.values():
-        whole, fraction = divmod(sources[group[0]].rules.repeats, 1)
-        chosen += group * int(whole)
-        chosen += _shuffled(group, rng)[: round(fraction * len(group))] if fraction else []
-    return chosen
 
 
 def _fit(source: Source, base_res: int, limits: Limits) -> tuple[int, int, int]:

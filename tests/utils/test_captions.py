@@ -87,7 +87,31 @@ def test_lines_of_a_file_are_captions_of_their_own_on_request(folder):
     write(folder, {"a.txt": "fox\n\n  a red fox \n"})
     write(folder, {"metadata.json": '[{"video": "b.mp4", "text": ["hare", "a hare"]}]'})
     assert texts(folder, paths, per_line=True) == {"a.mp4": ("fox", "a red fox"), "b.mp4": ("hare", "a hare")}
-    assert texts(folder, paths)["a.mp4"] == ("fox\n\n  a red fox",)
+    found = find_captions(folder, paths)
+    assert found.texts == {paths[0]: ("fox\n\n  a red fox",)}
+    assert found.strays == [
+        (folder / "metadata.json", "row 1 has several texts: pass --caption_per_line to draw one per sample")
+    ]
+
+
+def test_what_lies_beside_the_part_that_is_trained_on_counts_too(folder):
+    paths = media(folder / "train", "a.mp4", "b.mp4", "c.mp4")
+    media(folder / "val", "v.mp4")
+    write(folder, {"captions/a.txt": "fox", "metadata.csv": "video,text\ntrain/b.mp4,hare\nval/v.mp4,owl\nx.mp4,x\n"})
+    write(folder, {"captions.txt": "one\n"})
+    found = find_captions(folder / "train", paths, dataset=folder)
+    assert found.texts == {paths[0]: ("fox",), paths[1]: ("hare",)}
+    assert found.strays == [
+        (folder / "captions.txt", "move it into train/, whose files it is to list"),
+        (folder / "metadata.csv", "row 3 names x.mp4, which is no media file of this folder"),
+    ]
+
+
+def test_quoted_commas_and_line_breaks_of_a_csv_stay_and_jsonl_breaks_at_new_lines_alone(folder):
+    paths = media(folder, "a.mp4", "b.mp4")
+    write(folder, {"metadata.csv": 'video,text\na.mp4,"a fox, fast\nand red"\n'})
+    write(folder, {"metadata.jsonl": '{"video": "b.mp4", "text": "a\u2028hare"}\n'.encode()})
+    assert texts(folder, paths) == {"a.mp4": ("a fox, fast\nand red",), "b.mp4": ("a\u2028hare",)}
 
 
 def test_what_is_empty_unreadable_or_contradicts_itself_is_told(folder):

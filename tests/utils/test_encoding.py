@@ -14,7 +14,7 @@ from utils.encoding import CachedSamples, FreshSamples, LatentStage
 from utils.lora import add_lora, select_modules
 from utils.rules import Folder, Rules
 from utils.text import TextStage
-from utils.windows import Limits, Window, fixed_windows
+from utils.windows import Limits, Window, every_window, fixed_windows
 from wan.checkpoints import load_vae
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def model(tmp_path_factory) -> Path:
 def windows_of(folder: Path, **rules) -> list[Window]:
     sources, problems = scan(Folder(folder, Rules(base_res=(64,), enlarge=True, **rules)), 16.0)
     assert not problems
-    return [window for windows in fixed_windows(sources, LIMITS, 2) for window in windows]
+    return every_window(fixed_windows(sources, LIMITS, 2))
 
 
 def both(folder: Path, model: Path, windows: list[Window], control: str | None) -> tuple[FreshSamples, CachedSamples]:

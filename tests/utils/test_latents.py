@@ -10,7 +10,7 @@ from utils.dataset import scan
 from utils.errors import RunError, UserError
 from utils.latents import Digests, LatentCache, latent_bytes
 from utils.rules import Folder, Rules
-from utils.windows import Limits, Window, fixed_windows
+from utils.windows import Limits, Window, every_window, fixed_windows
 
 LIMITS = Limits(token_limit=60)
 
@@ -19,7 +19,7 @@ LIMITS = Limits(token_limit=60)
 def window(tmp_path) -> Window:
     video(tmp_path / "clips" / "a.mp4", frames=9)
     sources, _ = scan(Folder(tmp_path / "clips", Rules(base_res=(32,))), 16.0)
-    return fixed_windows(sources, LIMITS, 1)[0][0]
+    return every_window(fixed_windows(sources, LIMITS, 1))[0]
 
 
 def cache(tmp_path: Path, fingerprint: str = "vae", control: str | None = None) -> LatentCache:

@@ -121,7 +121,7 @@ def test_nothing_to_train_on_is_said_at_once():
 
 def test_a_mask_may_be_one_picture_for_a_whole_video_and_is_cut_alike(tmp_path):
     video(tmp_path / "a.mp4", frames=9, size=(128, 64))
-    image(tmp_path / "a_mask.png", caption=None)
+    image(tmp_path / "a_mask.png", caption=None, size=(64, 32))
     (source,) = look(tmp_path, load_mask=True)
     clip = load_clip(Window(source, "", 64, 32, tuple(range(5)), (0.5, 0.5)))
     assert clip.mask.shape == (5, 32, 64) and clip.mask.dtype == torch.uint8

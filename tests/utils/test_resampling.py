@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from utils.resampling import at_rate, is_slower
+from utils.resampling import at_rate
 
 
 def steady(frames: int, fps: float) -> list[float]:
@@ -24,7 +24,13 @@ def test_a_faster_clip_keeps_its_speed(fps, rate):
 
 def test_a_slower_clip_is_used_as_it_is():
     assert at_rate(steady(49, 8), 16) == list(range(49))
-    assert is_slower(steady(49, 8), 16) and not is_slower(steady(49, 16), 16)
+    assert at_rate(steady(45, 15), 16) == list(range(45))
+
+
+def test_a_clip_that_is_slower_on_average_keeps_the_speed_of_its_fast_part():
+    times = [index / 30 for index in range(60)] + [2 + index for index in range(30)]
+    chosen = at_rate(times, 16)
+    assert chosen[-30:] == list(range(60, 90)) and 31 <= len(chosen) - 30 <= 33
 
 
 def test_a_clip_of_changing_rate_is_sampled_by_time_and_no_frame_comes_twice():

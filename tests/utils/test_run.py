@@ -2,6 +2,8 @@
 
 import json
 import math
+import signal
+from contextlib import AbstractContextManager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -11,11 +13,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import utils.run
-from utils.device import explained_memory, pick_device
 from utils.errors import RunError, UserError
 from utils.lora_files import LoraFile, LoraPair, read_lora
 from utils.probing import MediaError
 from utils.run import Run, keeping_what_is_learnt, open_run, resume_command
+from utils.state import State
+from utils.stopping import Stop
 
 NAMES = ["state-00000001.safetensors", "wan-lora-00000001.safetensors"]
 
@@ -47,6 +50,22 @@ def make_lora(value: float = 1.0) -> LoraFile:
 
 def save(run: Run, value: float = 1.0) -> Path:
     return run.save(make_lora(value), None, Path.touch)
+
+
+class Learnt:
+    """As much of a learner as there is in a run without a model: it is as far as the run."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.in_mid_update = False
+
+    @property
+    def steps(self) -> int | None:
+        return None if self.in_mid_update else self.run.step
+
+
+def keeping(run: Run, learner: Learnt | None = None, stop: Stop | None = None) -> AbstractContextManager:
+    return keeping_what_is_learnt(run, learner or Learnt(run), stop or Stop(), partial(save, run))
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
@@ -210,7 +229,7 @@ def test_an_interrupted_run_saves_what_it_has_learnt(tmp_path):
     with (
         pytest.raises(KeyboardInterrupt),
         open_run(tmp_path, 10, "{}") as run,
-        keeping_what_is_learnt(run, partial(save, run)),
+        keeping(run),
     ):
         log(run, 1.0)
         raise KeyboardInterrupt
@@ -231,17 +250,78 @@ def test_the_resume_command_is_the_one_that_started_the_run(tmp_path):
 def test_a_clip_that_became_unreadable_ends_the_run_with_what_is_left(run):
     log(run, 1.0)
     path = save(run)
-    with pytest.raises(RunError) as caught, keeping_what_is_learnt(run, partial(save, run)):
+    with pytest.raises(RunError) as caught, keeping(run):
         raise MediaError(Path("clips/fox.mp4"), "not a readable video")
     assert str(caught.value) == f"clips/fox.mp4: not a readable video\nthe last checkpoint is {path}"
 
 
 def test_a_gpu_that_fills_up_in_mid_run_costs_nothing_of_what_was_learnt(run):
     log(run, 1.0)
-    with pytest.raises(RunError, match="fewer tokens") as caught, keeping_what_is_learnt(run, partial(save, run)):
+    with pytest.raises(RunError, match="fewer tokens") as caught, keeping(run):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
     (path,) = run.checkpoints.glob("wan-lora-*")
     assert str(path) in str(caught.value)
+
+
+DIED = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+
+def test_a_loading_process_that_dies_in_the_middle_of_a_step_costs_nothing_of_what_was_learnt(run):
+    log(run, 1.0)
+    with pytest.raises(RunError, match="loading the next clips failed: DataLoader worker") as caught, keeping(run):
+        raise DIED
+    assert str(run.last_saved) in str(caught.value)
+
+
+def test_a_loading_process_that_is_stopped_with_the_run_is_no_failure(run, capsys):
+    log(run, 1.0)
+    stop = Stop()
+    stop.asked = True
+    with pytest.raises(KeyboardInterrupt), keeping(run, stop=stop):
+        raise DIED
+    assert run.last_saved.exists() and "go on with: " in capsys.readouterr().out
+
+
+def test_an_error_of_the_program_itself_is_not_taken_for_one_of_the_loader(run):
+    log(run, 1.0)
+    with pytest.raises(RuntimeError, match="shapes"), keeping(run):
+        raise RuntimeError("shapes do not match")
+
+
+def test_what_is_interrupted_in_the_middle_of_an_update_is_not_saved(run, capsys):
+    log(run, 1.0)
+    learner = Learnt(run)
+    learner.in_mid_update = True
+    with pytest.raises(KeyboardInterrupt), keeping(run, learner):
+        raise KeyboardInterrupt
+    assert not list(run.checkpoints.iterdir())
+    said = capsys.readouterr().out
+    assert "in the middle of an update, which is not saved" in said and "go on with" not in said
+
+
+def test_saving_what_is_learnt_is_not_interrupted_again(run):
+    log(run, 1.0)
+
+    def slowly() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        save(run)
+
+    with pytest.raises(KeyboardInterrupt), keeping_what_is_learnt(run, Learnt(run), Stop(), slowly):
+        raise KeyboardInterrupt
+    assert run.last_saved.exists()
+
+
+def test_events_that_cannot_be_written_are_told_once_and_the_run_goes_on(run, monkeypatch, capsys):
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run.board._writer, "add_scalar", full)
+    for _ in range(3):
+        log(run, 1.0)
+        run.flush()
+    assert save(run).exists()
+    assert capsys.readouterr().out.count("the run goes on without: [Errno 28] No space left on device") == 1
 
 
 def test_a_run_that_went_bad_writes_no_checkpoint(run):
@@ -264,6 +344,45 @@ def test_a_checkpoint_is_named_by_its_step_and_holds_the_lora(run):
     assert torch.equal(lora.pairs["blocks.0.self_attn.q"].down, torch.ones(2, 4))
 
 
+def test_pruning_keeps_the_newest_and_leaves_other_peoples_files_alone(run):
+    others = ["wan-lora-best.safetensors", "wan-lora-00000009_comfy.safetensors", "state-old.safetensors"]
+    for name in others:
+        (run.checkpoints / name).touch()
+    for _ in range(4):
+        log(run, 1.0)
+        save(run)
+    (run.checkpoints / "wan-lora-00000002-ema.safetensors").touch()
+    own = [f"{kind}-0000000{step}.safetensors" for kind in ("state", "wan-lora") for step in (3, 4)]
+    run.prune(2)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == sorted(own + others)
+    run.prune(0)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == sorted(own + others)
+
+
+def test_a_run_that_goes_on_from_an_earlier_state_sets_later_files_aside(tmp_path, capsys):
+    with open_run(tmp_path, 10, "{}") as run:
+        for _ in range(3):
+            log(run, 1.0)
+            save(run)
+    (run.checkpoints / ".wan-lora-00000003.77.partial.safetensors").touch()
+    state = State(run.checkpoints / "state-00000001.safetensors", run.facts | {"step": 1})
+    with open_run(tmp_path, 10, "{}", state=state) as again:
+        assert again.last_saved == run.checkpoints / "wan-lora-00000001.safetensors"
+        assert sorted(path.name for path in again.checkpoints.iterdir()) == ["aside-1", *NAMES]
+    aside = {path.name for path in (run.checkpoints / "aside-1").iterdir()}
+    assert aside == {f"{kind}-0000000{step}.safetensors" for kind in ("state", "wan-lora") for step in (2, 3)}
+    assert "moved 4 files of later steps to" in capsys.readouterr().out
+
+
+def test_a_run_folder_on_a_full_disk_is_told(tmp_path, monkeypatch):
+    def full(*_, **__) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RunError, match=r"cannot write to .*: No space left on device"):
+        open_run(tmp_path, 10, "{}")
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_matrices_that_are_not_finite_are_not_saved(run, bad):
     log(run, 1.0)
@@ -272,20 +391,3 @@ def test_matrices_that_are_not_finite_are_not_saved(run, bad):
     with pytest.raises(RunError, match="not finite") as caught:
         save(run, bad)
     assert list(run.checkpoints.glob("wan-lora-*")) == [good] and str(good) in str(caught.value)
-
-
-# ------------------------------------------------------------------------------------------------------------ device
-
-
-def test_a_full_gpu_is_told_with_what_can_be_made_smaller():
-    with pytest.raises(RunError) as caught, explained_memory():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
-    first, second = str(caught.value).splitlines()
-    assert first == "CUDA out of memory" and "--token_limit" in second and "--gradient_checkpointing" in second
-
-
-@pytest.mark.parametrize("available", [True, False])
-def test_the_gpu_is_used_where_there_is_one(monkeypatch, available):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert pick_device() == torch.device("cuda" if available else "cpu")

@@ -12,7 +12,7 @@ from utils.dataset import Source
 from utils.errors import UserError
 from utils.probing import MediaInfo
 from utils.rules import Rules
-from utils.windows import Limits, Plan, Window, fixed_windows, validation_windows
+from utils.windows import Limits, Plan, Window, every_window, fixed_windows, validation_windows
 
 LARGER = Rules(enlarge=True)
 
@@ -159,7 +159,18 @@ def test_repeats_count_per_folder_and_fractions_show_a_part_of_it():
         assert sorted(counts[f"{i}"] for i in range(4)) == [2, 2, 3, 3]
         assert sum(counts[f"p{i}"] for i in range(4)) == 2
         seen += counts
-    assert all(seen[f"p{i}"] for i in range(4))
+    assert {seen[f"p{i}"] for i in range(4)} == {4}
+
+
+def test_a_fraction_of_one_clip_comes_in_that_share_of_the_epochs_beginning_with_the_first():
+    plan = Plan([source(repeats=0.25)], Limits(), 0)
+    assert [len(plan.epoch(epoch)) for epoch in range(8)] == [1, 0, 0, 0, 1, 0, 0, 0]
+
+
+def test_the_same_folder_with_two_sets_of_rules_is_shown_by_both():
+    once, often = source(repeats=1.0), source(repeats=5.0, base_res=(320,))
+    sizes = Counter(window.width for window in windows_of(Plan([once, often], Limits(), 0).epoch(0)))
+    assert sorted(sizes.values()) == [1, 5]
 
 
 def test_captions_are_drawn_and_dropped_as_often_as_asked():
@@ -171,18 +182,27 @@ def test_captions_are_drawn_and_dropped_as_often_as_asked():
 def test_fixed_windows_are_the_middle_or_a_few_that_never_change():
     sources = many_sources(1, base_res=(320, 624))
     middle = fixed_windows(sources, Limits(), 1)
-    assert all(len(windows) == 2 and windows[0].position == (0.5, 0.5) for windows in middle)
+    assert all(len(showings) == 2 and showings[0][0].position == (0.5, 0.5) for showings in middle)
     several = fixed_windows(sources, Limits(), 3)
-    assert several == fixed_windows(sources, Limits(), 3) and all(len(windows) == 6 for windows in several)
+    assert several == fixed_windows(sources, Limits(), 3) and all(len(showings) == 6 for showings in several)
     assert several[0][:2] == fixed_windows(sources, Limits(), 2)[0][:2]
     plan = Plan(sources, Limits(), 0, several)
     used = {replace(window, caption="a clip") for epoch in range(40) for window in windows_of(plan.epoch(epoch))}
-    assert used == {window for windows in several for window in windows}
+    assert used == set(every_window(several))
 
 
 def test_all_chunks_of_a_clip_are_fixed_and_come_every_epoch():
     sources = [source(832, 480, 60, frame_sampling="chunks")]
-    (fixed,) = fixed_windows(sources, Limits(1560 * 6), 1)
-    assert [window.frames for window in fixed] == [21, 21, 17] and {window.position for window in fixed} == {(0.5, 0.5)}
-    planned = windows_of(Plan(sources, Limits(1560 * 6), 0, [fixed]).epoch(0))
-    assert sorted(window.indices for window in planned) == sorted(window.indices for window in fixed)
+    ((chunks,),) = fixed = fixed_windows(sources, Limits(1560 * 6), 1)
+    assert [window.frames for window in chunks] == [21, 21, 17] and {w.position for w in chunks} == {(0.5, 0.5)}
+    planned = windows_of(Plan(sources, Limits(1560 * 6), 0, fixed).epoch(0))
+    assert sorted(window.indices for window in planned) == sorted(window.indices for window in chunks)
+
+
+def test_chunks_that_are_cached_several_times_over_come_once_an_epoch():
+    sources = [source(832, 480, 60, frame_sampling="chunks", base_res=(480, 624))]
+    fixed = fixed_windows(sources, Limits(1560 * 6), 3)
+    assert len(fixed[0]) == 6 and len(set(every_window(fixed))) > 6
+    plan = Plan(sources, Limits(1560 * 6), 0, fixed)
+    seen = {tuple(sorted(w.position for w in windows_of(plan.epoch(epoch)))) for epoch in range(60)}
+    assert seen == {tuple(sorted(window.position for window in showing)) for showing in fixed[0]}
