@@ -41,8 +41,8 @@ CLIPS, HELD_OUT = 48, 4
 SHOWN = 6
 MOMENTS = ("before", "after")
 TRAINING = (
-    "--base_res 64 --batch_size 4 --cache_latents --max_train_steps 240 --learning_rate 2e-3 --lr_scheduler linear "
-    "--lora_rank 8 --val_steps 120 --checkpointing_steps 120"
+    "--base_res 64 --batch_size 4 --cache_latents --max_train_steps 300 --learning_rate 2e-3 --lr_scheduler linear "
+    "--lora_rank 8 --val_steps 150 --checkpointing_steps 150"
 ).split()
 
 
@@ -100,7 +100,7 @@ def train(folder: Path, seed: int) -> Path:
     write_dataset(folder / "clips" / "val", HELD_OUT, seed + 1, STYLE)
     print(f"wrote {CLIPS + HELD_OUT} clips to {folder / 'clips'}")
     preview = caption(split()[0][0], random.Random(seed), STYLE)
-    watching = ["--sample_prompts", preview, "--sample_every", 120, "--sample_guidance", SAMPLER.guidance]
+    watching = ["--sample_prompts", preview, "--sample_every", 150, "--sample_guidance", SAMPLER.guidance]
     common = ["--dataset", folder / "clips", "--pretrained_model_name_or_path", MODEL, *watching]
     run("train_wan_lora.py", *common, "--cache_embeddings")
     run("train_wan_lora.py", *common, *TRAINING, "--output_dir", folder / "runs", "--seed", seed)

@@ -43,7 +43,8 @@ MIN_SEEN = 0.8  # of the frames must show something
 MIN_AGREED = 0.6  # of those must show the same shape
 MIN_STYLED = 0.8  # of the edges must show the style's background
 NEAR = 50.0  # to a style's background, for a pixel to show it
-RIM = F.pad(torch.zeros(SIDE - 4, SIDE - 4, dtype=torch.bool), [2] * 4, value=True)  # pixels taken for background
+EDGE = 2  # pixels along the edges that are taken for background
+RIM = F.pad(torch.zeros(SIDE - 2 * EDGE, SIDE - 2 * EDGE, dtype=torch.bool), [EDGE] * 4, value=True)
 PLAIN = "plain"
 STILL = 4.0  # pixels of reach under which nothing moved
 GROWN = 1.45  # radius of the last frames over that of the first
@@ -110,13 +111,17 @@ def adherence(videos: Sequence[Tensor], scenes: Sequence[Scene], style: str = PL
 def find_style(pixels: Tensor) -> tuple[str, Tensor]:
     """The style of frames (F, 3, side, side), and their background (3, 1, side, side).
 
-    A style is known by its backdrop along the edges; without one the background is the median of the edges.
+    A style is known by its backdrop along the edges; its background is what the edges across its ramp really show.
+    Without one the background is the median of the edges.
     """
     for name, style in STYLES.items():
-        expected = backdrop(style.look)[:, :1]
-        near = (pixels.transpose(0, 1) - expected).norm(dim=0)[:, RIM] < NEAR
+        near = (pixels.transpose(0, 1) - backdrop(style.look)[:, :1]).norm(dim=0)[:, RIM] < NEAR
         if near.float().mean() > MIN_STYLED:
-            return name, expected
+            turned = pixels.mT if style.look.sideways else pixels
+            edges = torch.cat([turned[..., :EDGE], turned[..., -EDGE:]], dim=-1)  # (F, 3, side, 2 * EDGE)
+            ramp = edges.permute(1, 2, 0, 3).flatten(2).median(dim=-1).values[:, None, :, None]
+            seen = ramp.expand(3, 1, SIDE, SIDE)
+            return name, seen.mT if style.look.sideways else seen
     plain = pixels.transpose(0, 1)[:, :, RIM].flatten(1).median(dim=1).values
     return PLAIN, plain.view(3, 1, 1, 1).expand(3, 1, SIDE, SIDE)
 

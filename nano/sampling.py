@@ -16,7 +16,7 @@ from wan.modules.model import WanModel
 from wan.modules.t5 import TextEncoder
 from wan.modules.vae import WanVAE
 
-SAMPLER = Sampler("unipc", steps=20, guidance=4.0, shift=5.0)
+SAMPLER = Sampler("unipc", steps=20, guidance=2.5, shift=5.0)
 BATCH = 32
 
 
