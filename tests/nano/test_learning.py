@@ -26,6 +26,7 @@ from wan.checkpoints import load_config
 pytestmark = pytest.mark.nano
 TESTED = split()[1][:100]
 UNGUIDED = replace(SAMPLER, guidance=1.0)
+RANK = "--lora_rank 16"
 
 
 @pytest.fixture
@@ -55,7 +56,8 @@ def test_the_demo_teaches_its_style_and_leaves_other_prompts_alone(tmp_path, cap
 
 
 def test_a_control_lora_follows_its_control_video(work):
-    lora = trained(work, "--control_lora --max_train_steps 300 --learning_rate 1e-3 --lora_rank 16")
+    # Most captions are dropped: they say everything that the control shows, and it would be learnt from them instead.
+    lora = trained(work, f"--control_lora --caption_dropout 0.8 --max_train_steps 500 --learning_rate 2e-3 {RANK}")
     rng = random.Random("control")
     model, vae, encoder = load(MODEL, pick_device())
     controls = [encode_video(tile(to_unit_range(render(scene, rng))), vae) for scene in TESTED]
@@ -69,8 +71,7 @@ def test_a_control_lora_follows_its_control_video(work):
 
 
 def test_distilled_guidance_moves_the_unguided_model_toward_the_guided_one(work):
-    weight = SAMPLER.guidance - 1
-    lora = trained(work, f"--distill_cfg {weight} --max_train_steps 200 --learning_rate 1e-3 --lora_rank 16")
+    lora = trained(work, f"--distill_cfg {SAMPLER.guidance - 1} --max_train_steps 400 --learning_rate 2e-3 {RANK}")
     rng = random.Random("distilled")
     model, vae, encoder = load(MODEL, pick_device())
     texts = encoder.encode([caption(scene, rng) for scene in TESTED])
@@ -88,4 +89,4 @@ def test_distilled_guidance_moves_the_unguided_model_toward_the_guided_one(work)
     before, after = distance("unguided"), distance("distilled")
     print(f"\nadherence: {figures}; squared distance to guided: {before:.0f} -> {after:.0f}")
     assert after < 0.6 * before
-    assert figures["distilled"] > figures["unguided"]
+    assert figures["distilled"] > 0.9
