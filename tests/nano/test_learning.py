@@ -88,5 +88,5 @@ def test_distilled_guidance_moves_the_unguided_model_toward_the_guided_one(work)
 
     before, after = distance("unguided"), distance("distilled")
     print(f"\nadherence: {figures}; squared distance to guided: {before:.0f} -> {after:.0f}")
-    assert after < 0.6 * before
+    assert after < 0.8 * before
     assert figures["distilled"] > 0.9
