@@ -71,7 +71,7 @@ class Batch:
 
 def to_unit_range(pixels: Tensor) -> Tensor:
     """Pixels on the 0..255 scale -> fp32 in -1..1, the range the VAE was trained on; the pixels stay as they are."""
-    return pixels.to(torch.float32, copy=True).div_(127.5).sub_(1.0)
+    return pixels.to(torch.float32, copy=True, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
 def to_pixels(video: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def load_clip(window: Window) -> Clip:
     source = window.source
     itself = Companion(source.path, source.info)
     control = _read(source.control, window) if source.control else None
-    mask = _read(source.mask, window)[0] if source.mask else None  # gray: any channel
+    mask = _read(source.mask, window)[0].contiguous() if source.mask else None  # gray: any channel
     return Clip(_read(itself, window), window.caption, control, mask)
 
 
@@ -136,5 +136,5 @@ def _read(file: Companion, window: Window) -> Tensor:
     frames = read_frames(file.path, [0] if still else window.indices, file.info)
     like = (window.source.info.width, window.source.info.height)
     pixels = crop_and_resize(frames, window.width, window.height, window.position, like)
-    pixels = rearrange(pixels, "f c h w -> c f h w").contiguous()
+    pixels = rearrange(pixels, "f c h w -> c f h w")
     return pixels.expand(-1, window.frames, -1, -1) if still and window.frames > 1 else pixels
