@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -265,6 +266,15 @@ def test_checking_the_dataset_loads_no_model_and_trains_nothing(work, capsys, mo
     assert "an epoch has 2 samples in 2 batches" in said
     # 2 clips of 48x48x9, each of 16 channels of 3 * 6 * 6 latents in fp32
     assert "on disk: --cache_latents N takes N times 0.01 MB, each of 2 texts at most 4.19 MB" in said
+
+
+def test_clips_that_are_held_out_are_in_the_table_and_held_to_the_same_limits(work, capsys):
+    video(work / "clips" / "val" / "owl.mp4", frames=9)
+    train_wan_lora.main(f"{RUN} --check_dataset".split())
+    assert re.search(r"owl\.mp4 .* held out, ok", capsys.readouterr().out)
+    video(work / "clips" / "val" / "large.mp4", frames=9, size=(64, 64))
+    code = run_script(partial(train_wan_lora.main, f"{RUN} --token_limit 12 --check_dataset".split()))
+    assert code == 2 and "clips/val/large.mp4: one frame of 64x64 takes 16 tokens" in capsys.readouterr().err
 
 
 def test_a_dataset_can_be_checked_before_a_released_model_is_there(work, capsys):

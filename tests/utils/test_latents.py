@@ -71,6 +71,15 @@ def test_a_cache_file_that_was_cut_short_is_missing(tmp_path, window):
     assert store.missing([window]) == []
 
 
+def test_a_run_goes_on_from_the_cache_when_the_clip_has_vanished(tmp_path, window):
+    store = cache(tmp_path)
+    store.store(window, PARTS)
+    window.source.path.unlink()
+    assert store.load(window).keys() == PARTS.keys()
+    with pytest.raises(UserError, match="cannot read"):
+        cache(tmp_path).path(window)
+
+
 def test_pruning_removes_what_no_window_needs_also_of_other_vaes(tmp_path, window):
     store, old = cache(tmp_path), cache(tmp_path, "old")
     other = replace(window, width=48)
