@@ -194,6 +194,11 @@ STATES = [
         f"{AGAIN} {LORA}",
         "wan-lora-00000002.safetensors is no training state: those are the files",
     ),
+    (
+        lambda work: shutil.copy(work / STATE, work / "state-00000002.safetensors"),
+        f"{AGAIN} state-00000002.safetensors",
+        "must lie in the checkpoints folder of its run",
+    ),
     (NOTHING, f"{AGAIN} latest --max_train_steps 1 --allow_changes", "is of step 2, past --max_train_steps 1"),
     (clip("clips/fox.mp4", frames=9, darkest=90, caption="a fox"), f"{AGAIN} latest", "clip clips/fox.mp4 has changed"),
     (NOTHING, f"{AGAIN} latest --learning_rate 1e-2", "--learning_rate was 0.001, is 0.01"),

@@ -154,7 +154,10 @@ def find_state(wanted: str, output_dir: Path) -> State:
     """
     where = output_dir if wanted == "latest" else Path(wanted)
     if where.is_file():
-        return read_state(where)
+        state = read_state(where.absolute())
+        if state.path.parent.name != "checkpoints":
+            raise UserError(f"{where} must lie in the checkpoints folder of its run: the run goes on there")
+        return state
     if wanted == "latest":
         found = list(where.glob(f"*/checkpoints/{PATTERN}"))
     else:
