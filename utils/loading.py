@@ -87,6 +87,14 @@ def load_ahead(planned: Iterable[Sequence[Window]], load: Load[T], num_workers: 
     return _raising(loader)
 
 
+def loader_failure(error: RuntimeError) -> LoaderError | None:
+    """What torch's loader says, in words alone, of a process that was killed or is late; None for any other error."""
+    if "DataLoader" not in str(error):
+        return None
+    reason = str(error).split("\n")[0]
+    return LoaderError(f"loading the next clips failed: {reason}; fewer --num_workers need less memory")
+
+
 class _Loading(Dataset[list[T] | MediaError], Generic[T]):
     """Indexed by a planned batch. A failure is handed over as a value, since a raised one arrives with a traceback.
 
@@ -114,12 +122,9 @@ def _raising(loader: Iterable[list[T] | MediaError]) -> Iterator[list[T]]:
             try:
                 samples = next(loaded)
             except RuntimeError as error:
-                if "DataLoader" not in str(error):  # its own words for a worker that was killed or is late
+                if (failure := loader_failure(error)) is None:
                     raise
-                reason = str(error).split("\n")[0]
-                raise LoaderError(
-                    f"loading the next clips failed: {reason}; fewer --num_workers need less memory"
-                ) from None
+                raise failure from None
             if isinstance(samples, MediaError):
                 raise samples
             yield samples

@@ -22,6 +22,7 @@ from utils.atomic import UNFINISHED
 from utils.board import Board
 from utils.device import out_of_memory
 from utils.errors import LoaderError, RunError, UserError
+from utils.loading import loader_failure
 from utils.lora_files import LoraError, LoraFile, write_lora
 from utils.media import contact_sheet, save_image, write_video
 from utils.report import counted
@@ -284,9 +285,9 @@ def keeping_what_is_learnt(run: Run, learner: Learner, stop: Stop, keep: Callabl
         reason = out_of_memory(error)
     except RuntimeError as error:
         # Raised by a signal handler of torch's in the middle of anything; whoever ends us may have ended them first.
-        if "DataLoader worker" not in str(error):
+        if (failure := loader_failure(error)) is None:
             raise
-        reason = None if stop.asked else f"loading the next clips failed: {error}"
+        reason = None if stop.asked else str(failure)
     # Here, because inside the handlers the exception still holds the tensors of the step.
     with undisturbed():
         if run.step and learner.steps == run.step:
