@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from utils.average import average, last_checkpoints
-from utils.errors import UserError
-from utils.lora_files import LAYOUTS, LoraFile, is_written, read_lora, write_lora
-from utils.options import option, parse_options, run_script
+from utils.adapters.average import average, last_checkpoints
+from utils.adapters.lora_file import LAYOUTS, LoraFile, is_written, read_lora, write_lora
+from utils.common.errors import UserError
+from utils.common.options import option, parse_options, run_script
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

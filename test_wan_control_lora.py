@@ -19,22 +19,22 @@ from easydict import EasyDict
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.atomic import require_writable
-from utils.buckets import WAN_GRID, bucket_size
-from utils.cache import load_embedding
-from utils.conditioning import Cond, encode_video, make_predict, to_pixels, to_unit_range
-from utils.device import compute_dtype, explained_memory, pick_device
-from utils.errors import UserError
-from utils.flow import seeded_noise
-from utils.lora import fuse_lora
-from utils.lora_files import LoraFile, read_lora
-from utils.media import contact_sheet, crop_and_resize, read_frames, save_image, write_video
-from utils.options import option, parse_options, run_script
-from utils.preprocess import AS_IS, CONTROL_TYPES, make_control
-from utils.probing import MediaInfo, probe
-from utils.report import counted
-from utils.sampling import Sampler
-from utils.text import TextStage, read_prompt, require_fit
+from utils.adapters.lora import fuse_lora
+from utils.adapters.lora_file import LoraFile, read_lora
+from utils.common.device import compute_dtype, explained_memory, pick_device
+from utils.common.errors import UserError
+from utils.common.files import require_writable
+from utils.common.formatting import counted
+from utils.common.options import option, parse_options, run_script
+from utils.data.buckets import WAN_GRID, bucket_size
+from utils.diffusion.flow import seeded_noise
+from utils.diffusion.sampling import Sampler
+from utils.encoding.conditioning import Cond, encode_video, make_predict, to_pixels, to_unit_range
+from utils.encoding.text import TextStage, read_prompt, require_fit
+from utils.encoding.text_cache import load_embedding
+from utils.media.controls import AS_IS, CONTROL_TYPES, make_control
+from utils.media.frames import contact_sheet, crop_and_resize, read_frames, save_image, write_video
+from utils.media.probing import MediaInfo, probe
 from wan.checkpoints import CheckpointError, find_model, load_config, load_transformer, load_vae, transformer_layout
 from wan.modules.model import WanShape
 from wan.utils.fm_solvers import SOLVERS

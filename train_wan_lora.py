@@ -5,7 +5,7 @@
     python train_wan_lora.py --cache_embeddings --dataset clips    once per change of captions (optional)
     python train_wan_lora.py --dataset clips                       train
 
-The story, from top to bottom: options; data; the objective; the loop. How clips become samples is in utils/rules.py.
+The story, from top to bottom: options; data; the objective; the loop. How clips become samples: utils/data/folders.py.
 """
 
 import itertools
@@ -22,35 +22,35 @@ from easydict import EasyDict
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.adapter import AdapterOptions, attach_adapter, metadata, summary
-from utils.atomic import require_writable
-from utils.conditioning import Batch, inject_noise, make_predict, with_text
-from utils.device import compute_dtype, describe, explained_memory, pick_device
-from utils.doctor import print_findings
-from utils.download import download_model
-from utils.ema import Ema
-from utils.encoding import CachedSamples, FreshSamples, LatentStage, Samples
-from utils.errors import UserError
-from utils.flow import noised
-from utils.latents import LATENTS
-from utils.loading import batches
-from utils.lora import adapters_off, extract_lora
-from utils.memory import checkpoint_blocks
-from utils.objectives import Predict, guided_target, squared_error
-from utils.optim import SCHEDULES, OptimizerSpec, Updater
-from utils.options import option, parse_options, run_script, to_json, to_table
-from utils.preflight import Dataset, cache_text, open_dataset, plan_text
-from utils.preprocess import AS_IS
-from utils.preview import Preview, make_requests, read_prompts
-from utils.report import readable_size
-from utils.rules import Folder, Rules, choose_folders
-from utils.run import Run, keeping_what_is_learnt, open_run
-from utils.sampling import Sampler
-from utils.state import Learner, State, find_state, require_same, write_state
-from utils.stopping import stop_on_signals
-from utils.text import Texts, TextStage, require_fit
-from utils.validation import SIGMAS, validation_loss
-from utils.windows import Limits, Plan, Window, every_window, fixed_windows, validation_windows
+from utils.adapters.attach import AdapterOptions, attach_adapter, metadata, summary
+from utils.adapters.lora import adapters_off, extract_lora
+from utils.common.device import compute_dtype, describe, explained_memory, pick_device
+from utils.common.errors import UserError
+from utils.common.files import require_writable
+from utils.common.formatting import readable_size
+from utils.common.options import option, parse_options, run_script, to_json, to_table
+from utils.common.signals import stop_on_signals
+from utils.data.dataset import Dataset, cache_text, open_dataset, plan_text
+from utils.data.folders import Folder, Rules, choose_folders
+from utils.data.loading import batches
+from utils.data.plan import Limits, Plan, Window, every_window, fixed_windows, validation_windows
+from utils.diffusion.flow import noised
+from utils.diffusion.objectives import Predict, guided_target, squared_error
+from utils.diffusion.sampling import Sampler
+from utils.encoding.conditioning import Batch, inject_noise, make_predict, with_text
+from utils.encoding.latent_cache import LATENTS
+from utils.encoding.samples import CachedSamples, FreshSamples, LatentStage, Samples
+from utils.encoding.text import Texts, TextStage, require_fit
+from utils.media.controls import AS_IS
+from utils.runs.run import Run, keeping_what_is_learnt, open_run
+from utils.runs.state import Learner, State, find_state, require_same, write_state
+from utils.setup.doctor import print_findings
+from utils.setup.download import download_model
+from utils.training.ema import Ema
+from utils.training.memory import checkpoint_blocks
+from utils.training.optim import SCHEDULES, OptimizerSpec, Updater
+from utils.training.preview import Preview, make_requests, read_prompts
+from utils.training.validation import SIGMAS, validation_loss
 from wan.checkpoints import CheckpointError, find_model, load_config, load_transformer, load_vae, transformer_layout
 from wan.configs import named_config
 from wan.modules.model import WanModel

@@ -21,17 +21,17 @@ from torchvision.transforms.v2 import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cache import TextCache
-from utils.dataset import Source, scan
-from utils.encoding import CachedSamples
-from utils.errors import UserError
-from utils.latents import LatentCache
-from utils.loading import batches, load_clip
-from utils.options import option, parse_options, run_script
-from utils.probing import MediaInfo, is_image
-from utils.report import format_table
-from utils.rules import Folder, Rules
-from utils.windows import Limits, Plan, Window, every_window, fixed_windows
+from utils.common.errors import UserError
+from utils.common.formatting import format_table
+from utils.common.options import option, parse_options, run_script
+from utils.data.folders import Folder, Rules
+from utils.data.loading import batches, load_clip
+from utils.data.plan import Limits, Plan, Window, every_window, fixed_windows
+from utils.data.scan import Source, scan
+from utils.encoding.latent_cache import LatentCache
+from utils.encoding.samples import CachedSamples
+from utils.encoding.text_cache import TextCache
+from utils.media.probing import MediaInfo, is_image
 
 WIDTH, HEIGHT, FRAMES = 832, 480, 25
 TOKENS = (WIDTH // 16) * (HEIGHT // 16) * ((FRAMES - 1) // 4 + 1)

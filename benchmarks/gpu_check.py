@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import FAILED, Clock, Row, Sizes, skipped
-from utils.options import option, parse_options, run_script
+from utils.common.options import option, parse_options, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Sizes
 from benchmarks.weights import SEED, random_transformer, to_bf16
-from utils.flow import Noisy, add_noise
-from utils.lora import add_lora, select_modules
-from utils.lora_names import diffusers_name, is_parameter
-from utils.memory import checkpoint_blocks
-from utils.objectives import squared_error
+from utils.adapters.lora import add_lora, select_modules
+from utils.diffusion.flow import Noisy, add_noise
+from utils.diffusion.objectives import squared_error
+from utils.training.memory import checkpoint_blocks
 from wan.modules.model import WanModel, WanShape
+from wan.names import diffusers_name, is_parameter
 
 SIGMA = 0.6
 TARGETS = ("attn",)

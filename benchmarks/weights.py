@@ -5,9 +5,9 @@ import math
 import torch
 from torch import nn
 
-from utils.lora_names import is_parameter
 from wan.modules.model import WanModel, WanShape, is_fp32
 from wan.modules.vae import WanVAE
+from wan.names import is_parameter
 
 SEED = 0
 

@@ -24,14 +24,14 @@ from nano.picture import comparison
 from nano.probe import adherence
 from nano.sampling import SAMPLER, generate, load, noise_of
 from nano.world import FPS, STYLES, Scene, caption, split, write_dataset
-from utils.atomic import require_writable
-from utils.device import pick_device
-from utils.errors import RunError
-from utils.lora import fuse_lora
-from utils.lora_files import read_lora
-from utils.media import save_image, write_video
-from utils.options import option, parse_options, run_script
-from utils.report import format_table
+from utils.adapters.lora import fuse_lora
+from utils.adapters.lora_file import read_lora
+from utils.common.device import pick_device
+from utils.common.errors import RunError
+from utils.common.files import require_writable
+from utils.common.formatting import format_table
+from utils.common.options import option, parse_options, run_script
+from utils.media.frames import save_image, write_video
 from wan.checkpoints import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[1]

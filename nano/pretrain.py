@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from nano.official_layout import write_config, write_text_encoder, write_transformer, write_vae
 from nano.pretrain_transformer import SHAPE, Captions, train_transformer
 from nano.pretrain_vae import train_vae
 from nano.text_encoder import make_encoder, write_tokenizer
 from nano.world import words
-from utils.atomic import require_writable
-from utils.device import pick_device
-from utils.options import option, parse_options, run_script
-from utils.text import read_prompt
+from utils.adapters.full_model import write_config, write_text_encoder, write_transformer, write_vae
+from utils.common.device import pick_device
+from utils.common.files import require_writable
+from utils.common.options import option, parse_options, run_script
+from utils.encoding.text import read_prompt
 from wan.checkpoints import TOKENIZER, CheckpointError, load_config, load_text_encoder, load_vae
 
 NANO = Path(__file__).resolve().parent

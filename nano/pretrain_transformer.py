@@ -15,10 +15,10 @@ from nano.probe import adherence
 from nano.sampling import generate, noise_of
 from nano.training import Plan, faster_attention, fingerprint, fit
 from nano.world import FRAMES, Scene, caption, colourless_caption, made_up_word, recoloured, render, split
-from utils.atomic import replacing
-from utils.conditioning import Batch, Encoded, collate, make_predict, to_unit_range
-from utils.flow import noised
-from utils.objectives import Predict, squared_error
+from utils.common.files import replacing
+from utils.diffusion.flow import noised
+from utils.diffusion.objectives import Predict, squared_error
+from utils.encoding.conditioning import Batch, Encoded, collate, make_predict, to_unit_range
 from wan.modules.model import WanModel, WanShape
 from wan.modules.t5 import TextEncoder
 from wan.modules.vae import WanVAE

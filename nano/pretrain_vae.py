@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from nano.training import Plan, faster_attention, fingerprint, fit
 from nano.world import FRAMES, SIDE, doodle, recoloured, render, split
-from utils.conditioning import to_unit_range
-from utils.preprocess import tile
+from utils.encoding.conditioning import to_unit_range
+from utils.media.controls import tile
 from wan.modules.vae import CausalConv3d, Downsample, Upsample, WanVAE
 
 WIDTH = 16

@@ -31,8 +31,8 @@ from nano.world import (
     backdrop,
     coverage,
 )
-from utils.media import read_frames
-from utils.probing import MediaError, probe
+from utils.media.frames import read_frames
+from utils.media.probing import MediaError, probe
 
 UNCLEAR = "unclear"
 FAR = 60.0  # a colour that is further than this from all of the world's has no name

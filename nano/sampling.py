@@ -8,9 +8,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nano.world import FRAMES, SIDE
-from utils.conditioning import Encoded, collate, make_predict, to_pixels
-from utils.flow import seeded_noise
-from utils.sampling import Sampler
+from utils.diffusion.flow import seeded_noise
+from utils.diffusion.sampling import Sampler
+from utils.encoding.conditioning import Encoded, collate, make_predict, to_pixels
 from wan.checkpoints import load_text_encoder, load_transformer, load_vae, text_length
 from wan.modules.model import WanModel
 from wan.modules.t5 import TextEncoder

@@ -14,9 +14,9 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from utils.atomic import replacing
-from utils.errors import UserError
-from utils.optim import OptimizerSpec, learning_rate_factor
+from utils.common.errors import UserError
+from utils.common.files import replacing
+from utils.training.optim import OptimizerSpec, learning_rate_factor
 
 MUON_MOMENTUM = 0.95
 MUON_RMS = 0.2  # of an update, as AdamW's is

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.media import write_video
+from utils.media.frames import write_video
 
 SIDE, FRAMES, FPS = 64, 17, 16
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from utils.media import write_video
+from utils.media.frames import write_video
 
 
 def video(

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 import train_wan_lora
 from tests.media import image, video
 from tests.tiny import write_model
-from utils.latents import DIGESTS
-from utils.options import run_script
+from utils.common.options import run_script
+from utils.encoding.latent_cache import DIGESTS
 from wan.checkpoints import CheckpointError
 
 MODEL = "--pretrained_model_name_or_path model --base_res 64 --token_limit 60 --num_workers 0 --val_samples 0"
@@ -238,7 +238,7 @@ def test_changes_are_listed_and_made_when_they_are_allowed(work, capsys):
     assert json.loads((work / "outputs" / "run" / "command_args-00000002.json").read_text())["max_train_steps"] == 3
 
 
-@pytest.mark.parametrize("module", ["utils.state", "utils.lora_files"])
+@pytest.mark.parametrize("module", ["utils.runs.state", "utils.adapters.lora_file"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
 def test_a_full_disk_while_saving_leaves_the_last_state_whole(work, capsys, monkeypatch, module, error):
     def full(*_, **__) -> None:

@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 
 import test_wan_control_lora
 import train_wan_lora
-import utils.text
+import utils.encoding.text
 from tests.tiny import TINY_SHAPE, write_model
-from utils.lora_files import LoraFile, LoraPair, write_lora
-from utils.media import write_video
-from utils.options import run_script
+from utils.adapters.lora_file import LoraFile, LoraPair, write_lora
+from utils.common.options import run_script
+from utils.media.frames import write_video
 from wan.checkpoints import CheckpointError
 
 MODEL = "--pretrained_model_name_or_path model"
@@ -146,7 +146,7 @@ def test_a_model_of_another_family_is_refused_with_its_name(work, capsys):
 
 
 def test_a_ready_embedding_without_guidance_needs_no_text_encoder(work, capsys, monkeypatch):
-    monkeypatch.setattr(utils.text, "load_text_encoder", None)  # whoever calls it fails
+    monkeypatch.setattr(utils.encoding.text, "load_text_encoder", None)  # whoever calls it fails
     save_file({"context": torch.zeros(3, TINY_SHAPE.text_dim)}, work / "ready.safetensors")
     flags = f"--lora_path fitting.safetensors {MODEL} --embedding ready.safetensors --guidance 1"
     test_wan_control_lora.main(f"{flags} --width 32 --height 32 --frames 1 --steps 1".split())

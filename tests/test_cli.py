@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from tests.peers import diffusers_transformer
 from tests.tiny import TINY_SHAPE, write_clips, write_model
-from utils.lora import add_lora, extract_lora, load_lora, select_modules
-from utils.lora_files import delta, read_lora
-from utils.lora_names import diffusers_name
-from utils.probing import probe
+from utils.adapters.lora import add_lora, extract_lora, load_lora, select_modules
+from utils.adapters.lora_file import delta, read_lora
+from utils.media.probing import probe
 from wan.checkpoints import load_transformer
+from wan.names import diffusers_name
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_CLIPS = ROOT.parent / "shared" / "real_clips"

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import convert_lora_to_comfy
-from utils.lora_files import LoraFile, LoraPair, delta, read_lora, write_lora
-from utils.lora_names import official_name
-from utils.options import run_script
+from utils.adapters.lora_file import LoraFile, LoraPair, delta, read_lora, write_lora
+from utils.common.options import run_script
+from wan.names import official_name
 
 SCRIPT = Path(convert_lora_to_comfy.__file__)
 

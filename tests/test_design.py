@@ -74,18 +74,22 @@ def test_what_training_is_knows_no_tests_no_benchmarks_and_no_small_model():
         assert not importers_of(package, ROOMS["nano"])
 
 
-@pytest.mark.parametrize("name", ["flow", "objectives", "lora", "memory", "options", "optim", "lora_files", "media"])
+@pytest.mark.parametrize(
+    "name",
+    ["diffusion/flow", "diffusion/objectives", "adapters/lora", "training/memory", "common/options", "training/optim"]
+    + ["media/frames"],
+)
 def test_these_know_no_wan(name):
     assert not importers_of("wan", [ROOT / "utils" / f"{name}.py"])
 
 
 def test_the_command_line_and_toml_are_read_in_one_place():
     shipped = SOURCES + ROOMS["nano"]
-    assert importers_of("argparse", shipped) | importers_of("tomllib", shipped) == {"utils/options.py"}
+    assert importers_of("argparse", shipped) | importers_of("tomllib", shipped) == {"utils/common/options.py"}
 
 
 def test_adapters_come_from_one_place():
-    assert importers_of("peft", SOURCES + ROOMS["nano"]) == {"utils/lora.py"}
+    assert importers_of("peft", SOURCES + ROOMS["nano"]) == {"utils/adapters/lora.py"}
 
 
 # ------------------------------------------------------------------------------------------------------------ safety

@@ -10,7 +10,7 @@ import pytest
 import convert_lora_to_comfy
 import test_wan_control_lora
 import train_wan_lora
-from utils.options import parse_options
+from utils.common.options import parse_options
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.tiny import write_clips, write_model
-from utils.state import read_state
+from utils.runs.state import read_state
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,20 +8,20 @@ import torch
 
 import train_wan_lora
 from tests.tiny import TINY_SHAPE, tiny_transformer, tiny_vae, write_clips, write_model, write_transformer
-from utils.conditioning import Batch, Cond, collate, encode_clip, make_predict
-from utils.dataset import scan
-from utils.flow import add_noise
-from utils.loading import load_clip
-from utils.lora import add_lora, select_modules
-from utils.lora_files import read_lora
-from utils.memory import checkpoint_blocks
-from utils.objectives import squared_error
-from utils.optim import OptimizerSpec, Updater
-from utils.probing import probe
-from utils.rules import Folder, Rules
-from utils.run import Run
-from utils.state import read_state
-from utils.windows import Limits, validation_windows
+from utils.adapters.lora import add_lora, select_modules
+from utils.adapters.lora_file import read_lora
+from utils.data.folders import Folder, Rules
+from utils.data.loading import load_clip
+from utils.data.plan import Limits, validation_windows
+from utils.data.scan import scan
+from utils.diffusion.flow import add_noise
+from utils.diffusion.objectives import squared_error
+from utils.encoding.conditioning import Batch, Cond, collate, encode_clip, make_predict
+from utils.media.probing import probe
+from utils.runs.run import Run
+from utils.runs.state import read_state
+from utils.training.memory import checkpoint_blocks
+from utils.training.optim import OptimizerSpec, Updater
 from wan.checkpoints import load_transformer
 from wan.modules.model import is_fp32
 
@@ -160,7 +160,7 @@ def test_training_goes_on_where_a_preview_cannot_be_written(work, monkeypatch, c
     def refused(path: Path, *_: object) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("utils.run.write_video", refused)
+    monkeypatch.setattr("utils.runs.run.write_video", refused)
     flags = "--dataset clips --pretrained_model_name_or_path model --base_res 64 --token_limit 60 --val_samples 0"
     flags += " --max_train_steps 1 --num_workers 0 --sample_prompts fox --sample_steps 1"
     train_wan_lora.main([*flags.split(), "--output_dir", "runs"])

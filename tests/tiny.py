@@ -9,9 +9,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from nano.official_layout import write_config, write_pth
 from nano.text_encoder import write_tokenizer
-from utils.media import save_image, write_video
+from utils.adapters.full_model import write_config, write_pth
+from utils.media.frames import save_image, write_video
 from wan.checkpoints import TEXT_ENCODER, TOKENIZER, VAE
 from wan.modules.model import WanModel, WanShape
 from wan.modules.t5 import UMT5Encoder

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.measure import Clock, Row, Sizes, count_tokens, gemm_rate, p90, peak_bytes, seconds, skipped
 from benchmarks.models import Inputs, Trainee, diffusers_trainee, our_trainee, random_inputs, step_flops
-from utils.optim import OptimizerSpec, Updater
+from utils.training.optim import OptimizerSpec, Updater
 from wan.modules.model import WanShape
 
 PEER = "diffusers + PEFT, checkpointing"

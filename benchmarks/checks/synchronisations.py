@@ -40,10 +40,10 @@ def script_steps(
     The caption's embedding is cached under `folder`. Raises ModuleNotFoundError where a package of the script's lacks.
     """
     import train_wan_lora as script
-    from utils.cache import TextCache
-    from utils.conditioning import Batch, Cond, make_predict
-    from utils.encoding import FreshSamples
-    from utils.loading import Clip
+    from utils.data.loading import Clip
+    from utils.encoding.conditioning import Batch, Cond, make_predict
+    from utils.encoding.samples import FreshSamples
+    from utils.encoding.text_cache import TextCache
 
     device = inputs.text.device
     opts, predict = script.Options(), make_predict(contestant.trainee.model)

@@ -17,8 +17,8 @@ from benchmarks import gpu_check
 from benchmarks.checks import environment, numbers, step, synchronisations, vae
 from benchmarks.measure import FAILED, Clock, Row, Sizes, at_least, count_tokens, p90, skipped
 from benchmarks.models import our_trainee, random_inputs, step_flops
-from utils.buckets import count_tokens as tokens_of
-from utils.buckets import max_frames
+from utils.data.buckets import count_tokens as tokens_of
+from utils.data.buckets import max_frames
 from wan.modules.attention import attention
 from wan.modules.model import WanShape
 

@@ -15,8 +15,8 @@ from nano import demo
 from nano.demo import Trial, make_trials, measure, print_table, write
 from nano.picture import CELL, HEADER, TEXT_WIDTH, comparison
 from nano.world import Scene, render, split, to_frames
-from utils.errors import RunError
-from utils.options import run_script
+from utils.common.errors import RunError
+from utils.common.options import run_script
 
 SCENE = Scene("circle", "red", "black", "left")
 

@@ -15,12 +15,12 @@ from nano.demo import MODEL
 from nano.probe import adherence
 from nano.sampling import SAMPLER, generate, load, noise_of
 from nano.world import caption, render, split, write_dataset
-from utils.conditioning import encode_video, to_unit_range
-from utils.device import pick_device
-from utils.lora import fuse_lora
-from utils.lora_files import LoraFile, read_lora
-from utils.preprocess import tile
-from utils.text import read_prompt
+from utils.adapters.lora import fuse_lora
+from utils.adapters.lora_file import LoraFile, read_lora
+from utils.common.device import pick_device
+from utils.encoding.conditioning import encode_video, to_unit_range
+from utils.encoding.text import read_prompt
+from utils.media.controls import tile
 from wan.checkpoints import load_config
 
 pytestmark = pytest.mark.nano

@@ -11,8 +11,8 @@ from nano.pretrain_vae import psnr, reconstruct
 from nano.probe import adherence
 from nano.sampling import generate, load, noise_of
 from nano.world import caption, render, split
-from utils.conditioning import to_unit_range
-from utils.device import pick_device
+from utils.common.device import pick_device
+from utils.encoding.conditioning import to_unit_range
 from wan.checkpoints import load_config, load_vae, transformer_layout
 
 WITHHELD = split()[1]

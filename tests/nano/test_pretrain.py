@@ -6,7 +6,7 @@ import torch
 
 from nano import pretrain, pretrain_transformer, pretrain_vae
 from nano.pretrain_vae import Pieces
-from utils.errors import UserError
+from utils.common.errors import UserError
 from wan.checkpoints import load_config, load_text_encoder, load_transformer, load_vae
 
 

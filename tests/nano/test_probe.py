@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from nano.probe import UNCLEAR, main, probe_file, read
 from nano.world import FPS, Scene, Track, coverage, paint, render, scenes, to_frames
-from utils.media import write_video
+from utils.media.frames import write_video
 
 
 def frames_of(scene: Scene, seed: int, style: str | None = None) -> torch.Tensor:

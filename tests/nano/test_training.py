@@ -5,8 +5,8 @@ from torch import nn
 from nano.pretrain_vae import fold_statistics, start
 from nano.training import Muon, Plan, fit, is_matrix, orthogonalised
 from tests.tiny import tiny_vae
-from utils.conditioning import to_unit_range
-from utils.errors import UserError
+from utils.common.errors import UserError
+from utils.encoding.conditioning import to_unit_range
 from wan.modules.vae import WanVAE
 
 

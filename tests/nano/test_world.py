@@ -28,9 +28,9 @@ from nano.world import (
     words,
     write_dataset,
 )
-from utils.dataset import scan
-from utils.media import read_frames
-from utils.rules import Folder, Rules
+from utils.data.folders import Folder, Rules
+from utils.data.scan import scan
+from utils.media.frames import read_frames
 
 RED_CIRCLE = Scene("circle", "red", "black", "left")
 

@@ -1,0 +1,55 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+import convert_lora_to_comfy
+from utils.adapters.average import average, last_checkpoints
+from utils.adapters.lora_file import LoraFile, LoraPair, read_lora, write_lora
+from utils.common.errors import UserError
+
+
+def lora(value: float, rank: int = 2, alpha: float = 2.0, name: str = "blocks.0.self_attn.q") -> LoraFile:
+    pair = LoraPair(torch.full((rank, 8), value), torch.full((8, rank), 2 * value), alpha)
+    return LoraFile({name: pair}, metadata={"steps": f"{value:g}"})
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    for step in (1, 2, 6, 9):
+        write_lora(tmp_path / f"wan-lora-{step:08d}.safetensors", lora(float(step)))
+    write_lora(tmp_path / "wan-lora-00000002-ema.safetensors", lora(100.0))
+    (tmp_path / "state-00000002.safetensors").touch()
+    return tmp_path
+
+
+def test_the_mean_is_that_of_the_matrices_and_says_what_the_last_says():
+    mean = average([lora(1.0), lora(2.0), lora(6.0)])
+    pair = mean.pairs["blocks.0.self_attn.q"]
+    assert torch.equal(pair.down, torch.full((2, 8), 3.0)) and torch.equal(pair.up, torch.full((8, 2), 6.0))
+    assert pair.alpha == 2.0 and mean.metadata == {"steps": "6"}
+
+
+@pytest.mark.parametrize("other", [lora(1.0, rank=4), lora(1.0, alpha=4.0), lora(1.0, name="blocks.0.self_attn.k")])
+def test_loras_that_do_not_agree_have_no_mean(other):
+    with pytest.raises(UserError, match="different LoRAs"):
+        average([lora(1.0), other])
+
+
+def test_the_checkpoints_are_those_before_and_no_averages(run):
+    names = [path.name for path in last_checkpoints(run / "wan-lora-00000006.safetensors", 3)]
+    assert names == [f"wan-lora-{step:08d}.safetensors" for step in (1, 2, 6)]
+    with pytest.raises(UserError, match="has only 2 checkpoints up to wan-lora-00000002.safetensors"):
+        last_checkpoints(run / "wan-lora-00000002.safetensors", 3)
+    with pytest.raises(UserError, match="takes a checkpoint of a run"):
+        last_checkpoints(run / "wan-lora-00000002-ema.safetensors", 2)
+
+
+def test_the_converter_writes_the_mean_under_a_name_of_its_own(run, capsys):
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    convert_lora_to_comfy.main(["--input_lora", str(run / "wan-lora-00000009.safetensors"), "--average", "2"])
+    written = run / "wan-lora-00000009_average2_comfy.safetensors"
+    assert torch.equal(read_lora(written).pairs["blocks.0.self_attn.q"].down, torch.full((2, 8), 7.5))
+    assert all(path.read_bytes() == data for path, data in before.items())
+    said = capsys.readouterr().out
+    assert "averaging" in said and "wan-lora-00000006" in said and str(written) in said

@@ -1,0 +1,348 @@
+"""Adapters: which modules, how they answer and learn, and how they come from and go to files."""
+
+import copy
+
+import pytest
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+from tests.tiny import TINY_SHAPE, tiny_transformer
+from utils.adapters.lora import (
+    adapters_off,
+    add_lora,
+    extract_lora,
+    load_lora,
+    parse_blocks,
+    select_modules,
+)
+from utils.adapters.lora_file import LoraFile, LoraPair, read_lora, write_lora
+from utils.common.errors import UserError
+from utils.training.memory import checkpoint_blocks
+from wan.modules.model import WanModel
+
+RANK, ALPHA = 4, 6.0
+LAYERS = [f"{kind}_attn.{x}" for kind in ("self", "cross") for x in "qkvo"] + ["ffn.0", "ffn.2"]
+
+
+def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(batch, 16, 2, 4, 6, generator=generator)
+    text = torch.randn(batch, 5, TINY_SHAPE.text_dim, generator=generator)
+    return latents, torch.linspace(100, 900, batch), text
+
+
+def fill(parameters: list[nn.Parameter], seed: int = 1) -> None:
+    """Draws matrices, so that the adapter changes the answer."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+def adapted(targets: tuple[str, ...] = ("all-linear",), seed: int = 1) -> tuple[WanModel, list[nn.Parameter]]:
+    model = tiny_transformer()
+    parameters = add_lora(model, select_modules(model, targets), RANK, ALPHA)
+    fill(parameters, seed)
+    return model, parameters
+
+
+@pytest.fixture(scope="module")
+def many_blocks() -> nn.Module:
+    """Just enough of a model with 30 blocks to choose modules from."""
+    model = nn.Module()
+    model.blocks = nn.ModuleList(copy.deepcopy(tiny_transformer().blocks[0]) for _ in range(30))
+    return model
+
+
+# -------------------------------------------------------------------------------------------------------- selection
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1", {1}),
+        ("0,2", {0, 2}),
+        ("4-9", {4, 5, 6, 7, 8, 9}),
+        ("0, 3-4 ,29", {0, 3, 4, 29}),
+        ("5-5", {5}),
+        (None, set(range(30))),
+    ],
+)
+def test_block_numbers_are_exactly_those_written(text, expected):
+    assert parse_blocks(text, 30) == expected
+
+
+@pytest.mark.parametrize("text", ["", "one", "1;2", "-1", "1-", "1,,2", "1.5", "0x1", "*"])
+def test_blocks_that_are_not_understood_are_refused(text):
+    with pytest.raises(UserError, match="is not understood; write 1 or 0,2 or 4-9"):
+        parse_blocks(text, 30)
+
+
+@pytest.mark.parametrize("text", ["30", "9-4", "28-30", "1,100"])
+def test_blocks_that_the_model_lacks_are_refused(text):
+    with pytest.raises(UserError, match="the model has blocks 0 to 29"):
+        parse_blocks(text, 30)
+
+
+def test_block_1_is_block_1_and_never_10_to_19(many_blocks):
+    names = select_modules(many_blocks, ["all-linear"], "1")
+    assert sorted(names) == sorted(f"blocks.1.{layer}" for layer in LAYERS)
+
+
+def test_attn_means_both_attentions_of_every_block(many_blocks):
+    names = select_modules(many_blocks, ["attn"])
+    assert set(names) == {f"blocks.{i}.{layer}" for i in range(30) for layer in LAYERS if "attn" in layer}
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["self_attn.q"], {"blocks.4.self_attn.q", "blocks.5.self_attn.q"}),
+        (["self_attn.[kv]"], {f"blocks.{i}.self_attn.{x}" for i in (4, 5) for x in "kv"}),
+        (["cross_attn.q", "attn"], {f"blocks.{i}.{layer}" for i in (4, 5) for layer in LAYERS if "attn" in layer}),
+        (["ffn.*"], {"blocks.4.ffn.0", "blocks.4.ffn.2", "blocks.5.ffn.0", "blocks.5.ffn.2"}),
+        (["blocks.4.ffn.0", "self*.o"], {"blocks.4.ffn.0", "blocks.4.self_attn.o", "blocks.5.self_attn.o"}),
+    ],
+)
+def test_targets_are_named_sets_and_patterns_over_names(many_blocks, targets, expected):
+    assert set(select_modules(many_blocks, targets, "4-5")) == expected
+
+
+def test_head_and_embeddings_are_never_meant():
+    assert set(select_modules(tiny_transformer(), ["*"])) == {f"blocks.{i}.{x}" for i in (0, 1) for x in LAYERS}
+
+
+@pytest.mark.parametrize("target", ["self_attn", "q", "head.head", "attention", "norm3", "blocks.9.ffn.0"])
+def test_a_target_that_matches_nothing_is_refused_with_what_is_known(target):
+    with pytest.raises(UserError, match=r"matches no layer; known: attn, all-linear, .*self_attn\.q.*ffn\.2"):
+        select_modules(tiny_transformer(), ["attn", target])
+
+
+def test_only_the_chosen_modules_get_an_adapter(many_blocks):
+    model = copy.deepcopy(many_blocks)
+    names = select_modules(model, ["self_attn.q"], "1,10")
+    add_lora(model, names, RANK, ALPHA)
+    assert [name for name, module in model.named_modules() if isinstance(module, LoraLinear)] == names
+
+
+# ---------------------------------------------------------------------------------------------- answers and gradients
+
+
+@torch.no_grad()
+def test_a_fresh_adapter_changes_nothing():
+    model = tiny_transformer()
+    expected = model(*inputs())
+    add_lora(model, select_modules(model, ["all-linear"]), RANK, ALPHA)
+    assert torch.equal(model(*inputs()), expected)
+
+
+def test_the_adapters_parameters_alone_train_and_are_fp32_on_a_bf16_base():
+    model = tiny_transformer().to(torch.bfloat16)
+    parameters = add_lora(model, select_modules(model, ["attn"]), RANK, ALPHA)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert {id(p) for p in trainable} == {id(p) for p in parameters} and len(parameters) == 2 * 2 * 8
+    assert all(parameter.dtype == torch.float32 for parameter in parameters)
+
+
+def linear_pair(dtype: torch.dtype = torch.float32) -> tuple[LoraLinear, LoraLinear]:
+    """The same adapted layer twice: with the fused forward, and with PEFT's."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.layer = nn.Linear(24, 40).to(dtype).requires_grad_(False)
+    fill(add_lora(model, ["layer"], RANK, ALPHA))
+    reference = copy.deepcopy(model.layer)
+    del reference.forward
+    return model.layer, reference
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("shape", [(24,), (7, 24), (2, 7, 24), (2, 3, 5, 24)])
+def test_the_fused_forward_equals_that_of_peft_in_values_and_gradients(shape):
+    results = []
+    for layer in linear_pair():
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        y = layer(x)
+        (y * torch.linspace(-1, 1, 40)).sum().backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)])
+    assert results[0][0].shape == (*shape[:-1], 40)
+    assert all(relative_error(fused, reference) <= 2e-6 for fused, reference in zip(*results, strict=True))
+
+
+def test_the_fused_forward_of_nothing_is_nothing():
+    fused, _ = linear_pair()
+    assert fused(torch.ones(0, 24)).shape == (0, 40)
+
+
+def test_the_fused_forward_of_a_strided_input_equals_that_of_its_copy():
+    layer, _ = linear_pair()
+    x = torch.randn(24, 5, 2).permute(2, 1, 0)
+    torch.testing.assert_close(layer(x), layer(x.contiguous()), rtol=1e-6, atol=1e-6)
+
+
+def test_in_bf16_the_fused_forward_is_close_and_gradients_are_fp32():
+    fused, reference = linear_pair(torch.bfloat16)
+    exact, _ = linear_pair()
+    x = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(2))
+    y = fused(x.bfloat16())
+    y.float().square().mean().backward()
+    scale = exact(x).abs().max()
+    assert y.dtype == torch.bfloat16 and (y - exact(x)).abs().max() < 0.02 * scale
+    assert (y - reference(x.bfloat16())).abs().max() < 0.02 * scale
+    assert fused.lora_A["default"].weight.grad.dtype == torch.float32
+
+
+def test_the_whole_model_answers_as_with_peft():
+    model, parameters = adapted()
+    results = []
+    for fused in (True, False):
+        if not fused:
+            for module in model.modules():
+                if isinstance(module, LoraLinear):
+                    del module.forward
+        velocity = model(*inputs())
+        velocity.square().mean().backward()
+        results.append([velocity.detach(), *(parameter.grad for parameter in parameters)])
+        model.zero_grad()
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_after_the_second_step_every_matrix_has_a_finite_gradient_that_is_not_zero():
+    model = tiny_transformer()
+    parameters = add_lora(model, select_modules(model, ["all-linear"]), RANK, ALPHA)
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(*inputs()).square().mean().backward()
+        gradients = [parameter.grad.clone() for parameter in parameters]
+        optimizer.step()
+    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
+
+
+# --------------------------------------------------------------------------------------------------------- the teacher
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_with_adapters_off_the_model_is_its_base_bit_for_bit(checkpointed):
+    with torch.no_grad():
+        expected = tiny_transformer()(*inputs())
+    model, parameters = adapted()
+    if checkpointed:
+        checkpoint_blocks(model.blocks)
+    with torch.no_grad():
+        before = model(*inputs())
+        with adapters_off(model):
+            assert torch.equal(model(*inputs()), expected)
+        assert torch.equal(model(*inputs()), before) and not torch.equal(before, expected)
+    assert all(parameter.requires_grad for parameter in parameters)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_student_learns_the_same_with_its_teacher_asked_between_forward_and_backward(checkpointed):
+    gradients = []
+    for teacher_last in (False, True):
+        model, parameters = adapted()
+        if checkpointed:
+            checkpoint_blocks(model.blocks)
+        student = model(*inputs()) if teacher_last else None
+        with torch.no_grad(), adapters_off(model):
+            target = model(*inputs())
+        student = model(*inputs()) if student is None else student
+        (student - target).square().mean().backward()
+        gradients.append([parameter.grad for parameter in parameters])
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+
+
+def test_an_exception_in_the_teacher_brings_the_adapters_back():
+    model, parameters = adapted()
+    with torch.no_grad():
+        expected = model(*inputs())
+        with pytest.raises(ZeroDivisionError), adapters_off(model):
+            raise ZeroDivisionError
+        assert torch.equal(model(*inputs()), expected)
+    assert all(parameter.requires_grad for parameter in parameters)
+
+
+def test_only_adapters_are_trainable_after_the_teacher_has_spoken():
+    model, parameters = adapted()
+    with adapters_off(model):
+        pass
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in parameters}
+
+
+# --------------------------------------------------------------------------------------------------- files and back
+
+
+def matrices(model: WanModel) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+def test_an_adapter_survives_the_way_to_a_file_and_back(tmp_path):
+    model, _ = adapted()
+    write_lora(tmp_path / "lora.safetensors", extract_lora(model, {"step": "7"}))
+    lora = read_lora(tmp_path / "lora.safetensors")
+    other, _ = adapted(seed=9)
+    assert not torch.equal(other(*inputs()), model(*inputs()))
+    load_lora(other, lora)
+    expected = matrices(model)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in matrices(other).items())
+    assert torch.equal(other(*inputs()), model(*inputs())) and lora.metadata["step"] == "7"
+
+
+def test_an_extracted_adapter_is_a_copy():
+    model, parameters = adapted()
+    lora = extract_lora(model, {})
+    before = {name: pair.up.clone() for name, pair in lora.pairs.items()}
+    for parameter in parameters:
+        parameter.data.zero_()
+    assert all(torch.equal(pair.up, before[name]) for name, pair in lora.pairs.items())
+    assert all(not pair.up.requires_grad and pair.alpha == ALPHA for pair in lora.pairs.values())
+
+
+def test_a_loaded_adapter_goes_on_training():
+    model, parameters = adapted()
+    lora = extract_lora(model, {})
+    fill(parameters, seed=5)
+    load_lora(model, lora)
+    model(*inputs()).square().mean().backward()
+    assert all(parameter.requires_grad and parameter.grad.abs().max() > 0 for parameter in parameters)
+
+
+def changed(lora: LoraFile, name: str, pair: LoraPair | None) -> LoraFile:
+    """The same LoRA with one pair replaced, or taken out."""
+    pairs = lora.pairs | {name: pair}
+    return LoraFile({name: pair for name, pair in pairs.items() if pair is not None})
+
+
+Q = "blocks.0.self_attn.q"
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (LoraPair(torch.ones(2, 48), torch.ones(48, 2), ALPHA), "rank 2 and alpha 6.*--lora_rank 2 --lora_alpha 6"),
+        (LoraPair(torch.ones(4, 48), torch.ones(48, 4), 8.0), "rank 4 and alpha 8.*--lora_rank 4 --lora_alpha 8"),
+        (LoraPair(torch.ones(4, 48), torch.ones(48, 4), None), "rank 4 and alpha 4.*--lora_alpha 4"),
+        (LoraPair(torch.ones(4, 32), torch.ones(48, 4), ALPHA), r"does not fit at blocks\.0\.self_attn\.q"),
+        (LoraPair(torch.ones(4, 48), torch.ones(32, 4), ALPHA), r"\(32, 4\), the model needs \(48, 4\)"),
+        (None, r"lacks blocks\.0\.self_attn\.q \(1 such modules\)"),
+    ],
+)
+def test_a_lora_that_cannot_be_started_from_is_refused(pair, message):
+    model, _ = adapted()
+    with pytest.raises(UserError, match=message):
+        load_lora(model, changed(extract_lora(model, {}), Q, pair))
+
+
+def test_a_lora_with_other_targets_or_more_than_pairs_is_refused():
+    model, _ = adapted(("attn",))
+    more = extract_lora(adapted()[0], {})
+    with pytest.raises(UserError, match=r"adapts, unlike this run, blocks\.0\.ffn\.0 \(4 such modules\)"):
+        load_lora(model, more)
+    extra = LoraFile(extract_lora(model, {}).pairs, extras={"blocks.0.norm3.diff": torch.ones(48)})
+    with pytest.raises(UserError, match=r"holds more than pairs \(blocks\.0\.norm3\.diff\); fuse it instead"):
+        load_lora(model, extra)

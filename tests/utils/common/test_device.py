@@ -1,0 +1,21 @@
+"""The device that is taken, and what is said when it is full."""
+
+import pytest
+import torch
+
+from utils.common.device import explained_memory, pick_device
+from utils.common.errors import RunError
+
+
+def test_a_full_gpu_is_told_with_what_can_be_made_smaller():
+    with pytest.raises(RunError) as caught, explained_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+    first, second = str(caught.value).splitlines()
+    assert first == "CUDA out of memory" and "--token_limit" in second and "--gradient_checkpointing" in second
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_the_gpu_is_used_where_there_is_one(monkeypatch, available):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert pick_device() == torch.device("cuda" if available else "cpu")

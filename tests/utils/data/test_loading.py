@@ -1,0 +1,143 @@
+"""Clips are read from tiny videos, here and in worker processes."""
+
+import multiprocessing
+import os
+import random
+import signal
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.media import image, video
+from utils.common.errors import LoaderError, UserError
+from utils.data.folders import Folder, Rules
+from utils.data.loading import batches, load_ahead, load_clip
+from utils.data.plan import Limits, Plan, Window
+from utils.data.scan import Source, scan
+from utils.media.probing import MediaError
+
+SMALL = {"base_res": (32,)}
+LIMITS = Limits(token_limit=60)
+
+
+def look(folder: Path, **rules) -> list[Source]:
+    sources, problems = scan(Folder(folder, Rules(**rules)), 16.0)
+    assert not problems
+    return sources
+
+
+def test_a_clip_holds_the_frames_the_window_names(tmp_path):
+    video(tmp_path / "a.mp4", frames=17)
+    (clip_source,) = look(tmp_path)
+    window = Window(clip_source, "a clip", 32, 32, tuple(range(2, 17, 3)), (0.0, 0.0))
+    clip = load_clip(window)
+    assert clip.pixels.shape == (3, 5, 32, 32) and clip.pixels.dtype == torch.uint8
+    assert (clip.caption, clip.control, clip.mask) == ("a clip", None, None)
+    shown = clip.pixels[..., 0].float().mean((0, 2))
+    assert (shown - torch.tensor([2, 5, 8, 11, 14]) * 200 / 16).abs().max() < 6
+    assert torch.equal(clip.pixels, load_clip(window).pixels)
+
+
+def test_a_control_of_another_resolution_shows_the_same_region_and_frames(tmp_path):
+    video(tmp_path / "a.mp4", frames=9, size=(128, 64))
+    video(tmp_path / "a_control.mp4", frames=9, size=(64, 32), caption=None)
+    (pair,) = look(tmp_path, load_control=True)
+    clip = load_clip(Window(pair, "", 32, 32, (0, 2, 4, 6, 8), (0.9, 0.5)))
+    assert clip.control.shape == clip.pixels.shape
+    assert (clip.control.float() - clip.pixels.float()).abs().mean() < 4
+
+
+@pytest.fixture
+def small_set(tmp_path) -> list[Source]:
+    for index in range(5):
+        video(tmp_path / f"{index}.mp4", frames=9 + index, caption=f"clip {index}")
+    image(tmp_path / "still.png")
+    return look(tmp_path, **SMALL)
+
+
+def first(count: int, sources: list[Source], seed: int = 7, **keywords) -> list[list]:
+    stream = batches(Plan(sources, LIMITS, seed), load_clip, **keywords)
+    taken = list(islice(stream, count))
+    stream.close()
+    return taken
+
+
+def same(ours: list[list], theirs: list[list]) -> bool:
+    pairs = [pair for batch in zip(ours, theirs, strict=True) for pair in zip(*batch, strict=True)]
+    return all(a.caption == b.caption and torch.equal(a.pixels, b.pixels) for a, b in pairs)
+
+
+def test_workers_change_nothing_but_the_speed_and_end_with_the_iterator(small_set):
+    alone = first(9, small_set)
+    stream = batches(Plan(small_set, LIMITS, 7), load_clip, num_workers=2)
+    helped = list(islice(stream, 9))
+    assert len(multiprocessing.active_children()) == 2
+    stream.close()
+    assert same(alone, helped) and not multiprocessing.active_children()
+
+
+def test_batches_follow_the_plan_over_epochs_and_can_be_entered_anywhere(small_set):
+    planned = [batch for epoch in range(3) for batch in Plan(small_set, LIMITS, 7).epoch(epoch)]
+    everything = first(len(planned), small_set)
+    assert [[clip.caption for clip in clips] for clips in everything] == [
+        [w.caption for w in batch] for batch in planned
+    ]
+    assert same(everything[8:], first(len(planned) - 8, small_set, start_batch=8))
+
+
+def test_the_global_random_state_is_left_alone(small_set):
+    before = torch.get_rng_state(), random.getstate()
+    first(3, small_set)
+    first(3, small_set, num_workers=1)
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_file_that_vanishes_is_a_media_error_without_a_traceback_in_it(small_set, num_workers):
+    gone = small_set[2].path
+    gone.unlink()
+    with pytest.raises(MediaError) as caught:
+        first(6, small_set, num_workers=num_workers)
+    assert caught.value.path == gone and str(caught.value) == f"{gone}: there is no such file"
+    assert not multiprocessing.active_children()
+
+
+def test_workers_can_be_spawned_as_on_windows(small_set):
+    method = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        helped = first(2, small_set, num_workers=1)
+    finally:
+        multiprocessing.set_start_method(method, force=True)
+    assert same(helped, first(2, small_set))
+
+
+def test_nothing_to_train_on_is_said_at_once():
+    with pytest.raises(UserError, match="nothing to train on"):
+        batches(Plan([], LIMITS, 0), load_clip)
+
+
+def test_a_mask_may_be_one_picture_for_a_whole_video_and_is_cut_alike(tmp_path):
+    video(tmp_path / "a.mp4", frames=9, size=(128, 64))
+    image(tmp_path / "a_mask.png", caption=None, size=(64, 32))
+    (source,) = look(tmp_path, load_mask=True)
+    clip = load_clip(Window(source, "", 64, 32, tuple(range(5)), (0.5, 0.5)))
+    assert clip.mask.shape == (5, 32, 64) and clip.mask.dtype == torch.uint8
+    assert torch.equal(clip.mask[0], clip.mask[4])
+
+
+def _dies(window: Window) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_ends_the_loading_with_a_message(small_set):
+    stream = load_ahead(Plan(small_set, LIMITS, 7).epoch(0), _dies, num_workers=1)
+    with pytest.raises(LoaderError, match=r"(?s)loading the next clips failed: DataLoader worker .*--num_workers"):
+        next(stream)
+
+
+def test_planned_batches_end_where_the_plan_ends(small_set):
+    planned = Plan(small_set, LIMITS, 7).epoch(0)
+    assert len(list(load_ahead(planned, load_clip, 0))) == len(planned)

@@ -1,0 +1,186 @@
+"""Folders are made here, with tiny videos."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.media import image, video
+from utils.common.errors import UserError
+from utils.data.folders import Folder, Rules
+from utils.data.scan import Problem, Source, scan, split_folders
+from utils.media.frames import write_video
+
+
+def look(folder: Path, exclude: list[Path] | None = None, **rules) -> tuple[list[Source], list[Problem]]:
+    return scan(Folder(folder, Rules(**rules)), 16.0, exclude or [])
+
+
+def reasons(problems) -> dict[str, str]:
+    return {problem.path.name: problem.reason for problem in problems}
+
+
+def test_a_folder_is_scanned_recursively_in_order_without_hidden_things(tmp_path):
+    video(tmp_path / "b" / "UPPER.MP4", caption="\ufeff  ein Hund, ü \n")
+    image(tmp_path / "a" / "pic one.JPG")
+    for hidden in (".wan_cache/x.mp4", ".secret/y.mp4", "a/._z.mp4"):
+        video(tmp_path / hidden)
+    sources, problems = look(tmp_path)
+    assert [(s.path.name, *s.captions, s.info.frames) for s in sources] == [
+        ("pic one.JPG", "a picture", 1),
+        ("UPPER.MP4", "ein Hund, ü", 9),
+    ]
+    assert problems == []
+
+
+def test_every_bad_file_comes_back_with_its_own_reason_and_the_good_one_is_kept(tmp_path):
+    video(tmp_path / "good.mp4")
+    video(tmp_path / "short.mp4", frames=3)
+    video(tmp_path / "silent.mp4", caption=None)
+    video(tmp_path / "blank.mp4", caption=" \n")
+    video(tmp_path / "latin.mp4").with_suffix(".txt").write_bytes("für".encode("latin-1"))
+    video(tmp_path / "text.mp4").write_text("not a video")
+    image(tmp_path / "twin.png")
+    video(tmp_path / "twin.mp4")
+    sources, problems = look(tmp_path)
+    assert [s.path.name for s in sources] == ["good.mp4"]
+    expected = {
+        "short.mp4": "3 frames",
+        "silent.mp4": "no caption",
+        "blank.mp4": "empty",
+        "latin.mp4": "not UTF-8",
+        "text.mp4": "not a readable video",
+        "twin.png": "share a caption",
+        "twin.mp4": "share a caption",
+    }
+    found = reasons(problems)
+    assert found.keys() == expected.keys()
+    assert all(word in found[name] for name, word in expected.items()), found
+
+
+def test_one_file_with_two_faults_has_both_reported(tmp_path):
+    video(tmp_path / "a.mp4", frames=3, caption=None)
+    assert len(look(tmp_path)[1]) == 2
+
+
+def test_controls_are_paired_by_name_and_never_trained_on(tmp_path):
+    video(tmp_path / "a.mp4", frames=9)
+    video(tmp_path / "a_control.mov", frames=5, size=(32, 24), caption=None)
+    image(tmp_path / "b.png")
+    image(tmp_path / "b_control.jpg", caption=None)
+    sources, problems = look(tmp_path, load_control=True)
+    assert problems == []
+    assert [(s.path.name, s.control.path.name, len(s.shown)) for s in sources] == [
+        ("a.mp4", "a_control.mov", 5),
+        ("b.png", "b_control.jpg", 1),
+    ]
+
+
+def test_each_bad_control_is_a_problem_of_its_video(tmp_path):
+    video(tmp_path / "alone.mp4")
+    for name in ("kind", "short", "broken", "twice"):
+        video(tmp_path / f"{name}.mp4")
+    image(tmp_path / "kind_control.png", caption=None)
+    video(tmp_path / "short_control.mp4", frames=3, caption=None)
+    (tmp_path / "broken_control.mp4").touch()
+    video(tmp_path / "twice_control.mp4", caption=None)
+    video(tmp_path / "twice_control.mov", caption=None)
+    video(tmp_path / "stray_control.mp4", caption=None)
+    sources, problems = look(tmp_path, load_control=True)
+    words = {
+        "alone.mp4": "no control",
+        "kind.mp4": "must be a video",
+        "short.mp4": "3 frames",
+        "broken.mp4": "the file is empty",
+        "twice.mp4": "several controls",
+        "stray_control.mp4": "without the file",
+    }
+    found = reasons(problems)
+    assert sources == [] and found.keys() == words.keys()
+    assert all(word in found[name] for name, word in words.items()), found
+
+
+def test_another_control_suffix_can_be_named_but_not_an_empty_one(tmp_path):
+    video(tmp_path / "a.mp4")
+    video(tmp_path / "a.depth.mp4", caption=None)
+    assert len(look(tmp_path, load_control=True, control_suffix=".depth")[0]) == 1
+    with pytest.raises(UserError, match="suffix is empty"):
+        look(tmp_path, load_control=True, control_suffix="")
+
+
+def test_an_empty_or_missing_folder_says_what_was_looked_for_and_where(tmp_path):
+    with pytest.raises(UserError, match=r"(?s)no videos or images.*\.mp4.*\.png") as caught:
+        look(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    with pytest.raises(UserError, match="does not exist"):
+        look(tmp_path / "nowhere")
+
+
+def test_linked_folders_are_followed_but_never_in_a_circle(tmp_path):
+    video(tmp_path / "elsewhere" / "a.mp4")
+    dataset = tmp_path / "dataset"
+    dataset.mkdir()
+    (dataset / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (dataset / "again").symlink_to(dataset, target_is_directory=True)
+    assert [s.path for s in look(dataset)[0]] == [dataset / "linked" / "a.mp4"]
+
+
+def test_validation_files_are_never_training_sources(tmp_path):
+    video(tmp_path / "a.mp4")
+    video(tmp_path / "validation" / "b.mp4")
+    train, held_out = split_folders(tmp_path)
+    assert (train, held_out) == (tmp_path, [tmp_path / "validation"])
+    video(tmp_path / "test" / "c.mp4")
+    train, held_out = split_folders(tmp_path)
+    assert held_out == [tmp_path / "validation", tmp_path / "test"]
+    assert [s.path.name for s in look(train, held_out)[0]] == ["a.mp4"]
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    train, (val, *_) = split_folders(tmp_path)
+    assert (train, val) == (tmp_path / "train", tmp_path / "val")
+    assert split_folders(tmp_path / "train") == (tmp_path / "train", [])
+
+
+def test_masks_and_controls_come_from_folders_of_their_own(tmp_path):
+    video(tmp_path / "clips" / "deep" / "a.mp4", frames=9)
+    video(tmp_path / "clips" / "b.mp4", frames=9)
+    video(tmp_path / "edges" / "a.mp4", frames=7, caption=None)
+    video(tmp_path / "edges" / "b.mov", frames=9, caption=None)
+    image(tmp_path / "masks" / "a.png", caption=None)
+    video(tmp_path / "masks" / "b.mp4", frames=6, caption=None)
+    folders = {"control_folder": tmp_path / "edges", "mask_folder": tmp_path / "masks"}
+    sources, problems = look(tmp_path / "clips", **folders)
+    assert problems == []
+    named = {s.path.name: (s.control.path.name, s.mask.path.name, len(s.shown)) for s in sources}
+    assert named == {"a.mp4": ("a.mp4", "a.png", 7), "b.mp4": ("b.mov", "b.mp4", 6)}
+    image(tmp_path / "masks" / "of_another_folder.png", caption=None)
+    (tmp_path / "masks" / "b.mp4").unlink()
+    problems = reasons(look(tmp_path / "clips", **folders)[1])
+    assert list(problems) == ["b.mp4"] and "it has no mask named b.* in" in problems["b.mp4"]
+
+
+def test_the_frames_of_a_folder_with_a_rate_are_those_at_its_times(tmp_path):
+    ramp = torch.arange(0, 240, 4, dtype=torch.uint8)[:, None, None, None].expand(60, 3, 48, 64)
+    for name, fps in (("slow", 8), ("own", 16), ("fast", 48)):
+        write_video(tmp_path / f"{name}.mp4", ramp, fps)
+        (tmp_path / f"{name}.txt").write_text("a ramp")
+    image(tmp_path / "still.png")
+    for rate, expected in (("native", (60, 60, 60)), ("auto", (60, 60, 20)), ("24", (60, 60, 30))):
+        shown = {source.path.stem: source.shown for source in look(tmp_path, fps=rate)[0]}
+        assert tuple(len(shown[name]) for name in ("slow", "own", "fast")) == expected, rate
+        assert list(shown["still"]) == [0]
+    with pytest.raises(UserError, match="--fps must be native, auto or a number"):
+        look(tmp_path, fps="often")
+
+
+def test_a_prefix_goes_before_every_caption(tmp_path):
+    video(tmp_path / "a.mp4", caption="fox\nhare")
+    assert look(tmp_path, caption_prefix="kelo, ")[0][0].captions == ("kelo, fox\nhare",)
+    assert look(tmp_path, caption_prefix="kelo, ", caption_per_line=True)[0][0].captions == ("kelo, fox", "kelo, hare")
+
+
+def test_a_listing_that_does_not_agree_is_a_problem_of_its_own(tmp_path):
+    video(tmp_path / "a.mp4", caption=None)
+    (tmp_path / "captions.txt").write_text("one\ntwo")
+    problems = reasons(look(tmp_path)[1])
+    assert set(problems) == {"a.mp4", "captions.txt"} and "2 lines for 1" in problems["captions.txt"]

@@ -1,0 +1,185 @@
+"""Clips become latents and conditions, conditions become batches, and batches reach the transformer whole."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny import TINY_SHAPE, tiny_transformer, tiny_vae
+from utils.adapters.lora import widen_patch_embedding
+from utils.data.loading import Clip
+from utils.encoding.conditioning import (
+    Batch,
+    Cond,
+    Encoded,
+    collate,
+    encode_clip,
+    encode_video,
+    inject_noise,
+    make_predict,
+    to_pixels,
+    to_unit_range,
+    with_text,
+)
+from utils.media.controls import tile
+from wan.modules.vae import WanVAE
+
+WIDTH = TINY_SHAPE.text_dim
+
+
+@pytest.fixture(scope="module")
+def vae() -> WanVAE:
+    return tiny_vae()
+
+
+def make_pixels(seed: int = 0, frames: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, frames, 16, 32), dtype=torch.uint8, generator=generator)
+
+
+def make_clip(control: Tensor | None = None) -> Clip:
+    return Clip(make_pixels(), "a red car", control)
+
+
+def make_encoded(seed: int, tokens: int, control: bool = False) -> Encoded:
+    generator = torch.Generator().manual_seed(seed)
+    latents, channels = torch.randn(2, 16, 2, 4, 6, generator=generator)
+    return Encoded(latents, torch.randn(tokens, WIDTH, generator=generator), channels if control else None)
+
+
+def test_every_pixel_value_survives_the_round_trip():
+    values = torch.arange(256, dtype=torch.uint8).view(1, 2, 8, 16).expand(3, -1, -1, -1)
+    video = to_unit_range(values)
+    assert video.dtype == torch.float32 and video.min() == -1 and video.max() == 1
+    assert torch.equal(to_pixels(video), values.transpose(0, 1))
+
+
+def test_pixels_are_clamped_and_the_video_is_left_alone():
+    video = torch.tensor([-1.5, 1.5, 0.0]).view(3, 1, 1, 1)
+    before = video.clone()
+    assert to_pixels(video).flatten().tolist() == [0, 255, 128]
+    assert torch.equal(video, before)
+
+
+def test_a_clip_becomes_its_latents_and_its_text(vae):
+    text = torch.randn(4, WIDTH)
+    encoded = encode_clip(make_clip(), text, vae)
+    expected = vae.encode(make_pixels().float()[None] / 127.5 - 1)[0]
+    torch.testing.assert_close(encoded.latents, expected)
+    assert encoded.latents.shape == (16, 2, 2, 4) and not encoded.latents.requires_grad
+    assert torch.equal(encoded.text, text) and encoded.channels is None
+
+
+def test_with_a_control_type_the_control_is_made_from_the_pixels(vae):
+    encoded = encode_clip(make_clip(), torch.randn(4, WIDTH), vae, "tile")
+    expected = vae.encode(tile(to_unit_range(make_pixels()))[None])[0]
+    assert torch.equal(encoded.channels, expected)
+    assert not torch.allclose(encoded.channels, encoded.latents)
+
+
+def test_a_control_file_takes_the_place_of_the_made_control(vae):
+    encoded = encode_clip(make_clip(make_pixels(seed=1)), torch.randn(4, WIDTH), vae, "tile")
+    assert torch.equal(encoded.channels, encode_video(to_unit_range(make_pixels(seed=1)), vae))
+    assert torch.equal(encoded.latents, encode_video(to_unit_range(make_pixels()), vae))
+
+
+def test_without_a_control_type_a_control_file_is_not_encoded(vae):
+    assert encode_clip(make_clip(make_pixels(seed=1)), torch.randn(4, WIDTH), vae).channels is None
+
+
+def test_latents_are_fp32_even_from_a_half_precision_vae():
+    vae = tiny_vae().to(torch.bfloat16)
+    assert encode_video(to_unit_range(make_pixels(frames=1)), vae).dtype == torch.float32
+
+
+def test_shorter_texts_are_padded_with_zero_rows():
+    samples = [make_encoded(0, tokens=3), make_encoded(1, tokens=7)]
+    batch = collate(samples)
+    assert batch.latents.shape == (2, 16, 2, 4, 6) and batch.cond.text.shape == (2, 7, WIDTH)
+    for i, sample in enumerate(samples):
+        assert torch.equal(batch.latents[i], sample.latents)
+        assert torch.equal(batch.cond.text[i, : len(sample.text)], sample.text)
+    assert batch.cond.text[0, 3:].eq(0).all() and batch.cond.channels is None
+
+
+def test_padding_a_text_in_a_batch_does_not_change_its_velocity():
+    samples = [make_encoded(0, tokens=3), make_encoded(1, tokens=7)]
+    predict, timestep = make_predict(tiny_transformer()), torch.tensor([500.0])
+    together = predict(collate(samples).latents, timestep.expand(2), collate(samples).cond)
+    for i, sample in enumerate(samples):
+        alone = predict(collate([sample]).latents, timestep, collate([sample]).cond)
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_control_channels_are_stacked_in_order():
+    samples = [make_encoded(0, 3, control=True), make_encoded(1, 3, control=True)]
+    channels = collate(samples).cond.channels
+    assert all(torch.equal(channels[i], sample.channels) for i, sample in enumerate(samples))
+
+
+def test_a_batch_counts_the_tokens_that_the_transformer_sees():
+    batch, seen = collate([make_encoded(0, 3), make_encoded(1, 3)]), []
+    model = tiny_transformer()
+    model.blocks[0].register_forward_hook(lambda block, args, output: seen.append(output.shape[0] * output.shape[1]))
+    make_predict(model)(batch.latents, torch.tensor([1.0, 2.0]), batch.cond)
+    assert seen == [batch.tokens((1, 2, 2))] == [2 * 2 * 2 * 3]
+
+
+def test_a_batch_moves_with_all_it_holds():
+    for control in (False, True):
+        moved = collate([make_encoded(0, 3, control)]).to(torch.device("meta"))
+        tensors = [moved.latents, moved.cond.text, *([moved.cond.channels] if control else [])]
+        assert isinstance(moved, Batch) and {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def test_injected_noise_is_off_at_0_and_without_control():
+    cond = collate([make_encoded(0, 3, control=True)]).cond
+    assert inject_noise(cond, 0.0) is cond
+    plain = collate([make_encoded(0, 3)]).cond
+    assert inject_noise(plain, 0.5) is plain
+
+
+def test_injected_noise_has_another_amount_for_each_sample_up_to_the_strength():
+    torch.manual_seed(0)
+    cond = Cond(torch.zeros(64, 1, WIDTH), torch.zeros(64, 16, 2, 8, 8))
+    amounts = inject_noise(cond, 0.5).channels.flatten(1).std(dim=1)
+    assert amounts.max() < 0.52 and amounts.max() > 0.4
+    assert amounts.min() < 0.1 and amounts.mean().item() == pytest.approx(0.25, abs=0.06)
+
+
+def test_injected_noise_is_added_to_a_copy_of_the_control_alone():
+    cond = collate([make_encoded(0, 3, control=True)]).cond
+    before = cond.channels.clone()
+    noisy = inject_noise(cond, 0.5)
+    assert torch.equal(cond.channels, before) and not torch.equal(noisy.channels, before)
+    assert noisy.text is cond.text
+
+
+def test_another_text_stands_for_every_sample_and_the_rest_stays():
+    cond = collate([make_encoded(0, 3, control=True), make_encoded(1, 5, control=True)]).cond
+    text = torch.randn(4, WIDTH)
+    negative = with_text(cond, text)
+    assert all(torch.equal(row, text) for row in negative.text) and len(negative.text) == 2
+    assert negative.channels is cond.channels
+
+
+def test_a_model_without_extra_channels_sees_the_latents_as_they_are():
+    model, batch = tiny_transformer(), collate([make_encoded(0, 3)])
+    timestep = torch.tensor([500.0])
+    expected = model(batch.latents, timestep, batch.cond.text)
+    assert torch.equal(make_predict(model)(batch.latents, timestep, batch.cond), expected)
+
+
+def test_control_channels_follow_the_latents_and_absent_ones_are_zeros():
+    model = tiny_transformer()
+    widen_patch_embedding(model, 32)
+    model.patch_embedding.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    predict, timestep = make_predict(model), torch.tensor([500.0])
+    batch = collate([make_encoded(0, 3, control=True)])
+    controlled = predict(batch.latents, timestep, batch.cond)
+    joined = torch.cat([batch.latents, batch.cond.channels], dim=1)
+    assert torch.equal(controlled, model(joined, timestep, batch.cond.text))
+
+    zeros = Cond(batch.cond.text, torch.zeros_like(batch.latents))
+    absent = predict(batch.latents, timestep, Cond(batch.cond.text))
+    assert torch.equal(absent, predict(batch.latents, timestep, zeros))
+    assert not torch.allclose(absent, controlled)

@@ -1,0 +1,135 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.media import image, video
+from utils.common.errors import RunError, UserError
+from utils.data.folders import Folder, Rules
+from utils.data.plan import Limits, Window, every_window, fixed_windows
+from utils.data.scan import scan
+from utils.encoding import latent_cache
+from utils.encoding.latent_cache import Digests, LatentCache, latent_bytes
+
+LIMITS = Limits(token_limit=60)
+
+
+@pytest.fixture
+def window(tmp_path) -> Window:
+    video(tmp_path / "clips" / "a.mp4", frames=9)
+    sources, _ = scan(Folder(tmp_path / "clips", Rules(base_res=(32,))), 16.0)
+    return every_window(fixed_windows(sources, LIMITS, 1))[0]
+
+
+def cache(tmp_path: Path, fingerprint: str = "vae", control: str | None = None) -> LatentCache:
+    found = LatentCache(tmp_path / "cache", fingerprint, control)
+    found.require_room(0)
+    return found
+
+
+PARTS = {"latents": torch.randn(16, 3, 4, 4), "mask": torch.rand(3, 4, 4)}
+
+
+def test_what_is_stored_comes_back_to_the_bit_and_is_missing_no_more(tmp_path, window):
+    store = cache(tmp_path)
+    assert store.missing([window, window]) == [window]
+    with pytest.raises(UserError, match="--cache_latents again"):
+        store.load(window)
+    store.store(window, PARTS)
+    again = cache(tmp_path)
+    assert again.missing([window]) == [] and again.load(window).keys() == PARTS.keys()
+    assert all(torch.equal(again.load(window)[name], part) for name, part in PARTS.items())
+
+
+def test_the_name_depends_on_everything_that_the_latents_do_and_on_nothing_else(tmp_path, window):
+    path = cache(tmp_path).path(window)
+    changed = [
+        replace(window, indices=window.indices[:5]),
+        replace(window, width=48),
+        replace(window, position=(0.5, 0.4)),
+    ]
+    names = {cache(tmp_path).path(other) for other in changed}
+    names |= {cache(tmp_path, "other").path(window), cache(tmp_path, control="tile").path(window), path}
+    assert len(names) == 6
+    assert cache(tmp_path).path(replace(window, caption="another")) == path
+    moved = tmp_path / "elsewhere.mp4"
+    moved.write_bytes(window.source.path.read_bytes())
+    assert cache(tmp_path).path(replace(window, source=replace(window.source, path=moved))) == path
+    video(window.source.path, frames=10)
+    assert cache(tmp_path).path(window) != path
+
+
+def test_a_cache_file_that_was_cut_short_is_missing(tmp_path, window):
+    store = cache(tmp_path)
+    store.store(window, PARTS)
+    whole = store.path(window).read_bytes()
+    for content in (whole[:-1], whole[:10], b""):
+        store.path(window).write_bytes(content)
+        assert store.missing([window]) == [window]
+    store.store(window, PARTS)
+    assert store.missing([window]) == []
+
+
+def test_a_run_goes_on_from_the_cache_when_the_clip_has_vanished(tmp_path, window):
+    store = cache(tmp_path)
+    store.store(window, PARTS)
+    window.source.path.unlink()
+    assert store.load(window).keys() == PARTS.keys()
+    with pytest.raises(UserError, match="cannot read"):
+        cache(tmp_path).path(window)
+
+
+def test_pruning_removes_what_no_window_needs_also_of_other_vaes(tmp_path, window):
+    store, old = cache(tmp_path), cache(tmp_path, "old")
+    other = replace(window, width=48)
+    for where, kept in ((store, window), (store, other), (old, window)):
+        where.store(kept, PARTS)
+    size = store.path(other).stat().st_size + old.path(window).stat().st_size
+    assert store.prune([window]) == size
+    assert store.missing([window, other]) == [other] and not list(old.folder.iterdir())
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda path: FullDisk)
+    with pytest.raises(UserError, match=r"the latents take 5\.00 GB, and .* has 1\.00 GB free"):
+        LatentCache(tmp_path / "cache", "vae", None).require_room(5_000_000_000)
+
+
+class FullDisk:
+    free = 1_000_000_000
+
+
+def test_a_folder_that_cannot_be_made_or_written_is_told(tmp_path, window):
+    (tmp_path / "cache").write_text("in the way")
+    with pytest.raises(UserError, match="--cache_dir"):
+        LatentCache(tmp_path / "cache", "vae", None).require_room(0)
+    with pytest.raises(RunError, match="cannot write latents"):
+        LatentCache(tmp_path / "nowhere", "vae", None).store(window, PARTS)
+
+
+def test_the_size_that_is_told_is_that_of_the_files(tmp_path, window):
+    store = cache(tmp_path)
+    store.store(window, {"latents": torch.zeros(16, *shape(window)), "channels": torch.zeros(16, *shape(window))})
+    told = latent_bytes([window], 32)
+    assert told <= store.path(window).stat().st_size <= told + 1000
+
+
+def shape(window: Window) -> tuple[int, int, int]:
+    return (window.frames - 1) // 4 + 1, window.height // 8, window.width // 8
+
+
+def test_digests_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
+    path = image(tmp_path / "a.png")
+    digests = Digests(tmp_path / "digests.json")
+    first = digests.of(path)
+    digests.save()
+    monkeypatch.setattr(latent_cache.hashlib, "file_digest", lambda *_: pytest.fail("hashed again"))
+    assert Digests(tmp_path / "digests.json").of(path) == first
+    monkeypatch.undo()
+    path.write_bytes(path.read_bytes() + b"x")
+    assert Digests(tmp_path / "digests.json").of(path) != first
+    (tmp_path / "digests.json").write_text("[not json")
+    assert Digests(tmp_path / "digests.json").of(path)
+    with pytest.raises(UserError, match="cannot read"):
+        digests.of(tmp_path / "gone.mp4")

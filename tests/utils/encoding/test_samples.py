@@ -1,0 +1,114 @@
+"""Samples fresh from the encoders and samples from the cache: the loop cannot tell them apart."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_wan_lora
+from tests.media import image, video
+from tests.tiny import tiny_transformer, write_model
+from utils.adapters.lora import add_lora, select_modules, widen_patch_embedding
+from utils.data.folders import Folder, Rules
+from utils.data.plan import Limits, Window, every_window, fixed_windows
+from utils.data.scan import scan
+from utils.encoding.conditioning import make_predict
+from utils.encoding.samples import CachedSamples, FreshSamples, LatentStage
+from utils.encoding.text import TextStage
+from wan.checkpoints import load_vae
+
+CPU = torch.device("cpu")
+LIMITS = Limits(token_limit=60)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def windows_of(folder: Path, **rules) -> list[Window]:
+    sources, problems = scan(Folder(folder, Rules(base_res=(64,), enlarge=True, **rules)), 16.0)
+    assert not problems
+    return every_window(fixed_windows(sources, LIMITS, 2))
+
+
+def both(folder: Path, model: Path, windows: list[Window], control: str | None) -> tuple[FreshSamples, CachedSamples]:
+    texts = (
+        TextStage(model, CPU).encode([window.caption for window in windows], [], folder / "text", None, folder).captions
+    )
+    cache = LatentStage(model, CPU, control).fill(folder / "latents", windows, num_workers=0)
+    return FreshSamples(load_vae(model), texts, control), CachedSamples(cache, texts, CPU)
+
+
+@pytest.mark.parametrize("control", [None, "tile"])
+def test_the_loss_is_the_same_to_the_bit(tmp_path, model, control):
+    video(tmp_path / "a.mp4", frames=9)
+    video(tmp_path / "b.mp4", frames=13)
+    image(tmp_path / "c.png")
+    windows = windows_of(tmp_path)
+    opts = train_wan_lora.parse_options(train_wan_lora.Options, [])
+    torch.manual_seed(0)
+    transformer = tiny_transformer()
+    if control:
+        widen_patch_embedding(transformer, 32)
+        torch.nn.init.normal_(transformer.patch_embedding.weight)  # or the control would count for nothing
+    add_lora(transformer, select_modules(transformer, ["attn"]), 4, 4)
+    for window in windows:
+        losses = []
+        for samples in both(tmp_path, model, windows, control):
+            batch = samples.batch([samples.load(window)])
+            torch.manual_seed(1)
+            losses.append(train_wan_lora.training_loss(batch, opts, transformer, make_predict(transformer), None))
+        assert torch.equal(*losses)
+
+
+def test_control_and_mask_come_back_from_the_cache(tmp_path, model):
+    video(tmp_path / "a.mp4", frames=9)
+    video(tmp_path / "a_mask.mp4", frames=9, caption=None)
+    windows = windows_of(tmp_path, load_mask=True)
+    fresh, cached = both(tmp_path, model, windows, "tile")
+    for window in windows:
+        one, other = (samples.batch([samples.load(window)]) for samples in (fresh, cached))
+        assert torch.equal(one.latents, other.latents) and torch.equal(one.cond.channels, other.cond.channels)
+        assert torch.equal(one.mask, other.mask) and one.mask.shape == one.latents[:, 0].shape
+        assert 0 <= one.mask.min() < one.mask.max() <= 1
+
+
+def test_a_second_run_encodes_nothing_and_a_touched_clip_only_itself(tmp_path, model, capsys):
+    video(tmp_path / "a.mp4", frames=9)
+    video(tmp_path / "b.mp4", frames=9)
+    both(tmp_path, model, windows_of(tmp_path), None)
+    assert "latents: 4 to encode, 0 cached" in capsys.readouterr().out
+    both(tmp_path, model, windows_of(tmp_path), None)
+    assert "latents: 0 to encode, 4 cached" in capsys.readouterr().out
+    video(tmp_path / "b.mp4", frames=10)
+    (tmp_path / "a.txt").write_text("another caption")
+    both(tmp_path, model, windows_of(tmp_path), None)
+    said = capsys.readouterr().out
+    assert "latents: 2 to encode, 2 cached" in said and "text: 1 to encode, 1 cached" in said
+
+
+def test_a_mask_moves_the_loss_to_where_it_is_white(tmp_path):
+    from utils.diffusion.objectives import squared_error
+
+    target = torch.zeros(1, 16, 2, 4, 4)
+    velocity = target.clone()
+    velocity[..., :2] = 1
+    left = torch.zeros(1, 2, 4, 4)
+    left[..., :2] = 1
+    assert squared_error(velocity, target, left) == 1 and squared_error(velocity, target, 1 - left) == 0
+    assert squared_error(velocity, target, torch.ones_like(left)) == squared_error(velocity, target) == 0.5
+    floored = squared_error(velocity, target, 0.1 + 0.9 * (1 - left))
+    assert floored == pytest.approx(0.1 / 1.1)
+
+
+def test_training_from_the_cache_loads_neither_the_vae_nor_the_text_encoder(tmp_path, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    video(tmp_path / "clips" / "a.mp4", frames=9)
+    flags = f"--dataset clips --pretrained_model_name_or_path {model} --base_res 64 --token_limit 60 --cache_latents"
+    train_wan_lora.main([*flags.split(), "--cache_only"])
+    assert not (tmp_path / "outputs").exists()
+    for name in ("utils.encoding.samples.load_vae", "train_wan_lora.load_vae", "utils.encoding.text.load_text_encoder"):
+        monkeypatch.setattr(name, None)
+    train_wan_lora.main([*flags.split(), "--max_train_steps", "1"])
+    assert len(list((tmp_path / "outputs").glob("*/checkpoints/wan-lora-*"))) == 1

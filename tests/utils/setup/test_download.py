@@ -1,0 +1,216 @@
+"""Fetching a model: told first, only what is needed, and nothing twice. The hub is played by a function."""
+
+import inspect
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import DryRunError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from utils.common.errors import UserError
+from utils.common.formatting import readable_size
+from utils.setup.download import download_model
+from wan.checkpoints import CheckpointError
+
+NAME = "Wan-AI/Wan2.1-T2V-1.3B"
+FILES = {
+    "config.json": 250,
+    "diffusion_pytorch_model.safetensors": 5_676_070_424,
+    "Wan2.1_VAE.pth": 507_609_880,
+    "models_t5_umt5-xxl-enc-bf16.pth": 11_361_920_418,
+    "google/umt5-xxl/tokenizer.json": 16_837_417,
+    "google/umt5-xxl/spiece.model": 4_548_313,
+    "README.md": 30_000,
+    "assets/video.mp4": 99_000_000,
+    "examples/config.json.bak": 250,
+    "xlm-roberta-large/tokenizer.json": 17_082_660,
+}
+NEEDED = list(FILES)[:6]
+CONFIG = '{"model_type": "t2v", "in_dim": 16}'
+
+
+@dataclass
+class Planned:
+    filename: str
+    file_size: int | None
+    will_download: bool
+
+
+class Hub:
+    """Stands in for `snapshot_download`; writes a small file for each that it would fetch."""
+
+    def __init__(self, files: dict[str, int | None] = FILES) -> None:
+        self.files = files
+        self.fetched: list[str] = []
+        self.dry_runs = 0
+        self.folders: set[Path] = set()
+
+    def __call__(self, name: str, *, local_dir: Path, allow_patterns: list[str], dry_run: bool = False):
+        assert name == NAME
+        self.folders.add(local_dir)
+        chosen = [file for file in self.files if any(fnmatch(file, pattern) for pattern in allow_patterns)]
+        absent = [file for file in chosen if not (local_dir / file).exists()]
+        if dry_run:
+            self.dry_runs += 1
+            return [Planned(file, self.files[file], file in absent) for file in chosen]
+        for file in absent:
+            (local_dir / file).parent.mkdir(parents=True, exist_ok=True)
+            (local_dir / file).write_text(CONFIG if file == "config.json" else file)
+        self.fetched += absent
+        return str(local_dir)
+
+
+@pytest.fixture
+def use(monkeypatch, tmp_path) -> Callable:
+    """Puts a hub in place, in an empty working folder with a large disk."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
+
+    def use(hub: Callable) -> Callable:
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+        return hub
+
+    return use
+
+
+def raising(error: Exception) -> Callable:
+    def hub(*_, **__):
+        raise error
+
+    return hub
+
+
+def http_error(kind: type[Exception], message: str) -> Exception:
+    """An error of the hub without the response that it would come with."""
+    error = kind.__new__(kind)
+    error.args = (message,)
+    return error
+
+
+def test_only_what_training_needs_is_fetched_into_models(use):
+    hub = use(Hub())
+    folder = download_model(NAME)
+    assert folder == Path("models") / NAME and hub.folders == {folder}
+    assert sorted(hub.fetched) == sorted(NEEDED)
+    assert (folder / "google" / "umt5-xxl" / "tokenizer.json").exists()
+
+
+def test_shards_and_their_index_are_fetched_too(use):
+    shards = ("diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model.safetensors.index.json")
+    hub = use(Hub(dict.fromkeys(("config.json", *shards), 1)))
+    download_model(NAME)
+    assert hub.fetched == ["config.json", *shards]
+
+
+def test_names_and_sizes_are_told_before_the_first_byte(use, capsys):
+    said_before = []
+    hub = Hub()
+
+    def watched(*args, dry_run: bool = False, **settings):
+        if not dry_run and settings["allow_patterns"] != ["config.json"]:
+            said_before.append(capsys.readouterr().out)
+        return hub(*args, dry_run=dry_run, **settings)
+
+    use(watched)
+    download_model(NAME)
+    lines = said_before[0].splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == NEEDED
+    assert lines[1].split()[1:] == ["5.68", "GB"]
+    assert lines[-1] == f"to download: 17.57 GB into models/{NAME}"
+    assert capsys.readouterr().out == f"{NAME} is complete in models/{NAME}\n"
+
+
+def test_nothing_is_fetched_twice(use, capsys):
+    hub = use(Hub())
+    download_model(NAME)
+    first = list(hub.fetched)
+    capsys.readouterr()
+    download_model(NAME)
+    assert hub.fetched == first
+    said = capsys.readouterr().out
+    assert said.count("already there") == len(NEEDED) and "to download: 0.00 MB" in said
+
+
+def test_an_interrupted_download_goes_on_with_the_rest(use, capsys):
+    hub = use(Hub())
+    there = Path("models") / NAME / "models_t5_umt5-xxl-enc-bf16.pth"
+    there.parent.mkdir(parents=True)
+    there.write_text("whole")
+    download_model(NAME)
+    assert there.name not in hub.fetched and len(hub.fetched) == len(NEEDED) - 1
+    assert "to download: 6.21 GB" in capsys.readouterr().out
+
+
+def test_too_little_disk_stops_before_the_first_byte(use, monkeypatch):
+    hub = use(Hub())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**10))
+    with pytest.raises(UserError, match=f"the disk of models/{NAME} has 10.00 GB free, 17.57 GB are needed"):
+        download_model(NAME)
+    assert hub.dry_runs == 1 and hub.fetched == ["config.json"]
+
+
+def test_what_is_there_already_needs_no_disk(use, monkeypatch):
+    hub = use(Hub())
+    download_model(NAME)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    assert download_model(NAME) == Path("models") / NAME and hub.dry_runs == 2
+
+
+def test_a_file_of_unknown_size_is_fetched_all_the_same(use):
+    hub = use(Hub({"config.json": None}))
+    download_model(NAME)
+    assert hub.fetched == ["config.json"]
+
+
+def test_a_repository_without_a_wan_model_is_told(use):
+    use(Hub({"README.md": 1, "model.gguf": 2}))
+    with pytest.raises(UserError, match=f"{NAME} has none of the files of a Wan model"):
+        download_model(NAME)
+
+
+def test_an_unsupported_model_is_told_before_its_weights_are_fetched(use, monkeypatch):
+    monkeypatch.setitem(globals(), "CONFIG", CONFIG.replace("t2v", "i2v"))
+    hub = use(Hub())
+    with pytest.raises(CheckpointError, match="is a i2v model"):
+        download_model(NAME)
+    assert hub.fetched == ["config.json"]
+
+
+def test_the_hub_of_this_environment_can_plan_a_download():
+    assert "dry_run" in inspect.signature(huggingface_hub.snapshot_download).parameters
+
+
+def test_an_unknown_repository_is_told_in_words(use):
+    message = "401 Client Error. (Request ID: Root=1-2)\n\nRepository Not Found for url: somewhere."
+    use(raising(http_error(RepositoryNotFoundError, message)))
+    with pytest.raises(UserError, match=f"the hub has no model {NAME}") as caught:
+        download_model(NAME)
+    assert "Request ID" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (HFValidationError("Repo id must be in the form 'name'\nor so"), "Repo id must be in the form 'name'"),
+        (LocalEntryNotFoundError("An error happened. Check your connection."), "Check your connection"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (OSError(), "OSError"),
+        (DryRunError("Dry run cannot be performed"), "check the connection"),
+    ],
+)
+def test_a_download_that_fails_is_told_in_one_line(use, error, message):
+    use(raising(error))
+    with pytest.raises(UserError, match=f"cannot download {NAME}: .*{message}") as caught:
+        download_model(NAME)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_sizes_are_told_in_powers_of_ten():
+    assert [readable_size(n) for n in (0, 16_837_417, 507_609_880, 11_361_920_418)] == [
+        "0.00 MB", "16.84 MB", "0.51 GB", "11.36 GB",
+    ]  # fmt: skip

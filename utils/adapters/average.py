@@ -1,0 +1,57 @@
+"""The mean of several checkpoints of one run.
+
+The matrices are averaged, not their products: along one run both move slowly, and the mean keeps the rank, as the
+exponential average does that the trainer can keep (`utils/training/ema.py`).
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils.adapters.lora_file import LoraFile
+from utils.common.errors import UserError
+
+CHECKPOINT = re.compile(r"wan-lora-\d{8}\.safetensors")
+
+
+def last_checkpoints(path: Path, count: int) -> list[Path]:
+    """`path` and the checkpoints of the same run before it, `count` in all, oldest first.
+
+    Raises UserError where it is no checkpoint of a run, or there are fewer.
+    """
+    if not CHECKPOINT.fullmatch(path.name):
+        raise UserError(
+            f"--average takes a checkpoint of a run, named like wan-lora-00000100.safetensors, not {path.name}"
+        )
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    siblings = sorted(other for other in path.parent.iterdir() if CHECKPOINT.fullmatch(other.name))
+    found = [other for other in siblings if other.name <= path.name][-count:]
+    if len(found) < count:
+        raise UserError(f"--average {count}: {path.parent} has only {len(found)} checkpoints up to {path.name}")
+    return found
+
+
+def average(loras: Sequence[LoraFile]) -> LoraFile:
+    """The mean of LoRAs in fp32, with the metadata of the last. Raises UserError where they are not of one run."""
+    first = loras[0]
+    for other in loras[1:]:
+        same = other.pairs.keys() == first.pairs.keys() and other.extras.keys() == first.extras.keys()
+        if not same or any(other.pairs[name].alpha != pair.alpha for name, pair in first.pairs.items()):
+            raise UserError("the checkpoints to average are of different LoRAs: modules and alpha must agree")
+    pairs = {}
+    for name, pair in loras[-1].pairs.items():
+        same = [lora.pairs[name] for lora in loras]
+        pairs[name] = replace(pair, down=_mean([one.down for one in same]), up=_mean([one.up for one in same]))
+    extras = {name: _mean([lora.extras[name] for lora in loras]) for name in first.extras}
+    return replace(loras[-1], pairs=pairs, extras=extras)
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    if len({tensor.shape for tensor in tensors}) > 1:
+        raise UserError("the checkpoints to average are of different LoRAs: their ranks must agree")
+    return torch.stack([tensor.float() for tensor in tensors]).mean(dim=0)

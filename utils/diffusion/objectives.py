@@ -1,0 +1,33 @@
+"""An objective is a target (which velocity should the model have answered?) and a distance (how far off was it?).
+
+`predict(latents, timestep, cond) -> velocity` is all that is known of a model here; `cond` passes through unread.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.diffusion.flow import Noisy
+
+Predict = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+@torch.no_grad()
+def guided_target(noisy: Noisy, base: Predict, cond: Any, negative: Any, weight: float) -> Tensor:
+    """The true velocity, moved by what classifier-free guidance 1 + weight would add to the base model's answer.
+
+    velocity + weight * (base(cond) - base(negative)): a LoRA trained towards it needs no guidance when sampling.
+    """
+    difference = base(noisy.latents, noisy.timestep, cond) - base(noisy.latents, noisy.timestep, negative)
+    return noisy.velocity + weight * difference
+
+
+def squared_error(velocity: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean squared error in fp32, a scalar; weighted, where a `weight` (B, F, H, W) says what each place counts."""
+    if weight is None:
+        return F.mse_loss(velocity.float(), target.float())
+    error = F.mse_loss(velocity.float(), target.float(), reduction="none").mean(dim=1)
+    return (error * weight).sum() / weight.sum()

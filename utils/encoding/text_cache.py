@@ -1,0 +1,89 @@
+"""Text embeddings on disk: one safetensors file per caption, per text encoder.
+
+    <folder>/<encoder fingerprint>/<hash of the caption>.safetensors       key "context": (T, E)
+
+An edited caption has another name and is encoded again; an unchanged one never is; two encoders never share a file.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.common.errors import UserError
+from utils.common.files import replacing
+
+KEY = "context"
+CHUNK = 8
+
+
+class TextCache:
+    """The embeddings of one text encoder under `folder`."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder / fingerprint
+
+    def path(self, caption: str) -> Path:
+        return self.folder / f"{hashlib.sha256(caption.encode()).hexdigest()[:32]}.safetensors"
+
+    def missing(self, captions: Iterable[str]) -> list[str]:
+        """The captions without a whole file here, each once, in order."""
+        return [caption for caption in dict.fromkeys(captions) if not _is_whole(self.path(caption))]
+
+    def load(self, caption: str) -> Tensor:
+        """The rows (T, E) of a caption, on the CPU. Raises UserError where they are not cached."""
+        return load_embedding(self.path(caption))
+
+    def prepare(self) -> None:
+        """Makes the folder. Raises UserError where it cannot be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self.folder / "written"):
+                pass
+            (self.folder / "written").unlink()
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def store(self, captions: list[str], encode: Callable[[list[str]], list[Tensor]]) -> None:
+        """Encodes captions a few at a time and writes each atomically: an interrupted pass goes on where it stopped."""
+        self.prepare()
+        try:
+            for start in tqdm(range(0, len(captions), CHUNK), desc="encoding captions", disable=len(captions) <= CHUNK):
+                chunk = captions[start : start + CHUNK]
+                for caption, embedding in zip(chunk, encode(chunk), strict=True):
+                    _write(self.path(caption), caption, embedding)
+        except (OSError, SafetensorError) as error:
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: Exception) -> UserError:
+        hint = "is its disk full, or is it not writable? the trainer keeps those of captions elsewhere with --cache_dir"
+        return UserError(f"cannot write text embeddings to {self.folder}: {error}\n{hint}")
+
+
+def load_embedding(path: Path) -> Tensor:
+    """The rows (T, E) of an embedding file, our own or the predecessor's. Raises UserError for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            embedding = file.get_tensor(KEY).clone()  # not a view of the file, which may be replaced
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a text embedding (safetensors with a tensor {KEY!r}): {error}") from None
+    if embedding.ndim != 2:
+        raise UserError(f"{path}: {KEY!r} has shape {tuple(embedding.shape)}, but (tokens, width) is needed")
+    return embedding
+
+
+def _write(path: Path, caption: str, embedding: Tensor) -> None:
+    with replacing(path) as unfinished:
+        save_file({KEY: embedding.cpu().contiguous()}, unfinished, metadata={"caption": caption})
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return KEY in file.keys()  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False

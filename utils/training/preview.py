@@ -1,0 +1,95 @@
+"""Previews during training: the same prompts from the same noise every time, so that only the LoRA differs."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.common.errors import UserError
+from utils.diffusion.flow import seeded_noise
+from utils.diffusion.objectives import Predict
+from utils.diffusion.sampling import Sampler
+from utils.encoding.conditioning import Batch, Cond, to_pixels
+from utils.encoding.text import read_prompt
+from wan.modules.vae import WanVAE
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and all that decides what it gives besides the model, in host memory."""
+
+    prompt: str
+    noise: Tensor  # (1, C, F, H, W)
+    cond: Cond
+    control: Tensor | None = None  # (F, 3, H, W) uint8: what `cond` makes it follow, to be shown beside it
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What is generated again and again."""
+
+    requests: Sequence[Request]
+    negative: Tensor | None  # (T, E)
+    sampler: Sampler
+    fps: float
+    vae: WanVAE
+
+    def generate(self, predict: Predict) -> list[tuple[str, Tensor]]:
+        """Per prompt the prompt and its video (F, 3, H, W) uint8; a control is shown to the left of what follows it.
+
+        Draws no random numbers, and gives the memory back to the driver.
+        """
+        device = self.vae.device
+        negative = None if self.negative is None else self.negative.to(device)
+        videos = []
+        for number, request in enumerate(self.requests, 1):
+            batch = Batch(request.noise, request.cond).to(device)
+            progress = partial(tqdm, desc=f"preview {number} of {len(self.requests)}", unit="step", leave=False)
+            latents = self.sampler.denoise(predict, batch.latents, batch.cond, negative, progress)
+            with torch.no_grad():
+                frames = to_pixels(self.vae.decode(latents)[0])
+            if request.control is not None:
+                frames = torch.cat([request.control, frames], dim=3)
+            videos.append((request.prompt, frames))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # decoding reserves more than a training step does
+        return videos
+
+
+def read_prompts(given: str) -> list[str]:
+    """The prompts of --sample_prompts: the lines of the .txt file of this name, or this prompt itself.
+
+    Raises UserError for no prompt, a file that cannot be read, and a file of another kind.
+    """
+    path = Path(given)
+    if path.suffix.lower() == ".txt":
+        return [line.strip() for line in read_prompt(path).splitlines() if line.strip()]
+    if not given.strip():
+        raise UserError("--sample_prompts is empty: give a prompt, or a .txt file with one per line")
+    if os.path.isfile(given):  # False, not an error, for a text that is no path
+        raise UserError(f"--sample_prompts {given} is a file, but not a .txt file with one prompt per line")
+    return [given]
+
+
+@torch.no_grad()
+def make_requests(
+    prompts: Sequence[tuple[str, Tensor]], shape: Sequence[int], seed: int, vae: WanVAE, clips: Sequence[Batch] = ()
+) -> list[Request]:
+    """A request per prompt and its text (T, E): for latents (C, F, H, W), or like the clips whose control it follows.
+
+    The clips are taken in turn. A request's noise depends on the seed and its place alone.
+    """
+    requests = []
+    for index, (prompt, text) in enumerate(prompts):
+        clip = clips[index % len(clips)] if clips else None
+        size = (1, *shape) if clip is None else clip.latents.shape
+        noise = seeded_noise(size, seed + index)
+        channels = None if clip is None else clip.cond.channels
+        control = None if channels is None else to_pixels(vae.decode(channels.to(vae.device))[0])
+        requests.append(Request(prompt, noise, Cond(text[None], channels), control))
+    return requests

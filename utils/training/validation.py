@@ -1,0 +1,30 @@
+"""A validation loss that can be compared between runs: fixed clips, fixed noise, fixed noise levels."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from utils.common.temp_rng import temp_rng
+from utils.diffusion.flow import add_noise
+from utils.diffusion.objectives import Predict, squared_error
+from utils.encoding.conditioning import Batch
+
+# No option moves these: a run with another training shift is measured by the same ruler.
+SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@torch.no_grad()
+def validation_loss(predict: Predict, samples: Iterable[Batch], seed: int) -> Tensor:
+    """The mean squared error at each of SIGMAS, averaged over the samples: (len(SIGMAS),), on their device.
+
+    A sample's noise depends on the seed and its place alone; the training's random state is left as it was.
+    """
+    losses = []
+    for index, batch in enumerate(samples):
+        with temp_rng(seed + index):
+            noise = torch.randn(batch.latents.shape).to(batch.latents)  # drawn on the CPU: alike on every device
+        for sigma in SIGMAS:
+            noisy = add_noise(batch.latents, noise, torch.full((len(noise),), sigma, device=noise.device))
+            losses.append(squared_error(predict(noisy.latents, noisy.timestep, batch.cond), noisy.velocity))
+    return torch.stack(losses).view(-1, len(SIGMAS)).mean(0)
