@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from utils.adapters.average import average, last_checkpoints
-from utils.adapters.lora_file import LAYOUTS, LoraFile, is_written, read_lora, write_lora
+from utils.adapters.lora_file import LAYOUTS, LoraFile, has_same_content, read_lora, write_lora
 from utils.common.errors import UserError
 from utils.common.options import option, parse_options, run_script
 
@@ -57,13 +57,13 @@ def main(argv: list[str] | None = None) -> None:
 
     # A file that already is what was asked for needs no copy under a second name, unless that name was given.
     output = opts.output_lora or source.with_name(f"{source.stem}_{opts.to}.safetensors")
-    if opts.output_lora is None and source.exists() and is_written(source, lora, opts.to, dtype):
+    if opts.output_lora is None and source.exists() and has_same_content(source, lora, opts.to, dtype):
         print(f"nothing to do: the file already has the layout {opts.to}")
         return
 
     # Running the same conversion again must be safe, and a LoRA that took days of training must not be lost to a typo.
     # So an equal file is left alone, and a different one, which the input may be, is kept unless the user insists.
-    if is_written(output, lora, opts.to, dtype):
+    if has_same_content(output, lora, opts.to, dtype):
         print(f"nothing to do: {output} already holds this LoRA")
         return
     if output.exists() and not opts.overwrite:

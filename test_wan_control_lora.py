@@ -21,18 +21,18 @@ from tqdm import tqdm
 
 from utils.adapters.lora import fuse_lora
 from utils.adapters.lora_file import LoraFile, read_lora
-from utils.common.device import compute_dtype, explained_memory, pick_device
+from utils.common.device import compute_dtype, explain_out_of_memory, pick_device
 from utils.common.errors import UserError
-from utils.common.files import require_writable
+from utils.common.files import check_writable
 from utils.common.formatting import counted
 from utils.common.options import option, parse_options, run_script
 from utils.data.buckets import WAN_GRID, bucket_size
 from utils.diffusion.flow import seeded_noise
 from utils.diffusion.sampling import Sampler
 from utils.encoding.conditioning import Cond, encode_video, make_predict, to_pixels, to_unit_range
-from utils.encoding.text import TextStage, read_prompt, require_fit
+from utils.encoding.text import TextEncoding, check_embedding_shape, read_prompt
 from utils.encoding.text_cache import load_embedding
-from utils.media.controls import AS_IS, CONTROL_TYPES, make_control
+from utils.media.controls import CONTROL_TYPES, FROM_FILE, make_control
 from utils.media.frames import contact_sheet, crop_and_resize, read_frames, save_image, write_video
 from utils.media.probing import MediaInfo, probe
 from wan.checkpoints import CheckpointError, find_model, load_config, load_transformer, load_vae, transformer_layout
@@ -55,7 +55,10 @@ class Source:
     negative_prompt: str | None = option(None, "what not to show (default: the model's own)")
     input_video: Path | None = option(None, "video or image that a control LoRA follows")
     control_type: str | None = option(
-        None, "how it becomes the control (default: as trained)", choices=(*CONTROL_TYPES, AS_IS), needs="input_video"
+        None,
+        "how it becomes the control (default: as trained)",
+        choices=(*CONTROL_TYPES, FROM_FILE),
+        requires="input_video",
     )
 
 
@@ -92,12 +95,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = find_model(name)
     config = load_config(folder)
     opts = complete(opts, lora, config)
-    require_writable(opts.output_dir)
+    check_writable(opts.output_dir)
     # A rehearsal without weights: a LoRA that does not fit should not cost the minutes of loading.
     layout = transformer_layout(folder)
     fuse_lora(layout, lora)
     print(describe(opts))
-    with explained_memory(), torch.no_grad():
+    with explain_out_of_memory(), torch.no_grad():
         generate(opts, lora, folder, layout.shape, config.fps)
 
 
@@ -134,9 +137,9 @@ def complete(opts: Options, lora: LoraFile, config: EasyDict) -> Options:
     step, side = WAN_GRID.frame, WAN_GRID.side
     if opts.width % side or opts.height % side:
         raise UserError(f"--width {opts.width} and --height {opts.height} must be multiples of {side}")
-    if opts.control_type not in (*CONTROL_TYPES, AS_IS):
+    if opts.control_type not in (*CONTROL_TYPES, FROM_FILE):
         made = f"the LoRA follows {opts.control_type!r}, which cannot be made here"
-        raise UserError(f"{made}; pass a video of it and --control_type {AS_IS}")
+        raise UserError(f"{made}; pass a video of it and --control_type {FROM_FILE}")
     if opts.frames % step != 1:
         raise UserError(f"--frames {opts.frames} must be {step}n + 1, like {opts.frames // step * step + 1}")
     if opts.input_video is not None and opts.frames > usable_frames(info):
@@ -198,15 +201,17 @@ def embed(opts: Options, folder: Path, device: torch.device, wan: WanShape) -> t
     """
     rows, prompts = {}, {}
     if opts.embedding is not None:
-        rows["text"] = require_fit(load_embedding(opts.embedding), wan, str(opts.embedding))
+        rows["text"] = check_embedding_shape(load_embedding(opts.embedding), wan, str(opts.embedding))
     else:
         prompts["text"] = opts.prompt or ""
     if opts.guidance != 1:
         prompts["negative"] = opts.negative_prompt
-    stage = TextStage(folder, device)
+    stage = TextEncoding(folder, device)
     cache = stage.cache(EMBEDDINGS)
     stage.fill({cache: list(prompts.values())})
-    rows |= {role: require_fit(cache.load(prompt), wan, f"the {role} prompt") for role, prompt in prompts.items()}
+    rows |= {
+        role: check_embedding_shape(cache.load(prompt), wan, f"the {role} prompt") for role, prompt in prompts.items()
+    }
     negative = rows["negative"].to(device) if "negative" in rows else None
     return rows["text"].to(device), negative
 

@@ -24,26 +24,26 @@ from tqdm import tqdm
 
 from utils.adapters.attach import AdapterOptions, attach_adapter, metadata, summary
 from utils.adapters.lora import adapters_off, extract_lora
-from utils.common.device import compute_dtype, describe, explained_memory, pick_device
+from utils.common.device import compute_dtype, describe, explain_out_of_memory, pick_device
 from utils.common.errors import UserError
-from utils.common.files import require_writable
+from utils.common.files import check_writable
 from utils.common.formatting import readable_size
 from utils.common.options import option, parse_options, run_script, to_json, to_table
 from utils.common.signals import stop_on_signals
-from utils.data.dataset import Dataset, cache_text, open_dataset, plan_text
-from utils.data.folders import Folder, Rules, choose_folders
+from utils.data.dataset import Dataset, format_cache_size, format_plan, open_dataset
+from utils.data.folders import Folder, Rules, resolve_folders
 from utils.data.loading import batches
-from utils.data.plan import Limits, Plan, Window, every_window, fixed_windows, validation_windows
-from utils.diffusion.flow import noised
+from utils.data.plan import Limits, Plan, Window, fixed_windows, flatten_windows, validation_windows
+from utils.diffusion.flow import sample_noisy
 from utils.diffusion.objectives import Predict, guided_target, squared_error
 from utils.diffusion.sampling import Sampler
-from utils.encoding.conditioning import Batch, inject_noise, make_predict, with_text
+from utils.encoding.conditioning import Batch, inject_noise, make_predict, replace_text
 from utils.encoding.latent_cache import LATENTS
-from utils.encoding.samples import CachedSamples, FreshSamples, LatentStage, Samples
-from utils.encoding.text import Texts, TextStage, require_fit
-from utils.media.controls import AS_IS
-from utils.runs.run import Run, keeping_what_is_learnt, open_run
-from utils.runs.state import Learner, State, find_state, require_same, write_state
+from utils.encoding.samples import CachedSamples, FreshSamples, LatentEncoding, Samples
+from utils.encoding.text import TextEncoding, Texts, check_embedding_shape
+from utils.media.controls import FROM_FILE
+from utils.runs.run import Run, open_run, save_on_exit
+from utils.runs.state import Learner, State, check_resume_compatible, find_state, write_state
 from utils.setup.doctor import print_findings
 from utils.setup.download import download_model
 from utils.training.ema import Ema
@@ -73,7 +73,7 @@ class Task:
     download_model: bool = option(False, "fetch the model's files from the hub into ./models/, then stop")
     output_dir: Path = option(Path("outputs"), "where runs are written, each in its own dated folder")
     resume_from_checkpoint: str | None = option(None, "go on from a saved state: latest, or a run's or state's path")
-    allow_changes: bool = option(False, "go on though options or data have changed", needs="resume_from_checkpoint")
+    allow_changes: bool = option(False, "go on though options or data have changed", requires="resume_from_checkpoint")
     config: Path | None = option(None, "TOML file with any of these options; flags win over it")
     seed: int = option(42, "seed of everything random in training", minimum=0, maximum=MAX_SEED)
     doctor: bool = option(False, "print versions, devices and known problems of this machine, then stop")
@@ -85,9 +85,9 @@ class Caches:
     """caches"""
 
     cache_embeddings: bool = option(False, "encode all captions and prompts, then stop")
-    cache_latents: int = option(0, "encode so many windows of each clip once; 1: the middle", minimum=0, bare=1)
-    cache_only: bool = option(False, "fill the cache of latents, then stop", needs="cache_latents")
-    prune_cache: bool = option(False, "remove cached latents that this run does not use", needs="cache_latents")
+    cache_latents: int = option(0, "encode so many windows of each clip once; 1: the middle", minimum=0, const=1)
+    cache_only: bool = option(False, "fill the cache of latents, then stop", requires="cache_latents")
+    prune_cache: bool = option(False, "remove cached latents that this run does not use", requires="cache_latents")
     cache_dir: Path | None = option(None, "where caches are kept (default: .wan_cache in the first dataset)")
 
 
@@ -113,13 +113,13 @@ class Training:
     gradient_accumulation: int = option(1, "batches per optimizer step", minimum=1)
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: never", minimum=0)
     gradient_checkpointing: str = option(
-        "none", "recompute blocks in the backward pass to save memory", choices=("none", "full"), bare="full"
+        "none", "recompute blocks in the backward pass to save memory", choices=("none", "full"), const="full"
     )
     shift: float = option(3.0, "moves training towards high noise; 1: uniform", minimum=0.01)
     mask_floor: float = option(0.1, "what the loss counts where a mask is black, of 1 in white", minimum=0, maximum=1)
     distill_cfg: float = option(0.0, "teach the LoRA guidance 1 + this, so that sampling needs none", minimum=0)
     distill_negative: Path | None = option(
-        None, "negative prompt of --distill_cfg, text or embedding file (default: the model's)", needs="distill_cfg"
+        None, "negative prompt of --distill_cfg, text or embedding file (default: the model's)", requires="distill_cfg"
     )
 
 
@@ -138,10 +138,10 @@ class Watching:
     val_samples: int = option(4, "most clips to validate on; 0: no validation", minimum=0)
     val_seed: int | None = option(None, "seed of the validation's noise (default: --seed)", minimum=0, maximum=MAX_SEED)
     sample_prompts: str | None = option(None, "prompt to preview while training, or a .txt file with one per line")
-    sample_every: int = option(200, "preview first, every N steps, and last", minimum=1, needs="sample_prompts")
-    sample_steps: int = option(20, "sampling steps of a preview", minimum=1, needs="sample_prompts")
+    sample_every: int = option(200, "preview first, every N steps, and last", minimum=1, requires="sample_prompts")
+    sample_steps: int = option(20, "sampling steps of a preview", minimum=1, requires="sample_prompts")
     sample_guidance: float | None = option(
-        None, "guidance of previews (default: the model's; 1 with --distill_cfg)", minimum=0, needs="sample_prompts"
+        None, "guidance of previews (default: the model's; 1 with --distill_cfg)", minimum=0, requires="sample_prompts"
     )
 
 
@@ -177,7 +177,7 @@ class Options(Task, Caches, Steps, Rules, AdapterOptions, Training, Watching):
 def open_folders(opts: Options) -> list[Folder]:
     """The folders to train on, each with its rules."""
     alone = opts.dataset_config != opts.config
-    folders = choose_folders(opts.dataset, opts.dataset_config, Rules.of(opts), alone)
+    folders = resolve_folders(opts.dataset, opts.dataset_config, Rules.of(opts), alone)
     if opts.mask_floor != Options.mask_floor and not any(folder.rules.reads_mask for folder in folders):
         raise UserError("--mask_floor means nothing without masks: see --load_mask and --mask_folder")
     if not opts.control_lora and any(folder.rules.reads_control for folder in folders):
@@ -188,11 +188,11 @@ def open_folders(opts: Options) -> list[Folder]:
 def open_data(opts: Options, folders: list[Folder], config: EasyDict) -> Dataset:
     """The clips, for a model of this kind, and everything there is to know about them on the console."""
     data = open_dataset(folders, opts.limits, config.fps, opts.cache_dir, opts.skip_bad_files)
-    print(cache_text(data, opts.limits, config.out_dim * (1 + opts.control_lora)))
+    print(format_cache_size(data, opts.limits, config.out_dim * (1 + opts.control_lora)))
     return data
 
 
-def encode_texts(opts: Options, stage: TextStage, data: Dataset) -> Texts:
+def encode_texts(opts: Options, stage: TextEncoding, data: Dataset) -> Texts:
     """Caches every text, with one load of the encoder at most."""
     prompts = [] if opts.sample_prompts is None else read_prompts(opts.sample_prompts)
     config = load_config(stage.folder)
@@ -211,11 +211,11 @@ def open_samples(
     """
     watched = validation_windows(data.val or data.train, opts.limits, opts.val_samples)
     if not opts.cache_latents:
-        samples = FreshSamples(load_vae(folder, device), texts.captions, opts.made_control)
+        samples = FreshSamples(load_vae(folder, device), texts.captions, opts.generated_control)
         return samples, Plan(data.train, opts.limits, opts.seed), watched
     fixed = fixed_windows(data.train, opts.limits, opts.cache_latents)
-    windows = [*every_window(fixed), *watched]
-    stage = LatentStage(folder, device, opts.made_control)
+    windows = [*flatten_windows(fixed), *watched]
+    stage = LatentEncoding(folder, device, opts.generated_control)
     latents = stage.fill(data.cache_folder / LATENTS, windows, opts.num_workers)
     if opts.prune_cache:
         print(f"latents: removed {readable_size(latents.prune(windows))} that this run does not use")
@@ -244,11 +244,11 @@ def prepare_preview(
 def training_loss(batch: Batch, opts: Options, model: WanModel, predict: Predict, negative: Tensor | None) -> Tensor:
     """How far the model's velocity is from its target, at a random noise level per clip."""
     cond = inject_noise(batch.cond, opts.control_inject_noise)
-    noisy = noised(batch.latents, opts.shift)
+    noisy = sample_noisy(batch.latents, opts.shift)
     target = noisy.velocity
     if opts.distill_cfg:
         with adapters_off(model):
-            target = guided_target(noisy, predict, cond, with_text(cond, negative), opts.distill_cfg)
+            target = guided_target(noisy, predict, cond, replace_text(cond, negative), opts.distill_cfg)
     weight = None if batch.mask is None else opts.mask_floor + (1 - opts.mask_floor) * batch.mask
     return squared_error(predict(noisy.latents, noisy.timestep, cond), target, weight)
 
@@ -271,7 +271,7 @@ class Ready:
 def save(opts: Options, data: Dataset, ready: Ready, run: Run) -> None:
     """Writes the LoRA, its average, and the state to go on from."""
     run.flush()  # the state holds what is known of the loss
-    control = AS_IS if any(source.control for source in data.train) else opts.made_control or ""
+    control = FROM_FILE if any(source.control for source in data.train) else opts.generated_control or ""
     facts = {"base_model": opts.pretrained_model_name_or_path, "shift": f"{opts.shift:g}", "options": to_json(opts)}
     about = metadata(opts, steps=run.step, control=control, **facts)
     lora, average = extract_lora(ready.model, about), None
@@ -289,10 +289,10 @@ def prepare(opts: Options, folder: Path, device: torch.device, data: Dataset) ->
     attach_adapter(opts, layout)
 
     # The text encoder takes 11 GB. It is loaded only if a text is not cached yet, and is gone before the others come.
-    texts = encode_texts(opts, TextStage(folder, device), data)
-    require_fit(texts.captions.load(data.captions[0]), layout.shape, "the captions")
+    texts = encode_texts(opts, TextEncoding(folder, device), data)
+    check_embedding_shape(texts.captions.load(data.captions[0]), layout.shape, "the captions")
     if texts.negative is not None:
-        require_fit(texts.negative, layout.shape, "the negative prompt")
+        check_embedding_shape(texts.negative, layout.shape, "the negative prompt")
     samples, plan, watched = open_samples(opts, folder, device, data, texts)
     if opts.cache_only:
         return None
@@ -308,7 +308,7 @@ def prepare(opts: Options, folder: Path, device: torch.device, data: Dataset) ->
     learner = Learner(adapter, Updater(adapter.values(), opts.optimizer), average)
     per_epoch = -(-len(plan.epoch(0)) // opts.gradient_accumulation)
     distilled = f", guidance {1 + opts.distill_cfg:g} distilled" if opts.distill_cfg else ""
-    print(f"\n{plan_text(plan, per_epoch, opts.max_train_steps)} on {describe(device)}")
+    print(f"\n{format_plan(plan, per_epoch, opts.max_train_steps)} on {describe(device)}")
     print(f"{summary(opts, adapter)}, learning rate {opts.learning_rate:g}, shift {opts.shift:g}{distilled}")
 
     encoding = tqdm(watched, desc="encoding validation clips", leave=False)
@@ -330,7 +330,7 @@ def train(opts: Options, device: torch.device, data: Dataset, ready: Ready, stat
     workers = opts.num_workers if isinstance(samples, FreshSamples) else 0  # a cached clip is there in a millisecond
     stream = batches(ready.plan, samples.load, run.step * opts.gradient_accumulation, workers)
     keep = partial(save, opts, data, ready, run)
-    with closing(stream), run, stop_on_signals() as stop, keeping_what_is_learnt(run, learner, stop, keep):
+    with closing(stream), run, stop_on_signals() as stop, save_on_exit(run, learner, stop, keep):
         while True:
             last, fresh = run.step == opts.max_train_steps, run.step != done
             if stop.asked and not last:
@@ -358,7 +358,7 @@ def train(opts: Options, device: torch.device, data: Dataset, ready: Ready, stat
 
             # One step. Workers load the next clips meanwhile, and the host does not wait for the device: losses
             # stay there until they have arrived by themselves, and the optimizer skips what is not finite.
-            learner.note_random_state()
+            learner.capture_rng_state()
             loss, tokens = torch.zeros((), device=device), 0
             for _ in range(opts.gradient_accumulation):
                 batch = samples.batch(next(stream))
@@ -382,16 +382,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if opts.check_dataset:  # a released model need not be fetched for it
         open_data(opts, folders, named_config(name) or load_config(find_model(name)))
         return
-    require_writable(opts.output_dir)
+    check_writable(opts.output_dir)
     folder = find_model(name)
     data = open_data(opts, folders, load_config(folder))
     state = find_state(opts.resume_from_checkpoint, opts.output_dir) if opts.resume_from_checkpoint else None
     if state is not None:
-        require_same(state, to_table(opts), data.fingerprint, opts.allow_changes)
+        check_resume_compatible(state, to_table(opts), data.fingerprint, opts.allow_changes)
     device = pick_device()
-    with explained_memory():
+    with explain_out_of_memory():
         if opts.cache_embeddings:
-            encode_texts(opts, TextStage(folder, device), data)
+            encode_texts(opts, TextEncoding(folder, device), data)
         elif (ready := prepare(opts, folder, device, data)) is not None:
             train(opts, device, data, ready, state)
 

@@ -26,7 +26,7 @@ from utils.common.formatting import format_table
 from utils.common.options import option, parse_options, run_script
 from utils.data.folders import Folder, Rules
 from utils.data.loading import batches, load_clip
-from utils.data.plan import Limits, Plan, Window, every_window, fixed_windows
+from utils.data.plan import Limits, Plan, Window, fixed_windows, flatten_windows
 from utils.data.scan import Source, scan
 from utils.encoding.latent_cache import LatentCache
 from utils.encoding.samples import CachedSamples
@@ -98,10 +98,10 @@ def measure_cache() -> list[tuple]:
         limits = Limits(TOKENS, batch_size=4)
         sources = [made_up_source(folder, number) for number in range(CACHED_CLIPS)]
         cache, texts = LatentCache(folder / "latents", "vae", None), TextCache(folder / "text", "encoder")
-        cache.require_room(0)
+        cache.check_disk_space(0)
         texts.store(["a clip"], lambda captions: [torch.randn(100, 4096) for _ in captions])
         fixed = fixed_windows(sources, limits, 1)
-        for window in every_window(fixed):
+        for window in flatten_windows(fixed):
             cache.store(window, {"latents": torch.randn(16, (FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8)})
         samples = CachedSamples(cache, texts, torch.device("cpu"))
         plan = Plan(sources, limits, 0, fixed)

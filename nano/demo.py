@@ -28,7 +28,7 @@ from utils.adapters.lora import fuse_lora
 from utils.adapters.lora_file import read_lora
 from utils.common.device import pick_device
 from utils.common.errors import RunError
-from utils.common.files import require_writable
+from utils.common.files import check_writable
 from utils.common.formatting import format_table
 from utils.common.options import option, parse_options, run_script
 from utils.media.frames import save_image, write_video
@@ -71,7 +71,7 @@ Videos = dict[str, list[Tensor]]
 
 def main(argv: Sequence[str] | None = None) -> None:
     opts = parse_options(Options, argv)
-    require_writable(opts.output_dir)
+    check_writable(opts.output_dir)
     started = time.perf_counter()
     folder = opts.output_dir / time.strftime("%Y-%m-%d_%H-%M-%S")
     lora, comfy = train(folder, opts.seed), folder / f"{STYLE}_comfy.safetensors"

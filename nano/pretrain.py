@@ -19,7 +19,7 @@ from nano.text_encoder import make_encoder, write_tokenizer
 from nano.world import words
 from utils.adapters.full_model import write_config, write_text_encoder, write_transformer, write_vae
 from utils.common.device import pick_device
-from utils.common.files import require_writable
+from utils.common.files import check_writable
 from utils.common.options import option, parse_options, run_script
 from utils.encoding.text import read_prompt
 from wan.checkpoints import TOKENIZER, CheckpointError, load_config, load_text_encoder, load_vae
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     opts = parse_options(Options, argv)
     unfinished = opts.work / "model"
     for name, folder in (("--model", opts.model), ("--work", unfinished)):
-        require_writable(folder, name)
+        check_writable(folder, name)
         folder.mkdir(parents=True, exist_ok=True)
     device = pick_device()
     vocab_size = write_tokenizer(unfinished / TOKENIZER, words())

@@ -16,7 +16,7 @@ from nano.sampling import generate, noise_of
 from nano.training import Plan, faster_attention, fingerprint, fit
 from nano.world import FRAMES, Scene, caption, colourless_caption, made_up_word, recoloured, render, split
 from utils.common.files import replacing
-from utils.diffusion.flow import noised
+from utils.diffusion.flow import sample_noisy
 from utils.diffusion.objectives import Predict, squared_error
 from utils.encoding.conditioning import Batch, Encoded, collate, make_predict, to_unit_range
 from wan.modules.model import WanModel, WanShape
@@ -124,7 +124,7 @@ def draw(step: int, clips: Sequence[Shown], latents: Tensor, captions: Captions)
 
 def loss(predict: Predict, batch: Batch) -> Tensor:
     """The trainer's own: flow matching at shifted random noise levels."""
-    noisy = noised(batch.latents, SHIFT)
+    noisy = sample_noisy(batch.latents, SHIFT)
     return squared_error(predict(noisy.latents, noisy.timestep, batch.cond), noisy.velocity)
 
 

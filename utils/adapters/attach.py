@@ -23,7 +23,7 @@ class Lora:
     lora_blocks: str | None = option(None, "blocks to adapt: 1, or 0,2, or 4-9 (default: all)")
     init_lora: Path | None = option(None, "LoRA file to start from, of the same rank, alpha and targets")
     fuse_lora: Path | None = option(None, "LoRA file to add to the base model before training")
-    fuse_lora_weight: float = option(1.0, "strength at which --fuse_lora is added", needs="fuse_lora")
+    fuse_lora_weight: float = option(1.0, "strength at which --fuse_lora is added", requires="fuse_lora")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Control:
     control_lora: bool = option(False, "train a LoRA that follows a control video through extra input channels")
     control_type: str = option("tile", "the control made from each clip", choices=CONTROL_TYPES)
     control_inject_noise: float = option(
-        0.0, "most noise added to the control's latents, drawn per sample", minimum=0, needs="control_lora"
+        0.0, "most noise added to the control's latents, drawn per sample", minimum=0, requires="control_lora"
     )
 
 
@@ -46,7 +46,7 @@ class AdapterOptions(Lora, Control):
         return self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
     @property
-    def made_control(self) -> str | None:
+    def generated_control(self) -> str | None:
         """The control that is made from clips, for a control LoRA."""
         return self.control_type if self.control_lora else None
 

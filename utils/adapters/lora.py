@@ -118,10 +118,10 @@ def load_lora(model: nn.Module, lora: LoraFile) -> None:
     for name, layer in layers.items():
         pair, rank, alpha = lora.pairs[name], layer.r[ADAPTER], layer.lora_alpha[ADAPTER]
         # Files hold alpha as fp32.
-        if pair.rank != rank or not math.isclose(pair.stated_alpha, alpha, rel_tol=1e-6):
+        if pair.rank != rank or not math.isclose(pair.effective_alpha, alpha, rel_tol=1e-6):
             raise UserError(
-                f"the LoRA to start from has rank {pair.rank} and alpha {pair.stated_alpha:g}, this run {rank} and "
-                f"{alpha:g}; pass --lora_rank {pair.rank} --lora_alpha {pair.stated_alpha:g}"
+                f"the LoRA to start from has rank {pair.rank} and alpha {pair.effective_alpha:g}, this run {rank} and "
+                f"{alpha:g}; pass --lora_rank {pair.rank} --lora_alpha {pair.effective_alpha:g}"
             )
         for matrix, tensor in ((layer.lora_A, pair.down), (layer.lora_B, pair.up)):
             weight = matrix[ADAPTER].weight

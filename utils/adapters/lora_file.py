@@ -84,10 +84,10 @@ class LoraPair:
     @property
     def scale(self) -> float:
         """alpha / rank (Hu et al. 2021, section 4.1), and 1 where no alpha is known, as in ComfyUI."""
-        return self.stated_alpha / self.rank
+        return self.effective_alpha / self.rank
 
     @property
-    def stated_alpha(self) -> float:
+    def effective_alpha(self) -> float:
         """The alpha to write where one must be said: a scale of 1 is an alpha equal to the rank."""
         return float(self.rank) if self.alpha is None else self.alpha
 
@@ -200,7 +200,7 @@ def _sort_into_modules(tensors: dict[str, Tensor], path: Path) -> dict[str, _Mod
     return modules
 
 
-def _pair(found: dict[str, Tensor], stated_alpha: float | None, key: str) -> LoraPair:
+def _pair(found: dict[str, Tensor], effective_alpha: float | None, key: str) -> LoraPair:
     for role in ("down", "up"):
         if role not in found:
             raise LoraError(f"{key}: half a pair, there is {', '.join(sorted(found))} but no {role} matrix.")
@@ -213,10 +213,10 @@ def _pair(found: dict[str, Tensor], stated_alpha: float | None, key: str) -> Lor
             f"{key}: down {tuple(down.shape)} {down.dtype} and up {tuple(up.shape)} {up.dtype} do not fit together."
         )
     if "alpha" in found:
-        stated_alpha = float(found["alpha"].item()) if found["alpha"].numel() == 1 else math.nan
-    if stated_alpha is not None and not math.isfinite(stated_alpha):
+        effective_alpha = float(found["alpha"].item()) if found["alpha"].numel() == 1 else math.nan
+    if effective_alpha is not None and not math.isfinite(effective_alpha):
         raise LoraError(f"{key}.alpha: must be one finite number.")
-    return LoraPair(down, up, stated_alpha)
+    return LoraPair(down, up, effective_alpha)
 
 
 def _stated_shapes(modules: dict[str, _Module], pairs: dict[str, LoraPair]) -> dict[str, Sequence[float]]:
@@ -281,7 +281,7 @@ def _own_metadata(lora: LoraFile) -> dict[str, str]:
 def _diffusers_metadata(lora: LoraFile) -> dict[str, str]:
     """A LoraConfig as diffusers reads it; the patterns are anchored, because PEFT matches the end of a name."""
     ranks = {diffusers_name(name): pair.rank for name, pair in sorted(lora.pairs.items())}
-    alphas = {diffusers_name(name): pair.stated_alpha for name, pair in sorted(lora.pairs.items())}
+    alphas = {diffusers_name(name): pair.effective_alpha for name, pair in sorted(lora.pairs.items())}
     (rank, _), (alpha, _) = Counter(ranks.values()).most_common(1)[0], Counter(alphas.values()).most_common(1)[0]
     config = {
         "r": rank,
@@ -323,7 +323,7 @@ def to_state_dict(lora: LoraFile, layout: str) -> tuple[dict[str, Tensor], dict[
     tensors = {f"{row.stem(name)}.{row.down}.weight": pair.down for name, pair in lora.pairs.items()}
     tensors |= {f"{row.stem(name)}.{row.up}.weight": pair.up for name, pair in lora.pairs.items()}
     if row.metadata is None:
-        alphas = {name: torch.tensor(pair.stated_alpha, dtype=torch.float32) for name, pair in lora.pairs.items()}
+        alphas = {name: torch.tensor(pair.effective_alpha, dtype=torch.float32) for name, pair in lora.pairs.items()}
         shapes = {name: torch.tensor(shape, dtype=torch.int64) for name, shape in lora.input_shapes.items()}
         tensors |= {f"{row.stem(name)}.alpha": alpha for name, alpha in alphas.items()}
         tensors |= {f"{row.stem(name)}.reshape_weight": shape for name, shape in shapes.items()}
@@ -352,7 +352,11 @@ def _refuse_what_does_not_fit(lora: LoraFile, layout: str) -> None:
 def _refuse_non_finite(lora: LoraFile) -> None:
     numbers = dict(lora.extras)
     for name, pair in lora.pairs.items():
-        numbers |= {f"{name}.down": pair.down, f"{name}.up": pair.up, f"{name}.alpha": torch.tensor(pair.stated_alpha)}
+        numbers |= {
+            f"{name}.down": pair.down,
+            f"{name}.up": pair.up,
+            f"{name}.alpha": torch.tensor(pair.effective_alpha),
+        }
     for key, tensor in numbers.items():
         if not tensor.float().isfinite().all():
             raise LoraError(f"{key} holds numbers that are not finite in {tensor.dtype}, so it is not written.")
@@ -384,7 +388,7 @@ def write_lora(path: str | Path, lora: LoraFile, layout: str = "comfy", dtype: t
         raise LoraError(f"{path}: could not be written ({error}).") from error
 
 
-def is_written(path: str | Path, lora: LoraFile, layout: str = "comfy", dtype: torch.dtype | None = None) -> bool:
+def has_same_content(path: str | Path, lora: LoraFile, layout: str = "comfy", dtype: torch.dtype | None = None) -> bool:
     """Whether the file at `path` holds, bit for bit, what `write_lora` with the same arguments would put there."""
     path = Path(path)
     try:
@@ -392,9 +396,13 @@ def is_written(path: str | Path, lora: LoraFile, layout: str = "comfy", dtype: t
     except LoraError:
         return False
     tensors, metadata = to_state_dict(_cast(lora, dtype), layout)
-    return metadata == found_metadata and tensors.keys() == found.keys() and all(
-        tensor.dtype == found[key].dtype
-        and tensor.shape == found[key].shape
-        and torch.equal(tensor.flatten().view(torch.uint8), found[key].flatten().view(torch.uint8))
-        for key, tensor in tensors.items()
+    return (
+        metadata == found_metadata
+        and tensors.keys() == found.keys()
+        and all(
+            tensor.dtype == found[key].dtype
+            and tensor.shape == found[key].shape
+            and torch.equal(tensor.flatten().view(torch.uint8), found[key].flatten().view(torch.uint8))
+            for key, tensor in tensors.items()
+        )
     )

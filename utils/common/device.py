@@ -37,7 +37,7 @@ def out_of_memory(error: torch.OutOfMemoryError) -> str:
 
 
 @contextmanager
-def explained_memory() -> Iterator[None]:
+def explain_out_of_memory() -> Iterator[None]:
     """Turns a full GPU into a RunError that says what can be made smaller."""
     try:
         yield

@@ -29,7 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def require_writable(folder: Path, option: str = "--output_dir") -> None:
+def check_writable(folder: Path, option: str = "--output_dir") -> None:
     """Raises UserError where a folder that will be written to hours later cannot be; creates nothing."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):

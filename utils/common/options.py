@@ -40,17 +40,24 @@ def option(
     help: str,
     *,
     choices: tuple = (),
-    bare: Any = None,
+    const: Any = None,
     minimum: float | None = None,
     maximum: float | None = None,
-    needs: str | None = None,
+    requires: str | None = None,
 ) -> Any:
     """One option: its default, its help line, and what it may be.
 
-    `bare` is the value of the flag given without one (`--gradient_checkpointing`), which `true` means in TOML;
-    `false` there means the default. `needs` names the option without which this one would be ignored.
+    `const` is the value of the flag given without one (`--gradient_checkpointing`), which `true` means in TOML;
+    `false` there means the default. `requires` names the option without which this one would be ignored.
     """
-    facts = {"help": help, "choices": choices, "bare": bare, "needs": needs, "minimum": minimum, "maximum": maximum}
+    facts = {
+        "help": help,
+        "choices": choices,
+        "const": const,
+        "requires": requires,
+        "minimum": minimum,
+        "maximum": maximum,
+    }
     return field(default=default, metadata=facts)
 
 
@@ -73,9 +80,9 @@ def parse_options(cls: type[T], argv: Sequence[str] | None = None) -> T:
         given = _config_values(Path(given["config"]), specs) | given
     options = cls(**{name: _convert(specs[name], hints[name], value) for name, value in given.items()})
     for name, spec in specs.items():
-        needed = spec.metadata["needs"]
-        if needed and getattr(options, name) != spec.default and not getattr(options, needed):
-            raise UserError(f"--{name} means nothing without --{needed}")
+        required = spec.metadata["requires"]
+        if required and getattr(options, name) != spec.default and not getattr(options, required):
+            raise UserError(f"--{name} means nothing without --{required}")
     return options
 
 
@@ -170,8 +177,8 @@ def _add_argument(group: argparse._ArgumentGroup, spec: Field, hint: Any) -> Non
         settings["metavar"] = f"{{{choices}}}" if choices else scalar.__name__.upper()
         if many:
             settings["nargs"] = "+"
-        elif meta["bare"] is not None:
-            settings |= {"nargs": "?", "const": meta["bare"]}
+        elif meta["const"] is not None:
+            settings |= {"nargs": "?", "const": meta["const"]}
     group.add_argument(f"--{spec.name}", **settings)
 
 
@@ -188,8 +195,8 @@ def _shape(hint: Any) -> tuple[type, bool, bool]:
 
 def _convert(spec: Field, hint: Any, value: Any) -> Any:
     scalar, many, _ = _shape(hint)
-    if spec.metadata["bare"] is not None and isinstance(value, bool):
-        return spec.metadata["bare"] if value else spec.default
+    if spec.metadata["const"] is not None and isinstance(value, bool):
+        return spec.metadata["const"] if value else spec.default
     if many:
         values = value if isinstance(value, list | tuple) else [value]
         if not values and spec.default:

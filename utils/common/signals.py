@@ -21,7 +21,7 @@ class Stop:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def signals_ignored() -> Iterator[None]:
     """No signal interrupts the block: neither a user's, nor torch's own that a loading process has died."""
     quiet = dict.fromkeys(SIGNALS, signal.SIG_IGN)
     if hasattr(signal, "SIGCHLD"):

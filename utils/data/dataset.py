@@ -12,10 +12,10 @@ from tqdm import tqdm
 from utils.common.errors import UserError
 from utils.common.formatting import counted, format_table, readable_size
 from utils.data.folders import Folder
-from utils.data.plan import Limits, Plan, Window, every_window, fixed_windows, largest_windows
+from utils.data.plan import Limits, Plan, Window, fixed_windows, flatten_windows, full_length_windows
 from utils.data.scan import Problem, Source, scan, split_folders
 from utils.encoding.latent_cache import DIGESTS, LATENTS, Digests, latent_bytes
-from utils.media.frame_rate import SLOWER
+from utils.media.frame_rate import SLOWER_THAN
 from utils.media.probing import is_image
 
 FAR_RATE = 0.1  # from the model's frame rate, as a share of it
@@ -75,10 +75,10 @@ def open_dataset(
             part += sources
             problems += flawed
     problems = list(dict.fromkeys(problems))
-    windows, held_out = largest_windows(train, limits), largest_windows(val, limits)
+    windows, held_out = full_length_windows(train, limits), full_length_windows(val, limits)
     if train:
-        print(clip_table(windows, held_out, problems, model_fps))
-        print(f"\n{bucket_table(Plan(train, limits, seed=0).epoch(0))}")
+        print(format_clips(windows, held_out, problems, model_fps))
+        print(f"\n{format_buckets(Plan(train, limits, seed=0).epoch(0))}")
         if not val:
             print("\nno clips are held out in val/: validation is on training clips, which says less")
     if problems:
@@ -88,7 +88,7 @@ def open_dataset(
     return Dataset(train, val, windows, cache_folder or folders[0].path / ".wan_cache")
 
 
-def clip_table(
+def format_clips(
     windows: Sequence[Window], held_out: Sequence[Window], problems: Sequence[Problem], model_fps: float
 ) -> str:
     """What each clip has, what of it a sample uses at most, and what there is to say about it."""
@@ -113,7 +113,7 @@ def clip_table(
     return format_table(("file", "size", "fps", "frames", "bucket", "tokens", "caption", "status"), rows)
 
 
-def bucket_table(batches: Sequence[Sequence[Window]]) -> str:
+def format_buckets(batches: Sequence[Sequence[Window]]) -> str:
     """How many samples of an epoch each bucket gets, in how many batches, and all together."""
     samples, parts, tokens = Counter(), Counter(), {}
     for batch in batches:
@@ -129,15 +129,15 @@ def bucket_table(batches: Sequence[Sequence[Window]]) -> str:
     return f"{table}\n\nan epoch has {total}"
 
 
-def cache_text(data: Dataset, limits: Limits, channels: int) -> str:
+def format_cache_size(data: Dataset, limits: Limits, channels: int) -> str:
     """What the caches take: latents of so many channels, with all that is made for a control, and texts."""
-    windows = every_window(fixed_windows(data.train, limits, 1))
+    windows = flatten_windows(fixed_windows(data.train, limits, 1))
     latents, texts = readable_size(latent_bytes(windows, channels)), len(set(data.captions))
     longest = readable_size(LONGEST_EMBEDDING)
     return f"on disk: --cache_latents N takes N times {latents}, each of {counted(texts, 'text')} at most {longest}"
 
 
-def plan_text(plan: Plan, steps_per_epoch: int, steps: int) -> str:
+def format_plan(plan: Plan, steps_per_epoch: int, steps: int) -> str:
     """How many clips, how often."""
     buckets = counted(len({batch[0].bucket for batch in plan.epoch(0)}), "bucket")
     return (
@@ -154,7 +154,7 @@ def _status(window: Window, model_fps: float) -> str:
         if rate is None and abs(info.fps / model_fps - 1) > FAR_RATE:
             remedy = ", see --fps auto" if info.fps > model_fps else ""
             notes.append(f"will play at {model_fps / info.fps:.2g}x its speed{remedy}")
-        elif rate is not None and info.fps < SLOWER * rate:
+        elif rate is not None and info.fps < SLOWER_THAN * rate:
             notes.append(f"slower than {rate:g} fps: used as it is")
     companions = (other for other in (source.control, source.mask) if other and not is_image(other.path))
     ends = min((other.info.frames for other in companions), default=info.frames)

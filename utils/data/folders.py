@@ -38,10 +38,10 @@ class Rules:
         0.0, "share of samples that are trained without their caption", minimum=0, maximum=1
     )
     load_control: bool = option(
-        False, "read the control of clip.mp4 from clip_control.mp4 instead of making it", needs="control_lora"
+        False, "read the control of clip.mp4 from clip_control.mp4 instead of making it", requires="control_lora"
     )
     control_suffix: str = option("_control", "what the control file's name adds to the clip's")
-    control_folder: Path | None = option(None, "folder of control files, named as their clips", needs="control_lora")
+    control_folder: Path | None = option(None, "folder of control files, named as their clips", requires="control_lora")
     load_mask: bool = option(False, "read clip_mask.mp4 or .png: the loss counts where it is white")
     mask_suffix: str = option("_mask", "what the mask file's name adds to the clip's")
     mask_folder: Path | None = option(None, "folder of mask files, named as their clips")
@@ -89,7 +89,7 @@ class Folder:
     rules: Rules
 
 
-def choose_folders(dataset: Path | None, config: Path | None, rules: Rules, alone: bool) -> list[Folder]:
+def resolve_folders(dataset: Path | None, config: Path | None, rules: Rules, alone: bool) -> list[Folder]:
     """The folders to train on: the one `dataset` with these rules, or those of a config, where rules are defaults.
 
     Raises UserError for none or both, as `read_folders` does, and for a rule that would be ignored.
@@ -97,14 +97,14 @@ def choose_folders(dataset: Path | None, config: Path | None, rules: Rules, alon
     if dataset is None and config is None:
         raise UserError("--dataset is missing: the folder with your clips and captions (--dataset_config: several)")
     if config is None:
-        _require_meaning(rules, vars(rules))
+        _check_ignored(rules, vars(rules))
         return [Folder(dataset, rules)]
     if dataset is not None:
         raise UserError("--dataset and --dataset_config both say what to train on: give one of them")
     return read_folders(config, rules, alone)
 
 
-def _require_meaning(rules: Rules, given: Iterable[str]) -> None:
+def _check_ignored(rules: Rules, given: Iterable[str]) -> None:
     """Raises UserError where one of the `given` rules is not its default and means nothing beside the others."""
     strided = rules.fps == "native" and rules.frame_sampling in ("random", "head", "middle")
     ignored = {
@@ -148,7 +148,7 @@ def _folder(config: Path, number: int, table: dict[str, Any], defaults: Rules) -
             changes[name] = config.parent / changes[name]
     rules = replace(defaults, **changes)
     try:
-        _require_meaning(rules, changes)
+        _check_ignored(rules, changes)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return Folder(config.parent / path, rules)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils.common.errors import LoaderError, UserError
 from utils.data.plan import Plan, Window
-from utils.data.scan import Companion
+from utils.data.scan import PairedFile
 from utils.media.frames import crop_and_resize, read_frames
 from utils.media.probing import MediaError, is_image
 
@@ -47,7 +47,7 @@ def load_clip(window: Window) -> Clip:
     Raises `MediaError` for a file that has become unreadable.
     """
     source = window.source
-    itself = Companion(source.path, source.info)
+    itself = PairedFile(source.path, source.info)
     control = _read(source.control, window) if source.control else None
     mask = _read(source.mask, window)[0].contiguous() if source.mask else None  # gray: any channel
     return Clip(_read(itself, window), window.caption, control, mask)
@@ -135,7 +135,7 @@ def _raising(loader: Iterable[list[T] | MediaError]) -> Iterator[list[T]]:
         del loaded
 
 
-def _read(file: Companion, window: Window) -> Tensor:
+def _read(file: PairedFile, window: Window) -> Tensor:
     """(3, F, H, W): the window's frames of a file, or its one image for all of them."""
     still = is_image(file.path)
     frames = read_frames(file.path, [0] if still else window.indices, file.info)

@@ -114,7 +114,7 @@ def fixed_windows(sources: Sequence[Source], limits: Limits, count: int) -> list
     return [list(_fixed(source, limits, count)) for source in sources]
 
 
-def every_window(fixed: Sequence[Sequence[Showing]]) -> list[Window]:
+def flatten_windows(fixed: Sequence[Sequence[Showing]]) -> list[Window]:
     """All of them, in order."""
     return [window for showings in fixed for showing in showings for window in showing]
 
@@ -142,7 +142,7 @@ def validation_windows(sources: Sequence[Source], limits: Limits, count: int) ->
     return [middle_window(source, source.rules.base_res[0], limits) for source in chosen]
 
 
-def largest_windows(sources: Sequence[Source], limits: Limits) -> list[Window]:
+def full_length_windows(sources: Sequence[Source], limits: Limits) -> list[Window]:
     """The most that a sample uses of each source, at every `base_res`. Raises `UserError` like `max_frames`."""
     windows = []
     for source in sources:

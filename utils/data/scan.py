@@ -11,7 +11,7 @@ from tqdm import tqdm
 from utils.common.errors import UserError
 from utils.data.captions import find_captions
 from utils.data.folders import Folder, Rules
-from utils.media.frame_rate import at_rate
+from utils.media.frame_rate import frames_at_rate
 from utils.media.inspection import inspect_all
 from utils.media.probing import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, MediaInfo, is_image, is_video, seconds
 
@@ -23,7 +23,7 @@ Found = dict[Path, MediaInfo | MediaError]
 
 
 @dataclass(frozen=True)
-class Companion:
+class PairedFile:
     """A file that goes with another, frame for frame: its control, or its mask."""
 
     path: Path
@@ -44,8 +44,8 @@ class Source:
     shown: Sequence[int]
     folder: Path
     rules: Rules
-    control: Companion | None = None
-    mask: Companion | None = None
+    control: PairedFile | None = None
+    mask: PairedFile | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class _Role:
                     found[path.with_name(path.stem.removesuffix(self.suffix))].append(path)
         return found
 
-    def of(self, path: Path, wanted: dict[Path, list[Path]], found: Found) -> tuple[Companion | None, list[str]]:
+    def of(self, path: Path, wanted: dict[Path, list[Path]], found: Found) -> tuple[PairedFile | None, list[str]]:
         """The companion of a media file, and what is wrong with it."""
         paths = wanted.get(self._key(_stem(path)), [])
         if len(paths) != 1:
@@ -167,7 +167,7 @@ class _Role:
         if self.name == "control" and is_image(other) and not is_image(path):
             return None, [f"its {self.name} {other.name} must be a video as it is"]
         flaws = _content_flaws(other, found[other]) or _mismatches(found[other], found[path])
-        return (None if flaws else Companion(other, found[other])), [
+        return (None if flaws else PairedFile(other, found[other])), [
             f"its {self.name} {other.name}: {f}" for f in flaws
         ]
 
@@ -182,13 +182,13 @@ class _Role:
 
 
 def _source(
-    folder: Folder, path: Path, texts: tuple[str, ...], found: Found, goes_with: dict[str, Companion], model_fps: float
+    folder: Folder, path: Path, texts: tuple[str, ...], found: Found, goes_with: dict[str, PairedFile], model_fps: float
 ) -> Source:
     info, rate = found[path], folder.rules.rate(model_fps)
     frames = min([info.frames, *(c.info.frames for c in goes_with.values() if not is_image(c.path))])
     shown: Sequence[int] = range(frames)
     if rate is not None and not is_image(path):
-        shown = tuple(index for index in at_rate(seconds(path), rate) if index < frames)
+        shown = tuple(index for index in frames_at_rate(seconds(path), rate) if index < frames)
     prefixed = tuple(folder.rules.caption_prefix + text for text in texts)
     return Source(path, prefixed, info, shown, folder.path, folder.rules, **goes_with)
 

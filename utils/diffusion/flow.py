@@ -51,7 +51,7 @@ def sample_sigma(count: int, shift: float, device: torch.device) -> Tensor:
     return shift_sigma(torch.rand(count, device=device), shift)
 
 
-def noised(clean: Tensor, shift: float) -> Noisy:
+def sample_noisy(clean: Tensor, shift: float) -> Noisy:
     """Latents at a random noise level for training, each sample at its own. Drawn from torch's own random state."""
     sigma = sample_sigma(len(clean), shift, clean.device)
     return add_noise(clean, torch.randn_like(clean), sigma)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from utils.diffusion.objectives import Predict
-from utils.encoding.conditioning import Cond, with_text
+from utils.encoding.conditioning import Cond, replace_text
 from wan.text2video import guided, sample
 from wan.utils.fm_solvers import make_solver
 
@@ -37,5 +37,5 @@ class Sampler:
         """
         velocity = partial(predict, cond=cond)
         if negative is not None:
-            velocity = guided(velocity, partial(predict, cond=with_text(cond, negative)), self.guidance)
+            velocity = guided(velocity, partial(predict, cond=replace_text(cond, negative)), self.guidance)
         return sample(velocity, noise, make_solver(self.solver, self.steps, self.shift, noise.device), progress)

@@ -41,7 +41,7 @@ class Encoded:
 
     def to(self, device: torch.device) -> "Encoded":
         """On the device, without the host waiting for the copies."""
-        return self._each(lambda part: _sent(part, device))
+        return self._each(lambda part: _to_device(part, device))
 
     def pin_memory(self) -> "Encoded":
         """In page-locked memory, from where a GPU copies without the host waiting; the loader calls this."""
@@ -88,11 +88,11 @@ def encode_clip(clip: Clip, text: Tensor, vae: WanVAE, control_type: str | None 
         channels = encode_video(make_control(video, control_type), vae)
     elif control_type is not None:
         channels = encode_video(to_unit_range(clip.control.to(vae.device, non_blocking=True)), vae)
-    mask = None if clip.mask is None else pooled(clip.mask.to(vae.device, non_blocking=True), vae.stride)
-    return Encoded(latents, _sent(text, vae.device), channels, mask)
+    mask = None if clip.mask is None else pool_mask(clip.mask.to(vae.device, non_blocking=True), vae.stride)
+    return Encoded(latents, _to_device(text, vae.device), channels, mask)
 
 
-def pooled(mask: Tensor, stride: tuple[int, int, int]) -> Tensor:
+def pool_mask(mask: Tensor, stride: tuple[int, int, int]) -> Tensor:
     """The means (f, h, w) in 0..1 of a mask (F, H, W) uint8 over what each latent covers; the first frame is alone."""
     time, height, width = stride
     small = F.avg_pool2d(mask[:, None].float() / 255, (height, width))[:, 0]
@@ -105,7 +105,7 @@ def encode_video(video: Tensor, vae: WanVAE) -> Tensor:
     return vae.encode(video[None].to(vae.dtype))[0].float()
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """On the device, without the host waiting for the copy."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
@@ -134,7 +134,7 @@ def inject_noise(cond: Cond, strength: float) -> Cond:
     return replace(cond, channels=cond.channels + amount * torch.randn_like(cond.channels))
 
 
-def with_text(cond: Cond, text: Tensor) -> Cond:
+def replace_text(cond: Cond, text: Tensor) -> Cond:
     """The same condition with another text (T, E) for every sample: the negative side of guidance."""
     return replace(cond, text=text.expand(len(cond.text), -1, -1))
 

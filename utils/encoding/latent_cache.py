@@ -79,7 +79,7 @@ class LatentCache:
         except (OSError, SafetensorError) as error:
             raise RunError(f"cannot write latents to {self.folder}: {error}; see --cache_dir") from None
 
-    def require_room(self, size: int) -> None:
+    def check_disk_space(self, size: int) -> None:
         """Makes the folder. Raises UserError where it cannot be, or its disk has not `size` bytes to spare."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,7 @@ class CachedSamples:
 
 
 @dataclass(frozen=True)
-class LatentStage:
+class LatentEncoding:
     """The VAE of a model folder, not loaded, and what is made from each clip for it to follow, if anything."""
 
     folder: Path
@@ -76,7 +76,7 @@ class LatentStage:
             vae = load_vae(self.folder, self.device)
             sides = 1 + (self.control is not None)
             size = latent_bytes(missing, sides * vae.z_dim)
-            cache.require_room(size)
+            cache.check_disk_space(size)
             print(f"latents: writing {readable_size(size)} to {cache.folder}")
             self._encode(cache, vae, missing, num_workers)
         return cache

@@ -29,7 +29,7 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class TextStage:
+class TextEncoding:
     """The text encoder of a model folder, not loaded; bf16 on a machine with a GPU, as released, and fp32 without."""
 
     folder: Path
@@ -123,7 +123,7 @@ class TextStage:
         return torch.device("cpu")
 
 
-def require_fit(embedding: Tensor, shape: WanShape, source: str) -> Tensor:
+def check_embedding_shape(embedding: Tensor, shape: WanShape, source: str) -> Tensor:
     """The embedding (T, E) unchanged. Raises UserError where the transformer reads another width, or fewer rows."""
     rows, width = embedding.shape
     if width != shape.text_dim or rows > shape.text_len:

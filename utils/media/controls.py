@@ -5,7 +5,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as T
 
 CONTROL_TYPES = ("tile",)
-AS_IS = "file"
+FROM_FILE = "file"
 TILE_FACTOR = 4
 BLUR_SIZE, BLUR_SIGMA = 15, 3.0
 
@@ -23,8 +23,8 @@ def tile(video: Tensor) -> Tensor:
 
 def make_control(video: Tensor, control_type: str) -> Tensor:
     """The control of this type for a video (3, F, H, W) in -1..1, same shape and range; "file": the video itself."""
-    if control_type == AS_IS:
+    if control_type == FROM_FILE:
         return video
     if control_type == "tile":
         return tile(video)
-    raise ValueError(f"unknown control type {control_type!r}; known: {', '.join((*CONTROL_TYPES, AS_IS))}")
+    raise ValueError(f"unknown control type {control_type!r}; known: {', '.join((*CONTROL_TYPES, FROM_FILE))}")

@@ -12,7 +12,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
-from utils.media.probing import MediaError, MediaInfo, is_image, opened_image, opened_video, probe, read_timeline
+from utils.media.probing import MediaError, MediaInfo, is_image, open_image, open_video, probe, read_timeline
 
 
 def read_pixels(path: Path, indices: Sequence[int], info: MediaInfo | None = None) -> np.ndarray:
@@ -37,7 +37,7 @@ def read_pixels(path: Path, indices: Sequence[int], info: MediaInfo | None = Non
 
 def _open_rgb(path: Path) -> Image.Image:
     """An upright 8-bit RGB image: 16-bit values are scaled, and what is transparent shows white."""
-    with opened_image(path) as image:
+    with open_image(path) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):
             return Image.fromarray(np.rint(np.asarray(upright) / 257).astype(np.uint8)).convert("RGB")
@@ -97,7 +97,7 @@ def _decode(path: Path, wanted: list[int], entry: int | None = None) -> list[np.
     """The frames at the ascending times `wanted` after the keyframe at `entry`; without one, the `wanted`th frames."""
     found, sought = [], set(wanted)
     to_rgb = VideoReformatter()
-    with opened_video(path) as (container, stream):
+    with open_video(path) as (container, stream):
         if entry is not None:
             container.seek(entry, stream=stream)
         for count, frame in enumerate(container.decode(stream)):

@@ -3,10 +3,10 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 
-SLOWER = 0.98  # of the rate: a source below it, on average, has fewer frames than the rate asks for
+SLOWER_THAN = 0.98  # of the rate: a source below it, on average, has fewer frames than the rate asks for
 
 
-def at_rate(times: Sequence[float], rate: float) -> list[int]:
+def frames_at_rate(times: Sequence[float], rate: float) -> list[int]:
     """The frames nearest to 0, 1 / rate, 2 / rate, ... seconds, by ascending `times` in seconds, the first at 0.
 
     No frame comes twice: where a source is slower than the rate, it gives all its frames, as they are.

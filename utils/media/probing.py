@@ -87,7 +87,7 @@ def probe(path: Path) -> MediaInfo:
     _require_content(path)
     if not is_image(path):
         return _probe_video(path)
-    with opened_image(path) as image:
+    with open_image(path) as image:
         return MediaInfo(*ImageOps.exif_transpose(image).size, frames=1, fps=None)
 
 
@@ -113,7 +113,7 @@ def read_timeline(path: Path) -> Timeline:
 
 
 @contextlib.contextmanager
-def opened_image(path: Path) -> Iterator[Image.Image]:
+def open_image(path: Path) -> Iterator[Image.Image]:
     """A fully decoded image: `Image.verify` alone lets a JPEG that was cut short through."""
     try:
         with Image.open(path) as image:
@@ -124,7 +124,7 @@ def opened_image(path: Path) -> Iterator[Image.Image]:
 
 
 @contextlib.contextmanager
-def opened_video(path: Path, options: dict[str, str] | None = None) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_video(path: Path, options: dict[str, str] | None = None) -> Iterator[tuple[InputContainer, VideoStream]]:
     """A container and its main video stream; what FFmpeg raises inside becomes a `MediaError`.
 
     Decoding keeps to one thread: one that writes to the log waits for Python's lock, while Python, closing the
@@ -151,7 +151,7 @@ def _require_content(path: Path) -> None:
 
 def _probe_video(path: Path) -> MediaInfo:
     timeline = read_timeline(path)
-    with opened_video(path) as (container, stream):
+    with open_video(path) as (container, stream):
         frame = next(container.decode(stream), None)
         if frame is None or timeline.frames == 0:
             raise MediaError(path, "not a single frame of it can be decoded")
@@ -164,7 +164,7 @@ def _probe_video(path: Path) -> MediaInfo:
 @functools.lru_cache(maxsize=2**16)
 def _demuxed(path: Path, modified: int, size: int) -> Timeline:
     """The timeline of the file as it was at `modified` with `size` bytes: two keys that outdate a remembered answer."""
-    with opened_video(path) as (container, stream):
+    with open_video(path) as (container, stream):
         packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
         codec, pixel_format, promised = stream.codec_context.name, stream.codec_context.pix_fmt, stream.frames
         unit = Fraction(stream.time_base)
@@ -192,10 +192,10 @@ def _groups_are_closed(packets: list[av.Packet]) -> bool:
 
 def _stored(path: Path) -> int:
     """Frames in the file, those included that its edit list hides: a trimmed file rightly shows fewer than it has."""
-    with opened_video(path, options={"ignore_editlist": "1"}) as (container, stream):
+    with open_video(path, options={"ignore_editlist": "1"}) as (container, stream):
         return sum(1 for packet in container.demux(stream) if packet.size)
 
 
 def _shown_times(path: Path) -> list[int | None]:
-    with opened_video(path) as (container, stream):
+    with open_video(path) as (container, stream):
         return [frame.pts for frame in container.decode(stream)]

@@ -23,7 +23,7 @@ from utils.common.device import out_of_memory
 from utils.common.errors import LoaderError, RunError, UserError
 from utils.common.files import UNFINISHED
 from utils.common.formatting import counted
-from utils.common.signals import Stop, undisturbed
+from utils.common.signals import Stop, signals_ignored
 from utils.data.loading import loader_failure
 from utils.media.frames import contact_sheet, save_image, write_video
 from utils.runs.state import Learner, State
@@ -211,7 +211,9 @@ class Run:
         Other files that lie with them, such as converted ones, are left alone.
         """
         for kind, count in (("state", keep or STATES_KEPT), ("wan-lora", keep)):
-            own = {path: step for path, step in own_files(self.checkpoints).items() if path.name.startswith(kind)}
+            own = {
+                path: step for path, step in list_checkpoints(self.checkpoints).items() if path.name.startswith(kind)
+            }
             kept = sorted(set(own.values()))[-count:]
             for path in (path for path, step in own.items() if step not in kept):
                 path.unlink(missing_ok=True)
@@ -269,7 +271,7 @@ class Run:
 
 
 @contextmanager
-def keeping_what_is_learnt(run: Run, learner: Learner, stop: Stop, keep: Callable[[], None]) -> Iterator[None]:
+def save_on_exit(run: Run, learner: Learner, stop: Stop, keep: Callable[[], None]) -> Iterator[None]:
     """Whatever ends the run early saves it first, where the device still answers, and says how to go on.
 
     Ctrl-C stays a KeyboardInterrupt; a file that has vanished, a loader that died and a full GPU become a RunError.
@@ -289,7 +291,7 @@ def keeping_what_is_learnt(run: Run, learner: Learner, stop: Stop, keep: Callabl
             raise
         reason = None if stop.asked else str(failure)
     # Here, because inside the handlers the exception still holds the tensors of the step.
-    with undisturbed():
+    with signals_ignored():
         if run.step and learner.steps == run.step:
             keep()
         elif run.step:
@@ -319,7 +321,7 @@ def open_run(
     step = 0 if state is None else state.step
     try:
         if state is not None:
-            set_aside(folder / "checkpoints", step)
+            archive_later_checkpoints(folder / "checkpoints", step)
         run = Run(folder, total_steps, options_json, max_grad_norm, step)
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {error.strerror}") from None
@@ -328,20 +330,20 @@ def open_run(
     return run
 
 
-def own_files(checkpoints: Path) -> dict[Path, int]:
+def list_checkpoints(checkpoints: Path) -> dict[Path, int]:
     """The files that a run has written there, and the step of each."""
     matches = {path: OWN.fullmatch(path.name) for path in checkpoints.iterdir()}
     return {path: int(match[1]) for path, match in matches.items() if match}
 
 
-def set_aside(checkpoints: Path, step: int) -> None:
+def archive_later_checkpoints(checkpoints: Path, step: int) -> None:
     """Moves what is of later steps than `step` into a folder of its own: a run that goes on from there writes its own.
 
     Removes what a crash has left unfinished.
     """
     for path in checkpoints.glob(UNFINISHED):
         path.unlink()
-    later = [path for path, its_step in own_files(checkpoints).items() if its_step > step]
+    later = [path for path, its_step in list_checkpoints(checkpoints).items() if its_step > step]
     if later:
         names = (checkpoints / f"aside-{number}" for number in itertools.count(1))
         aside = next(folder for folder in names if not folder.exists())

@@ -63,9 +63,9 @@ class Learner:
         self.updater = updater
         self.ema = ema
         self.steps: int | None = updater.updates  # whose outcome this is; None in the middle of an update
-        self.note_random_state()
+        self.capture_rng_state()
 
-    def note_random_state(self) -> None:
+    def capture_rng_state(self) -> None:
         """Remembers where torch's generators are: a step that fails half-way is done again from there."""
         self._random = {"random.cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
@@ -77,7 +77,7 @@ class Learner:
         norm = self.updater.update(max_grad_norm)
         if self.ema is not None:
             self.ema.update(self.updater.updates)
-        self.note_random_state()
+        self.capture_rng_state()
         self.steps = self.updater.updates
         return norm
 
@@ -122,7 +122,7 @@ class Learner:
         torch.set_rng_state(random["cpu"])
         if "cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["cuda"])
-        self.note_random_state()
+        self.capture_rng_state()
 
 
 def write_state(path: Path, learner: Learner, facts: Mapping[str, Any]) -> None:
@@ -170,7 +170,7 @@ def find_state(wanted: str, output_dir: Path) -> State:
     raise UserError(f"--resume_from_checkpoint {wanted}: there is no whole training state in {where}")
 
 
-def require_same(state: State, options: Mapping[str, Any], data: Mapping[str, str], allowed: bool) -> None:
+def check_resume_compatible(state: State, options: Mapping[str, Any], data: Mapping[str, str], allowed: bool) -> None:
     """Lists what differs from the run that was saved; raises UserError unless that is allowed.
 
     Raises it too where the run has taken more steps than it is now to take.

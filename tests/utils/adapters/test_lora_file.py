@@ -12,7 +12,7 @@ from utils.adapters.lora_file import (
     LoraFile,
     LoraPair,
     delta,
-    is_written,
+    has_same_content,
     read_lora,
     to_state_dict,
     write_lora,
@@ -294,7 +294,7 @@ def test_comfy_to_any_layout_and_back_is_bit_exact(tmp_path, layout, dtype):
     before, after = load_file(first), load_file(back)
     assert list(before) == list(after) and all(torch.equal(before[key], after[key]) for key in before)
     assert metadata_of(first) == metadata_of(back) == lora.metadata
-    assert is_written(back, read_lora(first))
+    assert has_same_content(back, read_lora(first))
 
 
 def test_a_pair_without_alpha_stays_without_in_the_predecessors_layout_and_says_its_rank_in_comfys(tmp_path):
@@ -374,13 +374,13 @@ def test_others_may_read_a_written_file_as_they_may_any_other_new_file(tmp_path)
 
 def test_a_written_file_is_told_from_one_that_differs_in_a_bit_a_dtype_or_a_word(tmp_path):
     path, lora = tmp_path / "lora.safetensors", make_lora()
-    assert not is_written(path, lora)
+    assert not has_same_content(path, lora)
     write_lora(path, lora)
-    assert is_written(path, lora)
-    assert not is_written(path, lora, "kohya") and not is_written(path, lora, dtype=torch.half)
-    assert not is_written(path, LoraFile(lora.pairs, metadata={"format": "pt"}))
+    assert has_same_content(path, lora)
+    assert not has_same_content(path, lora, "kohya") and not has_same_content(path, lora, dtype=torch.half)
+    assert not has_same_content(path, LoraFile(lora.pairs, metadata={"format": "pt"}))
     lora.pairs["head.head"].up[0, 0] *= -1
-    assert not is_written(path, lora)
+    assert not has_same_content(path, lora)
 
 
 # -------------------------------------------------------------------------------------------- the change of weights

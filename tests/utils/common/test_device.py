@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from utils.common.device import explained_memory, pick_device
+from utils.common.device import explain_out_of_memory, pick_device
 from utils.common.errors import RunError
 
 
 def test_a_full_gpu_is_told_with_what_can_be_made_smaller():
-    with pytest.raises(RunError) as caught, explained_memory():
+    with pytest.raises(RunError) as caught, explain_out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
     first, second = str(caught.value).splitlines()
     assert first == "CUDA out of memory" and "--token_limit" in second and "--gradient_checkpointing" in second

@@ -30,8 +30,8 @@ class Options(Group):
     name: str = option("", "a name")
     rate: float = option(1e-5, "rate", minimum=0)
     fast: bool = option(False, "be fast")
-    checkpointing: str = option("none", "which", choices=("none", "full"), bare="full")
-    speed: float = option(1.0, "how fast", needs="fast")
+    checkpointing: str = option("none", "which", choices=("none", "full"), const="full")
+    speed: float = option(1.0, "how fast", requires="fast")
 
 
 def toml(tmp_path: Path, text: str) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 
 from utils.common.errors import UserError
 from utils.data.folders import Rules
-from utils.data.plan import Limits, Plan, Window, every_window, fixed_windows, validation_windows
+from utils.data.plan import Limits, Plan, Window, fixed_windows, flatten_windows, validation_windows
 from utils.data.scan import Source
 from utils.media.probing import MediaInfo
 
@@ -188,7 +188,7 @@ def test_fixed_windows_are_the_middle_or_a_few_that_never_change():
     assert several[0][:2] == fixed_windows(sources, Limits(), 2)[0][:2]
     plan = Plan(sources, Limits(), 0, several)
     used = {replace(window, caption="a clip") for epoch in range(40) for window in windows_of(plan.epoch(epoch))}
-    assert used == set(every_window(several))
+    assert used == set(flatten_windows(several))
 
 
 def test_all_chunks_of_a_clip_are_fixed_and_come_every_epoch():
@@ -202,7 +202,7 @@ def test_all_chunks_of_a_clip_are_fixed_and_come_every_epoch():
 def test_chunks_that_are_cached_several_times_over_come_once_an_epoch():
     sources = [source(832, 480, 60, frame_sampling="chunks", base_res=(480, 624))]
     fixed = fixed_windows(sources, Limits(1560 * 6), 3)
-    assert len(fixed[0]) == 6 and len(set(every_window(fixed))) > 6
+    assert len(fixed[0]) == 6 and len(set(flatten_windows(fixed))) > 6
     plan = Plan(sources, Limits(1560 * 6), 0, fixed)
     seen = {tuple(sorted(w.position for w in windows_of(plan.epoch(epoch)))) for epoch in range(60)}
     assert seen == {tuple(sorted(window.position for window in showing)) for showing in fixed[0]}

@@ -16,9 +16,9 @@ from utils.encoding.conditioning import (
     encode_video,
     inject_noise,
     make_predict,
+    replace_text,
     to_pixels,
     to_unit_range,
-    with_text,
 )
 from utils.media.controls import tile
 from wan.modules.vae import WanVAE
@@ -157,7 +157,7 @@ def test_injected_noise_is_added_to_a_copy_of_the_control_alone():
 def test_another_text_stands_for_every_sample_and_the_rest_stays():
     cond = collate([make_encoded(0, 3, control=True), make_encoded(1, 5, control=True)]).cond
     text = torch.randn(4, WIDTH)
-    negative = with_text(cond, text)
+    negative = replace_text(cond, text)
     assert all(torch.equal(row, text) for row in negative.text) and len(negative.text) == 2
     assert negative.channels is cond.channels
 

@@ -7,7 +7,7 @@ import torch
 from tests.media import image, video
 from utils.common.errors import RunError, UserError
 from utils.data.folders import Folder, Rules
-from utils.data.plan import Limits, Window, every_window, fixed_windows
+from utils.data.plan import Limits, Window, fixed_windows, flatten_windows
 from utils.data.scan import scan
 from utils.encoding import latent_cache
 from utils.encoding.latent_cache import Digests, LatentCache, latent_bytes
@@ -19,12 +19,12 @@ LIMITS = Limits(token_limit=60)
 def window(tmp_path) -> Window:
     video(tmp_path / "clips" / "a.mp4", frames=9)
     sources, _ = scan(Folder(tmp_path / "clips", Rules(base_res=(32,))), 16.0)
-    return every_window(fixed_windows(sources, LIMITS, 1))[0]
+    return flatten_windows(fixed_windows(sources, LIMITS, 1))[0]
 
 
 def cache(tmp_path: Path, fingerprint: str = "vae", control: str | None = None) -> LatentCache:
     found = LatentCache(tmp_path / "cache", fingerprint, control)
-    found.require_room(0)
+    found.check_disk_space(0)
     return found
 
 
@@ -93,7 +93,7 @@ def test_pruning_removes_what_no_window_needs_also_of_other_vaes(tmp_path, windo
 def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda path: FullDisk)
     with pytest.raises(UserError, match=r"the latents take 5\.00 GB, and .* has 1\.00 GB free"):
-        LatentCache(tmp_path / "cache", "vae", None).require_room(5_000_000_000)
+        LatentCache(tmp_path / "cache", "vae", None).check_disk_space(5_000_000_000)
 
 
 class FullDisk:
@@ -103,7 +103,7 @@ class FullDisk:
 def test_a_folder_that_cannot_be_made_or_written_is_told(tmp_path, window):
     (tmp_path / "cache").write_text("in the way")
     with pytest.raises(UserError, match="--cache_dir"):
-        LatentCache(tmp_path / "cache", "vae", None).require_room(0)
+        LatentCache(tmp_path / "cache", "vae", None).check_disk_space(0)
     with pytest.raises(RunError, match="cannot write latents"):
         LatentCache(tmp_path / "nowhere", "vae", None).store(window, PARTS)
 

@@ -10,11 +10,11 @@ from tests.media import image, video
 from tests.tiny import tiny_transformer, write_model
 from utils.adapters.lora import add_lora, select_modules, widen_patch_embedding
 from utils.data.folders import Folder, Rules
-from utils.data.plan import Limits, Window, every_window, fixed_windows
+from utils.data.plan import Limits, Window, fixed_windows, flatten_windows
 from utils.data.scan import scan
 from utils.encoding.conditioning import make_predict
-from utils.encoding.samples import CachedSamples, FreshSamples, LatentStage
-from utils.encoding.text import TextStage
+from utils.encoding.samples import CachedSamples, FreshSamples, LatentEncoding
+from utils.encoding.text import TextEncoding
 from wan.checkpoints import load_vae
 
 CPU = torch.device("cpu")
@@ -29,14 +29,16 @@ def model(tmp_path_factory) -> Path:
 def windows_of(folder: Path, **rules) -> list[Window]:
     sources, problems = scan(Folder(folder, Rules(base_res=(64,), enlarge=True, **rules)), 16.0)
     assert not problems
-    return every_window(fixed_windows(sources, LIMITS, 2))
+    return flatten_windows(fixed_windows(sources, LIMITS, 2))
 
 
 def both(folder: Path, model: Path, windows: list[Window], control: str | None) -> tuple[FreshSamples, CachedSamples]:
     texts = (
-        TextStage(model, CPU).encode([window.caption for window in windows], [], folder / "text", None, folder).captions
+        TextEncoding(model, CPU)
+        .encode([window.caption for window in windows], [], folder / "text", None, folder)
+        .captions
     )
-    cache = LatentStage(model, CPU, control).fill(folder / "latents", windows, num_workers=0)
+    cache = LatentEncoding(model, CPU, control).fill(folder / "latents", windows, num_workers=0)
     return FreshSamples(load_vae(model), texts, control), CachedSamples(cache, texts, CPU)
 
 

@@ -6,7 +6,7 @@ import torch
 import utils.encoding.text
 from tests.tiny import TINY_SHAPE, tiny_text_encoder, write_text_encoder
 from utils.common.errors import UserError
-from utils.encoding.text import TextStage, read_prompt
+from utils.encoding.text import TextEncoding, read_prompt
 from wan.checkpoints import load_text_encoder
 
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def forbid_loading(monkeypatch) -> None:
 
 
 def test_each_caption_is_encoded_once_with_one_load(folder, tmp_path, loads):
-    stage = TextStage(folder, CPU)
+    stage = TextEncoding(folder, CPU)
     captions, prompts = stage.cache(tmp_path / "captions"), stage.cache(tmp_path / "prompts")
     stage.fill({captions: ["a fox", "a cat", "a fox"], prompts: ["a dog"]})
     assert loads == [["a fox", "a cat", "a dog"]]
@@ -62,7 +62,7 @@ def test_each_caption_is_encoded_once_with_one_load(folder, tmp_path, loads):
 
 
 def test_the_cached_rows_are_those_of_the_encoder(folder, tmp_path):
-    stage = TextStage(folder, CPU)
+    stage = TextEncoding(folder, CPU)
     cache = stage.cache(tmp_path)
     stage.fill({cache: ["a red car", ""]})
     encoder = load_text_encoder(folder, 64, torch.float32, CPU)
@@ -71,17 +71,17 @@ def test_the_cached_rows_are_those_of_the_encoder(folder, tmp_path):
 
 
 def test_a_second_fill_loads_no_encoder(folder, tmp_path, monkeypatch, capsys):
-    stage = TextStage(folder, CPU)
+    stage = TextEncoding(folder, CPU)
     stage.fill({stage.cache(tmp_path): ["a fox", "a cat"]})
     forbid_loading(monkeypatch)
-    again = TextStage(folder, CPU)
+    again = TextEncoding(folder, CPU)
     capsys.readouterr()
     again.fill({again.cache(tmp_path): ["a cat", "a fox", "a cat"]})
     assert capsys.readouterr().out == "text: 0 to encode, 2 cached\n"
 
 
 def test_an_edited_caption_alone_is_encoded_again(folder, tmp_path, loads, capsys):
-    stage = TextStage(folder, CPU)
+    stage = TextEncoding(folder, CPU)
     cache = stage.cache(tmp_path)
     stage.fill({cache: ["a fox", "a cat"]})
     stage.fill({cache: ["a fox", "a cat at night"]})
@@ -90,7 +90,7 @@ def test_an_edited_caption_alone_is_encoded_again(folder, tmp_path, loads, capsy
 
 
 def test_a_truncated_file_is_encoded_again(folder, tmp_path, loads):
-    stage = TextStage(folder, CPU)
+    stage = TextEncoding(folder, CPU)
     cache = stage.cache(tmp_path)
     stage.fill({cache: ["a fox", "a cat"]})
     expected, path = cache.load("a cat").clone(), cache.path("a cat")  # a load is a view of the file
@@ -100,7 +100,7 @@ def test_a_truncated_file_is_encoded_again(folder, tmp_path, loads):
 
 
 def test_two_encoders_never_share(folder, tmp_path):
-    stages = [TextStage(folder, CPU), TextStage(write_folder(tmp_path / "other", seed=1), CPU)]
+    stages = [TextEncoding(folder, CPU), TextEncoding(write_folder(tmp_path / "other", seed=1), CPU)]
     caches = [stage.cache(tmp_path / "cache") for stage in stages]
     for stage, cache in zip(stages, caches, strict=True):
         assert cache.missing(["a fox"]) == ["a fox"]
@@ -110,7 +110,7 @@ def test_two_encoders_never_share(folder, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_told(folder, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    stage = TextStage(folder, CPU)
+    stage = TextEncoding(folder, CPU)
     with pytest.raises(UserError, match="cannot write text embeddings to .*file"):
         stage.fill({stage.cache(tmp_path / "file"): ["a fox"]})
 
@@ -122,14 +122,14 @@ def test_a_broken_encoder_is_told_with_its_folder(tmp_path):
     encoder = tiny_text_encoder(TINY_SHAPE.text_dim)
     encoder.token_embedding.weight.data.zero_()
     write_text_encoder(broken, encoder)
-    stage = TextStage(broken, CPU)
+    stage = TextEncoding(broken, CPU)
     with pytest.raises(UserError, match=f"{broken}: .*the text encoder's weights are broken"):
         stage.fill({stage.cache(tmp_path / "cache"): ["a fox", "a cat"]})
 
 
 def test_the_encoder_runs_in_bf16_on_a_gpu_and_in_fp32_without(folder):
-    assert TextStage(folder, torch.device("cuda")).dtype == torch.bfloat16
-    assert TextStage(folder, CPU).dtype == torch.float32
+    assert TextEncoding(folder, torch.device("cuda")).dtype == torch.bfloat16
+    assert TextEncoding(folder, CPU).dtype == torch.float32
 
 
 @pytest.mark.parametrize(("free_bytes", "expected"), [(10**9, "cuda"), (10**4, "cpu")])
@@ -142,7 +142,7 @@ def test_a_gpu_that_is_too_full_leaves_the_encoder_on_the_cpu(folder, monkeypatc
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 10**10))
     monkeypatch.setattr(utils.encoding.text, "load_text_encoder", load)
-    stage = TextStage(folder, torch.device("cuda"))
+    stage = TextEncoding(folder, torch.device("cuda"))
     with pytest.raises(KeyboardInterrupt):
         stage.fill({stage.cache(folder / "never"): ["a fox"]})
     assert loaded_on == [(expected, torch.bfloat16)]

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from utils.media.controls import AS_IS, CONTROL_TYPES, make_control, tile
+from utils.media.controls import CONTROL_TYPES, FROM_FILE, make_control, tile
 
 
 def make_video(frames: int = 3, height: int = 48, width: int = 64) -> torch.Tensor:
     return torch.rand(3, frames, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-@pytest.mark.parametrize("control_type", [*CONTROL_TYPES, AS_IS])
+@pytest.mark.parametrize("control_type", [*CONTROL_TYPES, FROM_FILE])
 @pytest.mark.parametrize("shape", [(1, 48, 64), (5, 16, 16), (2, 50, 34)])
 def test_a_control_has_the_shape_and_range_of_the_video(control_type, shape):
     video = make_video(*shape)
@@ -21,7 +21,7 @@ def test_a_control_has_the_shape_and_range_of_the_video(control_type, shape):
 
 def test_a_control_file_is_taken_as_it_is():
     video = make_video()
-    assert torch.equal(make_control(video, AS_IS), video)
+    assert torch.equal(make_control(video, FROM_FILE), video)
 
 
 def test_an_unknown_control_type_is_refused_by_name():

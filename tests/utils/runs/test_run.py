@@ -17,7 +17,7 @@ from utils.adapters.lora_file import LoraFile, LoraPair, read_lora
 from utils.common.errors import RunError, UserError
 from utils.common.signals import Stop
 from utils.media.probing import MediaError
-from utils.runs.run import Run, keeping_what_is_learnt, open_run, resume_command
+from utils.runs.run import Run, open_run, resume_command, save_on_exit
 from utils.runs.state import State
 
 NAMES = ["state-00000001.safetensors", "wan-lora-00000001.safetensors"]
@@ -65,7 +65,7 @@ class Learnt:
 
 
 def keeping(run: Run, learner: Learnt | None = None, stop: Stop | None = None) -> AbstractContextManager:
-    return keeping_what_is_learnt(run, learner or Learnt(run), stop or Stop(), partial(save, run))
+    return save_on_exit(run, learner or Learnt(run), stop or Stop(), partial(save, run))
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
@@ -307,7 +307,7 @@ def test_saving_what_is_learnt_is_not_interrupted_again(run):
         signal.raise_signal(signal.SIGINT)
         save(run)
 
-    with pytest.raises(KeyboardInterrupt), keeping_what_is_learnt(run, Learnt(run), Stop(), slowly):
+    with pytest.raises(KeyboardInterrupt), save_on_exit(run, Learnt(run), Stop(), slowly):
         raise KeyboardInterrupt
     assert run.last_saved.exists()
 
