@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from utils.common.errors import UserError
+from wan.configs.grid import Grid
 
 SIZE_STEP = 16
 BUCKETS = ("wan", "fine")
@@ -19,17 +20,6 @@ _KNOWN_SIZES = {
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What one token covers: `frame` frames (but the first latent frame covers one), `side` x `side` pixels.
-
-    The default is Wan 2.1: VAE stride (4, 8, 8) times patch (1, 2, 2).
-    """
-
-    frame: int = 4
-    side: int = 16
-
-
-@dataclass(frozen=True)
 class Shapes:
     """Which shapes there are to cut pictures to, and whether small pictures are enlarged for them."""
 
@@ -39,7 +29,7 @@ class Shapes:
     enlarge: bool = False
 
 
-WAN_GRID = Grid()
+WAN_GRID = Grid(frame=4, side=16)
 WAN_SHAPES = Shapes()
 
 
