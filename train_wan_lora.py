@@ -15,69 +15,81 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from easydict import EasyDict
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.adapters.attach import AdapterOptions, attach_adapter, metadata, summary
-from utils.adapters.lora import adapters_off, extract_lora
+from utils.adapters.attach import AdapterOptions, plan_adapter
+from utils.adapters.lora import fuse_lora, speaking
+from utils.adapters.lora_file import read_lora
 from utils.common.device import compute_dtype, describe, explain_out_of_memory, pick_device
 from utils.common.errors import UserError
 from utils.common.files import check_writable
 from utils.common.formatting import readable_size
-from utils.common.options import option, parse_options, run_script, to_json, to_table
+from utils.common.options import option, parse_options, run_script, to_json, training_options
 from utils.common.signals import stop_on_signals
+from utils.common.temp_rng import MAX_SEED
 from utils.data.dataset import Dataset, format_cache_size, format_plan, open_dataset
 from utils.data.folders import Folder, Rules, resolve_folders
 from utils.data.loading import batches
 from utils.data.plan import Limits, Plan, Window, fixed_windows, flatten_windows, validation_windows
 from utils.diffusion.flow import sample_noisy
-from utils.diffusion.objectives import Predict, guided_target, squared_error
+from utils.diffusion.objectives import Objective, Predict, guided_target, squared_error
 from utils.diffusion.sampling import Sampler
 from utils.encoding.conditioning import Batch, inject_noise, make_predict, replace_text
 from utils.encoding.latent_cache import LATENTS
 from utils.encoding.samples import CachedSamples, FreshSamples, LatentEncoding, Samples
 from utils.encoding.text import TextEncoding, Texts, check_embedding_shape
 from utils.media.controls import FROM_FILE
-from utils.runs.run import Run, open_run, save_on_exit
-from utils.runs.state import Learner, State, check_resume_compatible, find_state, write_state
+from utils.runs.ending import save_on_exit
+from utils.runs.run import Checkpoints, RunPlan, open_run
+from utils.runs.state import Facts, State, check_resume_compatible, find_state
 from utils.setup.doctor import print_findings
 from utils.setup.download import download_model
-from utils.training.ema import Ema
-from utils.training.memory import checkpoint_blocks
-from utils.training.optim import SCHEDULES, OptimizerSpec, Updater
-from utils.training.preview import Preview, make_requests, read_prompts
-from utils.training.validation import SIGMAS, validation_loss
+from utils.training.learner import Learner, Trainable
+from utils.training.memory import MemoryOptions, prepare
+from utils.training.optim import Optimization
+from utils.training.phases import Phase
+from utils.training.preview import Preview, Previews, make_requests, read_prompts
+from utils.training.validation import SIGMAS, Validation, validation_loss
 from wan.checkpoints import CheckpointError, find_model, load_config, load_transformer, load_vae, transformer_layout
 from wan.configs import named_config
 from wan.modules.model import WanModel
 
 EMBEDDINGS = Path(__file__).resolve().parent / "embeddings"
-MAX_SEED = 2**32 - 1
 
 # ------------------------------------------------------------------------------------------------------------ options
 # A name here is a flag on the command line and a key in --config FILE.toml.
 
 
 @dataclass(frozen=True)
-class Task:
+class General:
     """what to do"""
 
-    dataset: Path | None = option(None, "folder with your clips and captions; may hold train/ and val/")
-    dataset_config: Path | None = option(None, "TOML file with a [[dataset]] table for each of several folders")
+    dataset: Path | None = option(
+        None, "folder with your clips and captions; may hold train/ and val/", affects_training=False
+    )
+    dataset_config: Path | None = option(
+        None, "TOML file with a [[dataset]] table for each of several folders", affects_training=False
+    )
     check_dataset: bool = option(False, "look at every file, print what would be trained on, then stop")
     pretrained_model_name_or_path: str = option("Wan-AI/Wan2.1-T2V-1.3B", "model folder, or hub name under ./models/")
     download_model: bool = option(False, "fetch the model's files from the hub into ./models/, then stop")
-    output_dir: Path = option(Path("outputs"), "where runs are written, each in its own dated folder")
-    resume_from_checkpoint: str | None = option(None, "go on from a saved state: latest, or a run's or state's path")
-    allow_changes: bool = option(False, "go on though options or data have changed", requires="resume_from_checkpoint")
-    config: Path | None = option(None, "TOML file with any of these options; flags win over it")
+    output_dir: Path = option(
+        Path("outputs"), "where runs are written, each in its own dated folder", affects_training=False
+    )
+    resume_from_checkpoint: str | None = option(
+        None, "go on from a saved state: latest, or a run's or state's path", affects_training=False
+    )
+    allow_changes: bool = option(
+        False, "go on though options or data have changed", requires="resume_from_checkpoint", affects_training=False
+    )
+    config: Path | None = option(None, "TOML file with any of these options; flags win over it", affects_training=False)
     seed: int = option(42, "seed of everything random in training", minimum=0, maximum=MAX_SEED)
     doctor: bool = option(False, "print versions, devices and known problems of this machine, then stop")
-    debug: bool = option(False, "show where in the program an error came from")
+    debug: bool = option(False, "show where in the program an error came from", affects_training=False)
 
 
 @dataclass(frozen=True)
@@ -87,66 +99,42 @@ class Caches:
     cache_embeddings: bool = option(False, "encode all captions and prompts, then stop")
     cache_latents: int = option(0, "encode so many windows of each clip once; 1: the middle", minimum=0, const=1)
     cache_only: bool = option(False, "fill the cache of latents, then stop", requires="cache_latents")
-    prune_cache: bool = option(False, "remove cached latents that this run does not use", requires="cache_latents")
-    cache_dir: Path | None = option(None, "where caches are kept (default: .wan_cache in the first dataset)")
+    prune_cache: bool = option(
+        False, "remove cached latents that this run does not use", requires="cache_latents", affects_training=False
+    )
+    cache_dir: Path | None = option(
+        None, "where caches are kept (default: .wan_cache in the first dataset)", affects_training=False
+    )
 
 
 @dataclass(frozen=True)
-class Steps:
+class Batching:
     """batches"""
 
     token_limit: int = option(10_000, "most tokens per clip, (w/16) * (h/16) * ((frames-1)/4 + 1)", minimum=1)
     batch_size: int = option(1, "clips of equal size per step", minimum=1)
-    num_workers: int = option(2, "processes that load the next clips while this one trains", minimum=0)
-    skip_bad_files: bool = option(False, "train without the files that cannot be used, instead of stopping")
-
-
-@dataclass(frozen=True)
-class Training:
-    """training"""
-
-    max_train_steps: int = option(1000, "optimizer steps", minimum=1)
-    learning_rate: float = option(1e-5, "base learning rate", minimum=0)
-    lr_scheduler: str = option("constant", "what the learning rate does after warm-up", choices=SCHEDULES)
-    lr_warmup_steps: int = option(0, "steps over which the learning rate rises to its value", minimum=0)
-    weight_decay: float = option(0.01, "AdamW's weight decay", minimum=0)
-    gradient_accumulation: int = option(1, "batches per optimizer step", minimum=1)
-    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: never", minimum=0)
-    gradient_checkpointing: str = option(
-        "none", "recompute blocks in the backward pass to save memory", choices=("none", "full"), const="full"
+    num_workers: int = option(
+        2, "processes that load the next clips while this one trains", minimum=0, affects_training=False
     )
-    shift: float = option(3.0, "moves training towards high noise; 1: uniform", minimum=0.01)
-    mask_floor: float = option(0.1, "what the loss counts where a mask is black, of 1 in white", minimum=0, maximum=1)
-    distill_cfg: float = option(0.0, "teach the LoRA guidance 1 + this, so that sampling needs none", minimum=0)
-    distill_negative: Path | None = option(
-        None, "negative prompt of --distill_cfg, text or embedding file (default: the model's)", requires="distill_cfg"
+    skip_bad_files: bool = option(
+        False, "train without the files that cannot be used, instead of stopping", affects_training=False
     )
 
 
 @dataclass(frozen=True)
-class Watching:
-    """validation, previews and checkpoints"""
-
-    checkpointing_steps: int = option(100, "write the LoRA, and the state to go on from, every N steps", minimum=1)
-    save_every_minutes: float = option(0.0, "write them also when so many minutes have passed; 0: never", minimum=0)
-    save_every_epochs: int = option(0, "write them also every N epochs; 0: never", minimum=0)
-    keep_checkpoints: int = option(0, "keep the newest N; 0: every LoRA, and the newest two states", minimum=0)
-    ema_decay: float = option(
-        0.0, "average the LoRA over steps, and write that too; try 0.99", minimum=0, maximum=0.99999
-    )
-    val_steps: int = option(100, "validate before the first step, every N steps, and at the end", minimum=1)
-    val_samples: int = option(4, "most clips to validate on; 0: no validation", minimum=0)
-    val_seed: int | None = option(None, "seed of the validation's noise (default: --seed)", minimum=0, maximum=MAX_SEED)
-    sample_prompts: str | None = option(None, "prompt to preview while training, or a .txt file with one per line")
-    sample_every: int = option(200, "preview first, every N steps, and last", minimum=1, requires="sample_prompts")
-    sample_steps: int = option(20, "sampling steps of a preview", minimum=1, requires="sample_prompts")
-    sample_guidance: float | None = option(
-        None, "guidance of previews (default: the model's; 1 with --distill_cfg)", minimum=0, requires="sample_prompts"
-    )
-
-
-@dataclass(frozen=True)
-class Options(Task, Caches, Steps, Rules, AdapterOptions, Training, Watching):
+class Options(
+    General,
+    Caches,
+    Batching,
+    Rules,
+    AdapterOptions,
+    Optimization,
+    Objective,
+    MemoryOptions,
+    Validation,
+    Previews,
+    Checkpoints,
+):
     """Train a LoRA for a Wan video model on your own clips."""
 
     def __post_init__(self) -> None:
@@ -158,12 +146,6 @@ class Options(Task, Caches, Steps, Rules, AdapterOptions, Training, Watching):
     @property
     def limits(self) -> Limits:
         return Limits(self.token_limit, self.batch_size)
-
-    @property
-    def optimizer(self) -> OptimizerSpec:
-        return OptimizerSpec(
-            self.learning_rate, self.weight_decay, self.lr_scheduler, self.lr_warmup_steps, self.max_train_steps
-        )
 
     def preview_sampler(self, config: EasyDict) -> Sampler:
         usual = 1.0 if self.distill_cfg else config.guidance
@@ -247,127 +229,111 @@ def training_loss(batch: Batch, opts: Options, model: WanModel, predict: Predict
     noisy = sample_noisy(batch.latents, opts.shift)
     target = noisy.velocity
     if opts.distill_cfg:
-        with adapters_off(model):
+        with speaking(model, None):
             target = guided_target(noisy, predict, cond, replace_text(cond, negative), opts.distill_cfg)
     weight = None if batch.mask is None else opts.mask_floor + (1 - opts.mask_floor) * batch.mask
     return squared_error(predict(noisy.latents, noisy.timestep, cond), target, weight)
 
 
 @dataclass(frozen=True)
-class Ready:
+class Session:
     """Everything that the loop needs."""
 
-    model: WanModel
     learner: Learner
+    phases: list[Phase]
+    predict: Predict
+    patch_size: tuple[int, int, int]
     samples: Samples
     plan: Plan
     steps_per_epoch: int
-    negative: Tensor | None
     validation: list[Batch]
     preview: Preview | None
-    facts: dict[str, Any]  # what a state says of options and data
 
 
-def save(opts: Options, data: Dataset, ready: Ready, run: Run) -> None:
-    """Writes the LoRA, its average, and the state to go on from."""
-    run.flush()  # the state holds what is known of the loss
-    control = FROM_FILE if any(source.control for source in data.train) else opts.generated_control or ""
-    facts = {"base_model": opts.pretrained_model_name_or_path, "shift": f"{opts.shift:g}", "options": to_json(opts)}
-    about = metadata(opts, steps=run.step, control=control, **facts)
-    lora, average = extract_lora(ready.model, about), None
-    if ready.learner.ema is not None:
-        with ready.learner.ema.in_place():
-            average = extract_lora(ready.model, about)
-    run.save(lora, average, partial(write_state, learner=ready.learner, facts=ready.facts | run.facts))
-    run.prune(opts.keep_checkpoints)
-
-
-def prepare(opts: Options, folder: Path, device: torch.device, data: Dataset) -> Ready | None:
+def prepare_session(opts: Options, folder: Path, device: torch.device, data: Dataset) -> Session | None:
     """Loads and encodes what is needed, one thing after another; None where caches were all that was wanted."""
-    # A rehearsal without weights: a wrong name or a LoRA that does not fit should not cost the minutes of loading.
     layout = transformer_layout(folder)
-    attach_adapter(opts, layout)
-
-    # The text encoder takes 11 GB. It is loaded only if a text is not cached yet, and is gone before the others come.
+    shape = layout.shape
+    adapter_plan = plan_adapter(opts, layout)
     texts = encode_texts(opts, TextEncoding(folder, device), data)
-    check_embedding_shape(texts.captions.load(data.captions[0]), layout.shape, "the captions")
+    check_embedding_shape(texts.captions.load(data.captions[0]), shape, "the captions")
     if texts.negative is not None:
-        check_embedding_shape(texts.negative, layout.shape, "the negative prompt")
+        check_embedding_shape(texts.negative, shape, "the negative prompt")
     samples, plan, watched = open_samples(opts, folder, device, data, texts)
     if opts.cache_only:
         return None
-
-    # From here on everything random follows the seed; the order of the clips has its own generator (`Plan.epoch`).
     torch.manual_seed(opts.seed)
     loading = partial(tqdm, desc="loading the transformer", unit="tensor", leave=False)
     model = load_transformer(folder, compute_dtype(device), device, loading)
-    adapter = attach_adapter(opts, model)
-    if opts.gradient_checkpointing == "full":
-        checkpoint_blocks(model.blocks)
-    average = Ema(adapter, opts.ema_decay) if opts.ema_decay else None
-    learner = Learner(adapter, Updater(adapter.values(), opts.optimizer), average)
+    if opts.fuse_lora:
+        fuse_lora(model, read_lora(opts.fuse_lora), opts.fuse_lora_weight)
+    adapter = prepare(model, opts.memory, adapter_plan.attach)
+    learner = Learner([Trainable("lora", adapter, opts.optimizer, opts.ema_decay)])
     per_epoch = -(-len(plan.epoch(0)) // opts.gradient_accumulation)
     distilled = f", guidance {1 + opts.distill_cfg:g} distilled" if opts.distill_cfg else ""
     print(f"\n{format_plan(plan, per_epoch, opts.max_train_steps)} on {describe(device)}")
-    print(f"{summary(opts, adapter)}, learning rate {opts.learning_rate:g}, shift {opts.shift:g}{distilled}")
-
+    print(f"{adapter.describe()}, learning rate {opts.learning_rate:g}, shift {opts.shift:g}{distilled}")
     encoding = tqdm(watched, desc="encoding validation clips", leave=False)
     validation = [samples.batch([samples.load(window)]).to(torch.device("cpu")) for window in encoding]
     preview = prepare_preview(opts, folder, data, samples, plan, texts, validation) if texts.previews else None
-    facts = {"options": to_table(opts), "data": data.fingerprint}
-    return Ready(model, learner, samples, plan, per_epoch, texts.negative, validation, preview, facts)
-
-
-def train(opts: Options, device: torch.device, data: Dataset, ready: Ready, state: State | None) -> None:
-    """The loop."""
-    model, learner, samples, preview = ready.model, ready.learner, ready.samples, ready.preview
     predict = make_predict(model)
+    loss = partial(training_loss, opts=opts, model=model, predict=predict, negative=texts.negative)
+    update = partial(learner.update, "lora", opts.max_grad_norm)
+    phases = [Phase("train", adapter.speaking, loss, update)]
+    return Session(learner, phases, predict, shape.patch_size, samples, plan, per_epoch, validation, preview)
+
+
+def train(opts: Options, device: torch.device, data: Dataset, session: Session, state: State | None) -> None:
+    """The loop."""
+    learner, samples, preview = session.learner, session.samples, session.preview
     val_seed = opts.seed if opts.val_seed is None else opts.val_seed
-    if state is not None:
-        learner.restore(state)
-    run = open_run(opts.output_dir, opts.max_train_steps, to_json(opts), opts.max_grad_norm, state)
+    control = FROM_FILE if any(source.control for source in data.train) else opts.generated_control or ""
+    about = {
+        "control": control,
+        "base_model": opts.pretrained_model_name_or_path,
+        "shift": f"{opts.shift:g}",
+        "options": to_json(opts),
+    }
+    facts = Facts(training_options(opts), data.fingerprint)
+    plan = RunPlan(opts.output_dir, opts.max_train_steps, opts.max_grad_norm, to_json(opts), facts, about)
+    run = open_run(plan, learner, state)
+    metrics = run.metrics
     done = None if state is None else run.step  # whatever is due there was done before
     workers = opts.num_workers if isinstance(samples, FreshSamples) else 0  # a cached clip is there in a millisecond
-    stream = batches(ready.plan, samples.load, run.step * opts.gradient_accumulation, workers)
-    keep = partial(save, opts, data, ready, run)
-    with closing(stream), run, stop_on_signals() as stop, save_on_exit(run, learner, stop, keep):
+    stream = batches(session.plan, samples.load, run.step * opts.gradient_accumulation, workers)
+    with closing(stream), run, stop_on_signals() as stop, save_on_exit(run, stop):
         while True:
             last, fresh = run.step == opts.max_train_steps, run.step != done
-            if stop.asked and not last:
+            if stop.requested and not last:
                 raise KeyboardInterrupt
-
-            # Once in a while: measure on the validation clips, the first time before anything is learnt.
-            if ready.validation and fresh and (last or run.step % opts.val_steps == 0):
-                run.flush()  # what follows is no training time
-                encoded = (batch.to(device) for batch in tqdm(ready.validation, desc="validating", leave=False))
-                run.log_validation(validation_loss(predict, encoded, val_seed), SIGMAS)
-
-            # Once in a while, and at the end: write the LoRA, and the state to go on from.
-            every = opts.checkpointing_steps, opts.save_every_epochs * ready.steps_per_epoch
+            if session.validation and fresh and (last or run.step % opts.val_steps == 0):
+                metrics.flush()  # what follows is no training time
+                encoded = (batch.to(device) for batch in tqdm(session.validation, desc="validating", leave=False))
+                metrics.log_validation(validation_loss(session.predict, encoded, val_seed), SIGMAS)
+            every = opts.checkpointing_steps, opts.save_every_epochs * session.steps_per_epoch
             if last or (fresh and run.saving_is_due(*every, minutes=opts.save_every_minutes)):
-                keep()
-
-            # Once in a while: generate the same prompts from the same noise, to see what it has learnt.
+                run.save()
+                run.prune(opts.keep_checkpoints)
             if preview and fresh and (last or run.step % opts.sample_every == 0):
-                run.flush()
-                run.log_previews(preview.generate(predict), preview.fps)
-
+                metrics.flush()
+                metrics.log_previews(preview.generate(session.predict), preview.fps)
             if last:
-                run.say(f"look at it: python test_wan_control_lora.py --lora_path {run.last_saved} --prompt ...")
+                metrics.say(f"look at it: python test_wan_control_lora.py --lora_path {run.last_saved} --prompt ...")
                 break
-
-            # One step. Workers load the next clips meanwhile, and the host does not wait for the device: losses
-            # stay there until they have arrived by themselves, and the optimizer skips what is not finite.
-            learner.capture_rng_state()
-            loss, tokens = torch.zeros((), device=device), 0
-            for _ in range(opts.gradient_accumulation):
-                batch = samples.batch(next(stream))
-                share = training_loss(batch, opts, model, predict, ready.negative) / opts.gradient_accumulation
-                share.backward()
-                loss += share.detach()
-                tokens += batch.tokens(model.shape.patch_size)
-            learning_rate = learner.updater.learning_rate
-            run.log(loss, learner.update(opts.max_grad_norm), learner.idle(), learning_rate, tokens)
+            tokens = 0
+            learner.begin_step(len(session.phases))
+            for phase in session.phases:
+                loss = torch.zeros((), device=device)
+                with phase.speaking():
+                    for _ in range(opts.gradient_accumulation):
+                        batch = samples.batch(next(stream))
+                        share = phase.loss(batch) / opts.gradient_accumulation
+                        share.backward()
+                        loss += share.detach()
+                        tokens += batch.tokens(session.patch_size)
+                update = phase.step()
+                metrics.log(phase.name, loss, update)
+            metrics.end_step(tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -387,13 +353,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = open_data(opts, folders, load_config(folder))
     state = find_state(opts.resume_from_checkpoint, opts.output_dir) if opts.resume_from_checkpoint else None
     if state is not None:
-        check_resume_compatible(state, to_table(opts), data.fingerprint, opts.allow_changes)
+        check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes)
     device = pick_device()
     with explain_out_of_memory():
         if opts.cache_embeddings:
             encode_texts(opts, TextEncoding(folder, device), data)
-        elif (ready := prepare(opts, folder, device, data)) is not None:
-            train(opts, device, data, ready, state)
+        elif (session := prepare_session(opts, folder, device, data)) is not None:
+            train(opts, device, data, session, state)
 
 
 if __name__ == "__main__":

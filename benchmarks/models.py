@@ -11,7 +11,7 @@ from benchmarks.weights import SEED, random_transformer, to_bf16
 from utils.adapters.lora import add_lora, select_modules
 from utils.diffusion.flow import Noisy, add_noise
 from utils.diffusion.objectives import squared_error
-from utils.training.memory import checkpoint_blocks
+from utils.training.memory import Memory, prepare
 from wan.modules.model import WanModel, WanShape
 from wan.names import diffusers_name, is_parameter
 
@@ -91,10 +91,10 @@ def our_trainee(
     model = random_transformer(shape, device)
     if dtype == torch.bfloat16:
         model = to_bf16(model)
-    parameters = add_lora(model, select_modules(model, TARGETS), sizes.rank, sizes.rank)
+    memory = Memory(checkpointing="full" if checkpointing else "none")
+    names = select_modules(model, TARGETS)
+    parameters = prepare(model, memory, lambda base: add_lora(base, names, sizes.rank, sizes.rank))
     _draw_adapter(parameters)
-    if checkpointing:
-        checkpoint_blocks(model.blocks)
     return Trainee(model, parameters, model)
 
 

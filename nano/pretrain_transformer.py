@@ -19,6 +19,7 @@ from utils.common.files import replacing
 from utils.diffusion.flow import sample_noisy
 from utils.diffusion.objectives import Predict, squared_error
 from utils.encoding.conditioning import Batch, Encoded, collate, make_predict, to_unit_range
+from utils.training.memory import Memory, prepare
 from wan.modules.model import WanModel, WanShape
 from wan.modules.t5 import TextEncoder
 from wan.modules.vae import WanVAE
@@ -154,9 +155,7 @@ def train_transformer(work: Path, seed: int, vae: WanVAE, captions: Captions, co
     for module in model.blocks.modules():
         if isinstance(module, nn.Linear):
             module.__class__ = Bf16Linear
-    if compiled:
-        for block in model.blocks:
-            block.compile(dynamic=False)
+    prepare(model, Memory(compile=compiled), attach=lambda base: None)
 
     def loss_at(step: int) -> Tensor:
         batch = draw(step, clips, latents, captions).to(device)

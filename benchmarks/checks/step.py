@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.measure import Clock, Row, Sizes, count_tokens, gemm_rate, p90, peak_bytes, seconds, skipped
 from benchmarks.models import Inputs, Trainee, diffusers_trainee, our_trainee, random_inputs, step_flops
-from utils.training.optim import OptimizerSpec, Updater
+from utils.training.optim import OptimizerSpec, ParameterGroup, Updater
 from wan.modules.model import WanShape
 
 PEER = "diffusers + PEFT, checkpointing"
@@ -31,11 +31,12 @@ class Contestant:
     peak: int = 0  # bytes above what lies between steps
 
     def __post_init__(self) -> None:
-        self.updater = Updater(self.trainee.parameters, SPEC)
+        named = {str(index): parameter for index, parameter in enumerate(self.trainee.parameters)}
+        self.updater = Updater([ParameterGroup(named)], SPEC)
 
     def step(self, inputs: Inputs) -> None:
         self.trainee.loss(inputs).backward()
-        self.updater.update(max_grad_norm=1.0)
+        self.updater.step(max_grad_norm=1.0)
 
     def turn(self, inputs: Inputs, device: torch.device) -> float:
         """One step: its seconds; its peak is kept."""

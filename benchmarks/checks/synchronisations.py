@@ -58,7 +58,7 @@ def script_steps(
 
     def train_on(batch: Batch) -> None:
         script.training_loss(batch, opts, contestant.trainee.model, predict, None).backward()
-        contestant.updater.update(opts.max_grad_norm)
+        contestant.updater.step(opts.max_grad_norm)
 
     return lambda: train_on(batch), lambda: train_on(samples.batch([clip]))
 

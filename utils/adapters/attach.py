@@ -1,16 +1,30 @@
-"""Which adapter is trained: its options, how it gets on the model, and what its file says of it."""
+"""Which adapter is trained: its options, how it gets onto the model, and the file that it becomes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from utils.adapters.lora import add_lora, fuse_lora, load_lora, select_modules, widen_patch_embedding
-from utils.adapters.lora_file import read_lora
+from utils.adapters.lora import (
+    ADAPTER,
+    LoraFusion,
+    adapter_parameters,
+    add_lora,
+    extract_lora,
+    load_lora,
+    select_modules,
+    speaking,
+    widen_patch_embedding,
+)
+from utils.adapters.lora_file import LoraFile, read_lora, write_lora
 from utils.common.options import option
 from utils.media.controls import CONTROL_TYPES
 from wan.modules.model import WanModel
+
+Place = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -18,12 +32,16 @@ class Lora:
     """LoRA"""
 
     lora_rank: int = option(16, "rank of the matrices", minimum=1)
-    lora_alpha: float | None = option(None, "strength alpha / rank of the adapter (default: the rank)", minimum=0.001)
+    lora_alpha: float | None = option(None, "the LoRA's strength is alpha / rank (default: the rank)", minimum=0.001)
     lora_target: tuple[str, ...] = option(("attn",), "attn, all-linear, or patterns like self_attn.q ffn.*")
     lora_blocks: str | None = option(None, "blocks to adapt: 1, or 0,2, or 4-9 (default: all)")
     init_lora: Path | None = option(None, "LoRA file to start from, of the same rank, alpha and targets")
     fuse_lora: Path | None = option(None, "LoRA file to add to the base model before training")
     fuse_lora_weight: float = option(1.0, "strength at which --fuse_lora is added", requires="fuse_lora")
+
+    @property
+    def alpha(self) -> float:
+        return self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
 
 @dataclass(frozen=True)
@@ -33,17 +51,11 @@ class Control:
     control_lora: bool = option(False, "train a LoRA that follows a control video through extra input channels")
     control_type: str = option("tile", "the control made from each clip", choices=CONTROL_TYPES)
     control_inject_noise: float = option(
-        0.0, "most noise added to the control's latents, drawn per sample", minimum=0, requires="control_lora"
+        0.0,
+        "most noise added to the control latents, drawn per sample",
+        minimum=0,
+        requires="control_lora",
     )
-
-
-@dataclass(frozen=True)
-class AdapterOptions(Lora, Control):
-    """Everything that says which adapter it is."""
-
-    @property
-    def alpha(self) -> float:
-        return self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
     @property
     def generated_control(self) -> str | None:
@@ -51,31 +63,86 @@ class AdapterOptions(Lora, Control):
         return self.control_type if self.control_lora else None
 
 
-def attach_adapter(opts: AdapterOptions, model: WanModel) -> dict[str, nn.Parameter]:
-    """Puts the adapter on a frozen transformer and returns its parameters by name.
+@dataclass(frozen=True)
+class AdapterOptions(Lora, Control):
+    """adapter"""
 
-    The order matters: a fused LoRA is part of the base; control widens the input before the adapter goes on it.
-    Raises UserError for names that are not there, and LoRA files that do not fit.
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """A LoRA on a model, in training: what a `Trainable` updates and exports."""
+
+    model: WanModel
+    opts: AdapterOptions
+    name: str = ADAPTER  # among the adapters of this model
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The fp32 matrices by their names in the model."""
+        return adapter_parameters(self.model, self.name)
+
+    def speaking(self) -> AbstractContextManager[None]:
+        """A span in which the model answers with this adapter, forward and backward."""
+        return speaking(self.model, self.name)
+
+    def export(self, path: Path, values: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
+        """Writes the LoRA file with these values of `parameters`. Raises LoraError."""
+        own = {"rank": str(self.opts.lora_rank), "alpha": f"{self.opts.alpha:g}"}
+        own["targets"] = " ".join(self.opts.lora_target)
+        write_lora(path, extract_lora(self.model, own | dict(facts), values, self.name))
+
+    def describe(self) -> str:
+        """The adapter's size in one line."""
+        count = sum(parameter.numel() for parameter in self.parameters.values())
+        return f"{count:,} trainable parameters: rank {self.opts.lora_rank}, alpha {self.opts.alpha:g}"
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """An adapter whose names and files were checked on a model without weights; from here on nothing can fail.
+
+    The order is: `widen` the model without weights, load its weights through `place`, then `attach`.
     """
-    names = select_modules(model, opts.lora_target, opts.lora_blocks)
-    if opts.fuse_lora:
-        fuse_lora(model, read_lora(opts.fuse_lora), opts.fuse_lora_weight)
-    if opts.control_lora:
-        widen_patch_embedding(model, 2 * model.shape.in_dim)
-        names.append("patch_embedding")
-    add_lora(model, names, opts.lora_rank, opts.alpha)
-    if opts.init_lora:
-        load_lora(model, read_lora(opts.init_lora))
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    opts: AdapterOptions
+    fusion: LoraFusion | None = None
+    init: LoraFile | None = None
+
+    def widen(self, model: WanModel) -> None:
+        """Gives the patch embedding the inputs that a fused control LoRA reads."""
+        if self.fusion is not None:
+            self.fusion.widen(model)
+
+    def place(self, cast: Place) -> Place:
+        """What is done to each tensor of the base model while it is loaded: cast, then the fused LoRA is added."""
+        if self.fusion is None:
+            return cast
+        fuse = self.fusion.place
+        return lambda name, tensor: fuse(name, cast(name, tensor))
+
+    def attach(self, model: WanModel, name: str = ADAPTER) -> LoraAdapter:
+        """Puts the adapter on a frozen transformer; control widens the input first.
+
+        Raises UserError for modules that are not there and for an --init_lora that does not fit.
+        """
+        modules = select_modules(model, self.opts.lora_target, self.opts.lora_blocks)
+        if self.opts.control_lora:
+            widen_patch_embedding(model, model.shape.in_dim + model.shape.out_dim)
+            modules.append("patch_embedding")
+        add_lora(model, modules, self.opts.lora_rank, self.opts.alpha, name)
+        if self.init is not None:
+            load_lora(model, self.init, name)
+        return LoraAdapter(model, self.opts, name)
 
 
-def summary(opts: AdapterOptions, adapter: Mapping[str, nn.Parameter]) -> str:
-    """The adapter's size, for people."""
-    count = sum(parameter.numel() for parameter in adapter.values())
-    return f"{count:,} trainable parameters: rank {opts.lora_rank}, alpha {opts.alpha:g}"
+def plan_adapter(opts: AdapterOptions, layout: WanModel) -> AdapterPlan:
+    """Reads the LoRA files that the options name and tries everything on `layout`, a transformer without weights.
 
-
-def metadata(opts: AdapterOptions, **facts: object) -> dict[str, str]:
-    """What a LoRA file says of itself: its adapter, and these facts."""
-    adapter = {"rank": opts.lora_rank, "alpha": f"{opts.alpha:g}", "targets": " ".join(opts.lora_target)}
-    return {name: str(value) for name, value in (adapter | facts).items()}
+    Raises UserError for modules that are not there and for LoRA files that do not fit: before weights are loaded, which
+    takes minutes. Uses `layout` up.
+    """
+    fusion = LoraFusion(layout, read_lora(opts.fuse_lora), opts.fuse_lora_weight) if opts.fuse_lora else None
+    plan = AdapterPlan(opts, fusion, read_lora(opts.init_lora) if opts.init_lora else None)
+    plan.widen(layout)
+    plan.attach(layout)
+    return plan

@@ -1,12 +1,13 @@
-"""LoRA on a model: which modules, adding adapters, moving them from and to files, fusing them into the weights.
+"""LoRA on a model: choosing modules, adding adapters, who speaks, reading and writing them, fusing them into weights.
 
-Adapters are PEFT's; for plain LoRA on linear layers their forward is replaced by one that computes in the dtype of the
+Adapters are PEFT's. For plain LoRA on linear layers their forward is replaced by one that computes in the dtype of the
 activations, with matrices kept in fp32, and adds in place.
 """
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 
 from utils.adapters.lora_file import LoraFile, LoraPair, delta
 from utils.common.errors import UserError
+from wan.modules.model import WanModel
 
 # Named sets of layers; every other target is a pattern over the names inside a block ("self_attn.q", "ffn.*").
 TARGETS = {"attn": ("self_attn.*", "cross_attn.*"), "all-linear": ("*",)}
-ADAPTER = "default"
+ADAPTER = "default"  # what PEFT calls the only adapter of a model
 PATCH_WEIGHT = "patch_embedding.weight"
 
 
@@ -44,7 +46,7 @@ def parse_blocks(text: str | None, num_blocks: int) -> set[int]:
     return chosen
 
 
-def select_modules(model: nn.Module, targets: Sequence[str], blocks: str | None = None) -> list[str]:
+def select_modules(model: WanModel, targets: Sequence[str], blocks: str | None = None) -> list[str]:
     """The names of the linear layers inside `model.blocks` that are meant, never head or embeddings.
 
     `targets` are named sets ("attn", "all-linear") or patterns over names; `blocks` is as `parse_blocks` reads it.
@@ -68,128 +70,207 @@ def select_modules(model: nn.Module, targets: Sequence[str], blocks: str | None 
     return [name for name in inner if name in chosen]
 
 
-def add_lora(model: nn.Module, names: list[str], rank: int, alpha: float) -> list[nn.Parameter]:
+def is_plain(layer: LoraLayer, adapter: str) -> bool:
+    """Whether an adapter adds nothing but scaling * x @ A^T @ B^T to its layer: no DoRA, dropout or biases."""
+    dropout = layer.lora_dropout[adapter]
+    matrices = layer.lora_A[adapter], layer.lora_B[adapter]
+    unbiased = all(matrix.bias is None for matrix in matrices)
+    return unbiased and not layer.use_dora.get(adapter) and isinstance(dropout, nn.Identity)
+
+
+def add_lora(model: nn.Module, names: list[str], rank: int, alpha: float, adapter: str = ADAPTER) -> list[nn.Parameter]:
     """Puts a fresh adapter, which changes nothing yet, on these modules; returns its fp32 parameters."""
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), model, ADAPTER)
+    with warnings.catch_warnings():
+        # Several adapters on one base are what is wanted here.
+        warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), model, adapter)
     parameters = []
     for layer in _layers(model).values():
-        for parameter in (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight):
+        for parameter in (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight):
             parameter.data = parameter.data.float()
             parameters.append(parameter)
-        if isinstance(layer, LoraLinear):
+        if isinstance(layer, LoraLinear) and is_plain(layer, adapter):
             layer.forward = MethodType(_forward_in_place, layer)
     return parameters
 
 
+def adapter_parameters(model: nn.Module, adapter: str = ADAPTER) -> dict[str, nn.Parameter]:
+    """The parameters of an adapter by their names in the model."""
+    return {name: p for name, p in model.named_parameters() if "lora_" in name and f".{adapter}." in name}
+
+
 @contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model answers as its base does. Scopes may be nested."""
-    layers = [layer for layer in _layers(model).values() if not layer.disable_adapters]
-    for layer in layers:
-        layer.enable_adapters(False)
+def speaking(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """Inside, the model answers with this adapter, or as its base for None. Spans may be nested.
+
+    Forward and backward belong into one span: a checkpointed block runs again in the backward pass.
+    """
+    before = [(layer, layer.disable_adapters, list(layer.active_adapters)) for layer in _layers(model).values()]
+    for layer, disabled, active in before:
+        if adapter is None:
+            _switch(layer, True, active)
+        elif disabled or active != [adapter]:
+            _switch(layer, False, [adapter])
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        for layer, disabled, active in before:
+            _switch(layer, disabled, active)
 
 
-def extract_lora(model: nn.Module, metadata: dict[str, str]) -> LoraFile:
-    """The adapter's matrices, copied to the CPU, as the content of a LoRA file."""
+def _switch(layer: LoraLayer, disabled: bool, active: list[str]) -> None:
+    if active != list(layer.active_adapters):
+        layer.set_adapter(active)
+    if disabled != layer.disable_adapters:
+        layer.enable_adapters(not disabled)
+
+
+def extract_lora(
+    model: nn.Module, metadata: dict[str, str], values: Mapping[str, Tensor] | None = None, adapter: str = ADAPTER
+) -> LoraFile:
+    """An adapter as the content of a LoRA file: copies on the CPU, of the `values` by parameter name where given."""
+    values = adapter_parameters(model, adapter) if values is None else values
     pairs, input_shapes = {}, {}
     for name, layer in _layers(model).items():
-        down, up = (matrix[ADAPTER].weight.detach().cpu().clone() for matrix in (layer.lora_A, layer.lora_B))
-        pairs[name] = LoraPair(down, up, float(layer.lora_alpha[ADAPTER]))
+        down, up = (
+            values[f"{name}.{matrix}.{adapter}.weight"].detach().cpu().clone() for matrix in ("lora_A", "lora_B")
+        )
+        pairs[name] = LoraPair(down, up, float(layer.lora_alpha[adapter]))
         if name == "patch_embedding":
             input_shapes[name] = tuple(layer.get_base_layer().weight.shape)
     return LoraFile(pairs, input_shapes=input_shapes, metadata=metadata)
 
 
 @torch.no_grad()
-def load_lora(model: nn.Module, lora: LoraFile) -> None:
-    """Starts the adapter from a file of the same modules, ranks and alpha. Raises UserError where they differ."""
+def load_lora(model: nn.Module, lora: LoraFile, adapter: str = ADAPTER) -> None:
+    """Starts an adapter from a file of the same modules, ranks and alpha.
+
+    Raises UserError, before anything changes, where they differ.
+    """
     layers = _layers(model)
-    for ours, theirs, fault in ((layers, lora.pairs, "lacks"), (lora.pairs, layers, "adapts, unlike this run,")):
-        if absent := [name for name in ours if name not in theirs]:
-            more = f"{absent[0]} ({len(absent)} such modules)"
-            raise UserError(f"the LoRA to start from {fault} {more}; it must have the same targets")
+    faults = {"lacks": [name for name in layers if name not in lora.pairs]}
+    faults["adapts, unlike this run,"] = [name for name in lora.pairs if name not in layers]
+    for fault, names in faults.items():
+        if names:
+            raise UserError(f"--init_lora {fault} {names[0]} ({len(names)} such modules): the targets must be the same")
     if lora.extras:
-        raise UserError(f"the LoRA to start from holds more than pairs ({next(iter(lora.extras))}); fuse it instead")
+        raise UserError(f"--init_lora holds more than LoRA pairs ({next(iter(lora.extras))}): use --fuse_lora instead")
+    copies = []
     for name, layer in layers.items():
-        pair, rank, alpha = lora.pairs[name], layer.r[ADAPTER], layer.lora_alpha[ADAPTER]
+        pair, rank, alpha = lora.pairs[name], layer.r[adapter], layer.lora_alpha[adapter]
         # Files hold alpha as fp32.
         if pair.rank != rank or not math.isclose(pair.effective_alpha, alpha, rel_tol=1e-6):
             raise UserError(
-                f"the LoRA to start from has rank {pair.rank} and alpha {pair.effective_alpha:g}, this run {rank} and "
-                f"{alpha:g}; pass --lora_rank {pair.rank} --lora_alpha {pair.effective_alpha:g}"
+                f"--init_lora has rank {pair.rank} and alpha {pair.effective_alpha:g}, this run {rank} and {alpha:g}\n"
+                f"pass --lora_rank {pair.rank} --lora_alpha {pair.effective_alpha:g}"
             )
         for matrix, tensor in ((layer.lora_A, pair.down), (layer.lora_B, pair.up)):
-            weight = matrix[ADAPTER].weight
+            weight = matrix[adapter].weight
             if weight.shape != tensor.shape:
-                shapes = f"{tuple(tensor.shape)}, the model needs {tuple(weight.shape)}"
-                raise UserError(f"the LoRA to start from does not fit at {name}: {shapes}")
-            weight.copy_(tensor)
+                shapes = f"it has {tuple(tensor.shape)}, the model needs {tuple(weight.shape)}"
+                raise UserError(f"--init_lora does not fit at {name}: {shapes}")
+            copies.append((weight, tensor))
+    for weight, tensor in copies:
+        weight.copy_(tensor)
+
+
+class LoraFusion:
+    """A LoRA that is added to the weights of a base model, one tensor at a time.
+
+    As the `place` of `wan.checkpoints.load_weights` it works on each tensor before the next one is read, so it also
+    serves weights that are stored quantised afterwards.
+    """
+
+    def __init__(self, model: nn.Module, lora: LoraFile, weight: float = 1.0) -> None:
+        """Raises UserError where the LoRA adapts what the model lacks, or a shape does not fit; changes nothing."""
+        parameters = dict(model.named_parameters())
+        self.weight = weight
+        self.in_dim = _stated_in_dim(lora)
+        self.pairs = {f"{name}.weight": pair for name, pair in lora.pairs.items()}
+        self.diffs = {_diff_target(key, parameters): tensor for key, tensor in lora.extras.items()}
+        shapes = {target: (len(pair.up), *pair.down.shape[1:]) for target, pair in self.pairs.items()}
+        shapes |= {target: tuple(tensor.shape) for target, tensor in self.diffs.items()}
+        for target, shape in shapes.items():
+            if target not in parameters:
+                raise UserError(f"the LoRA adapts {target}, which this model does not have; is it for another Wan?")
+            needed = tuple(parameters[target].shape)
+            if target == PATCH_WEIGHT and self.in_dim is not None:
+                needed = (needed[0], self.in_dim, *needed[2:])
+            # Convolutions come flattened too.
+            if (shape[0], math.prod(shape[1:])) != (needed[0], math.prod(needed[1:])):
+                raise UserError(f"the LoRA has {shape} at {target}, the model {needed}; is it for another Wan?")
+
+    @property
+    def targets(self) -> set[str]:
+        """The names of the parameters that it changes."""
+        return self.pairs.keys() | self.diffs.keys() | ({PATCH_WEIGHT} if self.in_dim is not None else set())
+
+    def widen(self, model: WanModel) -> None:
+        """Gives the patch embedding the inputs that a control LoRA reads; nothing for any other LoRA."""
+        if self.in_dim is not None:
+            widen_patch_embedding(model, self.in_dim)
+
+    @torch.no_grad()
+    def place(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor with the LoRA added in fp32, rounded to its dtype; unchanged where the LoRA does not adapt it."""
+        if name not in self.targets:
+            return tensor
+        if name == PATCH_WEIGHT and self.in_dim is not None:
+            tensor = _pad_inputs(tensor, self.in_dim)
+        result = tensor
+        if (pair := self.pairs.get(name)) is not None:
+            pair = replace(pair, down=pair.down.to(tensor.device), up=pair.up.to(tensor.device))
+            result = _add(result, delta(pair, self.weight))
+        if (diff := self.diffs.get(name)) is not None:
+            result = _add(result, diff.to(tensor.device).float() * self.weight)
+        return result
 
 
 @torch.no_grad()
-def fuse_lora(model: nn.Module, lora: LoraFile, weight: float = 1.0) -> None:
-    """Adds `weight` times a LoRA to the weights as they are, in fp32, then rounds to their dtype; widens inputs first.
+def fuse_lora(model: WanModel, lora: LoraFile, weight: float = 1.0) -> None:
+    """Adds `weight` times a LoRA to the weights of a loaded model, in place. Raises UserError as `LoraFusion` does.
 
-    Raises UserError, before anything is changed, for a module the model lacks or a shape that does not fit; on the
-    meta device that is all that it costs.
+    Rounds to the weights' dtype; widens inputs first. On the meta device only the checks cost anything.
     """
-    widened = _widened(lora)
+    fusion = LoraFusion(model, lora, weight)
+    fusion.widen(model)
     parameters = dict(model.named_parameters())
-    pairs = {f"{name}.weight": pair for name, pair in lora.pairs.items()}
-    extras = {_extra_target(key, parameters): tensor for key, tensor in lora.extras.items()}
-    shapes = {target: (len(pair.up), *pair.down.shape[1:]) for target, pair in pairs.items()}
-    shapes |= {target: tuple(tensor.shape) for target, tensor in extras.items()}
-    for target, shape in shapes.items():
-        if target not in parameters:
-            raise UserError(f"the LoRA adapts {target}, which this model does not have; is it for another Wan?")
-        needed = tuple(parameters[target].shape)
-        if target == PATCH_WEIGHT and widened is not None:
-            needed = (needed[0], widened, *needed[2:])
-        if (shape[0], math.prod(shape[1:])) != (needed[0], math.prod(needed[1:])):  # convolutions come flattened too
-            raise UserError(f"the LoRA has {shape} at {target}, the model {needed}; is it for another Wan?")
-    if widened is not None:
-        widen_patch_embedding(model, widened)
-        parameters[PATCH_WEIGHT] = model.patch_embedding.weight
-    for target, pair in pairs.items():
-        device = parameters[target].device
-        pair = replace(pair, down=pair.down.to(device), up=pair.up.to(device))
-        _add(parameters[target], delta(pair, weight))
-    for target, tensor in extras.items():
-        _add(parameters[target], tensor.to(parameters[target].device).float() * weight)
+    for name in fusion.targets:
+        parameters[name].copy_(fusion.place(name, parameters[name]))
 
 
-def _widened(lora: LoraFile) -> int | None:
-    """The number of input channels that a control LoRA needs, None for any other."""
+def _stated_in_dim(lora: LoraFile) -> int | None:
+    """The number of input channels that a control LoRA states, None for any other LoRA."""
     if other := [name for name in lora.input_shapes if name != "patch_embedding"]:
         raise UserError(f"the LoRA widens {other[0]}; only the patch embedding can be widened")
     shape = lora.input_shapes.get("patch_embedding")
     return None if shape is None else shape[1]
 
 
-def _add(parameter: nn.Parameter, change: Tensor) -> None:
-    parameter.copy_(parameter.float() + change.view_as(parameter))
+def _add(tensor: Tensor, change: Tensor) -> Tensor:
+    return (tensor.float() + change.view_as(tensor)).to(tensor.dtype)
 
 
-def widen_patch_embedding(model: nn.Module, in_dim: int) -> None:
+def widen_patch_embedding(model: WanModel, in_dim: int) -> None:
     """Gives the patch embedding `in_dim` input channels; the new ones have zero weights and change nothing yet.
 
-    Raises UserError where it has more already.
+    Raises UserError where it already has more.
     """
     old = model.patch_embedding
     if in_dim < old.in_channels:
         raise UserError(f"the patch embedding has {old.in_channels} input channels, more than the {in_dim} asked for")
-    wide = nn.Conv3d(in_dim, old.out_channels, old.kernel_size, old.stride, device="meta")
-    padded = F.pad(old.weight.detach(), (0, 0, 0, 0, 0, 0, 0, in_dim - old.in_channels))
-    wide.weight, wide.bias = nn.Parameter(padded, requires_grad=False), old.bias
+    wide = nn.Conv3d(in_dim, old.out_channels, model.shape.patch_size, model.shape.patch_size, device="meta")
+    wide.weight = nn.Parameter(_pad_inputs(old.weight.detach(), in_dim), requires_grad=False)
+    wide.bias = old.bias
     model.patch_embedding = wide
 
 
-def _extra_target(key: str, parameters: dict[str, nn.Parameter]) -> str:
+def _pad_inputs(weight: Tensor, in_dim: int) -> Tensor:
+    """A convolution's weight (out, in, ...) with zeros for inputs up to `in_dim`."""
+    return F.pad(weight, (0, 0, 0, 0, 0, 0, 0, in_dim - weight.shape[1]))
+
+
+def _diff_target(key: str, parameters: Mapping[str, nn.Parameter]) -> str:
     """The parameter that a delta is added to: "x.diff_b" -> "x.bias", "x.diff" -> "x.weight", or x itself."""
     name, _, role = key.rpartition(".")
     if role == "diff_b":

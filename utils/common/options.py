@@ -44,20 +44,15 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
     requires: str | None = None,
+    affects_training: bool = True,
 ) -> Any:
     """One option: its default, its help line, and what it may be.
 
     `const` is the value of the flag given without one (`--gradient_checkpointing`), which `true` means in TOML;
     `false` there means the default. `requires` names the option without which this one would be ignored.
     """
-    facts = {
-        "help": help,
-        "choices": choices,
-        "const": const,
-        "requires": requires,
-        "minimum": minimum,
-        "maximum": maximum,
-    }
+    facts = {"help": help, "choices": choices, "const": const, "requires": requires, "minimum": minimum}
+    facts |= {"maximum": maximum, "affects_training": affects_training}
     return field(default=default, metadata=facts)
 
 
@@ -120,6 +115,30 @@ def to_json(options: Any) -> str:
 def to_table(options: Any) -> dict[str, Any]:
     """Options as `to_json` writes them, read again: what can be compared with a table from a file."""
     return json.loads(to_json(options))
+
+
+def training_options(options: Any) -> dict[str, Any]:
+    """The options that affect training, as `to_table` gives them."""
+    return {name: value for name, value in to_table(options).items() if _affects(type(options), name)}
+
+
+def _affects(cls: type, name: str) -> bool:
+    return next((spec.metadata["affects_training"] for spec in fields(cls) if spec.name == name), True)
+
+
+def option_changes(options: Any, saved: dict[str, Any]) -> list[str]:
+    """What differs."""
+    now = training_options(options)
+    defaults = json.loads(json.dumps({spec.name: spec.default for spec in fields(options)}, default=str))
+    changes = []
+    for name in dict.fromkeys([*saved, *now]):
+        if not _affects(type(options), name):
+            continue
+        if name not in now:
+            changes.append(f"--{name} is gone")
+        elif saved.get(name, defaults[name]) != now[name]:
+            changes.append(f"--{name} was {saved.get(name, defaults[name])}, is {now[name]}")
+    return changes
 
 
 def run_script(main: Callable[[], None], bad_input: tuple[type[Exception], ...] = ()) -> int:

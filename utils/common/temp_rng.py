@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
+MAX_SEED = 2**32 - 1  # the largest that every generator takes
+
 
 @contextmanager
 def temp_rng(seed: int) -> Iterator[None]:

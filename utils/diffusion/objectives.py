@@ -4,15 +4,32 @@
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.common.options import option
 from utils.diffusion.flow import Noisy
 
 Predict = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """objective"""
+
+    shift: float = option(3.0, "shift of the noise levels; above 1: more training at high noise", minimum=0.01)
+    mask_floor: float = option(0.1, "loss weight of black mask regions (white: 1)", minimum=0, maximum=1)
+    distill_cfg: float = option(0.0, "distill classifier-free guidance of scale 1 + N into the LoRA; 0: off", minimum=0)
+    distill_negative: Path | None = option(
+        None,
+        "negative prompt of --distill_cfg, a text or embedding file (default: the model's)",
+        requires="distill_cfg",
+    )
 
 
 @torch.no_grad()

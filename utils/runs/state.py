@@ -1,202 +1,250 @@
-"""Everything that a run needs to go on as if nothing had happened, in one safetensors file per checkpoint.
+"""Everything that a run needs to be resumed exactly, in one safetensors file per checkpoint.
 
     <run>/checkpoints/state-00000100.safetensors       beside wan-lora-00000100.safetensors
 
-Tensors: `adapter.<name>`, the optimizer's `<kind>.<name>`, `ema.<name>`, and `random.cpu`, `random.cuda`. Facts (step,
-schedule, options, data) are JSON in the file's metadata.
+Its tensors are those of `Learner.state_dict`, named by their path in it ("trainables/lora/parameters/<name>"). Its
+metadata holds the rest as JSON ("facts") and a SHA-256 over both, so that a damaged file is found before it is used.
+Nothing that a file says is trusted: types and shapes are checked, here and by the learner, before anything is changed.
+
+Version 0.1 wrote `adapter.<name>`, `exp_avg.<name>`, `exp_avg_sq.<name>`, `step.<name>`, `ema.<name>` and
+`random.<device>` without a checksum. Such files are read too.
 """
 
+import hashlib
 import json
-from collections import defaultdict
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from utils.common.checkpoint_names import STATES
 from utils.common.errors import UserError
 from utils.common.files import replacing
-from utils.training.ema import Ema
-from utils.training.optim import Updater
+from utils.common.options import option_changes
+from utils.training.learner import Learner, StateDict
 
-FACTS = "facts"
-PATTERN = "state-*.safetensors"
-WATCHED_STEP = 10
+FACTS, CHECKSUM = "facts", "sha256"
+FORMAT = 2
+METRICS = ("bad_steps", "smooth", "weight", "clipped")
 CHANGES_SHOWN = 20
-# Options that change nothing of what is learnt.
-HARMLESS = frozenset(
-    """resume_from_checkpoint allow_changes config debug dataset dataset_config num_workers cache_dir prune_cache
-    output_dir skip_bad_files checkpointing_steps save_every_minutes save_every_epochs keep_checkpoints val_steps
-    val_samples val_seed sample_prompts sample_every sample_steps sample_guidance""".split()
-)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decides a run besides its learner: options that affect training, and each clip's fingerprint."""
+
+    options: dict[str, Any]
+    data: dict[str, str]
 
 
 @dataclass(frozen=True)
 class State:
-    """A saved state: where it is, its tensors (loaded when asked for) and its facts."""
+    """A state file whose facts have been read and checked; its tensors are read when they are asked for."""
 
     path: Path
-    facts: dict[str, Any]
+    step: int
+    facts: Facts
+    metrics: dict[str, float]
+    learner: StateDict | None  # without its tensors; None in a file of version 0.1
 
     @property
     def run_folder(self) -> Path:
         return self.path.parent.parent
 
-    @property
-    def step(self) -> int:
-        return self.facts["step"]
+    def state_dict(self) -> StateDict:
+        """What `Learner.load_state_dict` takes. Raises UserError for a damaged file."""
+        tensors, _ = _read(self.path)
+        return _join(self.learner, tensors) if self.learner is not None else _from_0_1(tensors, self.step)
 
-    def tensors(self) -> dict[str, Tensor]:
-        with safe_open(self.path, framework="pt") as file:
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-
-
-class Learner:
-    """What changes while training: adapter, optimizer, schedule, the average of the adapter, and random states."""
-
-    def __init__(self, adapter: Mapping[str, nn.Parameter], updater: Updater, ema: Ema | None = None) -> None:
-        self.adapter = adapter
-        self.updater = updater
-        self.ema = ema
-        self.steps: int | None = updater.updates  # whose outcome this is; None in the middle of an update
-        self.capture_rng_state()
-
-    def capture_rng_state(self) -> None:
-        """Remembers where torch's generators are: a step that fails half-way is done again from there."""
-        self._random = {"random.cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            self._random["random.cuda"] = torch.cuda.get_rng_state()
-
-    def update(self, max_grad_norm: float) -> Tensor:
-        """Ends a step: `Updater.update`, and the average follows. Returns the norm of the gradients."""
-        self.steps = None
-        norm = self.updater.update(max_grad_norm)
-        if self.ema is not None:
-            self.ema.update(self.updater.updates)
-        self.capture_rng_state()
-        self.steps = self.updater.updates
-        return norm
-
-    def idle(self) -> Tensor:
-        """After WATCHED_STEP updates how many matrices of the adapter are zero, else none: a scalar on its device."""
-        parameters = list(self.adapter.values())
-        if self.updater.updates != WATCHED_STEP:
-            return torch.zeros((), device=parameters[0].device)
-        return torch.stack([(parameter == 0).all() for parameter in parameters]).sum().float()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """A copy of all of it, on the CPU, by the names of this module."""
-        tensors = {f"adapter.{name}": parameter.detach() for name, parameter in self.adapter.items()}
-        for name, parameter in self.adapter.items():
-            for kind, value in self.updater.optimizer.state.get(parameter, {}).items():
-                tensors[f"{kind}.{name}"] = value
-        if self.ema is not None:
-            tensors |= {f"ema.{name}": value for name, value in self.ema.values.items()}
-        tensors |= self._random
-        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-
-    @torch.no_grad()
-    def restore(self, state: State) -> None:
-        """Puts everything back. Raises UserError where the state is of another adapter."""
-        tensors = state.tensors()
-        groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
-        for name, tensor in tensors.items():
-            kind, _, parameter = name.partition(".")
-            groups[kind][parameter] = tensor
-        shapes = {name: tensor.shape for name, tensor in groups.pop("adapter", {}).items()}
-        if shapes != {name: parameter.shape for name, parameter in self.adapter.items()}:
-            raise UserError(f"{state.path} is of another adapter: rank and targets must be those it was saved with")
-        for name, parameter in self.adapter.items():
-            parameter.copy_(tensors[f"adapter.{name}"])
-        averages, random = groups.pop("ema", {}), groups.pop("random")
-        if self.ema is not None:
-            for name, value in self.ema.values.items():
-                value.copy_(averages.get(name, self.adapter[name]))
-        moments = [{kind: values[name] for kind, values in groups.items() if name in values} for name in self.adapter]
-        self.updater.load(moments, state.step)
-        self.steps = state.step
-        torch.set_rng_state(random["cpu"])
-        if "cuda" in random and torch.cuda.is_available():
-            torch.cuda.set_rng_state(random["cuda"])
-        self.capture_rng_state()
+    def restore(self, learner: Learner) -> None:
+        """Puts the learner where it was. Raises UserError, before anything changes, where the state does not fit."""
+        try:
+            learner.load_state_dict(self.state_dict())
+        except UserError as error:
+            raise UserError(f"{self.path} cannot be resumed: {error}") from None
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(f"{self.path} cannot be resumed: it lacks or misplaces {error}") from None
 
 
-def write_state(path: Path, learner: Learner, facts: Mapping[str, Any]) -> None:
-    """Appears whole or not at all. Raises OSError, also for what safetensors calls an error of its own."""
+def write_state(path: Path, learner: StateDict, facts: Facts, metrics: Mapping[str, float]) -> None:
+    """Writes the file whole or not at all. Raises OSError, also for what safetensors calls an error of its own."""
+    tensors: dict[str, Tensor] = {}
+    tree = _split(learner, "", tensors)
+    content = {"format": FORMAT, **asdict(facts), "metrics": dict(metrics), "learner": tree}
+    text = json.dumps(content)
     try:
         with replacing(path) as unfinished:
-            save_file(learner.tensors(), unfinished, metadata={FACTS: json.dumps(facts)})
+            save_file(tensors, unfinished, metadata={FACTS: text, CHECKSUM: _checksum(tensors, text)})
     except SafetensorError as error:
         raise OSError(str(error)) from None
 
 
 def read_state(path: Path) -> State:
-    """Raises UserError for a file that is missing, cut short or no state."""
+    """A state file, read whole once so that damage is found early. Raises UserError for any other file."""
+    tensors, metadata = _read(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})[FACTS])
-            return State(path, facts)
-    except KeyError:
-        raise UserError(f"{path} is no training state: those are the files named {PATTERN}") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is no whole training state: {error}") from None
+        content = json.loads(metadata[FACTS])
+        if "format" not in content:
+            print(f"{path} was written by version 0.1, without a checksum: it is read unverified")
+            content = _facts_of_0_1(content)
+        elif content["format"] != FORMAT:
+            raise UserError(f"{path} has the state format {content['format']!r}: it was written by a newer version")
+        step = content["learner"]["step"] if content["learner"] else content["step"]
+        _check_facts(content, step)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        reason = f"missing or invalid {error}" if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a training state ({STATES}): {reason}") from None
+    facts = Facts(content["options"], content["data"])
+    return State(path, step, facts, content["metrics"], content["learner"])
 
 
 def find_state(wanted: str, output_dir: Path) -> State:
-    """The state that `--resume_from_checkpoint` means; what is passed over on the way is told.
+    """The state that `--resume_from_checkpoint` means; unusable ones are skipped with a message.
 
-    "latest" is the whole state of any run under `output_dir` that was written last; else a state file, or a run's
-    folder or its checkpoints, whose newest it is. Raises UserError where there is none.
+    "latest" is the state under `output_dir` that was written last, of any run; else a state file, or the newest state
+    of a run's folder or checkpoints folder. Raises UserError where there is none.
     """
     where = output_dir if wanted == "latest" else Path(wanted)
     if where.is_file():
         state = read_state(where.absolute())
         if state.path.parent.name != "checkpoints":
-            raise UserError(f"{where} must lie in the checkpoints folder of its run: the run goes on there")
+            raise UserError(f"{where} must be in the checkpoints folder of its run: the run is resumed there")
         return state
     if wanted == "latest":
-        found = list(where.glob(f"*/checkpoints/{PATTERN}"))
+        found = list(where.glob(f"*/checkpoints/{STATES}"))
     else:
-        found = [*where.glob(PATTERN), *where.glob(f"checkpoints/{PATTERN}")]
+        found = [*where.glob(STATES), *where.glob(f"checkpoints/{STATES}")]
     for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
         try:
             return read_state(path)
         except UserError as error:
-            print(f"passed over: {error}")
-    raise UserError(f"--resume_from_checkpoint {wanted}: there is no whole training state in {where}")
+            print(f"skipped: {error}")
+    raise UserError(f"--resume_from_checkpoint {wanted}: there is no usable training state in {where}")
 
 
-def check_resume_compatible(state: State, options: Mapping[str, Any], data: Mapping[str, str], allowed: bool) -> None:
+def check_resume_compatible(state: State, options: Any, data: Mapping[str, str], allowed: bool) -> None:
     """Lists what differs from the run that was saved; raises UserError unless that is allowed.
 
-    Raises it too where the run has taken more steps than it is now to take.
+    Raises it too where the run has already taken more steps than it is now to take.
     """
-    if state.step > options["max_train_steps"]:
-        raise UserError(f"{state.path} is of step {state.step}, past --max_train_steps {options['max_train_steps']}")
-    changes = [
-        *_differences(state.facts["options"], options, "--"),
-        *_differences(state.facts["data"], data, "clip "),
-    ]
+    if state.step > options.max_train_steps:
+        raise UserError(f"{state.path} is of step {state.step}, past --max_train_steps {options.max_train_steps}")
+    changes = [*option_changes(options, state.facts.options), *_data_changes(state.facts.data, data)]
     if not changes:
         return
     more = [f"and {len(changes) - CHANGES_SHOWN} more"] if len(changes) > CHANGES_SHOWN else []
     listed = "\n".join(f"  {line}" for line in changes[:CHANGES_SHOWN] + more)
     if not allowed:
-        raise UserError(f"this is not the run that was saved:\n{listed}\npass --allow_changes to go on all the same")
-    print(f"going on with changes:\n{listed}")
+        raise UserError(f"options or data differ from the saved run:\n{listed}\npass --allow_changes to resume anyway")
+    print(f"resuming with changes:\n{listed}")
 
 
-def _differences(saved: Mapping[str, Any], now: Mapping[str, Any], mark: str) -> Iterator[str]:
-    for name in dict.fromkeys([*saved, *now]):
-        if name in HARMLESS or saved.get(name) == now.get(name):
-            continue
-        if name not in saved or name not in now:
-            yield f"{mark}{name} is {'new' if name not in saved else 'gone'}"
-        elif mark == "--":
-            yield f"{mark}{name} was {saved[name]}, is {now[name]}"
+# ------------------------------------------------------------------------------------------------------------ the file
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata. Raises UserError for a file that is missing, cut short, damaged or no safetensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a whole training state: {error}") from None
+    if CHECKSUM in metadata and metadata[CHECKSUM] != _checksum(tensors, metadata.get(FACTS, "")):
+        raise UserError(f"{path} is damaged: its checksum does not match")
+    return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
+    """The SHA-256 of names, dtypes, shapes and bytes of all tensors, and of the text."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _split(tree: StateDict, prefix: str, tensors: dict[str, Tensor]) -> StateDict:
+    """The tree without its tensors, which go to `tensors` by their paths, as copies on the CPU."""
+    rest: StateDict = {}
+    for key, value in tree.items():
+        if isinstance(value, Tensor):
+            tensors[f"{prefix}{key}"] = value.detach().cpu().clone().contiguous()
         else:
-            yield f"{mark}{name} has changed"
+            rest[key] = _split(value, f"{prefix}{key}/", tensors) if isinstance(value, dict) else value
+    return rest
+
+
+def _join(tree: StateDict, tensors: Mapping[str, Tensor]) -> StateDict:
+    """The tree with its tensors: what `_split` was given."""
+    whole: StateDict = json.loads(json.dumps(tree))
+    for path, tensor in tensors.items():
+        *parents, name = path.split("/")
+        place = whole
+        for parent in parents:
+            place = place[parent]
+        place[name] = tensor
+    return whole
+
+
+# ----------------------------------------------------------------------------------------------------------- its facts
+
+
+def _check_facts(content: Mapping[str, Any], step: object) -> None:
+    """Raises ValueError, TypeError or KeyError where a fact is not of its type."""
+    if not _is_count(step):
+        raise ValueError("step")
+    if not isinstance(content["options"], dict) or not isinstance(content["data"], dict):
+        raise TypeError("options or data")
+    if not all(isinstance(value, str) for value in content["data"].values()):
+        raise TypeError("data")
+    metrics = content["metrics"]
+    if metrics.keys() != set(METRICS) or not _is_count(metrics["bad_steps"]):
+        raise ValueError("metrics")
+    if not all(isinstance(metrics[name], int | float) and math.isfinite(metrics[name]) for name in METRICS):
+        raise ValueError("metrics")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _facts_of_0_1(content: Mapping[str, Any]) -> dict[str, Any]:
+    metrics = {name: content[name] for name in METRICS}
+    facts = {name: content[name] for name in ("step", "options", "data")}
+    return facts | {"metrics": metrics, "learner": None}
+
+
+def _from_0_1(tensors: Mapping[str, Tensor], step: int) -> StateDict:
+    """The state dict of a learner with one LoRA, from the tensors of version 0.1."""
+    groups: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("adapter", "ema", "random")}
+    moments: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, parameter = name.partition(".")
+        if kind in groups:
+            groups[kind][parameter] = tensor
+        else:
+            moments.setdefault(parameter, {})[kind] = tensor
+    state = {name: moments.pop(name, {}) for name in groups["adapter"]}
+    if moments:
+        raise UserError(f"it has an optimizer state of an unknown parameter, {next(iter(moments))}")
+    lora: StateDict = {"parameters": groups["adapter"]}
+    lora["optimizer"] = {"step_count": step, "state": state, "groups": []}
+    if groups["ema"]:
+        lora["ema"] = groups["ema"]
+    return {"step": step, "trainables": {"lora": lora}, "random": groups["random"]}
+
+
+def _data_changes(saved: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    for name in dict.fromkeys([*saved, *now]):
+        if name not in saved or name not in now:
+            yield f"clip {name} is {'new' if name not in saved else 'gone'}"
+        elif saved[name] != now[name]:
+            yield f"clip {name} has changed"

@@ -1,4 +1,4 @@
-"""TensorBoard's files: where they cannot be written, the run is told and goes on."""
+"""TensorBoard's event files. Where they can no longer be written, the run continues without them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +8,11 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 
-class Board:
-    """Numbers and pictures of a run that goes on from `step`; `say` tells the user once that there will be no more."""
+class TensorBoardLog:
+    """Numbers and pictures of a run that starts at `step`; `say` reports once that no more will be written."""
 
     def __init__(self, folder: Path, step: int, say: Callable[[str], None]) -> None:
-        # What was logged beyond the step that a run goes on from never happened.
+        # What was logged beyond the step that a run resumes from is purged: the run writes it again.
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
         self._say = say
         self._broken = False
@@ -33,4 +33,4 @@ class Board:
             write()
         except OSError as error:
             self._broken = True
-            self._say(f"TensorBoard's events cannot be written any more, the run goes on without: {error}")
+            self._say(f"cannot write TensorBoard events, the run continues without them: {error}")

@@ -1,14 +1,13 @@
-"""The exponential moving average of an adapter."""
+"""The exponential moving average of parameters."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 
 class Ema:
-    """Averages of parameters, on their device; nothing here waits for it."""
+    """Averages of parameters, on their device. No method waits for it, and the parameters are never touched."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay = decay
@@ -17,24 +16,9 @@ class Ema:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Moves the averages towards the parameters as they are after `step` steps.
+        """Moves the averages towards the parameters after `step` steps.
 
-        min(decay, (1 + step) / (10 + step)): early averages forget the start soon.
+        The decay is min(decay, (1 + step) / (10 + step)), so that early averages soon forget the start.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.values.values()), list(self.parameters.values()), 1 - decay)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The parameters hold their averages while the block runs."""
-        kept = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        self._put(self.values)
-        try:
-            yield
-        finally:
-            self._put(kept)
-
-    @torch.no_grad()
-    def _put(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])

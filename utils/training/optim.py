@@ -1,19 +1,46 @@
 """Parameters, their optimizer and schedule, and the update that ends a step."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from utils.common.errors import UserError
+from utils.common.options import option
+
 SCHEDULES = ("constant", "linear", "cosine")
+# Entries of a parameter group that follow from the options of this run, never from a saved state.
+_FROM_OPTIONS = ("params", "lr", "initial_lr", "weight_decay")
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """optimization"""
+
+    max_train_steps: int = option(1000, "optimizer steps", minimum=1)
+    learning_rate: float = option(1e-5, "base learning rate", minimum=0)
+    lr_scheduler: str = option("constant", "learning rate schedule after the warm-up", choices=SCHEDULES)
+    lr_warmup_steps: int = option(0, "steps over which the learning rate rises linearly to its base value", minimum=0)
+    weight_decay: float = option(0.01, "weight decay of AdamW", minimum=0)
+    gradient_accumulation: int = option(1, "batches per optimizer step", minimum=1)
+    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: no clipping", minimum=0)
+
+    @property
+    def optimizer(self) -> "OptimizerSpec":
+        return OptimizerSpec(
+            self.learning_rate, self.weight_decay, self.lr_scheduler, self.lr_warmup_steps, self.max_train_steps
+        )
 
 
 @dataclass(frozen=True)
 class OptimizerSpec:
+    """The values that decide an update; `schedule` is one of SCHEDULES."""
+
     learning_rate: float
     weight_decay: float
     schedule: str
@@ -21,8 +48,16 @@ class OptimizerSpec:
     total_steps: int
 
 
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters by name that share a learning rate: `lr_scale` times the base one."""
+
+    parameters: Mapping[str, nn.Parameter]
+    lr_scale: float = 1.0
+
+
 def learning_rate_factor(step: int, spec: OptimizerSpec) -> float:
-    """What the base learning rate is multiplied by at `step` (from 0): linear warm-up, then the schedule down to 0.
+    """The factor on the base learning rate at `step` (from 0): linear warm-up, then the schedule.
 
     constant stays at 1; linear and cosine reach 0 at `total_steps`.
     """
@@ -34,47 +69,107 @@ def learning_rate_factor(step: int, spec: OptimizerSpec) -> float:
     return 1 - progress if spec.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class Updater:
-    """One fused AdamW over fp32 parameters, with clipping and a schedule; nothing here waits for the device."""
+def make_optimizer(groups: Sequence[ParameterGroup], spec: OptimizerSpec) -> Optimizer:
+    """Fused AdamW over fp32 parameters."""
+    settings = [
+        {"params": list(group.parameters.values()), "lr": spec.learning_rate * group.lr_scale} for group in groups
+    ]
+    return AdamW(settings, lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
 
-    def __init__(self, parameters: Iterable[nn.Parameter], spec: OptimizerSpec) -> None:
-        self.parameters = list(parameters)
-        self.optimizer = AdamW(self.parameters, lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
+
+class Updater:
+    """An optimizer with clipping and a schedule. No method waits for the device."""
+
+    def __init__(self, groups: Sequence[ParameterGroup], spec: OptimizerSpec) -> None:
+        self.named = {name: parameter for group in groups for name, parameter in group.parameters.items()}
+        self.parameters = list(self.named.values())
+        self.optimizer = make_optimizer(groups, spec)
         self.schedule = LambdaLR(self.optimizer, lambda step: learning_rate_factor(step, spec))
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next update."""
-        return self.optimizer.param_groups[0]["lr"]
+        """The base rate of the next update."""
+        return float(self.optimizer.param_groups[0]["lr"])
 
-    def update(self, max_grad_norm: float) -> Tensor:
-        """Clips the gradients to `max_grad_norm` (0: not at all), steps, clears them; returns their norm before.
+    @property
+    def step_count(self) -> int:
+        """The number of updates so far; skipped ones count."""
+        return self.schedule.last_epoch
 
-        A gradient that is not finite leaves parameters and moments as they were. The decision is taken on the device
-        through the optimizer's `found_inf`, the contract it has with torch's gradient scaler.
+    def step(self, max_grad_norm: float) -> Tensor:
+        """Clips the gradients to `max_grad_norm` (0: no clipping), updates, clears them; returns the unclipped norm.
+
+        A gradient that is not finite leaves parameters and moments unchanged. That is decided on the device through the
+        optimizer's `found_inf`, its contract with torch's gradient scaler.
         """
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(self.parameters, max_grad_norm, norm)
-        self.optimizer.found_inf = (~torch.isfinite(norm)).to(torch.float32)
+        # The optimizer's contract with torch's gradient scaler is no part of its declared type.
+        self.optimizer.found_inf = (~torch.isfinite(norm)).to(torch.float32)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         return norm
 
-    @property
-    def updates(self) -> int:
-        """How many there have been."""
-        return self.schedule.last_epoch
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's memory of each parameter by name, what its groups remember, and the number of updates."""
+        state = {name: dict(self.optimizer.state.get(parameter, {})) for name, parameter in self.named.items()}
+        groups = [
+            {key: value for key, value in group.items() if key not in _FROM_OPTIONS and _is_number(value)}
+            for group in self.optimizer.param_groups
+        ]
+        return {"step_count": self.step_count, "state": state, "groups": groups}
 
-    def load(self, states: Sequence[Mapping[str, Tensor]], updates: int) -> None:
-        """Goes on after so many updates, with what the optimizer remembers of each parameter, in order."""
-        saved = self.optimizer.state_dict()
-        saved["state"] = {index: dict(state) for index, state in enumerate(states) if state}
-        self.optimizer.load_state_dict(saved)
-        self.schedule.last_epoch = updates
+    def check_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Raises UserError where `load_state_dict` could not restore this; changes nothing."""
+        state, groups, count = saved["state"], saved["groups"], saved["step_count"]
+        if not isinstance(count, int) or count < 0:
+            raise UserError(f"its number of updates is {count!r}")
+        if state.keys() != self.named.keys():
+            raise UserError("its optimizer state is of other parameters")
+        for name, parameter in self.named.items():
+            _check_moments(name, parameter, state[name], count)
+        if groups and len(groups) != len(self.optimizer.param_groups):
+            raise UserError(f"it has {len(groups)} parameter groups, this run {len(self.optimizer.param_groups)}")
+        for values, group in zip(groups, self.optimizer.param_groups, strict=False):
+            for key, value in values.items():
+                if key in _FROM_OPTIONS or key not in group or not _is_number(group[key]) or not _is_number(value):
+                    raise UserError(f"its optimizer has a setting {key!r} that this optimizer does not have")
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Restores what `state_dict` returned. Learning rate and weight decay stay those of this run's options."""
+        whole = self.optimizer.state_dict()
+        states = enumerate(saved["state"][name] for name in self.named)
+        whole["state"] = {index: dict(state) for index, state in states if state}
+        self.optimizer.load_state_dict(whole)
+        for values, group in zip(saved["groups"], self.optimizer.param_groups, strict=False):
+            group |= values
+        self.schedule.last_epoch = saved["step_count"]
         for group, base, factor in zip(
             self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
         ):
             group["lr"] = base * factor(self.schedule.last_epoch)
         self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def _check_moments(name: str, parameter: nn.Parameter, state: Mapping[str, Any], step_count: int) -> None:
+    """AdamW's: two moments of the parameter's shape and a counter; none of them before the first update.
+
+    Moments of another size would not raise: the fused kernel reads past their end.
+    """
+    expected = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": torch.Size()}
+    if not state and step_count == 0:
+        return
+    if state.keys() != expected.keys():
+        raise UserError(f"its optimizer state of {name} has {', '.join(sorted(state)) or 'nothing'}")
+    for key, shape in expected.items():
+        value = state[key]
+        if not isinstance(value, Tensor) or value.shape != shape or value.dtype != torch.float32:
+            raise UserError(f"its optimizer state {key} of {name} has another shape or dtype than the parameter")
+        if not value.isfinite().all() or (key != "exp_avg" and value.min() < 0):
+            raise UserError(f"its optimizer state {key} of {name} is not finite or negative: the file is damaged")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, bool | int | float) and math.isfinite(value)

@@ -11,12 +11,39 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.common.errors import UserError
+from utils.common.options import option
 from utils.diffusion.flow import seeded_noise
 from utils.diffusion.objectives import Predict
 from utils.diffusion.sampling import Sampler
 from utils.encoding.conditioning import Batch, Cond, to_pixels
 from utils.encoding.text import read_prompt
 from wan.modules.vae import WanVAE
+
+
+@dataclass(frozen=True)
+class Previews:
+    """previews"""
+
+    sample_prompts: str | None = option(
+        None, "prompt to generate during training, or a .txt file with one per line", affects_training=False
+    )
+    sample_every: int = option(
+        200,
+        "generate previews before training, every N steps and at the end",
+        minimum=1,
+        requires="sample_prompts",
+        affects_training=False,
+    )
+    sample_steps: int = option(
+        20, "sampling steps of a preview", minimum=1, requires="sample_prompts", affects_training=False
+    )
+    sample_guidance: float | None = option(
+        None,
+        "guidance of previews (default: the model's; 1 with --distill_cfg)",
+        minimum=0,
+        requires="sample_prompts",
+        affects_training=False,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,32 @@
 """A validation loss that can be compared between runs: fixed clips, fixed noise, fixed noise levels."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from utils.common.temp_rng import temp_rng
+from utils.common.options import option
+from utils.common.temp_rng import MAX_SEED, temp_rng
 from utils.diffusion.flow import add_noise
 from utils.diffusion.objectives import Predict, squared_error
 from utils.encoding.conditioning import Batch
 
 # No option moves these: a run with another training shift is measured by the same ruler.
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """validation"""
+
+    val_steps: int = option(
+        100, "validate before the first step, every N steps and at the end", minimum=1, affects_training=False
+    )
+    val_samples: int = option(4, "most clips to validate on; 0: no validation", minimum=0, affects_training=False)
+    val_seed: int | None = option(
+        None, "seed of the validation noise (default: --seed)", minimum=0, maximum=MAX_SEED, affects_training=False
+    )
 
 
 @torch.no_grad()

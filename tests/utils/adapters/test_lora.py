@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from tests.tiny import TINY_SHAPE, tiny_transformer
 from utils.adapters.lora import (
-    adapters_off,
     add_lora,
     extract_lora,
+    is_plain,
     load_lora,
     parse_blocks,
     select_modules,
+    speaking,
 )
 from utils.adapters.lora_file import LoraFile, LoraPair, read_lora, write_lora
 from utils.common.errors import UserError
@@ -235,7 +236,7 @@ def test_with_adapters_off_the_model_is_its_base_bit_for_bit(checkpointed):
         checkpoint_blocks(model.blocks)
     with torch.no_grad():
         before = model(*inputs())
-        with adapters_off(model):
+        with speaking(model, None):
             assert torch.equal(model(*inputs()), expected)
         assert torch.equal(model(*inputs()), before) and not torch.equal(before, expected)
     assert all(parameter.requires_grad for parameter in parameters)
@@ -249,7 +250,7 @@ def test_a_student_learns_the_same_with_its_teacher_asked_between_forward_and_ba
         if checkpointed:
             checkpoint_blocks(model.blocks)
         student = model(*inputs()) if teacher_last else None
-        with torch.no_grad(), adapters_off(model):
+        with torch.no_grad(), speaking(model, None):
             target = model(*inputs())
         student = model(*inputs()) if student is None else student
         (student - target).square().mean().backward()
@@ -261,7 +262,7 @@ def test_an_exception_in_the_teacher_brings_the_adapters_back():
     model, parameters = adapted()
     with torch.no_grad():
         expected = model(*inputs())
-        with pytest.raises(ZeroDivisionError), adapters_off(model):
+        with pytest.raises(ZeroDivisionError), speaking(model, None):
             raise ZeroDivisionError
         assert torch.equal(model(*inputs()), expected)
     assert all(parameter.requires_grad for parameter in parameters)
@@ -269,9 +270,62 @@ def test_an_exception_in_the_teacher_brings_the_adapters_back():
 
 def test_only_adapters_are_trainable_after_the_teacher_has_spoken():
     model, parameters = adapted()
-    with adapters_off(model):
+    with speaking(model, None):
         pass
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in parameters}
+
+
+def test_each_of_two_adapters_speaks_in_its_own_span_and_learns_from_it_alone():
+    model = tiny_transformer()
+    names = select_modules(model, ["attn"])
+    student, critic = (add_lora(model, names, RANK, ALPHA, adapter) for adapter in ("student", "critic"))
+    fill(student, seed=1)
+    fill(critic, seed=2)
+    checkpoint_blocks(model.blocks)
+    answers = {}
+    for adapter, own, other in (("student", student, critic), ("critic", critic, student)):
+        with speaking(model, adapter):
+            velocity = model(*inputs())
+            velocity.square().mean().backward()
+        answers[adapter] = velocity.detach()
+        assert all(parameter.grad is not None for parameter in own)
+        assert all(parameter.grad is None for parameter in other)
+        model.zero_grad()
+    for adapter, parameters in (("student", student), ("critic", critic)):
+        alone = tiny_transformer()
+        for mine, theirs in zip(add_lora(alone, names, RANK, ALPHA), parameters, strict=True):
+            mine.data = theirs.data.clone()
+        assert torch.equal(alone(*inputs()), answers[adapter])
+
+
+def test_a_checkpointed_block_recomputes_with_the_adapter_of_its_span():
+    gradients = []
+    for checkpointed in (False, True):
+        model = tiny_transformer()
+        names = select_modules(model, ["attn"])
+        student, critic = (add_lora(model, names, RANK, ALPHA, adapter) for adapter in ("student", "critic"))
+        fill(student, seed=1)
+        fill(critic, seed=2)
+        if checkpointed:
+            checkpoint_blocks(model.blocks)
+        with speaking(model, "student"):
+            loss = model(*inputs()).square().mean()
+            with torch.no_grad(), speaking(model, "critic"):
+                model(*inputs())
+            loss.backward()
+        gradients.append([parameter.grad for parameter in student])
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+
+
+def test_an_adapter_that_is_not_plain_keeps_the_forward_of_peft():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    for settings in ({"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}):
+        model = nn.Sequential(nn.Linear(8, 8))
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"], **settings), model, "default")
+        assert not is_plain(model[0], "default"), settings
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), plain := nn.Sequential(nn.Linear(8, 8)), "default")
+    assert is_plain(plain[0], "default")
 
 
 # --------------------------------------------------------------------------------------------------- files and back
@@ -291,6 +345,15 @@ def test_an_adapter_survives_the_way_to_a_file_and_back(tmp_path):
     expected = matrices(model)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in matrices(other).items())
     assert torch.equal(other(*inputs()), model(*inputs())) and lora.metadata["step"] == "7"
+
+
+def test_an_average_is_extracted_from_its_own_values_and_the_adapter_keeps_its_own():
+    model, _ = adapted()
+    before = matrices(model)
+    halves = {name: value / 2 for name, value in before.items()}
+    half, whole = extract_lora(model, {}, halves), extract_lora(model, {})
+    assert all(torch.equal(half.pairs[name].up, pair.up / 2) for name, pair in whole.pairs.items())
+    assert all(torch.equal(value, before[name]) for name, value in matrices(model).items())
 
 
 def test_an_extracted_adapter_is_a_copy():
@@ -324,9 +387,18 @@ Q = "blocks.0.self_attn.q"
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        (LoraPair(torch.ones(2, 48), torch.ones(48, 2), ALPHA), "rank 2 and alpha 6.*--lora_rank 2 --lora_alpha 6"),
-        (LoraPair(torch.ones(4, 48), torch.ones(48, 4), 8.0), "rank 4 and alpha 8.*--lora_rank 4 --lora_alpha 8"),
-        (LoraPair(torch.ones(4, 48), torch.ones(48, 4), None), "rank 4 and alpha 4.*--lora_alpha 4"),
+        (
+            LoraPair(torch.ones(2, 48), torch.ones(48, 2), ALPHA),
+            r"rank 2 and alpha 6, this run 4 and 6\npass --lora_rank 2 --lora_alpha 6",
+        ),
+        (
+            LoraPair(torch.ones(4, 48), torch.ones(48, 4), 8.0),
+            r"rank 4 and alpha 8, this run 4 and 6\npass --lora_rank 4 --lora_alpha 8",
+        ),
+        (
+            LoraPair(torch.ones(4, 48), torch.ones(48, 4), None),
+            r"rank 4 and alpha 4, this run 4 and 6\npass --lora_rank 4 --lora_alpha 4",
+        ),
         (LoraPair(torch.ones(4, 32), torch.ones(48, 4), ALPHA), r"does not fit at blocks\.0\.self_attn\.q"),
         (LoraPair(torch.ones(4, 48), torch.ones(32, 4), ALPHA), r"\(32, 4\), the model needs \(48, 4\)"),
         (None, r"lacks blocks\.0\.self_attn\.q \(1 such modules\)"),
@@ -344,5 +416,7 @@ def test_a_lora_with_other_targets_or_more_than_pairs_is_refused():
     with pytest.raises(UserError, match=r"adapts, unlike this run, blocks\.0\.ffn\.0 \(4 such modules\)"):
         load_lora(model, more)
     extra = LoraFile(extract_lora(model, {}).pairs, extras={"blocks.0.norm3.diff": torch.ones(48)})
-    with pytest.raises(UserError, match=r"holds more than pairs \(blocks\.0\.norm3\.diff\); fuse it instead"):
+    with pytest.raises(
+        UserError, match=r"holds more than LoRA pairs \(blocks\.0\.norm3\.diff\): use --fuse_lora instead"
+    ):
         load_lora(model, extra)

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny import TINY_SHAPE, tiny_transformer
-from utils.adapters.lora import add_lora, extract_lora, fuse_lora, load_lora, select_modules, widen_patch_embedding
+from utils.adapters.lora import (
+    LoraFusion,
+    add_lora,
+    extract_lora,
+    fuse_lora,
+    load_lora,
+    select_modules,
+    widen_patch_embedding,
+)
 from utils.adapters.lora_file import LoraFile, LoraPair, read_lora, write_lora
 from utils.common.errors import UserError
 from utils.encoding.conditioning import Cond, make_predict
@@ -55,6 +63,27 @@ def weights(model: WanModel) -> dict[str, Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------------------ fusing
+
+
+def test_fusing_tensor_by_tensor_while_loading_equals_fusing_into_a_loaded_model():
+    lora = extract_lora(controlled(), {})
+    loaded = tiny_transformer()
+    before = weights(loaded)
+    fuse_lora(loaded, lora, 0.7)
+    fusion = LoraFusion(tiny_transformer(), lora, 0.7)
+    placed = {name: fusion.place(name, tensor) for name, tensor in before.items()}
+    assert placed.keys() == weights(loaded).keys()
+    assert all(torch.equal(placed[name], tensor) for name, tensor in weights(loaded).items())
+    assert fusion.targets == {name for name, tensor in before.items() if not torch.equal(placed[name], tensor)} | {
+        "patch_embedding.weight"
+    }
+
+
+def test_what_a_fusion_does_not_adapt_is_passed_through_untouched():
+    model = adapted()
+    fusion = LoraFusion(tiny_transformer(), extract_lora(model, {}))
+    tensor = torch.randn(3)
+    assert fusion.place("head.head.bias", tensor) is tensor
 
 
 @torch.no_grad()

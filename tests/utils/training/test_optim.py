@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.training.optim import SCHEDULES, OptimizerSpec, Updater, learning_rate_factor
+from utils.training.optim import SCHEDULES, OptimizerSpec, ParameterGroup, Updater, learning_rate_factor
 
 
 def make_spec(**changes) -> OptimizerSpec:
@@ -18,6 +18,11 @@ def make_spec(**changes) -> OptimizerSpec:
 def make_parameters(seed: int = 0) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 3), (5,), (2, 2, 2))]
+
+
+def make_updater(**changes) -> Updater:
+    parameters = {f"p{index}": parameter for index, parameter in enumerate(make_parameters())}
+    return Updater([ParameterGroup(parameters)], make_spec(**changes))
 
 
 def give_gradients(parameters: list[nn.Parameter], seed: int, scale: float = 1.0) -> None:
@@ -61,22 +66,22 @@ def test_every_step_of_a_run_has_a_rate_between_0_and_1(schedule, warmup):
 
 
 def test_the_learning_rate_is_the_one_of_the_next_update():
-    updater = Updater(make_parameters(), make_spec(schedule="linear", warmup_steps=1, total_steps=5))
+    updater = make_updater(schedule="linear", warmup_steps=1, total_steps=5)
     rates = []
     for _ in range(5):
         rates.append(updater.learning_rate)
         give_gradients(updater.parameters, seed=0)
-        updater.update(0.0)
+        updater.step(0.0)
     assert rates == pytest.approx([0.005, 0.01, 0.0075, 0.005, 0.0025])
 
 
 def test_updates_equal_those_of_plain_adamw():
-    updater, reference = Updater(make_parameters(), make_spec()), make_parameters()
+    updater, reference = make_updater(), make_parameters()
     plain = torch.optim.AdamW(reference, lr=0.01, weight_decay=0.1, foreach=False, fused=False)
     for step in range(5):
         give_gradients(updater.parameters, seed=step)
         give_gradients(reference, seed=step)
-        updater.update(0.0)
+        updater.step(0.0)
         plain.step()
     for ours, theirs in zip(updater.parameters, reference, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
@@ -84,23 +89,23 @@ def test_updates_equal_those_of_plain_adamw():
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
 def test_clipping_equals_that_of_torch(max_norm):
-    updater, reference = Updater(make_parameters(), make_spec()), make_parameters()
+    updater, reference = make_updater(), make_parameters()
     plain = torch.optim.AdamW(reference, lr=0.01, weight_decay=0.1, fused=True)
     for step, scale in enumerate((1.0, 100.0, 0.01)):
         give_gradients(updater.parameters, step, scale)
         give_gradients(reference, step, scale)
-        norm = updater.update(max_norm)
+        norm = updater.step(max_norm)
         assert torch.equal(norm, nn.utils.clip_grad_norm_(reference, max_norm))
         plain.step()
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(updater.parameters, reference, strict=True))
 
 
 def test_a_maximum_of_0_does_not_clip():
-    clipped, free = Updater(make_parameters(), make_spec()), Updater(make_parameters(), make_spec())
+    clipped, free = make_updater(), make_updater()
     for step, scale in enumerate((1.0, 100.0)):
         give_gradients(clipped.parameters, step, scale)
         give_gradients(free.parameters, step, scale)
-        assert torch.equal(free.update(0.0), clipped.update(1.0))
+        assert torch.equal(free.step(0.0), clipped.step(1.0))
     assert not torch.equal(free.optimizer.state[free.parameters[0]]["exp_avg"],
                            clipped.optimizer.state[clipped.parameters[0]]["exp_avg"])  # fmt: skip
 
@@ -108,26 +113,26 @@ def test_a_maximum_of_0_does_not_clip():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("max_norm", [0.0, 1.0])
 def test_a_gradient_that_is_not_finite_leaves_parameters_and_moments_untouched(bad, max_norm):
-    updater = Updater(make_parameters(), make_spec())
+    updater = make_updater()
     give_gradients(updater.parameters, seed=0)
-    updater.update(max_norm)
+    updater.step(max_norm)
     before = state_of(updater)
     give_gradients(updater.parameters, seed=1)
     updater.parameters[1].grad[2] = bad
-    assert not updater.update(max_norm).isfinite()
+    assert not updater.step(max_norm).isfinite()
     assert all(torch.equal(old, new) for old, new in zip(before, state_of(updater), strict=True))
     assert all(parameter.grad is None for parameter in updater.parameters)
 
 
 def test_after_a_skipped_update_training_goes_on_as_if_it_had_not_been():
-    updater = Updater(make_parameters(), make_spec())
+    updater = make_updater()
     give_gradients(updater.parameters, seed=0)
-    updater.update(1.0)
+    updater.step(1.0)
     twin = copy.deepcopy(updater.parameters), copy.deepcopy(updater.optimizer.state_dict())
     give_gradients(updater.parameters, seed=1, scale=math.nan)
-    updater.update(1.0)
+    updater.step(1.0)
     give_gradients(updater.parameters, seed=2)
-    updater.update(0.0)
+    updater.step(0.0)
 
     parameters, state = twin
     reference = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1, fused=True)
@@ -138,17 +143,17 @@ def test_after_a_skipped_update_training_goes_on_as_if_it_had_not_been():
 
 
 def test_a_first_step_that_is_not_finite_is_survived():
-    updater = Updater(make_parameters(), make_spec())
+    updater = make_updater()
     give_gradients(updater.parameters, seed=0, scale=math.nan)
-    updater.update(1.0)
+    updater.step(1.0)
     assert all(torch.equal(ours, fresh) for ours, fresh in zip(updater.parameters, make_parameters(), strict=True))
 
 
 def test_a_parameter_without_a_gradient_stays_and_gradients_are_cleared():
-    updater = Updater(make_parameters(), make_spec())
+    updater = make_updater()
     give_gradients(updater.parameters, seed=0)
     updater.parameters[2].grad = None
-    updater.update(1.0)
+    updater.step(1.0)
     assert torch.equal(updater.parameters[2], make_parameters()[2])
     assert not torch.equal(updater.parameters[0], make_parameters()[0])
     assert all(parameter.grad is None for parameter in updater.parameters)

@@ -1,0 +1,120 @@
+"""What a run logs, when it reads it, and when its numbers end it."""
+
+import math
+
+import pytest
+import torch
+
+import utils.runs.metrics
+from tests.runs import log, open_a_run, scalars
+
+
+@pytest.fixture
+def run(tmp_path):
+    with open_a_run(tmp_path) as run:
+        yield run
+
+
+def test_every_step_is_in_tensorboard(tmp_path):
+    with open_a_run(tmp_path) as run:
+        for loss in (4.0, 2.0, 3.0):
+            log(run, loss, grad_norm=10 * loss)
+        run.metrics.flush()
+    found = scalars(run.folder)
+    assert run.step == 3
+    assert found["train/loss"] == {1: 4.0, 2: 2.0, 3: 3.0}
+    assert found["train/grad_norm"] == {1: 40.0, 2: 20.0, 3: 30.0}
+    assert found["train/learning_rate"] == {1: 0.5, 2: 0.5, 3: 0.5}
+    assert found["speed/seconds_per_step"][3] > 0 and found["speed/tokens_per_second"][3] > 0
+
+
+def test_the_smooth_loss_is_an_unbiased_running_mean(run):
+    assert math.isnan(run.metrics.smooth_loss)
+    losses = [4.0, 2.0, 3.0]
+    for loss in losses:
+        log(run, loss)
+    run.metrics.flush()
+    weights = [0.98**2, 0.98, 1.0]
+    expected = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
+    assert run.metrics.smooth_loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_steps_wait_on_the_device_until_about_a_second_has_passed(run, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(utils.runs.metrics.time, "perf_counter", lambda: now[0])
+    run.metrics.restart_clock()
+    log(run, 4.0)
+    assert math.isnan(run.metrics.smooth_loss)
+    now[0] += 1.5
+    log(run, 2.0)
+    assert run.metrics.smooth_loss == pytest.approx((0.98 * 4 + 2) / 1.98)
+
+
+def test_speed_leaves_out_validation_and_saving(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(utils.runs.metrics.time, "perf_counter", lambda: now[0])
+    with open_a_run(tmp_path) as run:
+        log(run, 4.0)
+        now[0] += 0.5
+        run.metrics.flush()
+        now[0] += 100
+        run.metrics.log_validation(torch.ones(2), (0.1, 0.9))
+        for seconds in (0.25, 0.125):
+            log(run, 4.0)
+            now[0] += seconds
+            run.metrics.flush()
+    found = scalars(run.folder)
+    assert found["speed/seconds_per_step"] == {1: 0.5, 2: 0.25, 3: 0.125}
+    assert found["speed/tokens_per_second"] == {1: 200, 2: 400, 3: 800}
+
+
+def test_validation_writes_each_sigma_and_the_mean(tmp_path, capsys):
+    with open_a_run(tmp_path) as run:
+        log(run, 4.0)
+        run.metrics.log_validation(torch.tensor([0.5, 1.5]), (0.1, 0.9))
+    found = scalars(run.folder)
+    assert found["val/loss"] == {1: 1.0}
+    assert found["val/loss_sigma_0.1"] == {1: 0.5} and found["val/loss_sigma_0.9"] == {1: 1.5}
+    assert found["train/loss"] == {1: 4.0}
+    assert "step 1: validation loss 1.0000  (by sigma 0.1: 0.5000, 0.9: 1.5000)" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(("loss", "grad_norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
+def test_one_step_that_is_not_finite_is_told_counted_and_left_out(tmp_path, capsys, loss, grad_norm):
+    with open_a_run(tmp_path) as run:
+        log(run, 4.0)
+        log(run, loss, grad_norm)
+        log(run, 4.0)
+        run.metrics.flush()
+    found = scalars(run.folder)
+    assert found["train/loss"] == {1: 4.0, 3: 4.0} and run.metrics.smooth_loss == pytest.approx(4.0)
+    assert list(found["train/learning_rate"]) == [1, 2, 3] and run.step == 3
+    said = "".join(capsys.readouterr())
+    assert said.count("not finite, the update was skipped") == 1 and "step 2: loss" in said
+
+
+def test_steps_that_are_not_finite_only_count_in_a_row(run):
+    for loss in [math.nan, math.nan, 1.0] * 3:
+        log(run, loss)
+    run.metrics.flush()
+
+
+def test_the_share_of_clipped_steps_is_logged(tmp_path):
+    with open_a_run(tmp_path, max_grad_norm=1.0) as run:
+        for norm in (0.5, 2.0, 0.5, 3.0):
+            log(run, 1.0, norm)
+        run.metrics.flush()
+    shares = scalars(run.folder)["train/clipped_share"]
+    assert shares[1] == 0 and 0.45 < shares[4] < 0.55
+
+
+def test_events_that_cannot_be_written_are_told_once_and_the_run_goes_on(run, monkeypatch, capsys):
+    def full(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run.metrics.board._writer, "add_scalar", full)
+    for _ in range(3):
+        log(run, 1.0)
+        run.metrics.flush()
+    assert run.save().exists()
+    assert capsys.readouterr().out.count("the run continues without them: [Errno 28] No space left on device") == 1

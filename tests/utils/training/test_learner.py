@@ -1,0 +1,174 @@
+"""A learner is restored exactly, or refuses before anything has changed."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.runs import SPEC, SmallLora, small_learner, take_step
+from utils.common.errors import RunError, UserError
+from utils.training.learner import WATCHED_STEP, Learner, Trainable
+
+
+def values_of(learner: Learner) -> list[Tensor]:
+    """Every number of a learner, copied."""
+    return [tensor.clone() for tensor in leaves(learner.state_dict()) if isinstance(tensor, Tensor)]
+
+
+def leaves(tree: object) -> list[object]:
+    return [leaf for value in tree.values() for leaf in leaves(value)] if isinstance(tree, dict) else [tree]
+
+
+def equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("names", [("lora",), ("student", "critic")])
+def test_a_restored_learner_continues_like_the_one_that_was_saved(names):
+    first = small_learner(names, ema_decay=0.9)
+    for seed in range(3):
+        take_step(first, seed)
+    saved = copy.deepcopy(first.state_dict())
+    second = small_learner(names, ema_decay=0.9)
+    torch.manual_seed(77)
+    second.load_state_dict(saved)
+    assert second.step == 3 and equal(values_of(first), values_of(second))
+    assert torch.equal(torch.get_rng_state(), saved["random"]["cpu"])
+    for learner in (first, second):
+        take_step(learner, seed=9)
+    assert equal(values_of(first)[:-1], values_of(second)[:-1]) and second.step == 4
+
+
+def test_settings_of_an_optimizer_that_are_no_tensors_survive():
+    first, second = small_learner(), small_learner()
+    for learner in (first, second):
+        take_step(learner)
+        learner.trainables["lora"].updater.optimizer.param_groups[0]["estimate"] = 1.0
+    first.trainables["lora"].updater.optimizer.param_groups[0]["estimate"] = 0.25  # as Prodigy's d
+    second.load_state_dict(first.state_dict())
+    assert second.trainables["lora"].updater.optimizer.param_groups[0]["estimate"] == 0.25
+
+
+def test_the_learning_rate_of_a_restored_learner_is_that_of_its_own_options():
+    first = small_learner()
+    take_step(first)
+    second = small_learner()
+    second.trainables["lora"].updater.schedule.base_lrs = [0.5]
+    second.load_state_dict(first.state_dict())
+    assert second.trainables["lora"].updater.learning_rate == 0.5
+
+
+def test_an_average_that_was_not_saved_starts_from_the_parameters():
+    first = small_learner()
+    take_step(first)
+    second = small_learner(ema_decay=0.9)
+    second.load_state_dict(first.state_dict())
+    trainable = second.trainables["lora"]
+    assert all(torch.equal(trainable.ema.values[name], p) for name, p in trainable.adapter.parameters.items())
+
+
+def test_a_step_is_whole_before_its_first_update_and_after_its_last():
+    learner = small_learner(("student", "critic"))
+    seen = [learner.is_whole]
+    learner.begin_step(num_updates=2)
+    seen.append(learner.is_whole)
+    for name, trainable in learner.trainables.items():
+        for parameter in trainable.adapter.parameters.values():
+            parameter.grad = torch.ones_like(parameter)
+        learner.update(name, 1.0)
+        seen.append(learner.is_whole)
+    assert seen == [True, True, False, True] and learner.step == 1
+
+
+def test_an_update_that_fails_leaves_no_whole_step(monkeypatch):
+    learner = small_learner()
+    learner.begin_step()
+    monkeypatch.setattr(learner.trainables["lora"], "step", lambda max_grad_norm: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        learner.update("lora", 1.0)
+    assert not learner.is_whole and learner.step == 0
+
+
+def test_a_step_that_was_interrupted_before_its_update_is_repeated_with_the_same_random_numbers():
+    learner = small_learner()
+    torch.manual_seed(5)
+    learner.begin_step()
+    expected = torch.rand(3)
+    saved = copy.deepcopy(learner.state_dict())
+    torch.rand(100)
+    small_learner().load_state_dict(saved)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_an_adapter_that_moves_is_not_taken_for_one_that_does_not():
+    learner = small_learner()
+    for seed in range(WATCHED_STEP + 1):
+        take_step(learner, seed)
+    assert learner.step == WATCHED_STEP + 1
+
+
+def test_an_adapter_with_a_zero_matrix_after_ten_updates_is_reported():
+    trainable = Trainable("lora", SmallLora(0.0), SPEC)
+    trainable.adapter.parameters["up"].data.zero_()
+    for number in range(WATCHED_STEP):
+        for parameter in trainable.adapter.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        if number < WATCHED_STEP - 1:
+            trainable.step(0.0)
+    with pytest.raises(RunError, match="2 matrices of the lora are still zero"):
+        trainable.step(0.0)
+
+
+def moments(state: dict) -> dict:
+    return state["trainables"]["lora"]["optimizer"]["state"]["down"]
+
+
+def parameters(state: dict) -> dict:
+    return state["trainables"]["lora"]["parameters"]
+
+
+UNFIT = {
+    "another adapter": lambda s: parameters(s).update(other=torch.ones(1)),
+    "a missing matrix": lambda s: parameters(s).pop("up"),
+    "a matrix of another rank": lambda s: parameters(s).update(down=torch.ones(3, 4)),
+    "a matrix of another dtype": lambda s: parameters(s).update(down=torch.ones(2, 4, dtype=torch.bfloat16)),
+    "a matrix that is not finite": lambda s: parameters(s)["down"].fill_(math.nan),
+    "an average of another shape": lambda s: s["trainables"]["lora"]["ema"].update(up=torch.ones(1)),
+    "an average that is not finite": lambda s: s["trainables"]["lora"]["ema"]["up"].fill_(math.inf),
+    "moments of a wrong size": lambda s: moments(s).update(exp_avg=torch.ones(1)),
+    "moments of a transposed shape": lambda s: moments(s).update(exp_avg_sq=torch.ones(4, 2)),
+    "moments in another dtype": lambda s: moments(s).update(exp_avg=torch.ones(2, 4, dtype=torch.float64)),
+    "moments that are not finite": lambda s: moments(s)["exp_avg"].fill_(math.nan),
+    "a negative second moment": lambda s: moments(s)["exp_avg_sq"].fill_(-1.0),
+    "a negative counter": lambda s: moments(s)["step"].fill_(-1.0),
+    "a counter that is no tensor": lambda s: moments(s).update(step=3),
+    "a missing moment": lambda s: moments(s).pop("exp_avg"),
+    "no moments after an update": lambda s: moments(s).clear(),
+    "an unknown moment": lambda s: moments(s).update(other=torch.ones(2, 4)),
+    "moments of another parameter": lambda s: s["trainables"]["lora"]["optimizer"]["state"].update(other={}),
+    "a negative number of updates": lambda s: s["trainables"]["lora"]["optimizer"].update(step_count=-1),
+    "a number of updates that is text": lambda s: s["trainables"]["lora"]["optimizer"].update(step_count="3"),
+    "another number of groups": lambda s: s["trainables"]["lora"]["optimizer"]["groups"].append({}),
+    "an unknown setting": lambda s: s["trainables"]["lora"]["optimizer"]["groups"][0].update(other=1.0),
+    "a setting that is not finite": lambda s: s["trainables"]["lora"]["optimizer"]["groups"][0].update(eps=math.nan),
+    "another trainable": lambda s: s["trainables"].update(critic=s["trainables"]["lora"]),
+    "no random state": lambda s: s["random"].clear(),
+    "a random state of another size": lambda s: s["random"].update(cpu=torch.zeros(7, dtype=torch.uint8)),
+    "a random state of another dtype": lambda s: s["random"].update(cpu=torch.zeros(5056)),
+}
+
+
+@pytest.mark.parametrize("damage", UNFIT.values(), ids=UNFIT.keys())
+def test_a_state_that_does_not_fit_is_refused_before_anything_changes(damage):
+    source = small_learner(ema_decay=0.9)
+    take_step(source)
+    saved = copy.deepcopy(source.state_dict())
+    damage(saved)
+    learner = small_learner(ema_decay=0.9)
+    take_step(learner, seed=3)
+    before, random = values_of(learner), torch.get_rng_state()
+    with pytest.raises(UserError):
+        learner.load_state_dict(saved)
+    assert equal(values_of(learner), before) and torch.equal(torch.get_rng_state(), random)

@@ -1,0 +1,43 @@
+"""What the files of a run are called: the one place that knows.
+
+wan-lora-00000100.safetensors         what a trainable named "lora" has learnt after 100 steps
+wan-lora-00000100-ema.safetensors     its exponential moving average
+state-00000100.safetensors            the state from which the run can be resumed
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+STATES = "state-*.safetensors"
+
+_NAME = re.compile(r"(?:(?P<state>state)|wan-(?P<trainable>[a-z_]+))-(?P<step>\d{8})(?P<average>-ema)?\.safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file of a run: of which step, and of which trainable (None: the state), as it is or averaged."""
+
+    step: int
+    trainable: str | None = None
+    average: bool = False
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        stem = "state" if self.trainable is None else f"wan-{self.trainable}"
+        return f"{stem}-{self.step:08d}{'-ema' if self.average else ''}.safetensors"
+
+
+def parse_name(name: str) -> Checkpoint | None:
+    """The checkpoint that a file of this name holds; None for a name that no run gives."""
+    match = _NAME.fullmatch(name)
+    if match is None or (match["state"] and match["average"]):
+        return None
+    return Checkpoint(int(match["step"]), match["trainable"], bool(match["average"]))
+
+
+def list_checkpoints(folder: Path) -> dict[Path, Checkpoint]:
+    """The files in a folder that a run has written there; other people's files are left out."""
+    found = {path: parse_name(path.name) for path in folder.iterdir()}
+    return {path: checkpoint for path, checkpoint in found.items() if checkpoint is not None}

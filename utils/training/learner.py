@@ -1,0 +1,175 @@
+"""What learns: trainables with their optimizers, and the learner made of them, which can be saved and restored.
+
+A trainable is one set of parameters that is updated together and becomes one file: a LoRA, one expert's LoRA, a
+student or its critic, a whole model. A run may have several; they share one random state and one count of steps.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from utils.common.errors import RunError, UserError
+from utils.training.ema import Ema
+from utils.training.optim import OptimizerSpec, ParameterGroup, Updater
+
+WATCHED_STEP = 10  # by now every matrix of an adapter must have moved
+
+StateDict = dict[str, Any]  # nested; leaves are tensors, numbers and strings
+
+
+class Adapter(Protocol):
+    """What can be trained: parameters by name, a file made of them, and a sentence about them."""
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]: ...
+
+    def export(self, path: Path, values: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
+        """Writes the file with these values for the parameters; `facts` go into its metadata. Raises OSError."""
+
+    def describe(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update reports: the gradient's norm before clipping, on its device, and the rate it was made with."""
+
+    grad_norm: Tensor
+    learning_rate: float
+
+
+class Trainable:
+    """An adapter with its optimizer, schedule and average; `name` tells its files from those of others."""
+
+    def __init__(self, name: str, adapter: Adapter, spec: OptimizerSpec, ema_decay: float = 0.0) -> None:
+        self.name = name
+        self.adapter = adapter
+        self.updater = Updater([ParameterGroup(adapter.parameters)], spec)
+        self.ema = Ema(adapter.parameters, ema_decay) if ema_decay else None
+
+    def step(self, max_grad_norm: float) -> Update:
+        """Clips, updates, moves the average. Raises RunError where a matrix is zero after WATCHED_STEP updates."""
+        learning_rate = self.updater.learning_rate
+        norm = self.updater.step(max_grad_norm)
+        if self.ema is not None:
+            self.ema.update(self.updater.step_count)
+        if self.updater.step_count == WATCHED_STEP:
+            self._check_learning()
+        return Update(norm, learning_rate)
+
+    def export(self, path: Path, facts: Mapping[str, str], average: bool = False) -> None:
+        """Writes what has been learnt, or its average. Reads copies: the parameters keep their values throughout."""
+        if average and self.ema is None:
+            raise ValueError(f"{self.name} has no average")
+        values = self.ema.values if average and self.ema is not None else self.adapter.parameters
+        self.adapter.export(path, values, facts)
+
+    def _check_learning(self) -> None:
+        zero = int(torch.stack([(parameter == 0).all() for parameter in self.adapter.parameters.values()]).sum())
+        if zero:
+            raise RunError(
+                f"after {WATCHED_STEP} steps {zero} matrices of the {self.name} are still zero: it does not learn\n"
+                "is --learning_rate zero, or too small?"
+            )
+
+    def state_dict(self) -> StateDict:
+        parameters = {name: parameter.detach() for name, parameter in self.adapter.parameters.items()}
+        state: StateDict = {"parameters": parameters, "optimizer": self.updater.state_dict()}
+        return state if self.ema is None else state | {"ema": dict(self.ema.values)}
+
+    def check_state_dict(self, saved: StateDict) -> None:
+        """Raises UserError where `load_state_dict` could not restore this; changes nothing."""
+        if not saved.keys() <= {"parameters", "optimizer", "ema"}:
+            raise UserError(f"its {self.name} holds something unknown, {', '.join(saved)}")
+        for values in (saved["parameters"], saved.get("ema", saved["parameters"])):
+            if {name: value.shape for name, value in values.items()} != {
+                name: parameter.shape for name, parameter in self.adapter.parameters.items()
+            }:
+                raise UserError("it is of another adapter: rank and targets must be those it was saved with")
+            for name, value in values.items():
+                if value.dtype != self.adapter.parameters[name].dtype or not value.isfinite().all():
+                    raise UserError(f"its values of {name} are of another dtype or not finite: the file is damaged")
+        self.updater.check_state_dict(saved["optimizer"])
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: StateDict) -> None:
+        """Restores what `state_dict` returned. An average that was not saved starts from the parameters."""
+        for name, parameter in self.adapter.parameters.items():
+            parameter.copy_(saved["parameters"][name])
+        if self.ema is not None:
+            for name, value in self.ema.values.items():
+                value.copy_(saved.get("ema", saved["parameters"])[name])
+        self.updater.load_state_dict(saved["optimizer"])
+
+
+class Learner:
+    """Everything that changes while training. `step` counts whole steps: all updates that belong to one."""
+
+    def __init__(self, trainables: Sequence[Trainable]) -> None:
+        self.trainables = {trainable.name: trainable for trainable in trainables}
+        self.step = 0
+        self._planned = self._remaining = 0  # updates of the current step
+        self._is_updating = False
+        self._capture_rng_state()
+
+    def begin_step(self, num_updates: int = 1) -> None:
+        """Opens a step of so many updates. One that is interrupted before its first update is repeated by a resume."""
+        self._planned = self._remaining = num_updates
+        self._capture_rng_state()
+
+    def update(self, name: str, max_grad_norm: float) -> Update:
+        """Updates a trainable from its gradients; the last update of a step completes it."""
+        self._is_updating = True
+        update = self.trainables[name].step(max_grad_norm)
+        self._remaining -= 1
+        if self._remaining == 0:
+            self.step += 1
+            self._capture_rng_state()
+        self._is_updating = False
+        return update
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no step is half done: what would be saved now is the outcome of `step` whole steps."""
+        return not self._is_updating and self._remaining in (0, self._planned)
+
+    def _capture_rng_state(self) -> None:
+        self._random = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            self._random["cuda"] = torch.cuda.get_rng_state()
+
+    def state_dict(self) -> StateDict:
+        trainables = {name: trainable.state_dict() for name, trainable in self.trainables.items()}
+        return {"step": self.step, "trainables": trainables, "random": dict(self._random)}
+
+    def load_state_dict(self, saved: StateDict) -> None:
+        """Restores what `state_dict` returned. Raises UserError, before anything changes, where it does not fit."""
+        if not saved.keys() <= {"step", "trainables", "random"}:
+            raise UserError(f"it holds something unknown, {', '.join(saved)}")
+        if saved["trainables"].keys() != self.trainables.keys():
+            names = ", ".join(saved["trainables"]), ", ".join(self.trainables)
+            raise UserError("it holds {}, this run trains {}".format(*names))
+        for name, trainable in self.trainables.items():
+            trainable.check_state_dict(saved["trainables"][name])
+        _check_rng_state(saved["random"])
+        for name, trainable in self.trainables.items():
+            trainable.load_state_dict(saved["trainables"][name])
+        torch.set_rng_state(saved["random"]["cpu"])
+        if "cuda" in saved["random"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(saved["random"]["cuda"])
+        self.step = saved["step"]
+        self._planned = self._remaining = 0
+        self._capture_rng_state()
+
+
+def _check_rng_state(random: Mapping[str, Tensor]) -> None:
+    """Raises UserError where a generator does not take its saved state."""
+    try:
+        torch.Generator().set_state(random["cpu"])
+        if "cuda" in random and torch.cuda.is_available():
+            torch.Generator("cuda").set_state(random["cuda"])
+    except (KeyError, RuntimeError, TypeError):
+        raise UserError("it holds no valid random state: the file is damaged") from None
