@@ -17,6 +17,7 @@ from wan.modules.model import WanModel, WanShape
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
 
+DATA = Path(__file__).parent / "data"
 TINY_SHAPE = WanShape(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, text_len=64, freq_dim=32)
 VOCAB_SIZE = 512  # more than the tokenizer has
 WORDS = (
