@@ -1,7 +1,7 @@
 # make venv        the virtual environment with everything the trainer and its tests need
 # make demo        teach the small Wan a new style, and look at it: five minutes on two cores
 # make test        checks and tests, at most ten minutes on two cores
-# make check       only the checks
+# make check       only the checks: lint, format, types; a minute the first time, seconds later
 # make test-slow   proofs at full size
 # make crash-check proof that a killed run goes on as if nothing had happened
 # make nano-check  proofs that training teaches, on the small Wan
@@ -23,6 +23,8 @@ $(VENV)/.complete: requirements.txt requirements-dev.txt
 
 check: venv
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Waiting threads that spin slow the other processes of the test suite down.
 test: check
@@ -41,4 +43,4 @@ demo: venv
 	OMP_WAIT_POLICY=passive $(BIN)/python -m nano.demo
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -51,10 +51,84 @@ def importers_of(package: str, paths: list[Path]) -> set[str]:
 
 # ----------------------------------------------------------------------------------------------------------- floors
 
+# From the ground up: an import goes to one's own wing or to one further down this list, or to wan/.
+WINGS = ("common", "diffusion", "media", "data", "adapters", "setup", "encoding", "training", "runs")
+WITHOUT_WAN = ("common", "diffusion")
+
+
+def module_name(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+
+
+def import_graph(paths: list[Path]) -> dict[str, set[str]]:
+    """Module -> the modules of this project that it imports, a package's __init__ among them."""
+    names = {module_name(path) for path in paths}
+    graph = {}
+    for path in paths:
+        found = [name for name in imports(path) if name.split(".")[0] in {n.split(".")[0] for n in names}]
+        targets = {name if name in names else name.rpartition(".")[0] for name in found}
+        graph[module_name(path)] = {target for target in targets if target in names} - {module_name(path)}
+    return graph
+
+
+def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    """Every module that an import of `start` brings along."""
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        for target in graph[waiting.pop()] - found:
+            found.add(target)
+            waiting.append(target)
+    return found
+
+
+def floor(module: str) -> int:
+    """How high a module stands: wan on the ground, then the wings in their order, then scripts and everything else."""
+    room, _, rest = module.partition(".")
+    if room == "wan":
+        return 0
+    return 1 + WINGS.index(rest.split(".")[0]) if room == "utils" and rest else 1 + len(WINGS)
+
+
+def faults(graph: dict[str, set[str]]) -> list[str]:
+    """Imports, direct or through others, that point up, go round in a circle, or reach what a wing must not know."""
+    found = []
+    for module in graph:
+        for target in reachable(graph, module):
+            if target == module:
+                found.append(f"{module} imports itself in a circle")
+            elif floor(target) > floor(module):
+                found.append(f"{module} reaches up to {target}")
+            elif target.startswith("wan.") and module.startswith(tuple(f"utils.{wing}." for wing in WITHOUT_WAN)):
+                found.append(f"{module} must not know {target}")
+    return found
+
 
 def test_the_rooms_are_found():
     assert {"train_wan_lora.py", "test_wan_control_lora.py", "convert_lora_to_comfy.py"} <= {label(p) for p in SCRIPTS}
     assert len(ROOMS["wan"]) > 8 and len(ROOMS["utils"]) > 15 and len(ROOMS["nano"]) > 8
+    assert {path.parent.name for path in ROOMS["utils"]} == {*WINGS, "utils"}
+
+
+def test_imports_point_down_the_list_of_wings_and_never_in_a_circle():
+    assert faults(import_graph(SOURCES)) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "target", "fault"),
+    [
+        ("utils.common.files", "utils.data.scan", "utils.common.files reaches up to utils.data.scan"),
+        ("utils.data.buckets", "utils.encoding.text", "utils.data.scan reaches up to utils.encoding.text"),
+        ("wan.modules.model", "utils.common.errors", "wan.modules.model reaches up to utils.common.errors"),
+        ("utils.diffusion.flow", "wan.modules.model", "utils.diffusion.objectives must not know wan.modules.model"),
+        ("utils.common.errors", "utils.common.files", "utils.common.errors imports itself in a circle"),
+        ("utils.runs.state", "train_wan_lora", "utils.runs.run reaches up to train_wan_lora"),
+    ],
+)
+def test_a_planted_import_is_found_also_through_other_modules(module, target, fault):
+    graph = import_graph(SOURCES)
+    graph[module] = graph[module] | {target}
+    assert fault in faults(graph)
 
 
 def test_wan_knows_nothing_of_training():
@@ -74,13 +148,19 @@ def test_what_training_is_knows_no_tests_no_benchmarks_and_no_small_model():
         assert not importers_of(package, ROOMS["nano"])
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["diffusion/flow", "diffusion/objectives", "adapters/lora", "training/memory", "common/options", "training/optim"]
-    + ["media/frames"],
-)
-def test_these_know_no_wan(name):
-    assert not importers_of("wan", [ROOT / "utils" / f"{name}.py"])
+# Modules without a test file of their own name, and the file that tests them.
+TESTED_ELSEWHERE = {
+    "utils/adapters/attach.py": "tests/test_training.py",
+}
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.stem != "__init__"], ids=label)
+def test_every_module_has_a_test_file_of_its_name_or_one_that_is_named_here(path):
+    own = ROOT / "tests" / path.relative_to(ROOT).with_name(f"test_{path.name}")
+    other = TESTED_ELSEWHERE.get(label(path))
+    assert own.exists() != (other is not None), "either a test file of its name, or a row above"
+    if other is not None:
+        assert module_name(path) in import_graph([*MODULES, *SCRIPTS, ROOT / other])[module_name(ROOT / other)]
 
 
 def test_the_command_line_and_toml_are_read_in_one_place():
