@@ -84,7 +84,7 @@ class Trainable:
         """Raises UserError where `load_state_dict` could not restore this; changes nothing."""
         if not saved.keys() <= {"parameters", "optimizer", "ema"}:
             raise UserError(f"its {self.name} holds something unknown, {', '.join(saved)}")
-        for values in (saved["parameters"], saved.get("ema", saved["parameters"])):
+        for values in (saved["parameters"], _averages(saved)):
             if {name: value.shape for name, value in values.items()} != {
                 name: parameter.shape for name, parameter in self.adapter.parameters.items()
             }:
@@ -101,7 +101,7 @@ class Trainable:
             parameter.copy_(saved["parameters"][name])
         if self.ema is not None:
             for name, value in self.ema.values.items():
-                value.copy_(saved.get("ema", saved["parameters"])[name])
+                value.copy_(_averages(saved)[name])
         self.updater.load_state_dict(saved["optimizer"])
 
 
@@ -163,6 +163,12 @@ class Learner:
         self.step = saved["step"]
         self._planned = self._remaining = 0
         self._capture_rng_state()
+
+
+def _averages(saved: StateDict) -> Mapping[str, Tensor]:
+    """The averages of a saved trainable; the parameters where it kept none."""
+    averages: Mapping[str, Tensor] = saved["ema"] if "ema" in saved else saved["parameters"]
+    return averages
 
 
 def _check_rng_state(random: Mapping[str, Tensor]) -> None:
