@@ -25,7 +25,8 @@ from utils.common.files import UNFINISHED
 from utils.common.formatting import counted
 from utils.common.signals import Stop, signals_ignored
 from utils.data.loading import loader_failure
-from utils.media.frames import contact_sheet, save_image, write_video
+from utils.media.contact_sheet import contact_sheet
+from utils.media.frames import save_image, write_video
 from utils.runs.state import Learner, State
 from utils.runs.tensorboard import Board
 
