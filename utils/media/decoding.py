@@ -73,12 +73,15 @@ def _read_with_decord(path: Path, indices: list[int], timeline: Timeline) -> np.
     """Frames `indices` (ascending) as (F, H, W, 3), or None if decord is not exact for this file.
 
     Its frame count must equal the verified one: decord never returns if a requested frame exists only in the header.
+
+    decord has no list of allowed formats. It needs none: `timeline` exists only for files that PyAV opened as one of
+    the allowed containers. FFmpeg recognises these by their first bytes, where a script or a playlist has its own.
     """
     decord = _decord()
     if decord is None or not timeline.suits_decord:
         return None
     try:
-        reader = decord.VideoReader(str(path), num_threads=1)
+        reader = decord.VideoReader(str(path.absolute()), num_threads=1)
         return reader.get_batch(indices).asnumpy() if len(reader) == timeline.frames else None
     except (decord.DECORDError, RuntimeError):
         return None

@@ -70,7 +70,8 @@ def write_video(path: Path, frames: Tensor, fps: float) -> None:
     """
     height, width = frames.shape[-2:]
     padded = functional.pad(frames, [0, 0, width % 2, height % 2], padding_mode="edge")
-    with replacing(path) as unfinished, av.open(str(unfinished), "w", format="mp4") as container:
+    # Absolute, because FFmpeg takes what precedes a colon in a relative path for a protocol.
+    with replacing(path.absolute()) as unfinished, av.open(str(unfinished), "w", format="mp4") as container:
         rate = Fraction(fps).limit_denominator(1001)
         stream = container.add_stream("libx264", rate=rate, options={"crf": "17"})
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"

@@ -1,6 +1,7 @@
 """Opens media files, and finds what they hold by reading them. Imports no torch, so that child processes start fast.
 
-Headers are checked against the data that follows them.
+Headers are checked against the data that follows them. Decoders come from fixed lists: the content of a file never
+makes another program run or another file open.
 """
 
 import contextlib
@@ -21,6 +22,14 @@ from utils.common.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".avi", ".webm"})
+
+# Any of these may stand behind any suffix: a WebP named .jpg is common. Pillow knows more formats, but it starts
+# Ghostscript for PostScript. JPEG includes the MPO photographs of phones and stereo cameras.
+_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+# FFmpeg's names for MP4 and MOV, MKV and WebM, and AVI. FFmpeg knows more formats, but some are scripts and playlists
+# that make it read other files and addresses. Codecs need no list: they only see the packets of their own stream.
+_VIDEO_CONTAINERS = "mov,matroska,avi"
+_FFMPEG_OPTIONS = {"format_whitelist": _VIDEO_CONTAINERS, "protocol_whitelist": "file"}
 
 # The files for which decord and FFmpeg return the same frames. For others decord was measured to return wrong frames
 # after a seek (HEVC, MPEG-4, open GOPs) or wrong colours (10 bit), without an error.
@@ -121,11 +130,11 @@ def open_image(path: Path) -> Iterator[Image.Image]:
     """A fully decoded image: `Image.verify` alone accepts a JPEG that was cut short. Raises `MediaError`."""
     _check_file(path)
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_IMAGE_FORMATS) as image:
             image.load()
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not a readable image: damaged, cut short, or of another kind"
+        reason = "not a readable image: damaged, cut short, or neither JPEG, PNG, WebP nor BMP"
         raise MediaError(path, reason) from error
 
 
@@ -138,14 +147,16 @@ def open_video(path: Path, options: dict[str, str] | None = None) -> Iterator[tu
     """
     _check_file(path)
     try:
-        with av.open(str(path), options=options or {}) as container:
+        # Absolute, because FFmpeg takes what precedes a colon in a relative path for a protocol.
+        with av.open(str(path.absolute()), options=(options or {}) | _FFMPEG_OPTIONS) as container:
             stream = container.streams.best("video")
             if not isinstance(stream, VideoStream):
                 raise MediaError(path, "it contains no video")
             stream.codec_context.thread_count = 1
             yield container, stream
     except av.FFmpegError as error:
-        reason = f"not a readable video: damaged, cut short or of another kind ({error.strerror})"
+        formats = "neither MP4, MOV, MKV, WebM nor AVI"
+        reason = f"not a readable video: damaged, cut short, or {formats} ({error.strerror})"
         raise MediaError(path, reason) from error
 
 

@@ -127,3 +127,13 @@ def test_exif_orientation_turns_size_and_pixels_upright(tmp_path):
     assert (info.width, info.height) == (16, 32)
     pixels = read_frames(tmp_path / "a.jpg", (0,)).float()
     assert pixels.shape == (1, 3, 32, 16) and pixels[..., 12:].mean() > 240 and pixels[..., :4].mean() < 15
+
+
+@pytest.mark.parametrize("text", ["ffconcat version 1.0\nfile real.mp4\n", "#EXTM3U\n#EXTINF:0.5,\nreal.mp4\n"])
+def test_decord_is_never_asked_about_a_file_that_pyav_has_refused(tmp_path, monkeypatch, text):
+    write_video(tmp_path / "real.mp4", moving(), 16)
+    info = probe(tmp_path / "real.mp4")
+    (tmp_path / "a.mp4").write_text(text)
+    monkeypatch.setattr(decoding, "_decord", lambda: pytest.fail("decord was asked"))
+    with pytest.raises(MediaError, match="neither MP4"):
+        read_frames(tmp_path / "a.mp4", (0,), info)

@@ -1,5 +1,8 @@
 """Videos and images are written here, small and odd on purpose."""
 
+import os
+from pathlib import Path
+
 import av
 import pytest
 import torch
@@ -31,6 +34,13 @@ def test_odd_sides_are_written_with_the_last_row_and_column_repeated(tmp_path):
     write_video(tmp_path / "a.mp4", moving(5, 47, 63), 16)
     info = probe(tmp_path / "a.mp4")
     assert (info.width, info.height) == (64, 48)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_a_video_can_be_written_under_a_relative_name_with_a_colon(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(Path("take:2.mp4"), moving(5), 16)
+    assert probe(tmp_path / "take:2.mp4").frames == 5
 
 
 def test_a_failed_write_leaves_no_file_and_keeps_the_old_one(tmp_path):
