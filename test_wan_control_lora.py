@@ -32,8 +32,9 @@ from utils.diffusion.sampling import Sampler
 from utils.encoding.conditioning import Cond, encode_video, make_predict, to_pixels, to_unit_range
 from utils.encoding.text import TextEncoding, check_embedding_shape, read_prompt
 from utils.encoding.text_cache import load_embedding
+from utils.media.contact_sheet import contact_sheet
 from utils.media.controls import CONTROL_TYPES, FROM_FILE, make_control
-from utils.media.frames import contact_sheet, crop_and_resize, read_frames, save_image, write_video
+from utils.media.frames import crop_and_resize, read_frames, save_image, write_video
 from utils.media.probing import MediaInfo, probe
 from wan.checkpoints import CheckpointError, find_model, load_config, load_transformer, load_vae, transformer_layout
 from wan.modules.model import WanShape

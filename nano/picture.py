@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from utils.media.frames import thumbnails
+from utils.media.contact_sheet import thumbnails
 
 CELL, GAP, FRAMES_SHOWN = 96, 6, 4
 TEXT_WIDTH, TEXT_SIZE, TEXT_COLUMNS, LINE = 250, 15, 32, 19

@@ -13,7 +13,7 @@ from utils.data.captions import find_captions
 from utils.data.folders import Folder, Rules
 from utils.media.frame_rate import frames_at_rate
 from utils.media.inspection import inspect_all
-from utils.media.probing import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, MediaInfo, is_image, is_video, seconds
+from utils.media.probing import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, MediaInfo, frame_times, is_image, is_video
 
 VALIDATION_NAMES = ("val", "validation", "eval", "test")
 MIN_VIDEO_FRAMES = 5
@@ -188,7 +188,7 @@ def _source(
     frames = min([info.frames, *(c.info.frames for c in goes_with.values() if not is_image(c.path))])
     shown: Sequence[int] = range(frames)
     if rate is not None and not is_image(path):
-        shown = tuple(index for index in frames_at_rate(seconds(path), rate) if index < frames)
+        shown = tuple(index for index in frames_at_rate(frame_times(path), rate) if index < frames)
     prefixed = tuple(folder.rules.caption_prefix + text for text in texts)
     return Source(path, prefixed, info, shown, folder.path, folder.rules, **goes_with)
 

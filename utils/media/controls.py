@@ -11,9 +11,9 @@ BLUR_SIZE, BLUR_SIGMA = 15, 3.0
 
 
 def tile(video: Tensor) -> Tensor:
-    """A video without its detail: four times smaller, back again, and blurred. (3, F, H, W) float -> the same shape.
+    """Remove detail: downscale by 4, upscale again and blur. (3, F, H, W) float -> the same shape.
 
-    A LoRA trained with this control learns to draw the detail: an upscaler.
+    A LoRA trained with this control learns to restore the detail (an upscaler).
     """
     frames = video.transpose(0, 1)
     small = F.interpolate(frames, scale_factor=1 / TILE_FACTOR, mode="bilinear", antialias=True)
@@ -22,7 +22,10 @@ def tile(video: Tensor) -> Tensor:
 
 
 def make_control(video: Tensor, control_type: str) -> Tensor:
-    """The control of this type for a video (3, F, H, W) in -1..1, same shape and range; "file": the video itself."""
+    """The control of this type for a video (3, F, H, W) in -1..1, same shape and range; "file": the video itself.
+
+    Raises `ValueError` for an unknown type.
+    """
     if control_type == FROM_FILE:
         return video
     if control_type == "tile":

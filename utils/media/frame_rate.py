@@ -1,20 +1,21 @@
-"""Which frames of a video to show at another rate, by the times at which they are shown."""
+"""Choose the frames that show a video at another frame rate, by their presentation times."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
 
-SLOWER_THAN = 0.98  # of the rate: a source below it, on average, has fewer frames than the rate asks for
+SLOWER_THAN = 0.98  # of the rate: a source that is slower on average does not have enough frames
 
 
 def frames_at_rate(times: Sequence[float], rate: float) -> list[int]:
-    """The frames nearest to 0, 1 / rate, 2 / rate, ... seconds, by ascending `times` in seconds, the first at 0.
+    """Indices of the frames nearest to 0, 1 / rate, 2 / rate, ... seconds.
 
-    No frame comes twice: where a source is slower than the rate, it gives all its frames, as they are.
+    `times` are seconds, ascending from 0. No frame is chosen twice: where the source is slower than the rate, all its
+    frames are chosen.
     """
     if len(times) < 2:
         return list(range(len(times)))
     chosen: list[int] = []
-    end = times[-1] * (1 + 0.5 / (len(times) - 1))  # no later than half a frame after the last
+    end = times[-1] * (1 + 0.5 / (len(times) - 1))  # half a frame after the last
     for number in range(int(end * rate) + 1):
         nearest = _nearest(times, number / rate)
         if not chosen or nearest > chosen[-1]:
@@ -22,8 +23,8 @@ def frames_at_rate(times: Sequence[float], rate: float) -> list[int]:
     return chosen
 
 
-def _nearest(times: Sequence[float], moment: float) -> int:
-    after = bisect_left(times, moment)
+def _nearest(times: Sequence[float], time: float) -> int:
+    after = bisect_left(times, time)
     if after == len(times):
         return after - 1
-    return after if after == 0 or times[after] - moment <= moment - times[after - 1] else after - 1
+    return after if after == 0 or times[after] - time <= time - times[after - 1] else after - 1

@@ -1,6 +1,6 @@
-"""Looks at media files in child processes, so that a file which makes a decoder hang or crash costs a timeout.
+"""Inspects media files in child processes, so that a file which hangs or crashes a decoder costs only a timeout.
 
-The children are this module run as a program: a path per line in, a line of JSON out.
+The children run this module as a program. For each line of input, the JSON of a path, they write a line of JSON.
 """
 
 import json
@@ -9,6 +9,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -19,13 +20,13 @@ from utils.media.probing import MediaError, MediaInfo, is_image, probe
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = (sys.executable, "-m", "utils.media.inspection")
-TIMEOUT = 20.0  # seconds for one file
+TIMEOUT = 20.0  # seconds per file
 MAX_CHILDREN = 4
-FILES_PER_CHILD = 8  # fewer are not worth another process
+FILES_PER_CHILD = 8  # fewer do not justify another process
 
 
 def inspect(path: Path) -> MediaInfo:
-    """What a file holds, once its last frame has been read as training would read it. Raises MediaError."""
+    """The result of `probe`, after reading the last frame in the way that training does. Raises `MediaError`."""
     info = probe(path)
     if not is_image(path):
         read_pixels(path, [info.frames - 1], info)
@@ -33,7 +34,7 @@ def inspect(path: Path) -> MediaInfo:
 
 
 def inspect_all(paths: Sequence[Path], timeout: float = TIMEOUT) -> Iterator[MediaInfo | MediaError]:
-    """`inspect` of every path, in order; what takes longer than `timeout` seconds, or ends its child, is an error."""
+    """`inspect` every path, in order. A file that takes longer than `timeout` seconds or crashes is an error."""
     children = [Child(timeout) for _ in range(min(MAX_CHILDREN, -(-len(paths) // FILES_PER_CHILD)))]
     idle: queue.SimpleQueue[Child] = queue.SimpleQueue()
     for child in children:
@@ -55,32 +56,29 @@ def inspect_all(paths: Sequence[Path], timeout: float = TIMEOUT) -> Iterator[Med
 
 
 class Child:
-    """A process that looks at one file at a time, and is replaced when one was too much for it."""
+    """A process that inspects one file at a time. After a file that it did not survive, a new one is started."""
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, path: Path) -> MediaInfo | MediaError:
-        if self._process is None:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-            self._process = subprocess.Popen(COMMAND, cwd=ROOT, encoding="utf-8", **pipes)
-        process = self._process
-        late = threading.Event()
-        timer = threading.Timer(self.timeout, lambda: (late.set(), process.kill()))
+        process = self._process = self._process or _start()
+        begun = time.monotonic()
+        timer = threading.Timer(self.timeout, process.kill)  # a pipe has no timeout of its own
         timer.start()
         try:
-            process.stdin.write(json.dumps(str(path.absolute())) + "\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
+            print(json.dumps(str(path.absolute())), file=process.stdin, flush=True)
+            answer = process.stdout.readline() if process.stdout else ""
         except OSError:
             answer = ""
         finally:
             timer.cancel()
         if not answer:
+            late = time.monotonic() - begun >= self.timeout
             self.end()
-            reason = f"took longer than {self.timeout:g} seconds" if late.is_set() else "crashed"
-            return MediaError(path, f"reading it {reason}: damaged, or no video that can be decoded here")
+            reason = f"took longer than {self.timeout:g} seconds" if late else "crashed"
+            return MediaError(path, f"reading it {reason}: damaged, or not a video that can be decoded")
         fields = json.loads(answer)
         return MediaError(path, fields["reason"]) if "reason" in fields else MediaInfo(**fields)
 
@@ -91,9 +89,14 @@ class Child:
             self._process = None
 
 
+def _start() -> subprocess.Popen[str]:
+    pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+    return subprocess.Popen(COMMAND, cwd=ROOT, encoding="utf-8", stdin=pipe, stdout=pipe, stderr=nowhere)
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a decoder prints is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # decoders may print, but not among the answers
     for line in sys.stdin:
         try:
             answer = asdict(inspect(Path(json.loads(line))))

@@ -14,7 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.common.errors import RunError
-from utils.media.frames import contact_sheet, save_image, write_video
+from utils.media.contact_sheet import contact_sheet
+from utils.media.frames import save_image, write_video
 from utils.runs.tensorboard import TensorBoardLog
 from utils.training.learner import Update
 

@@ -19,12 +19,12 @@ def test_a_control_has_the_shape_and_range_of_the_video(control_type, shape):
     assert control.min() >= -1 and control.max() <= 1
 
 
-def test_a_control_file_is_taken_as_it_is():
+def test_a_control_file_is_used_unchanged():
     video = make_video()
     assert torch.equal(make_control(video, FROM_FILE), video)
 
 
-def test_an_unknown_control_type_is_refused_by_name():
+def test_an_unknown_control_type_is_named_in_the_error():
     with pytest.raises(ValueError, match="'depth'; known: tile, file"):
         make_control(make_video(), "depth")
 
@@ -37,7 +37,7 @@ def test_tile_keeps_plain_areas_and_slow_changes():
     torch.testing.assert_close(tile(ramp)[inside], ramp[inside], rtol=0, atol=1e-2)
 
 
-def test_tile_takes_the_detail_away():
+def test_tile_removes_detail():
     checkered = ((torch.arange(48)[:, None] + torch.arange(64)) % 2 * 2.0 - 1).expand(3, 1, 48, 64)
     assert tile(checkered).abs().max() < 0.1
     striped = torch.tensor([-1.0, 1.0, 1.0, -1.0]).repeat(16).expand(3, 1, 48, 64)

@@ -22,7 +22,7 @@ def test_a_faster_clip_keeps_its_speed(fps, rate):
     assert all(abs(times[index] - number / rate) <= 0.5 / fps + 1e-9 for number, index in enumerate(chosen))
 
 
-def test_a_slower_clip_is_used_as_it_is():
+def test_a_slower_clip_is_used_unchanged():
     assert frames_at_rate(steady(49, 8), 16) == list(range(49))
     assert frames_at_rate(steady(45, 15), 16) == list(range(45))
 
@@ -33,7 +33,7 @@ def test_a_clip_that_is_slower_on_average_keeps_the_speed_of_its_fast_part():
     assert chosen[-30:] == list(range(60, 90)) and 31 <= len(chosen) - 30 <= 33
 
 
-def test_a_clip_of_changing_rate_is_sampled_by_time_and_no_frame_comes_twice():
+def test_a_clip_of_changing_rate_is_sampled_by_time_and_no_frame_is_repeated():
     # Two seconds at 60 frames per second, one at 8, two at 60.
     times = [index / 60 for index in range(120)] + [2 + index / 8 for index in range(8)]
     times += [3 + index / 60 for index in range(121)]
@@ -44,12 +44,12 @@ def test_a_clip_of_changing_rate_is_sampled_by_time_and_no_frame_comes_twice():
     assert all(abs(later - earlier - 1 / 16) < 1 / 60 for earlier, later in zip(fast, fast[1:], strict=False))
 
 
-def test_jitter_neither_doubles_nor_loses_frames():
+def test_jitter_neither_repeats_nor_drops_frames():
     rng = random.Random(0)
     times = [index / 16 + rng.uniform(-0.02, 0.02) for index in range(80)]
     times = [time - times[0] for time in times]
     assert len(frames_at_rate(times, 16)) >= 78
 
 
-def test_a_lone_frame_is_a_clip():
+def test_a_single_frame_is_a_clip():
     assert frames_at_rate([0.0], 16) == [0]

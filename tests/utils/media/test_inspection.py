@@ -9,13 +9,13 @@ from utils.media.inspection import inspect_all
 from utils.media.probing import MediaError, probe
 
 
-def test_files_are_seen_as_in_this_process_and_in_order(tmp_path):
+def test_results_equal_those_of_this_process_and_keep_the_order(tmp_path):
     good = [video(tmp_path / f"{index}.mp4", frames=5 + index) for index in range(10)]
     good.insert(3, image(tmp_path / "still.png"))
     assert list(inspect_all(good)) == [probe(path) for path in good]
 
 
-def test_what_is_wrong_comes_back_as_it_was_said(tmp_path):
+def test_errors_come_back_with_their_path_and_reason(tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
     (tmp_path / "empty.png").touch()
     whole = video(tmp_path / "whole.mp4", frames=60).read_bytes()
@@ -32,7 +32,7 @@ def child(monkeypatch, code: str) -> None:
     monkeypatch.setattr(inspection, "COMMAND", (sys.executable, "-c", code))
 
 
-def test_a_decoder_that_hangs_costs_its_timeout_and_the_next_file_is_seen(tmp_path, monkeypatch):
+def test_a_decoder_that_hangs_costs_its_timeout_and_the_next_file_is_inspected(tmp_path, monkeypatch):
     child(
         monkeypatch,
         "import sys, time\nfor line in sys.stdin:\n    'hang.mp4' in line and time.sleep(60)\n"
@@ -46,13 +46,13 @@ def test_a_decoder_that_hangs_costs_its_timeout_and_the_next_file_is_seen(tmp_pa
 
 
 @pytest.mark.parametrize("code", ["import os; input(); os.abort()", "raise SystemExit"])
-def test_a_decoder_that_crashes_is_the_fault_of_its_file(tmp_path, monkeypatch, code):
+def test_a_crash_of_a_decoder_is_an_error_of_its_file(tmp_path, monkeypatch, code):
     child(monkeypatch, code)
     (error,) = inspect_all([tmp_path / "a.mp4"], timeout=5)
     assert error.reason.startswith("reading it crashed")
 
 
-def test_nothing_is_left_running(tmp_path):
+def test_no_process_is_left_running(tmp_path):
     import psutil
 
     before = set(psutil.Process().children())

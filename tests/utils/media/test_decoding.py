@@ -1,0 +1,139 @@
+"""Every file is made here, small and odd on purpose."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.media import CODECS, OTHER_CLIPS, decode_all, encode, moving, remux
+from utils.media import decoding
+from utils.media.frames import read_frames, write_video
+from utils.media.probing import MediaError, probe, read_timeline
+
+
+def turn_header(path: Path) -> None:
+    """Write a display matrix of 90 degrees clockwise into the mp4's track header."""
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 44
+    for index, value in enumerate([0, 1 << 16, 0, 0xFFFF0000, 0, 0, 48 << 16, 0, 1 << 30]):
+        data[start + 4 * index : start + 4 * index + 4] = value.to_bytes(4, "big")
+    path.write_bytes(data)
+
+
+def test_damage_behind_the_first_frames_is_a_media_error_and_never_hangs(tmp_path):
+    encode(tmp_path / "a.mp4", "libx264")
+    remux(tmp_path / "a.mp4", tmp_path / "bad.mp4", movflags="faststart")
+    data = bytearray((tmp_path / "bad.mp4").read_bytes())
+    data[len(data) * 6 // 10 :] = bytes(len(data) - len(data) * 6 // 10)
+    (tmp_path / "bad.mp4").write_bytes(data)
+    assert probe(tmp_path / "bad.mp4").frames == 30
+    with pytest.raises(MediaError):
+        read_frames(tmp_path / "bad.mp4", range(20, 30))
+
+
+def test_rotation_metadata_turns_size_and_pixels_upright(tmp_path):
+    write_video(tmp_path / "a.mp4", moving(), 16)
+    flat = read_frames(tmp_path / "a.mp4", range(13))
+    turn_header(tmp_path / "a.mp4")
+    info = probe(tmp_path / "a.mp4")
+    assert (info.width, info.height) == (48, 64)
+    assert torch.equal(read_frames(tmp_path / "a.mp4", range(13)), torch.rot90(flat, -1, (2, 3)))
+
+
+@pytest.mark.parametrize("without_decord", [False, True])
+@pytest.mark.parametrize("name", CODECS)
+def test_any_frames_of_any_codec_equal_those_of_a_full_decode(tmp_path, monkeypatch, name, without_decord):
+    if without_decord:
+        monkeypatch.setattr(decoding, "_decord", lambda: None)
+    codec, options = CODECS[name]
+    path = encode(tmp_path / name, codec, **options)
+    whole, info = decode_all(path), probe(path)
+    assert info.frames == len(whole) == 30
+    rng = random.Random(name)
+    for wanted in [[29], [0], list(range(30))] + [sorted(rng.sample(range(30), 4)) for _ in range(5)]:
+        pixels = read_frames(path, wanted, info).permute(0, 2, 3, 1).numpy()
+        assert np.array_equal(pixels, whole[wanted]), wanted
+
+
+@pytest.mark.parametrize("name", ["h264.mkv", "hevc.mp4", "vp9.webm"])
+def test_a_late_frame_is_found_from_the_keyframe_before_it(tmp_path, name):
+    codec, options = CODECS[name]
+    path = encode(tmp_path / name, codec, **options)
+    timeline = read_timeline(path)
+    wanted = timeline.times[15]
+    keyframe = max(time for time in timeline.keyframes if time <= wanted)
+    assert keyframe > timeline.times[6]
+    (found,) = decoding._decode(path, [wanted], keyframe)
+    assert np.array_equal(found, decode_all(path)[15])
+
+
+@pytest.mark.parametrize("path", [None, *OTHER_CLIPS], ids=lambda path: path.stem if path else "made here")
+def test_decord_and_pyav_give_equal_pixels(path, tmp_path):
+    pytest.importorskip("decord")
+    path = path or encode(tmp_path / "a.mp4", "libx264", bf="3")
+    timeline = read_timeline(path)
+    for wanted in (list(range(0, 9)), list(range(timeline.frames - 9, timeline.frames, 2))):
+        fast = decoding._read_with_decord(path, wanted, timeline)
+        assert fast is not None and np.array_equal(fast, decoding._read_with_pyav(path, wanted, timeline))
+
+
+def test_frames_beyond_the_end_and_unordered_indices_are_refused(tmp_path):
+    write_video(tmp_path / "a.mp4", moving(5), 16)
+    with pytest.raises(MediaError, match="frame 5 was requested"):
+        read_frames(tmp_path / "a.mp4", (4, 5))
+    for indices in ((), (1, 0), (1, 1), (-1,)):
+        with pytest.raises(ValueError, match="ascending"):
+            read_frames(tmp_path / "a.mp4", indices)
+
+
+def test_a_file_that_shrank_since_it_was_probed_is_noticed(tmp_path):
+    write_video(tmp_path / "a.mp4", moving(13), 16)
+    info = probe(tmp_path / "a.mp4")
+    write_video(tmp_path / "a.mp4", moving(5), 16)
+    with pytest.raises(MediaError, match="the last frame is 4"):
+        read_frames(tmp_path / "a.mp4", (12,), info)
+
+
+def test_grey_palette_alpha_and_16_bit_images_become_rgb(tmp_path):
+    grey = Image.fromarray(np.full((4, 6), 90, np.uint8))
+    deep = Image.fromarray(np.full((4, 6), 90 * 257, np.uint16))
+    clear = Image.new("RGBA", (6, 4), (10, 20, 30, 0))
+    cases = {
+        "grey": (grey, (90, 90, 90)),
+        "deep": (deep, (90, 90, 90)),
+        "palette": (Image.new("RGB", (6, 4), (200, 10, 60)).quantize(4), (200, 10, 60)),
+        "alpha": (Image.new("RGBA", (6, 4), (10, 20, 30, 255)), (10, 20, 30)),
+        "clear": (clear, (255, 255, 255)),
+    }
+    for name, (image, colour) in cases.items():
+        image.save(tmp_path / f"{name}.PNG")
+        info = probe(tmp_path / f"{name}.PNG")
+        assert (info.width, info.height, info.frames, info.fps) == (6, 4, 1, None)
+        pixels = read_frames(tmp_path / f"{name}.PNG", (0,))
+        assert pixels.shape == (1, 3, 4, 6) and pixels.dtype == torch.uint8
+        assert tuple(pixels[0, :, 2, 3].tolist()) == colour, name
+
+
+def test_exif_orientation_turns_size_and_pixels_upright(tmp_path):
+    image = Image.new("RGB", (32, 16), "black")
+    image.paste("white", (0, 0, 32, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    info = probe(tmp_path / "a.jpg")
+    assert (info.width, info.height) == (16, 32)
+    pixels = read_frames(tmp_path / "a.jpg", (0,)).float()
+    assert pixels.shape == (1, 3, 32, 16) and pixels[..., 12:].mean() > 240 and pixels[..., :4].mean() < 15
+
+
+@pytest.mark.parametrize("text", ["ffconcat version 1.0\nfile real.mp4\n", "#EXTM3U\n#EXTINF:0.5,\nreal.mp4\n"])
+def test_decord_is_never_asked_about_a_file_that_pyav_has_refused(tmp_path, monkeypatch, text):
+    write_video(tmp_path / "real.mp4", moving(), 16)
+    info = probe(tmp_path / "real.mp4")
+    (tmp_path / "a.mp4").write_text(text)
+    monkeypatch.setattr(decoding, "_decord", lambda: pytest.fail("decord was asked"))
+    with pytest.raises(MediaError, match="neither MP4"):
+        read_frames(tmp_path / "a.mp4", (0,), info)
