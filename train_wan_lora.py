@@ -25,6 +25,7 @@ from tqdm import tqdm
 from utils.adapters.attach import AdapterOptions, attach_adapter, metadata, summary
 from utils.adapters.lora import adapters_off, extract_lora
 from utils.common.device import compute_dtype, describe, explain_out_of_memory, pick_device
+from utils.common.digests import LATENTS
 from utils.common.errors import UserError
 from utils.common.files import check_writable
 from utils.common.formatting import readable_size
@@ -38,7 +39,6 @@ from utils.diffusion.flow import sample_noisy
 from utils.diffusion.objectives import Predict, guided_target, squared_error
 from utils.diffusion.sampling import Sampler
 from utils.encoding.conditioning import Batch, inject_noise, make_predict, replace_text
-from utils.encoding.latent_cache import LATENTS
 from utils.encoding.samples import CachedSamples, FreshSamples, LatentEncoding, Samples
 from utils.encoding.text import TextEncoding, Texts, check_embedding_shape
 from utils.media.controls import FROM_FILE

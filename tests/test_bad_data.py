@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 import train_wan_lora
 from tests.media import image, video
 from tests.tiny import write_model
+from utils.common.digests import DIGESTS
 from utils.common.options import run_script
-from utils.encoding.latent_cache import DIGESTS
 from wan.checkpoints import CheckpointError
 
 MODEL = "--pretrained_model_name_or_path model --base_res 64 --token_limit 60 --num_workers 0 --val_samples 0"

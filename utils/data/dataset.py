@@ -9,12 +9,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from utils.common.digests import DIGESTS, LATENTS, Digests
 from utils.common.errors import UserError
 from utils.common.formatting import counted, format_table, readable_size
 from utils.data.folders import Folder
 from utils.data.plan import Limits, Plan, Window, fixed_windows, flatten_windows, full_length_windows
 from utils.data.scan import Problem, Source, scan, split_folders
-from utils.encoding.latent_cache import DIGESTS, LATENTS, Digests, latent_bytes
+from utils.encoding.latent_cache import latent_bytes
 from utils.media.frame_rate import SLOWER_THAN
 from utils.media.probing import is_image
 
