@@ -31,14 +31,16 @@ from utils.common.files import check_writable
 from utils.common.formatting import readable_size
 from utils.common.options import option, parse_options, run_script, to_json, to_table
 from utils.common.signals import stop_on_signals
-from utils.data.dataset import Dataset, format_cache_size, format_plan, open_dataset
-from utils.data.folders import Folder, Rules, resolve_folders
+from utils.data.dataset import Dataset, open_dataset
+from utils.data.folders import Folder, Rules, check_paired_files, resolve_folders
 from utils.data.loading import batches
 from utils.data.plan import Limits, Plan, Window, fixed_windows, flatten_windows, validation_windows
+from utils.data.tables import format_plan
 from utils.diffusion.flow import sample_noisy
 from utils.diffusion.objectives import Predict, guided_target, squared_error
 from utils.diffusion.sampling import Sampler
 from utils.encoding.conditioning import Batch, inject_noise, make_predict, replace_text
+from utils.encoding.latent_cache import format_cache_size
 from utils.encoding.samples import CachedSamples, FreshSamples, LatentEncoding, Samples
 from utils.encoding.text import TextEncoding, Texts, check_embedding_shape
 from utils.media.controls import FROM_FILE
@@ -176,12 +178,9 @@ class Options(Task, Caches, Steps, Rules, AdapterOptions, Training, Watching):
 
 def open_folders(opts: Options) -> list[Folder]:
     """The folders to train on, each with its rules."""
-    alone = opts.dataset_config != opts.config
-    folders = resolve_folders(opts.dataset, opts.dataset_config, Rules.of(opts), alone)
-    if opts.mask_floor != Options.mask_floor and not any(folder.rules.reads_mask for folder in folders):
-        raise UserError("--mask_floor means nothing without masks: see --load_mask and --mask_folder")
-    if not opts.control_lora and any(folder.rules.reads_control for folder in folders):
-        raise UserError(f"load_control and control_folder in {opts.dataset_config} mean nothing without --control_lora")
+    tables_only = opts.dataset_config != opts.config
+    folders = resolve_folders(opts.dataset, opts.dataset_config, Rules.of(opts), tables_only)
+    check_paired_files(folders, opts.control_lora, needs_masks=opts.mask_floor != Options.mask_floor)
     return folders
 
 

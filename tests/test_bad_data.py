@@ -147,6 +147,7 @@ CONFIGS = [
     (config("[[dataset]\n"), SETS, "sets.toml is not a valid TOML file"),
     (config("x = 1"), SETS, "unknown option 'x' in sets.toml"),
     (config(""), SETS, "sets.toml has no [[dataset]] table"),
+    (config('dataset = ["clips"]'), SETS, "sets.toml has no [[dataset]] table"),
     (config("[[dataset]]\nrepeats = 2"), SETS, "[[dataset]] 1 of sets.toml needs a path"),
     (
         config('[[dataset]]\npath = "clips"\nrepeat = 2'),
@@ -162,7 +163,7 @@ CONFIGS = [
     (written("run.toml", '[dataset]\npath = "clips"'), f"--config run.toml {MODEL}", "has two brackets on each side"),
     (written("run.toml", "debug = true"), f"--config run.toml {RUN}", "unknown option 'debug' in run.toml"),
     (config('[[dataset]]\npath = "nowhere"'), SETS, "nowhere does not exist"),
-    (config('[[dataset]]\npath = "clips"\nload_control = true'), SETS, "mean nothing without --control_lora"),
+    (config('[[dataset]]\npath = "clips"\nload_control = true'), SETS, "require --control_lora (folder clips)"),
     (config('[[dataset]]\npath = "clips"'), f"{SETS} --dataset clips", "give one of them"),
     (NOTHING, f"{RUN} --buckets coarse", "--buckets must be one of wan, fine"),
     (
@@ -172,16 +173,20 @@ CONFIGS = [
     ),
     (NOTHING, f"{RUN} --cache_only", "--cache_only means nothing without --cache_latents"),
     (NOTHING, f"{RUN} --caption_dropout 2", "--caption_dropout must be at most 1"),
-    (NOTHING, f"{RUN} --fps auto --max_frame_stride 7", "--max_frame_stride means nothing with this --fps"),
-    (NOTHING, f"{RUN} --min_ar 0.7", "--min_ar means nothing without --buckets fine"),
-    (NOTHING, f"{RUN} --mask_suffix _m", "--mask_suffix means nothing without --load_mask"),
-    (NOTHING, f"{RUN} --mask_floor 0.5", "--mask_floor means nothing without masks"),
-    (NOTHING, f"{RUN} --captions filename --caption_per_line", "means nothing with --captions filename"),
+    (NOTHING, f"{RUN} --fps auto --max_frame_stride 7", "--max_frame_stride has no effect with this --fps"),
+    (NOTHING, f"{RUN} --min_ar 0.7", "--min_ar requires --buckets fine"),
+    (NOTHING, f"{RUN} --mask_suffix _m", "--mask_suffix requires --load_mask"),
+    (NOTHING, f"{RUN} --mask_floor 0.5", "--mask_floor requires masks"),
+    (
+        NOTHING,
+        f"{RUN} --captions filename --caption_per_line",
+        "--caption_per_line has no effect with --captions filename",
+    ),
     (NOTHING, f"{RUN} --cache_embeddings --cache_latents", "stops before it comes to --cache_latents"),
     (
         config('[[dataset]]\npath = "clips"\nmin_ar = 0.7'),
         SETS,
-        "[[dataset]] 1 of sets.toml: --min_ar means nothing without",
+        "[[dataset]] 1 of sets.toml: --min_ar requires --buckets fine",
     ),
 ]
 STATES = [

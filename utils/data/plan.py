@@ -122,7 +122,7 @@ def flatten_windows(fixed: Sequence[Sequence[Showing]]) -> list[Window]:
 def _fixed(source: Source, limits: Limits, count: int) -> Iterator[Showing]:
     for base_res in source.rules.base_res:
         alone = replace(source, rules=replace(source.rules, base_res=(base_res,)))
-        if count == 1 and not source.rules.uses_all:
+        if count == 1 and not source.rules.covers_clip:
             yield (middle_window(source, base_res, limits),)
             continue
         for number in range(count):

@@ -19,11 +19,13 @@ from torch import Tensor
 from utils.common.digests import DIGESTS, Digests
 from utils.common.errors import RunError, UserError
 from utils.common.files import replacing
-from utils.common.formatting import readable_size
-from utils.data.plan import Window
+from utils.common.formatting import counted, readable_size
+from utils.data.dataset import Dataset
+from utils.data.plan import Limits, Window, fixed_windows, flatten_windows
 
 ROOM_TO_LEAVE = 2**30  # bytes of a disk, for everything else
 LATENTS_PER_TOKEN = 4  # every Wan's patch is (1, 2, 2)
+LONGEST_EMBEDDING = 512 * 4096 * 2  # bytes of a caption that fills all of UMT5-XXL, in bf16
 Parts = dict[str, Tensor]
 
 
@@ -107,6 +109,14 @@ def latent_bytes(windows: Iterable[Window], channels: int) -> int:
     return 4 * sum(
         window.tokens * LATENTS_PER_TOKEN * (channels + (window.source.mask is not None)) for window in windows
     )
+
+
+def format_cache_size(data: Dataset, limits: Limits, channels: int) -> str:
+    """One line: the disk space of both caches; `channels` counts the latents of a clip and of its control, if any."""
+    windows = flatten_windows(fixed_windows(data.train, limits, 1))
+    latents, texts = readable_size(latent_bytes(windows, channels)), len(set(data.captions))
+    longest = readable_size(LONGEST_EMBEDDING)
+    return f"on disk: --cache_latents N takes N times {latents}, each of {counted(texts, 'text')} at most {longest}"
 
 
 def _is_whole(path: Path) -> bool:
