@@ -55,6 +55,7 @@ from utils.training.preview import Preview, make_requests, read_prompts
 from utils.training.validation import SIGMAS, validation_loss
 from wan.checkpoints import CheckpointError, find_model, load_config, load_transformer, load_vae, transformer_layout
 from wan.configs import named_config
+from wan.configs.grid import Grid
 from wan.modules.model import WanModel
 
 EMBEDDINGS = Path(__file__).resolve().parent / "embeddings"
@@ -159,7 +160,7 @@ class Options(Task, Caches, Steps, Rules, AdapterOptions, Training, Watching):
 
     @property
     def limits(self) -> Limits:
-        return Limits(self.token_limit, self.batch_size)
+        return Limits(self.token_limit, self.batch_size, Grid(frame=4, side=16))
 
     @property
     def optimizer(self) -> OptimizerSpec:

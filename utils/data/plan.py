@@ -11,19 +11,20 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from utils.common.errors import UserError
-from utils.data.buckets import WAN_GRID, Grid, bucket_size, count_tokens, max_frames
+from utils.data.buckets import bucket_size, count_tokens, max_frames
 from utils.data.scan import MIN_VIDEO_FRAMES, Source
+from wan.configs.grid import Grid
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a step can take: `token_limit` (inclusive) tokens per clip, `batch_size` clips."""
+    """The most a training step takes: `token_limit` tokens per clip, counted on `grid`, and `batch_size` clips."""
 
-    token_limit: int = 10_000
-    batch_size: int = 1
-    grid: Grid = WAN_GRID
+    token_limit: int
+    batch_size: int
+    grid: Grid
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Window:
     height: int
     indices: tuple[int, ...]
     position: tuple[float, float]
-    grid: Grid = WAN_GRID
+    grid: Grid
 
     @property
     def frames(self) -> int:
@@ -163,7 +164,7 @@ def middle_window(source: Source, base_res: int, limits: Limits) -> Window:
 
 def _fit(source: Source, base_res: int, limits: Limits) -> tuple[int, int, int]:
     """Width, height and the most 4n+1 frames, by the token limit and by what the source has."""
-    width, height = bucket_size(source.info.width, source.info.height, base_res, source.rules.shapes, limits.grid)
+    width, height = bucket_size(source.info.width, source.info.height, base_res, limits.grid, source.rules.shapes)
     step = limits.grid.frame
     longest = (len(source.shown) - 1) // step * step + 1
     return width, height, min(longest, max_frames(width, height, limits.token_limit, limits.grid))

@@ -4,15 +4,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.limits import limits
 from tests.media import video
 from utils.common.errors import RunError, UserError
 from utils.data.folders import Folder, Rules
-from utils.data.plan import Limits, Window, fixed_windows, flatten_windows
+from utils.data.plan import Window, fixed_windows, flatten_windows
 from utils.data.scan import scan
 from utils.encoding import latent_cache
 from utils.encoding.latent_cache import LatentCache, latent_bytes
 
-LIMITS = Limits(token_limit=60)
+LIMITS = limits(token_limit=60)
 
 
 @pytest.fixture
