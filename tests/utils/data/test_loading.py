@@ -14,7 +14,7 @@ from tests.limits import GRID, limits
 from tests.media import image, video
 from utils.common.errors import LoaderError, UserError
 from utils.data.folders import Folder, Rules
-from utils.data.loading import batches, load_ahead, load_clip
+from utils.data.loading import Clip, batches, load_ahead, load_clip
 from utils.data.plan import Plan, Window
 from utils.data.scan import Source, scan
 from utils.media.probing import MediaError
@@ -48,6 +48,14 @@ def test_a_control_of_another_resolution_shows_the_same_region_and_frames(tmp_pa
     clip = load_clip(Window(pair, "", 32, 32, (0, 2, 4, 6, 8), (0.9, 0.5), GRID))
     assert clip.control.shape == clip.pixels.shape
     assert (clip.control.float() - clip.pixels.float()).abs().mean() < 4
+
+
+def test_every_tensor_of_a_clip_is_pinned(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    zero = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+    pinned = Clip(zero, "a fox", control=zero, mask=zero[0]).pin_memory()
+    assert all(tensor.eq(1).all() for tensor in (pinned.pixels, pinned.control, pinned.mask))
+    assert pinned.caption == "a fox" and Clip(zero, "").pin_memory().mask is None
 
 
 @pytest.fixture
