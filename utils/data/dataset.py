@@ -3,7 +3,7 @@
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -20,29 +20,30 @@ from utils.data.tables import format_buckets, format_clips
 
 @dataclass(frozen=True)
 class Dataset:
-    """The usable clips; `val` is empty where none are held out."""
+    """The usable clips: those to train on, and those held out for validation, if any."""
 
     train: list[Source]
     val: list[Source]
-    windows: list[Window]  # the most that is used of each training clip, at each resolution
+    windows: list[Window]  # the longest of each training clip at each resolution
     cache_folder: Path
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """For each training clip what makes its samples what they are, its content included."""
+        """16 hex digits per training clip, which change if its samples would: content, captions, frames or rules."""
         digests = Digests(self.cache_folder / LATENTS / DIGESTS)
-        facts: dict[str, list] = defaultdict(list)
+        facts: dict[str, list[str]] = defaultdict(list)
         for source in tqdm(self.train, "looking for changes", unit="clip", delay=2, leave=False):
-            files = [source.path, *(other.path for other in (source.control, source.mask) if other)]
-            rules = replace(source.rules, control_folder=None, mask_folder=None)
+            contents = [digests.of(file) for file in source.files]
             name = source.folder.resolve().name / source.path.relative_to(source.folder)
-            facts[str(name)] += [[digests.of(file) for file in files], source.captions, list(source.shown), rules]
+            frames = list(source.frame_indices)
+            facts[str(name)] += [repr(contents), repr(source.captions), repr(frames), source.rules.identity]
         digests.save()
-        return {name: hashlib.sha256(repr(fact).encode()).hexdigest()[:16] for name, fact in facts.items()}
+        texts = {name: f"[{', '.join(parts)}]" for name, parts in facts.items()}  # the text that version 0.1 hashed
+        return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
     @property
     def captions(self) -> list[str]:
-        """Every text that a sample may come with."""
+        """Every caption that a sample may have."""
         texts = [caption for source in (*self.train, *self.val) for caption in source.captions]
         dropped = any(source.rules.caption_dropout for source in self.train)
         return [*texts, ""] if dropped else texts
@@ -55,21 +56,24 @@ def open_dataset(
     cache_folder: Path | None = None,
     skip_bad_files: bool = False,
 ) -> Dataset:
-    """Finds the clips of all folders and prints them as a table. Caches go to the first folder unless given another.
+    """Finds the clips of all folders and prints them as a table. The caches' default folder is in the first folder.
 
     Raises UserError with a list of the files that cannot be used, each with its reason; with `skip_bad_files` they are
-    printed instead. Also raises it if no clip is left, or if a resolution does not fit the token limit.
+    printed instead. Also raises it if no clip is left, or if one frame exceeds the token limit.
     """
     train: list[Source] = []
     val: list[Source] = []
     problems: list[Problem] = []
     for folder in folders:
         train_path, val_paths = split_folders(folder.path)
-        for path, exclude, part in ((train_path, val_paths, train), *((path, [], val) for path in val_paths[:1])):
-            sources, found_problems = scan(Folder(path, folder.rules), model_fps, exclude, folder.path)
-            part += sources
-            problems += found_problems
-    problems = list(dict.fromkeys(problems))
+        sources, found = scan(Folder(train_path, folder.rules), model_fps, val_paths, folder.path)
+        train += sources
+        problems += found
+        for val_path in val_paths[:1]:
+            sources, found = scan(Folder(val_path, folder.rules), model_fps, dataset=folder.path)
+            val += sources
+            problems += found
+    problems = list(dict.fromkeys(problems))  # a caption file beside train/ and val/ is read for both
     windows, held_out = full_length_windows(train, limits), full_length_windows(val, limits)
     if train:
         print(format_clips(windows, held_out, problems, model_fps))

@@ -12,6 +12,13 @@ from utils.data.captions import CAPTION_SOURCES
 
 FRAME_SAMPLINGS = ("random", "head", "middle", "uniform", "chunks", "slide")
 
+# The rules of version 0.1, which every state holds a hash of, in its order.
+_RULES_OF_0_1 = (
+    *("base_res", "buckets", "min_ar", "max_ar", "enlarge", "fps", "max_frame_stride", "random_frame_length"),
+    *("frame_sampling", "repeats", "captions", "caption_per_line", "caption_prefix", "caption_dropout"),
+    *("load_control", "control_suffix", "control_folder", "load_mask", "mask_suffix", "mask_folder"),
+)
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -62,6 +69,18 @@ class Rules:
     def of(cls, options: "Rules") -> "Rules":
         """The rules among a run's options."""
         return cls(**{spec.name: getattr(options, spec.name) for spec in fields(cls)})
+
+    @property
+    def identity(self) -> str:
+        """These rules as text for a fingerprint: two runs with the same text treat a clip alike.
+
+        A rule that version 0.1 did not have is listed only if it differs from its default, so that a state from before
+        can be resumed. The folders of controls and masks are not listed: the content of their files counts.
+        """
+        values = vars(self) | {"control_folder": None, "mask_folder": None}
+        later = sorted(spec.name for spec in fields(self) if spec.name not in _RULES_OF_0_1)
+        changed = [name for name in later if values[name] != getattr(type(self), name)]
+        return f"Rules({', '.join(f'{name}={values[name]!r}' for name in (*_RULES_OF_0_1, *changed))})"
 
     @property
     def shapes(self) -> Shapes:

@@ -14,6 +14,7 @@ from utils.data.folders import Rules
 from utils.data.plan import Limits, Plan, Window, fixed_windows, flatten_windows, validation_windows
 from utils.data.scan import Source
 from utils.media.probing import MediaInfo
+from wan.configs.grid import Grid
 
 LARGER = Rules(enlarge=True)
 
@@ -92,6 +93,16 @@ def test_a_plan_stays_the_same_for_ever_and_differs_between_epochs_and_seeds():
     assert drawn == [[("0", 2, 2)], [("2", 1, 27)], [("3", 1, 3), ("4", 1, 1)], [("5", 1, 0)], [("1", 1, 3)]]
 
 
+def test_windows_are_multiples_of_the_grid_they_are_planned_on():
+    grid = Grid(frame=8, side=32)
+    sources = [source(1280, 720, 90), source(640, 480, 30, frame_sampling="chunks"), source(700, 500, 1)]
+    windows = windows_of(plan_epoch(sources, Limits(3000, 2, grid), 0))
+    assert {window.source.info.width for window in windows} == {1280, 640, 700}
+    for window in windows:
+        assert window.width % 32 == window.height % 32 == 0 and window.frames % 8 == 1
+        assert window.tokens == window.width * window.height // 1024 * ((window.frames - 1) // 8 + 1) <= 3000
+
+
 def test_an_impossible_resolution_is_refused_whether_or_not_it_is_drawn():
     for seed in range(5):
         with pytest.raises(UserError, match="token_limit"):
@@ -149,7 +160,7 @@ def test_slides_overlap_by_half_and_reach_the_end():
 def test_a_rate_knows_no_stride():
     clip = source(frames=100, fps="auto", max_frame_stride=4)
     for seed in range(20):
-        ((window,),) = plan_epoch([replace(clip, shown=tuple(range(0, 100, 2)))], limits(1560 * 4), seed)
+        ((window,),) = plan_epoch([replace(clip, frame_indices=tuple(range(0, 100, 2)))], limits(1560 * 4), seed)
         assert {b - a for a, b in zip(window.indices, window.indices[1:], strict=False)} == {2}
 
 
