@@ -95,9 +95,14 @@ def test_a_plan_stays_the_same_for_ever_and_differs_between_epochs_and_seeds():
 
 def test_windows_are_multiples_of_the_grid_they_are_planned_on():
     grid = Grid(frame=8, side=32)
-    sources = [source(1280, 720, 90), source(640, 480, 30, frame_sampling="chunks"), source(700, 500, 1)]
+    sources = [
+        source(1280, 720, 90, base_res=(400,)),
+        source(720, 1280, 13, base_res=(400,)),
+        source(640, 480, 30, frame_sampling="chunks"),
+        source(700, 500, 1, base_res=(400,)),
+    ]
     windows = windows_of(plan_epoch(sources, Limits(3000, 2, grid), 0))
-    assert {window.source.info.width for window in windows} == {1280, 640, 700}
+    assert {window.source.info.width for window in windows} == {1280, 720, 640, 700}
     for window in windows:
         assert window.width % 32 == window.height % 32 == 0 and window.frames % 8 == 1
         assert window.tokens == window.width * window.height // 1024 * ((window.frames - 1) // 8 + 1) <= 3000
