@@ -26,7 +26,7 @@ from utils.common.errors import UserError
 from utils.common.files import check_writable
 from utils.common.formatting import counted
 from utils.common.options import option, parse_options, run_script
-from utils.data.buckets import WAN_GRID, bucket_size
+from utils.data.buckets import bucket_size
 from utils.diffusion.flow import seeded_noise
 from utils.diffusion.sampling import Sampler
 from utils.encoding.conditioning import Cond, encode_video, make_predict, to_pixels, to_unit_range
@@ -37,9 +37,11 @@ from utils.media.controls import CONTROL_TYPES, FROM_FILE, make_control
 from utils.media.frames import crop_and_resize, read_frames, save_image, write_video
 from utils.media.probing import MediaInfo, probe
 from wan.checkpoints import CheckpointError, find_model, load_config, load_transformer, load_vae, transformer_layout
+from wan.configs.grid import Grid
 from wan.modules.model import WanShape
 from wan.utils.fm_solvers import SOLVERS
 
+GRID = Grid(frame=4, side=16)
 EMBEDDINGS = Path(__file__).resolve().parent / "embeddings"
 
 # ------------------------------------------------------------------------------------------------------------ options
@@ -121,7 +123,7 @@ def complete(opts: Options, lora: LoraFile, config: EasyDict) -> Options:
         )
     if opts.input_video is not None:
         info = probe(opts.input_video)
-        size, frames = bucket_size(info.width, info.height, 624), min(frames, usable_frames(info))
+        size, frames = bucket_size(info.width, info.height, 624, GRID), min(frames, usable_frames(info))
     opts = replace(
         opts,
         width=opts.width or size[0],
@@ -135,7 +137,7 @@ def complete(opts: Options, lora: LoraFile, config: EasyDict) -> Options:
         if opts.negative_prompt is None
         else opts.negative_prompt,
     )
-    step, side = WAN_GRID.frame, WAN_GRID.side
+    step, side = GRID.frame, GRID.side
     if opts.width % side or opts.height % side:
         raise UserError(f"--width {opts.width} and --height {opts.height} must be multiples of {side}")
     if opts.control_type not in (*CONTROL_TYPES, FROM_FILE):
@@ -159,7 +161,7 @@ def describe(opts: Options) -> str:
 
 def usable_frames(info: MediaInfo) -> int:
     """The frames of a control video that fit the model: 4n + 1."""
-    return (info.frames - 1) // WAN_GRID.frame * WAN_GRID.frame + 1
+    return (info.frames - 1) // GRID.frame * GRID.frame + 1
 
 
 # ---------------------------------------------------------------------------------------------------------- generation

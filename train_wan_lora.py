@@ -25,21 +25,23 @@ from utils.adapters.attach import AdapterOptions, plan_adapter
 from utils.adapters.lora import fuse_lora, speaking
 from utils.adapters.lora_file import read_lora
 from utils.common.device import compute_dtype, describe, explain_out_of_memory, pick_device
+from utils.common.digests import LATENTS
 from utils.common.errors import UserError
 from utils.common.files import check_writable
 from utils.common.formatting import readable_size
 from utils.common.options import option, parse_options, run_script, to_json, training_options
 from utils.common.signals import stop_on_signals
 from utils.common.temp_rng import MAX_SEED
-from utils.data.dataset import Dataset, format_cache_size, format_plan, open_dataset
-from utils.data.folders import Folder, Rules, resolve_folders
+from utils.data.dataset import Dataset, open_dataset
+from utils.data.folders import Folder, Rules, check_paired_files, resolve_folders
 from utils.data.loading import batches
 from utils.data.plan import Limits, Plan, Window, fixed_windows, flatten_windows, validation_windows
+from utils.data.tables import format_plan
 from utils.diffusion.flow import sample_noisy
 from utils.diffusion.objectives import Objective, Predict, guided_target, squared_error
 from utils.diffusion.sampling import Sampler
 from utils.encoding.conditioning import Batch, inject_noise, make_predict, replace_text
-from utils.encoding.latent_cache import LATENTS
+from utils.encoding.latent_cache import format_cache_size
 from utils.encoding.samples import CachedSamples, FreshSamples, LatentEncoding, Samples
 from utils.encoding.text import TextEncoding, Texts, check_embedding_shape
 from utils.media.controls import FROM_FILE
@@ -56,6 +58,7 @@ from utils.training.preview import Preview, Previews, make_requests, read_prompt
 from utils.training.validation import SIGMAS, Validation, validation_loss
 from wan.checkpoints import CheckpointError, find_model, load_config, load_transformer, load_vae, transformer_layout
 from wan.configs import named_config
+from wan.configs.grid import Grid
 from wan.modules.model import WanModel
 
 EMBEDDINGS = Path(__file__).resolve().parent / "embeddings"
@@ -145,7 +148,7 @@ class Options(
 
     @property
     def limits(self) -> Limits:
-        return Limits(self.token_limit, self.batch_size)
+        return Limits(self.token_limit, self.batch_size, Grid(frame=4, side=16))
 
     def preview_sampler(self, config: EasyDict) -> Sampler:
         usual = 1.0 if self.distill_cfg else config.guidance
@@ -158,12 +161,9 @@ class Options(
 
 def open_folders(opts: Options) -> list[Folder]:
     """The folders to train on, each with its rules."""
-    alone = opts.dataset_config != opts.config
-    folders = resolve_folders(opts.dataset, opts.dataset_config, Rules.of(opts), alone)
-    if opts.mask_floor != Options.mask_floor and not any(folder.rules.reads_mask for folder in folders):
-        raise UserError("--mask_floor means nothing without masks: see --load_mask and --mask_folder")
-    if not opts.control_lora and any(folder.rules.reads_control for folder in folders):
-        raise UserError(f"load_control and control_folder in {opts.dataset_config} mean nothing without --control_lora")
+    tables_only = opts.dataset_config != opts.config
+    folders = resolve_folders(opts.dataset, opts.dataset_config, Rules.of(opts), tables_only)
+    check_paired_files(folders, opts.control_lora, needs_masks=opts.mask_floor != Options.mask_floor)
     return folders
 
 

@@ -32,8 +32,10 @@ from utils.encoding.latent_cache import LatentCache
 from utils.encoding.samples import CachedSamples
 from utils.encoding.text_cache import TextCache
 from utils.media.probing import MediaInfo, is_image
+from wan.configs.grid import Grid
 
 WIDTH, HEIGHT, FRAMES = 832, 480, 25
+GRID = Grid(frame=4, side=16)
 TOKENS = (WIDTH // 16) * (HEIGHT // 16) * ((FRAMES - 1) // 4 + 1)
 REPEATS = 7
 CACHED_CLIPS, SAMPLES = 64, 400
@@ -61,7 +63,7 @@ def measure_window(clips: Path) -> list[tuple]:
     source = next((s for s in sources if (s.info.width, s.info.height) == (1280, 720) and not is_image(s.path)), None)
     if source is None:
         raise UserError(f"{clips} has no usable clip of 1280x720")
-    window = Window(source, "", WIDTH, HEIGHT, tuple(range(FRAMES)), (0.5, 0.5))
+    window = Window(source, "", WIDTH, HEIGHT, tuple(range(FRAMES)), (0.5, 0.5), GRID)
     ours, least = taking_turns(lambda: load_clip(window), lambda: decord_and_resize(source.path))
     torch.set_num_threads(os.cpu_count() or 1)
     return [
@@ -95,7 +97,7 @@ def measure_cache() -> list[tuple]:
     """Samples per second from cached latents of random content."""
     folder = Path(tempfile.mkdtemp(prefix="latents-"))
     try:
-        limits = Limits(TOKENS, batch_size=4)
+        limits = Limits(TOKENS, batch_size=4, grid=GRID)
         sources = [made_up_source(folder, number) for number in range(CACHED_CLIPS)]
         cache, texts = LatentCache(folder / "latents", "vae", None), TextCache(folder / "text", "encoder")
         cache.check_disk_space(0)

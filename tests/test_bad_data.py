@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 import train_wan_lora
 from tests.media import image, video
 from tests.tiny import write_model
+from utils.common.digests import DIGESTS
 from utils.common.options import run_script
-from utils.encoding.latent_cache import DIGESTS
 from wan.checkpoints import CheckpointError
 
 MODEL = "--pretrained_model_name_or_path model --base_res 64 --token_limit 60 --num_workers 0 --val_samples 0"
@@ -99,11 +99,11 @@ FILES = [
     (written("clips/fox.mp4", b"text"), RUN, "not a readable video"),
     (several(written("clips/a.png", b"text"), written("clips/a.txt", "a")), RUN, "clips/a.png: not a readable image"),
     (clip("clips/b.mp4", frames=3), RUN, "clips/b.mp4: it has 3 frames: a video needs at least 5"),
-    (picture("clips/fox.png"), RUN, "another file here is named fox too"),
+    (picture("clips/fox.png"), RUN, "another file in its folder is named fox too"),
     (several(written("clips/c.mp4", b"")), RUN, "1 file cannot be used"),
 ]
 CAPTIONS = [
-    (removed("clips/fox.txt"), RUN, "clips/fox.mp4: it has no caption: write one into fox.txt beside it"),
+    (removed("clips/fox.txt"), RUN, "clips/fox.mp4: it has no caption: write one to fox.txt beside it"),
     (written("clips/fox.txt", " \n"), RUN, "its caption in fox.txt is empty"),
     (written("clips/fox.txt", "caf\xe9".encode("latin-1")), RUN, "its caption fox.txt is not UTF-8 text"),
     (
@@ -114,7 +114,7 @@ CAPTIONS = [
     (written("clips/captions.txt", "one line"), RUN, "clips/captions.txt: it has 1 lines for 2 media files"),
     (written("clips/metadata.json", "{"), RUN, "clips/metadata.json: it is not valid JSON"),
     (written("clips/metadata.jsonl", '{"video": "fox.mp4"}'), RUN, "row 1 needs a file name"),
-    (written("clips/metadata.csv", "video,text\n../x.mp4,fox"), RUN, "row 1 names ../x.mp4, which is no media file"),
+    (written("clips/metadata.csv", "video,text\n../x.mp4,fox"), RUN, "row 1 names ../x.mp4, which is not a media file"),
     (written("clips/metadata.csv", "video,text\nfox.mp4,a fox, fast"), RUN, "row 1 has more columns than the header"),
     (written("clips/metadata.json", '[{"video": "fox.mp4", "text": ["a", "b"]}]'), RUN, "pass --caption_per_line"),
     (written("clips/fox.txt", "a fox".encode("utf-16-le")), RUN, "its caption fox.txt is not UTF-8 text"),
@@ -125,11 +125,15 @@ COMPANIONS = [
     (NOTHING, f"{RUN} --mask_folder nowhere", "nowhere does not exist"),
     (NOTHING, f"{RUN} --load_mask --mask_suffix=", "the mask suffix is empty"),
     (NOTHING, f"{RUN} --control_folder clips", "--control_folder means nothing without --control_lora"),
-    (clip("clips/stray_mask.mp4", caption=None), f"{RUN} --load_mask", "stray_mask.mp4: a mask without the file"),
+    (
+        clip("clips/stray_mask.mp4", caption=None),
+        f"{RUN} --load_mask",
+        "stray_mask.mp4: there is no clip for this mask",
+    ),
     (
         clip("clips/fox_mask.mp4", frames=9, size=(48, 64), caption=None),
         f"{RUN} --load_mask",
-        "its mask fox_mask.mp4: it is 48x64, of another shape than 64x48",
+        "its mask fox_mask.mp4: its aspect ratio differs: 48x64 and 64x48",
     ),
     (
         clip("clips/fox_mask.mp4", frames=9, fps=30, caption=None),
@@ -139,7 +143,7 @@ COMPANIONS = [
     (
         picture("clips/fox_control.png", caption=None),
         f"{RUN} --control_lora --load_control",
-        "must be a video as it is",
+        "must be a video, like the file itself",
     ),
 ]
 CONFIGS = [
@@ -147,6 +151,7 @@ CONFIGS = [
     (config("[[dataset]\n"), SETS, "sets.toml is not a valid TOML file"),
     (config("x = 1"), SETS, "unknown option 'x' in sets.toml"),
     (config(""), SETS, "sets.toml has no [[dataset]] table"),
+    (config('dataset = ["clips"]'), SETS, "sets.toml has no [[dataset]] table"),
     (config("[[dataset]]\nrepeats = 2"), SETS, "[[dataset]] 1 of sets.toml needs a path"),
     (
         config('[[dataset]]\npath = "clips"\nrepeat = 2'),
@@ -162,7 +167,7 @@ CONFIGS = [
     (written("run.toml", '[dataset]\npath = "clips"'), f"--config run.toml {MODEL}", "has two brackets on each side"),
     (written("run.toml", "debug = true"), f"--config run.toml {RUN}", "unknown option 'debug' in run.toml"),
     (config('[[dataset]]\npath = "nowhere"'), SETS, "nowhere does not exist"),
-    (config('[[dataset]]\npath = "clips"\nload_control = true'), SETS, "mean nothing without --control_lora"),
+    (config('[[dataset]]\npath = "clips"\nload_control = true'), SETS, "require --control_lora (folder clips)"),
     (config('[[dataset]]\npath = "clips"'), f"{SETS} --dataset clips", "give one of them"),
     (NOTHING, f"{RUN} --buckets coarse", "--buckets must be one of wan, fine"),
     (
@@ -172,16 +177,20 @@ CONFIGS = [
     ),
     (NOTHING, f"{RUN} --cache_only", "--cache_only means nothing without --cache_latents"),
     (NOTHING, f"{RUN} --caption_dropout 2", "--caption_dropout must be at most 1"),
-    (NOTHING, f"{RUN} --fps auto --max_frame_stride 7", "--max_frame_stride means nothing with this --fps"),
-    (NOTHING, f"{RUN} --min_ar 0.7", "--min_ar means nothing without --buckets fine"),
-    (NOTHING, f"{RUN} --mask_suffix _m", "--mask_suffix means nothing without --load_mask"),
-    (NOTHING, f"{RUN} --mask_floor 0.5", "--mask_floor means nothing without masks"),
-    (NOTHING, f"{RUN} --captions filename --caption_per_line", "means nothing with --captions filename"),
+    (NOTHING, f"{RUN} --fps auto --max_frame_stride 7", "--max_frame_stride has no effect with this --fps"),
+    (NOTHING, f"{RUN} --min_ar 0.7", "--min_ar requires --buckets fine"),
+    (NOTHING, f"{RUN} --mask_suffix _m", "--mask_suffix requires --load_mask"),
+    (NOTHING, f"{RUN} --mask_floor 0.5", "--mask_floor requires masks"),
+    (
+        NOTHING,
+        f"{RUN} --captions filename --caption_per_line",
+        "--caption_per_line has no effect with --captions filename",
+    ),
     (NOTHING, f"{RUN} --cache_embeddings --cache_latents", "stops before it comes to --cache_latents"),
     (
         config('[[dataset]]\npath = "clips"\nmin_ar = 0.7'),
         SETS,
-        "[[dataset]] 1 of sets.toml: --min_ar means nothing without",
+        "[[dataset]] 1 of sets.toml: --min_ar requires --buckets fine",
     ),
 ]
 STATES = [

@@ -134,7 +134,7 @@ def test_bad_files_are_left_out_when_the_user_says_so(work, capsys):
     (work / "clips" / "mute.mp4").write_bytes((work / "clips" / "fox.mp4").read_bytes())
     train_wan_lora.main(f"{TRAIN} --val_samples 0 --skip_bad_files".split())
     output = capsys.readouterr().out
-    assert "going on without 1 file" in output
+    assert "skipping 1 file" in output
     assert "1 clip in 1 bucket, 1 step per epoch" in output
     assert len(list((work / "outputs").glob("*/checkpoints/wan-lora-*.safetensors"))) == 1
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import train_wan_lora
+from tests.limits import limits
 from tests.tiny import TINY_SHAPE, tiny_transformer, tiny_vae, write_clips, write_model, write_transformer
 from utils.adapters.lora import add_lora, select_modules
 from utils.adapters.lora_file import read_lora
 from utils.data.folders import Folder, Rules
 from utils.data.loading import load_clip
-from utils.data.plan import Limits, validation_windows
+from utils.data.plan import validation_windows
 from utils.data.scan import scan
 from utils.diffusion.flow import add_noise
 from utils.diffusion.objectives import squared_error
@@ -40,7 +41,7 @@ def work(tmp_path: Path, monkeypatch) -> None:
 def batch(tmp_path_factory) -> Batch:
     """One clip with its control, encoded."""
     folder = Folder(write_clips(tmp_path_factory.mktemp("clips")) / "val", Rules(base_res=(64,)))
-    (window,) = validation_windows(scan(folder, 16.0)[0], Limits(token_limit=50), 1)
+    (window,) = validation_windows(scan(folder, 16.0)[0], limits(token_limit=50), 1)
     text = torch.randn(6, TINY_SHAPE.text_dim, generator=torch.Generator().manual_seed(0))
     return collate([encode_clip(load_clip(window), text, tiny_vae(), "tile")])
 

@@ -17,6 +17,7 @@ from benchmarks import gpu_check
 from benchmarks.checks import environment, numbers, step, synchronisations, vae
 from benchmarks.measure import FAILED, Clock, Row, Sizes, at_least, count_tokens, p90, skipped
 from benchmarks.models import our_trainee, random_inputs, step_flops
+from tests.limits import GRID
 from utils.data.buckets import count_tokens as tokens_of
 from utils.data.buckets import max_frames
 from wan.modules.attention import attention
@@ -163,8 +164,8 @@ def test_what_stays_between_steps_is_the_weights_and_two_moments_per_parameter()
 def test_the_full_sizes_are_a_bucket_of_the_trainer_at_its_token_limit():
     full = Sizes()
     frames, height, width = full.video
-    assert max_frames(8 * width, 8 * height, 10_000) == 4 * (frames - 1) + 1
-    assert count_tokens(full.video) == tokens_of(832, 480, 21) == 9360
+    assert max_frames(8 * width, 8 * height, 10_000, GRID) == 4 * (frames - 1) + 1
+    assert count_tokens(full.video) == tokens_of(832, 480, 21, GRID) == 9360
     assert count_tokens(full.image) == 1024
 
 

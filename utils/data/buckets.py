@@ -1,4 +1,4 @@
-"""Sizes to train at, and what they cost in tokens. Knows the model only as a `Grid`."""
+"""Sizes to train at, and what they cost in tokens. Of the model only its `Grid` is known here."""
 
 import math
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from utils.common.errors import UserError
 from wan.configs.grid import Grid
 
-SIZE_STEP = 16
+SIZE_STEP = 16  # of --base_res: a convention of the released sizes, whatever a token covers
 BUCKETS = ("wan", "fine")
 NUM_FINE = 9
 
-# A picture belongs to the first shape whose cut its width / height exceeds.
+# (threshold, shape): a picture gets the first shape whose threshold its width / height exceeds.
 _SHAPES = ((1.528, (16, 9)), (1.15, (4, 3)), (0.884, (1, 1)), (0.669, (3, 4)), (0.0, (9, 16)))
-_KNOWN_SIZES = {
+_RELEASED_SIZES = {
     624: {(16, 9): (832, 480), (4, 3): (704, 544), (1, 1): (624, 624)},
     960: {(16, 9): (1280, 720), (4, 3): (1088, 832), (1, 1): (960, 960)},
     1024: {(16, 9): (1344, 768), (4, 3): (1184, 896), (1, 1): (1024, 1024)},
@@ -21,7 +21,7 @@ _KNOWN_SIZES = {
 
 @dataclass(frozen=True)
 class Shapes:
-    """Which shapes there are to cut pictures to, and whether small pictures are enlarged for them."""
+    """The aspect ratios to crop to, and whether pictures smaller than their bucket are upscaled."""
 
     buckets: str = "wan"
     min_ar: float = 0.5
@@ -29,17 +29,14 @@ class Shapes:
     enlarge: bool = False
 
 
-WAN_GRID = Grid(frame=4, side=16)
-WAN_SHAPES = Shapes()
+DEFAULT_SHAPES = Shapes()
 
 
-def bucket_size(
-    width: int, height: int, base_res: int, shapes: Shapes = WAN_SHAPES, grid: Grid = WAN_GRID
-) -> tuple[int, int]:
-    """(width, height) in pixels to train a picture of this size at: about base_res squared, in the nearest shape.
+def bucket_size(width: int, height: int, base_res: int, grid: Grid, shapes: Shapes = DEFAULT_SHAPES) -> tuple[int, int]:
+    """(width, height) in pixels to train a picture at: the nearest shape with an area of about base_res squared.
 
-    Each side is a multiple of what a token covers. A picture that is smaller than that gets the largest such size that
-    lies within it, unless `shapes` may enlarge it. Raises `UserError` when `base_res` is not a positive multiple of 16.
+    Each side is a multiple of `grid.side`. A picture smaller than that gets the largest size of that shape that fits
+    inside it, unless `shapes.enlarge`. Raises UserError if `base_res` is not a positive multiple of 16.
     """
     if base_res <= 0 or base_res % SIZE_STEP:
         below = max(base_res // SIZE_STEP, 1) * SIZE_STEP
@@ -47,47 +44,26 @@ def bucket_size(
     size = (
         _wan_size(width, height, base_res, grid)
         if shapes.buckets == "wan"
-        else _fine_size(width, height, base_res, shapes, grid)
+        else _fine_size(width, height, base_res, grid, shapes)
     )
     scale = min(width / size[0], height / size[1])
     if shapes.enlarge or scale >= 1:
         return size
-    return tuple(
-        max(min(round(length * scale / grid.side), available // grid.side), 1) * grid.side
-        for length, available in zip(size, (width, height), strict=True)
-    )
+    columns = min(round(size[0] * scale / grid.side), width // grid.side)
+    rows = min(round(size[1] * scale / grid.side), height // grid.side)
+    return max(columns, 1) * grid.side, max(rows, 1) * grid.side
 
 
-def _wan_size(width: int, height: int, base_res: int, grid: Grid) -> tuple[int, int]:
-    """The nearest of 16:9, 4:3, 1:1, 3:4 and 9:16, at the released resolutions for the known `base_res`."""
-    across, down = next(shape for cut, shape in _SHAPES if width / height > cut)
-    long, short = max(across, down), min(across, down)
-    size = _KNOWN_SIZES.get(base_res, {}).get((long, short))
-    if not size or any(length % grid.side for length in size):
-        size = _of_area(long / short, base_res, grid)
-    return size[::-1] if across < down else size
-
-
-def _fine_size(width: int, height: int, base_res: int, shapes: Shapes, grid: Grid) -> tuple[int, int]:
-    """The nearest of `NUM_FINE` ratios of width to height, evenly spaced on a log scale."""
-    low, high = math.log(shapes.min_ar), math.log(shapes.max_ar)
-    ratios = [low + (high - low) * step / (NUM_FINE - 1) for step in range(NUM_FINE)]
-    wanted = math.log(width / height)
-    return _of_area(math.exp(min(ratios, key=lambda ratio: abs(ratio - wanted))), base_res, grid)
-
-
-def _of_area(ratio: float, base_res: int, grid: Grid) -> tuple[int, int]:
-    ideal = base_res * math.sqrt(ratio), base_res / math.sqrt(ratio)
-    return tuple(max(round(length / grid.side), 1) * grid.side for length in ideal)
-
-
-def count_tokens(width: int, height: int, frames: int, grid: Grid = WAN_GRID) -> int:
-    """Length of the transformer's sequence for `frames` = 4n+1 frames of this size."""
+def count_tokens(width: int, height: int, frames: int, grid: Grid) -> int:
+    """Length of the transformer's sequence for a video of this size; `frames` is a multiple of `grid.frame`, plus 1."""
     return (width // grid.side) * (height // grid.side) * ((frames - 1) // grid.frame + 1)
 
 
-def max_frames(width: int, height: int, token_limit: int, grid: Grid = WAN_GRID) -> int:
-    """The largest 4n+1 frames whose tokens are at most `token_limit`. Raises `UserError` when one frame is too many."""
+def max_frames(width: int, height: int, token_limit: int, grid: Grid) -> int:
+    """The most frames, a multiple of `grid.frame` plus 1, whose tokens are at most `token_limit`.
+
+    Raises UserError if the tokens of a single frame exceed the limit.
+    """
     tokens = count_tokens(width, height, 1, grid)
     if tokens > token_limit:
         raise UserError(
@@ -95,3 +71,28 @@ def max_frames(width: int, height: int, token_limit: int, grid: Grid = WAN_GRID)
             "raise --token_limit or lower --base_res"
         )
     return (token_limit // tokens - 1) * grid.frame + 1
+
+
+def _wan_size(width: int, height: int, base_res: int, grid: Grid) -> tuple[int, int]:
+    """The nearest of 16:9, 4:3, 1:1, 3:4 and 9:16; the released sizes where `base_res` has them and the grid allows."""
+    across, down = next(shape for threshold, shape in _SHAPES if width / height > threshold)
+    long, short = max(across, down), min(across, down)
+    size = _RELEASED_SIZES.get(base_res, {}).get((long, short))
+    if not size or any(length % grid.side for length in size):
+        size = _size_of_area(long / short, base_res, grid)
+    return size[::-1] if across < down else size
+
+
+def _fine_size(width: int, height: int, base_res: int, grid: Grid, shapes: Shapes) -> tuple[int, int]:
+    """The nearest of `NUM_FINE` aspect ratios, evenly spaced on a log scale."""
+    low, high = math.log(shapes.min_ar), math.log(shapes.max_ar)
+    ratios = [low + (high - low) * step / (NUM_FINE - 1) for step in range(NUM_FINE)]
+    wanted = math.log(width / height)
+    return _size_of_area(math.exp(min(ratios, key=lambda ratio: abs(ratio - wanted))), base_res, grid)
+
+
+def _size_of_area(ratio: float, base_res: int, grid: Grid) -> tuple[int, int]:
+    """(width, height) on the grid with about this width / height and the area of `base_res` squared."""
+    columns = round(base_res * math.sqrt(ratio) / grid.side)
+    rows = round(base_res / math.sqrt(ratio) / grid.side)
+    return max(columns, 1) * grid.side, max(rows, 1) * grid.side

@@ -1,53 +1,49 @@
-"""The dataset as a run sees it: everything about its files is told in one table, before a model is loaded."""
+"""The dataset of a run: the clips to train on, the clips held out, and a report on every file before a model loads."""
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from tqdm import tqdm
 
+from utils.common.digests import DIGESTS, LATENTS, Digests
 from utils.common.errors import UserError
-from utils.common.formatting import counted, format_table, readable_size
+from utils.common.formatting import counted
 from utils.data.folders import Folder
-from utils.data.plan import Limits, Plan, Window, fixed_windows, flatten_windows, full_length_windows
+from utils.data.plan import Limits, Plan, Window, full_length_windows
 from utils.data.scan import Problem, Source, scan, split_folders
-from utils.encoding.latent_cache import DIGESTS, LATENTS, Digests, latent_bytes
-from utils.media.frame_rate import SLOWER_THAN
-from utils.media.probing import is_image
-
-FAR_RATE = 0.1  # from the model's frame rate, as a share of it
-CAPTION_SHOWN = 24
-LONGEST_EMBEDDING = 512 * 4096 * 2  # bytes of a caption that fills all of UMT5-XXL, in bf16
+from utils.data.tables import format_buckets, format_clips
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The usable clips; `val` is empty where none are held out."""
+    """The usable clips: those to train on, and those held out for validation, if any."""
 
     train: list[Source]
     val: list[Source]
-    windows: list[Window]  # the most that is used of each training clip, at each resolution
+    windows: list[Window]  # the longest of each training clip at each resolution
     cache_folder: Path
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """For each training clip what makes its samples what they are, its content included."""
+        """16 hex digits per training clip, which change if its samples would: content, captions, frames or rules."""
         digests = Digests(self.cache_folder / LATENTS / DIGESTS)
-        facts: dict[str, list] = defaultdict(list)
+        facts: dict[str, list[str]] = defaultdict(list)
         for source in tqdm(self.train, "looking for changes", unit="clip", delay=2, leave=False):
-            files = [source.path, *(other.path for other in (source.control, source.mask) if other)]
-            rules = replace(source.rules, control_folder=None, mask_folder=None)
+            contents = [digests.of(file) for file in source.files]
             name = source.folder.resolve().name / source.path.relative_to(source.folder)
-            facts[str(name)] += [[digests.of(file) for file in files], source.captions, list(source.shown), rules]
+            frames = list(source.frame_indices)
+            facts[str(name)] += [repr(contents), repr(source.captions), repr(frames), source.rules.identity]
         digests.save()
-        return {name: hashlib.sha256(repr(fact).encode()).hexdigest()[:16] for name, fact in facts.items()}
+        texts = {name: f"[{', '.join(parts)}]" for name, parts in facts.items()}  # the text that version 0.1 hashed
+        return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
     @property
     def captions(self) -> list[str]:
-        """Every text that a sample may come with."""
+        """Every caption that a sample may have."""
         texts = [caption for source in (*self.train, *self.val) for caption in source.captions]
         dropped = any(source.rules.caption_dropout for source in self.train)
         return [*texts, ""] if dropped else texts
@@ -60,21 +56,24 @@ def open_dataset(
     cache_folder: Path | None = None,
     skip_bad_files: bool = False,
 ) -> Dataset:
-    """Finds the clips of the folders and prints a table of them. Caches are kept in the first folder, if nowhere else.
+    """Finds the clips of all folders and prints them as a table. The caches' default folder is in the first folder.
 
-    Raises UserError that lists every file that cannot be used and why, unless they are to be skipped; then they are
-    printed. Raises it too where nothing is left, or a resolution or token limit makes no sense.
+    Raises UserError with a list of the files that cannot be used, each with its reason; with `skip_bad_files` they are
+    printed instead. Also raises it if no clip is left, or if one frame exceeds the token limit.
     """
     train: list[Source] = []
     val: list[Source] = []
     problems: list[Problem] = []
     for folder in folders:
-        train_path, held_out = split_folders(folder.path)
-        for path, exclude, part in ((train_path, held_out, train), *((path, [], val) for path in held_out[:1])):
-            sources, flawed = scan(Folder(path, folder.rules), model_fps, exclude, folder.path)
-            part += sources
-            problems += flawed
-    problems = list(dict.fromkeys(problems))
+        train_path, val_paths = split_folders(folder.path)
+        sources, found = scan(Folder(train_path, folder.rules), model_fps, val_paths, folder.path)
+        train += sources
+        problems += found
+        for val_path in val_paths[:1]:
+            sources, found = scan(Folder(val_path, folder.rules), model_fps, dataset=folder.path)
+            val += sources
+            problems += found
+    problems = list(dict.fromkeys(problems))  # a caption file beside train/ and val/ is read for both
     windows, held_out = full_length_windows(train, limits), full_length_windows(val, limits)
     if train:
         print(format_clips(windows, held_out, problems, model_fps))
@@ -82,97 +81,15 @@ def open_dataset(
         if not val:
             print("\nno clips are held out in val/: validation is on training clips, which says less")
     if problems:
-        _tell(problems, skip_bad_files)
+        _report(problems, skip_bad_files)
     if not train:
         raise UserError(f"no usable clip is left in {' '.join(str(folder.path) for folder in folders)}")
     return Dataset(train, val, windows, cache_folder or folders[0].path / ".wan_cache")
 
 
-def format_clips(
-    windows: Sequence[Window], held_out: Sequence[Window], problems: Sequence[Problem], model_fps: float
-) -> str:
-    """What each clip has, what of it a sample uses at most, and what there is to say about it."""
-    rows = []
-    for window in (*windows, *held_out):
-        info, caption = window.source.info, window.source.captions[0]
-        shown = caption if len(caption) <= CAPTION_SHOWN else f"{caption[: CAPTION_SHOWN - 3]}..."
-        rows.append(
-            (
-                window.source.path.name,
-                f"{info.width}x{info.height}",
-                "image" if info.fps is None else f"{info.fps:.4g}",
-                f"{info.frames}" if info.frames == window.frames else f"{info.frames} -> {window.frames}",
-                f"{window.width}x{window.height}",
-                window.tokens,
-                shown if len(window.source.captions) == 1 else f"{shown} (+{len(window.source.captions) - 1})",
-                _status(window, model_fps),
-            )
-        )
-    rows[len(windows) :] = [(*row[:-1], f"held out, {row[-1]}") for row in rows[len(windows) :]]
-    rows += [(path.name, "", "", "", "", 0, "", "cannot be used, see below") for path in _bad(problems)]
-    return format_table(("file", "size", "fps", "frames", "bucket", "tokens", "caption", "status"), rows)
-
-
-def format_buckets(batches: Sequence[Sequence[Window]]) -> str:
-    """How many samples of an epoch each bucket gets, in how many batches, and all together."""
-    samples, parts, tokens = Counter(), Counter(), {}
-    for batch in batches:
-        bucket = batch[0].bucket
-        samples[bucket] += len(batch)
-        parts[bucket] += 1
-        tokens[bucket] = batch[0].tokens
-    rows = [
-        ("x".join(map(str, bucket)), tokens[bucket], count, parts[bucket]) for bucket, count in samples.most_common()
-    ]
-    table = format_table(("bucket", "tokens", "samples", "batches"), rows)
-    total = f"{counted(samples.total(), 'sample')} in {counted(len(batches), 'batch', 'batches')}"
-    return f"{table}\n\nan epoch has {total}"
-
-
-def format_cache_size(data: Dataset, limits: Limits, channels: int) -> str:
-    """What the caches take: latents of so many channels, with all that is made for a control, and texts."""
-    windows = flatten_windows(fixed_windows(data.train, limits, 1))
-    latents, texts = readable_size(latent_bytes(windows, channels)), len(set(data.captions))
-    longest = readable_size(LONGEST_EMBEDDING)
-    return f"on disk: --cache_latents N takes N times {latents}, each of {counted(texts, 'text')} at most {longest}"
-
-
-def format_plan(plan: Plan, steps_per_epoch: int, steps: int) -> str:
-    """How many clips, how often."""
-    buckets = counted(len({batch[0].bucket for batch in plan.epoch(0)}), "bucket")
-    return (
-        f"{counted(len(plan.sources), 'clip')} in {buckets}, {counted(steps_per_epoch, 'step')} per epoch; "
-        f"{counted(steps, 'step')} of training ({steps / steps_per_epoch:.1f} epochs)"
-    )
-
-
-def _status(window: Window, model_fps: float) -> str:
-    source, info = window.source, window.source.info
-    notes = []
-    if not is_image(source.path) and info.fps:
-        rate = source.rules.rate(model_fps)
-        if rate is None and abs(info.fps / model_fps - 1) > FAR_RATE:
-            remedy = ", see --fps auto" if info.fps > model_fps else ""
-            notes.append(f"will play at {model_fps / info.fps:.2g}x its speed{remedy}")
-        elif rate is not None and info.fps < SLOWER_THAN * rate:
-            notes.append(f"slower than {rate:g} fps: used as it is")
-    companions = (other for other in (source.control, source.mask) if other and not is_image(other.path))
-    ends = min((other.info.frames for other in companions), default=info.frames)
-    if ends < info.frames:
-        notes.append(f"its control or mask ends after {ends} frames")
-    scale = max(window.width / info.width, window.height / info.height)
-    if scale > 1:
-        notes.append(f"enlarged {scale:.2g}x")
-    return ", ".join(notes) or "ok"
-
-
-def _bad(problems: Sequence[Problem]) -> list:
-    return list(dict.fromkeys(problem.path for problem in problems))
-
-
-def _tell(problems: Sequence[Problem], skip_bad_files: bool) -> None:
-    bad = counted(len(_bad(problems)), "file")
-    listed = "\n".join(f"  {problem.path}: {problem.reason}" for problem in problems)
+def _report(problems: Sequence[Problem], skip_bad_files: bool) -> None:
+    num_files = counted(len({problem.path for problem in problems}), "file")
+    listing = "\n".join(f"  {problem.path}: {problem.reason}" for problem in problems)
     if not skip_bad_files:
-        raise UserError(f"{bad} cannot be used:\n{listed}\nmend what is wrong, or pass --skip_bad_files")
-    print(f"going on without {bad}:\n{listed}")
+        raise UserError(f"{num_files} cannot be used:\n{listing}\nfix what is listed, or pass --skip_bad_files")
+    print(f"skipping {num_files}:\n{listing}")

@@ -1,6 +1,6 @@
-"""How the files of one folder become samples: options of a run, which each folder of a dataset config may change."""
+"""The options that turn the files of a folder into samples; each folder of a dataset config can override them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,44 +12,75 @@ from utils.data.captions import CAPTION_SOURCES
 
 FRAME_SAMPLINGS = ("random", "head", "middle", "uniform", "chunks", "slide")
 
+# The rules of version 0.1, which every state holds a hash of, in its order.
+_RULES_OF_0_1 = (
+    *("base_res", "buckets", "min_ar", "max_ar", "enlarge", "fps", "max_frame_stride", "random_frame_length"),
+    *("frame_sampling", "repeats", "captions", "caption_per_line", "caption_prefix", "caption_dropout"),
+    *("load_control", "control_suffix", "control_folder", "load_mask", "mask_suffix", "mask_folder"),
+)
+
 
 @dataclass(frozen=True)
 class Rules:
-    """samples (a dataset config may give each folder its own)"""
+    """samples (a dataset config can set these for each folder)"""
 
-    base_res: tuple[int, ...] = option((624,), "side of the square of equal area; several: one is drawn per sample")
+    base_res: tuple[int, ...] = option(
+        (624,), "side in pixels of a square of the bucket's area; several: one is drawn per sample"
+    )
     buckets: str = option(
-        "wan", "shapes to cut to: the released three and their upright forms, or fine steps", choices=BUCKETS
+        "wan",
+        "wan: 16:9, 4:3, 1:1 and portrait; fine: nine shapes between --min_ar and --max_ar",
+        choices=BUCKETS,
     )
-    min_ar: float = option(0.5, "narrowest width / height of --buckets fine", minimum=0.1, maximum=1)
-    max_ar: float = option(2.0, "widest width / height of --buckets fine", minimum=1, maximum=10)
-    enlarge: bool = option(False, "make clips larger than they are where a resolution asks for it")
-    fps: str = option("native", "native: count frames as they are; auto: the model's rate; or frames per second")
+    min_ar: float = option(0.5, "smallest width / height of --buckets fine", minimum=0.1, maximum=1)
+    max_ar: float = option(2.0, "largest width / height of --buckets fine", minimum=1, maximum=10)
+    enlarge: bool = option(False, "upscale clips that are smaller than their bucket")
+    fps: str = option(
+        "native", "native: the file's own frames; auto: resampled to the model's rate; or frames per second"
+    )
     max_frame_stride: int = option(
-        2, "with --fps native each clip takes every 1st to Nth frame, drawn at random", minimum=1
+        2, "with --fps native, use every 1st to Nth frame; drawn at random per sample", minimum=1
     )
-    random_frame_length: bool = option(False, "draw the number of frames too, up to what fits")
-    frame_sampling: str = option("random", "which part of a clip that is too long", choices=FRAME_SAMPLINGS)
-    repeats: float = option(1.0, "how often an epoch shows each clip; 0.5: every other one", minimum=0.001)
-    captions: str = option("files", "where captions are: in files, or the file name itself", choices=CAPTION_SOURCES)
-    caption_per_line: bool = option(False, "every line of a caption file is a caption, one is drawn per sample")
-    caption_prefix: str = option("", "put before every caption, such as a trigger word")
-    caption_dropout: float = option(
-        0.0, "share of samples that are trained without their caption", minimum=0, maximum=1
+    random_frame_length: bool = option(False, "draw the number of frames at random too, up to the most that fits")
+    frame_sampling: str = option(
+        "random",
+        "which frames of a clip that is too long; chunks and slide: all, in several samples",
+        choices=FRAME_SAMPLINGS,
     )
+    repeats: float = option(1.0, "how often an epoch uses each clip; 0.5: every other one", minimum=0.001)
+    captions: str = option(
+        "files", "where captions come from: caption files or the clip's file name", choices=CAPTION_SOURCES
+    )
+    caption_per_line: bool = option(False, "treat each line of a caption file as a caption; one is drawn per sample")
+    caption_prefix: str = option("", "text before every caption, such as a trigger word")
+    caption_dropout: float = option(0.0, "share of samples trained with an empty caption", minimum=0, maximum=1)
     load_control: bool = option(
-        False, "read the control of clip.mp4 from clip_control.mp4 instead of making it", requires="control_lora"
+        False, "read the control of clip.mp4 from clip_control.mp4 instead of generating it", requires="control_lora"
     )
-    control_suffix: str = option("_control", "what the control file's name adds to the clip's")
-    control_folder: Path | None = option(None, "folder of control files, named as their clips", requires="control_lora")
-    load_mask: bool = option(False, "read clip_mask.mp4 or .png: the loss counts where it is white")
-    mask_suffix: str = option("_mask", "what the mask file's name adds to the clip's")
-    mask_folder: Path | None = option(None, "folder of mask files, named as their clips")
+    control_suffix: str = option("_control", "what a control file's name adds to the clip's")
+    control_folder: Path | None = option(
+        None, "folder of control files, named like their clips", requires="control_lora"
+    )
+    load_mask: bool = option(False, "weight the loss by clip_mask.mp4 or .png: white is 1, black is --mask_floor")
+    mask_suffix: str = option("_mask", "what a mask file's name adds to the clip's")
+    mask_folder: Path | None = option(None, "folder of mask files, named like their clips")
 
     @classmethod
     def of(cls, options: "Rules") -> "Rules":
-        """The rules alone of options that hold more."""
+        """The rules among a run's options."""
         return cls(**{spec.name: getattr(options, spec.name) for spec in fields(cls)})
+
+    @property
+    def identity(self) -> str:
+        """These rules as text for a fingerprint: two runs with the same text treat a clip alike.
+
+        A rule that version 0.1 did not have is listed only if it differs from its default, so that a state from before
+        can be resumed. The folders of controls and masks are not listed: the content of their files counts.
+        """
+        values = vars(self) | {"control_folder": None, "mask_folder": None}
+        later = sorted(spec.name for spec in fields(self) if spec.name not in _RULES_OF_0_1)
+        changed = [name for name in later if values[name] != getattr(type(self), name)]
+        return f"Rules({', '.join(f'{name}={values[name]!r}' for name in (*_RULES_OF_0_1, *changed))})"
 
     @property
     def shapes(self) -> Shapes:
@@ -64,12 +95,12 @@ class Rules:
         return self.load_mask or self.mask_folder is not None
 
     @property
-    def uses_all(self) -> bool:
-        """Whether one showing of a long clip is several samples."""
+    def covers_clip(self) -> bool:
+        """Whether a long clip becomes several samples that together use all of its frames."""
         return self.frame_sampling in ("chunks", "slide")
 
     def rate(self, model_fps: float) -> float | None:
-        """Frames per second to sample at; None for a clip's own. Raises UserError for what is neither."""
+        """Frames per second to sample at; None for a clip's own rate. Raises UserError if `fps` is no such value."""
         if self.fps in ("native", "auto"):
             return None if self.fps == "native" else model_fps
         try:
@@ -89,49 +120,58 @@ class Folder:
     rules: Rules
 
 
-def resolve_folders(dataset: Path | None, config: Path | None, rules: Rules, alone: bool) -> list[Folder]:
-    """The folders to train on: the one `dataset` with these rules, or those of a config, where rules are defaults.
+def resolve_folders(dataset: Path | None, config: Path | None, rules: Rules, tables_only: bool) -> list[Folder]:
+    """The folders to train on: `dataset` with these rules, or the folders of a config, where the rules are defaults.
 
-    Raises UserError for none or both, as `read_folders` does, and for a rule that would be ignored.
+    Raises UserError for neither or both, for a rule that would have no effect, and as `read_folders` does.
     """
-    if dataset is None and config is None:
+    if config is not None:
+        if dataset is not None:
+            raise UserError("--dataset and --dataset_config both say what to train on: give one of them")
+        return read_folders(config, rules, tables_only)
+    if dataset is None:
         raise UserError("--dataset is missing: the folder with your clips and captions (--dataset_config: several)")
-    if config is None:
-        _check_ignored(rules, vars(rules))
-        return [Folder(dataset, rules)]
-    if dataset is not None:
-        raise UserError("--dataset and --dataset_config both say what to train on: give one of them")
-    return read_folders(config, rules, alone)
+    _check_ignored(rules, vars(rules))
+    return [Folder(dataset, rules)]
+
+
+def check_paired_files(folders: Sequence[Folder], uses_controls: bool, needs_masks: bool) -> None:
+    """Raises UserError if a folder's controls would not be used, or if masks are needed and no folder has any."""
+    for folder in folders:
+        if folder.rules.reads_control and not uses_controls:
+            raise UserError(f"load_control and control_folder require --control_lora (folder {folder.path})")
+    if needs_masks and not any(folder.rules.reads_mask for folder in folders):
+        raise UserError("--mask_floor requires masks: see --load_mask and --mask_folder")
 
 
 def _check_ignored(rules: Rules, given: Iterable[str]) -> None:
-    """Raises UserError where one of the `given` rules is not its default and means nothing beside the others."""
+    """Raises UserError if one of the `given` rules differs from its default but has no effect beside the others."""
     strided = rules.fps == "native" and rules.frame_sampling in ("random", "head", "middle")
     ignored = {
-        "max_frame_stride": (not strided, "with this --fps or --frame_sampling"),
-        "min_ar": (rules.buckets != "fine", "without --buckets fine"),
-        "max_ar": (rules.buckets != "fine", "without --buckets fine"),
-        "caption_per_line": (rules.captions == "filename", "with --captions filename"),
-        "control_suffix": (not rules.load_control, "without --load_control"),
-        "mask_suffix": (not rules.load_mask, "without --load_mask"),
+        "max_frame_stride": (not strided, "has no effect with this --fps or --frame_sampling"),
+        "min_ar": (rules.buckets != "fine", "requires --buckets fine"),
+        "max_ar": (rules.buckets != "fine", "requires --buckets fine"),
+        "caption_per_line": (rules.captions == "filename", "has no effect with --captions filename"),
+        "control_suffix": (not rules.load_control, "requires --load_control"),
+        "mask_suffix": (not rules.load_mask, "requires --load_mask"),
     }
-    for name, (is_ignored, why) in ignored.items():
+    for name, (is_ignored, reason) in ignored.items():
         if is_ignored and name in given and getattr(rules, name) != getattr(Rules, name):
-            raise UserError(f"--{name} means nothing {why}")
+            raise UserError(f"--{name} {reason}")
 
 
-def read_folders(config: Path, defaults: Rules, alone: bool) -> list[Folder]:
-    """The `[[dataset]]` tables of a TOML file: a `path` each, relative to the file, and what differs from `defaults`.
+def read_folders(config: Path, defaults: Rules, tables_only: bool) -> list[Folder]:
+    """The `[[dataset]]` tables of a TOML file: a `path` each, relative to the file, and rules that override `defaults`.
 
-    Raises UserError for an unknown key, which names the nearest known one, for a table without a path, and for what is
-    outside of the tables, where the file should hold them `alone`.
+    With `tables_only` the file may hold nothing else; otherwise it is also the file of --config. Raises UserError for
+    an unknown key, naming the nearest known one, for a table without a path, and for a rule that would have no effect.
     """
     values = read_toml(config)
     tables = values.pop("dataset", [])
-    if values and alone:
+    if values and tables_only:
         name = next(iter(values))
         raise UserError(f"unknown option {name!r} in {config}: it holds [[dataset]] tables, options are for --config")
-    if not isinstance(tables, list) or not tables:
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         raise UserError(f"{config} has no [[dataset]] table: write one for each folder, with its path")
     return [_folder(config, number, table, defaults) for number, table in enumerate(tables, 1)]
 

@@ -1,34 +1,36 @@
-"""From planned samples to tensors, ahead of the training step.
+"""From planned samples to tensors, loaded ahead of the training step.
 
 Letters in shapes: `F` frames, `H` height, `W` width.
 """
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 from utils.common.errors import LoaderError, UserError
+from utils.common.tensors import map_tensors
 from utils.data.plan import Plan, Window
-from utils.data.scan import PairedFile
 from utils.media.frames import crop_and_resize, read_frames
-from utils.media.probing import MediaError, is_image
+from utils.media.probing import MediaError, MediaInfo, is_image
 
 T = TypeVar("T")
 Load = Callable[[Window], T]
 
 _BATCHES_AHEAD = 2
-_PATIENCE = 120.0  # seconds for a batch, after which its decoder is taken to hang
+_TIMEOUT = 120.0  # seconds for a batch; a worker that takes longer counts as hanging
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """Pixels of one window: uint8 RGB (3, F, H, W), the control's where there is one, and the mask (F, H, W)."""
+    """Pixels of one window: uint8 RGB (3, F, H, W), the same of its control, and its mask as uint8 (F, H, W)."""
 
     pixels: Tensor
     caption: str
@@ -36,29 +38,27 @@ class Clip:
     mask: Tensor | None = None
 
     def pin_memory(self) -> "Clip":
-        """In page-locked memory, from where a GPU copies without the host waiting; the loader calls this."""
-        pinned = {name: getattr(self, name) for name in ("pixels", "control", "mask")}
-        return replace(self, **{name: value.pin_memory() for name, value in pinned.items() if value is not None})
+        """In page-locked memory, from which copies to a GPU are asynchronous; torch's loader calls this."""
+        return map_tensors(self, Tensor.pin_memory)
 
 
 def load_clip(window: Window) -> Clip:
-    """Read what `window` decided. Control and mask are cut at the same fractions, whatever their own resolution.
+    """Reads the pixels of a window. Control and mask are cropped at the same fractions, whatever their resolution.
 
     Raises `MediaError` for a file that has become unreadable.
     """
     source = window.source
-    itself = PairedFile(source.path, source.info)
-    control = _read(source.control, window) if source.control else None
-    mask = _read(source.mask, window)[0].contiguous() if source.mask else None  # gray: any channel
-    return Clip(_read(itself, window), window.caption, control, mask)
+    pixels = _read(source.path, source.info, window)
+    control = _read(source.control.path, source.control.info, window) if source.control else None
+    mask = _read(source.mask.path, source.mask.info, window)[0] if source.mask else None  # gray: channels are equal
+    return Clip(pixels, window.caption, control, None if mask is None else mask.contiguous())
 
 
 def batches(plan: Plan, load: Load[T], start_batch: int = 0, num_workers: int = 0) -> Iterator[list[T]]:
-    """Samples of epoch after epoch without end, in the plan's order.
+    """Loaded batches of epoch after epoch, without end, in the plan's order.
 
-    `start_batch` batches are skipped, past the end of the first epoch if need be: with the number of batches that it
-    has had, a run goes on where it was. This call raises `UserError` when nothing can be planned, the iterator raises
-    as that of `load_ahead` does.
+    `start_batch` batches are skipped, possibly whole epochs: a run resumes with the number of batches that it has
+    consumed. The call raises `UserError` if nothing can be planned; the iterator raises as `load_ahead`'s does.
     """
     if not plan.sources:
         raise UserError("there is nothing to train on: no usable image or video was found")
@@ -68,10 +68,10 @@ def batches(plan: Plan, load: Load[T], start_batch: int = 0, num_workers: int = 
 
 
 def load_ahead(planned: Iterable[Sequence[Window]], load: Load[T], num_workers: int) -> Iterator[list[T]]:
-    """What `load` makes of each planned batch, in order, ahead of time by `num_workers` processes.
+    """Each planned batch through `load`, in order, loaded ahead by `num_workers` processes (0: in this process).
 
-    In page-locked memory where there is a GPU. Leaves the global random state alone. Closing the iterator ends the
-    workers. It raises `MediaError` for a file that fails, and LoaderError where a worker dies or hangs.
+    The tensors are in page-locked memory if there is a GPU. The global random state is not touched. Closing the
+    iterator ends the workers. It raises `MediaError` for a file that fails, LoaderError if a worker dies or hangs.
     """
     loader = DataLoader(
         _Loading(load),
@@ -80,25 +80,28 @@ def load_ahead(planned: Iterable[Sequence[Window]], load: Load[T], num_workers: 
         num_workers=num_workers,
         collate_fn=_unchanged,
         prefetch_factor=_BATCHES_AHEAD if num_workers else None,
-        timeout=_PATIENCE if num_workers else 0,
+        timeout=_TIMEOUT if num_workers else 0,
         generator=torch.Generator(),
         pin_memory=torch.cuda.is_available(),
     )
-    return _raising(loader)
+    return _unwrapped(loader)
 
 
 def loader_failure(error: RuntimeError) -> LoaderError | None:
-    """What torch's loader says, in words alone, of a process that was killed or is late; None for any other error."""
+    """The error of a loader process that was killed or timed out; None for any other error.
+
+    torch raises a plain RuntimeError for both, so only its text tells them from other errors.
+    """
     if "DataLoader" not in str(error):
         return None
     reason = str(error).split("\n")[0]
     return LoaderError(f"loading the next clips failed: {reason}; fewer --num_workers need less memory")
 
 
-class _Loading(Dataset[list[T] | MediaError], Generic[T]):
-    """Indexed by a planned batch. A failure is handed over as a value, since a raised one arrives with a traceback.
+class _Loading(TorchDataset[list[T] | MediaError], Generic[T]):
+    """Indexed by a planned batch. A failure is returned as a value: a raised one would arrive with a traceback.
 
-    DataLoader gives each worker one torch thread, and with it one decoding thread.
+    DataLoader limits each worker to one torch thread, so that decoding uses one thread too.
     """
 
     def __init__(self, load: Load[T]) -> None:
@@ -115,7 +118,7 @@ def _unchanged(loaded: T) -> T:
     return loaded
 
 
-def _raising(loader: Iterable[list[T] | MediaError]) -> Iterator[list[T]]:
+def _unwrapped(loader: Iterable[list[T] | MediaError]) -> Iterator[list[T]]:
     loaded = iter(loader)
     try:
         while True:
@@ -131,14 +134,14 @@ def _raising(loader: Iterable[list[T] | MediaError]) -> Iterator[list[T]]:
     except StopIteration:
         return
     finally:
-        # The last reference: a traceback that is kept would otherwise keep the workers too.
+        # The last reference: otherwise a traceback that someone keeps would keep the workers alive.
         del loaded
 
 
-def _read(file: PairedFile, window: Window) -> Tensor:
-    """(3, F, H, W): the window's frames of a file, or its one image for all of them."""
-    still = is_image(file.path)
-    frames = read_frames(file.path, [0] if still else window.indices, file.info)
+def _read(path: Path, info: MediaInfo, window: Window) -> Tensor:
+    """uint8 (3, F, H, W): the window's frames of a video, or an image repeated for all of them."""
+    still = is_image(path)
+    frames = read_frames(path, [0] if still else window.indices, info)
     like = (window.source.info.width, window.source.info.height)
     pixels = crop_and_resize(frames, window.width, window.height, window.position, like)
     pixels = rearrange(pixels, "f c h w -> c f h w")

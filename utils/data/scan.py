@@ -1,4 +1,4 @@
-"""From folders to sources: which files, with which captions, controls and masks, and what is wrong with the others."""
+"""From folders to sources: usable files with their captions, controls and masks, and the problems of all others."""
 
 import os
 from collections import Counter, defaultdict
@@ -17,14 +17,15 @@ from utils.media.probing import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, Medi
 
 VALIDATION_NAMES = ("val", "validation", "eval", "test")
 MIN_VIDEO_FRAMES = 5
-OTHER_SHAPE, OTHER_RATE = 0.05, 0.02  # a control or mask may differ by these shares, which rounding brings
+# Rounding accounts for differences up to these shares between a clip and its control or mask.
+ASPECT_TOLERANCE, RATE_TOLERANCE = 0.05, 0.02
 
-Found = dict[Path, MediaInfo | MediaError]
+Candidates = dict[Path, list[Path]]  # controls or masks, by their clip's path or name without its ending
 
 
 @dataclass(frozen=True)
 class PairedFile:
-    """A file that goes with another, frame for frame: its control, or its mask."""
+    """A clip's control or mask: its frames correspond to the clip's one to one."""
 
     path: Path
     info: MediaInfo
@@ -32,38 +33,43 @@ class PairedFile:
 
 @dataclass(frozen=True)
 class Source:
-    """A usable media file: its captions, of which each sample takes one, and the frames to choose from.
+    """A usable media file: its captions, of which each sample takes one, and the frames that samples may use.
 
-    `shown` are frame numbers of the file: all of them, or those at the folder's frame rate, also where a control or
-    mask ends earlier.
+    `frame_indices` number frames of the file, ascending: every frame, or the frames at the folder's frame rate. They
+    end where a shorter control or mask ends.
     """
 
     path: Path
     captions: tuple[str, ...]
     info: MediaInfo
-    shown: Sequence[int]
+    frame_indices: Sequence[int]
     folder: Path
     rules: Rules
     control: PairedFile | None = None
     mask: PairedFile | None = None
 
+    @property
+    def files(self) -> list[Path]:
+        """The file itself, then its control and its mask if it has them."""
+        return [self.path, *(paired.path for paired in (self.control, self.mask) if paired)]
+
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a media file cannot be trained on."""
+    """Why a file cannot be used."""
 
     path: Path
     reason: str
 
 
 def split_folders(dataset: Path) -> tuple[Path, list[Path]]:
-    """The training folder (`train`, else the folder itself) and those of `VALIDATION_NAMES` that are there, in order.
+    """(training folder, validation folders): `train` or else `dataset` itself, and the existing `VALIDATION_NAMES`.
 
-    Hand these to `scan` of the first as `exclude`: they may lie inside.
+    The validation folders may lie inside the training folder: pass them to its `scan` as `exclude`.
     """
     train = dataset / "train"
-    held_out = [dataset / name for name in VALIDATION_NAMES]
-    return train if train.is_dir() else dataset, [folder for folder in held_out if folder.is_dir()]
+    validation = [dataset / name for name in VALIDATION_NAMES]
+    return train if train.is_dir() else dataset, [folder for folder in validation if folder.is_dir()]
 
 
 def scan(
@@ -71,133 +77,148 @@ def scan(
 ) -> tuple[list[Source], list[Problem]]:
     """Every media file below the folder, as a source or as one or more problems, both in path order.
 
-    `dataset` is the folder that this one is a part of: captions may lie there. Hidden files and folders and the
-    folders `exclude` are left out. Raises `UserError` for a folder that is missing or has no media at all; a bad file
-    never raises.
+    `dataset` is the folder that this one is a part of: captions may lie there. Hidden files, hidden folders and the
+    folders `exclude` are skipped. Raises `UserError` if the folder is missing or holds no media; a bad file is a
+    problem, never an exception.
     """
     rules = folder.rules
-    roles = [
-        _Role("control", rules.reads_control, rules.control_suffix, rules.control_folder),
-        _Role("mask", rules.reads_mask, rules.mask_suffix, rules.mask_folder),
-    ]
-    files = _media_files(folder.path, [*exclude, *(role.folder for role in roles if role.folder)])
-    wanted = {role.name: role.among(files) for role in roles if role.wanted}
-    companions = {path for found in wanted.values() for paths in found.values() for path in paths}
-    media = [path for path in files if path not in companions]
-    captions = find_captions(folder.path, media, rules.captions, rules.caption_per_line, dataset)
-    namesakes = Counter(_stem(path) for path in media)
-    found = _inspect([*media, *sorted(companions)])
+    pairings = [_Pairing("control", rules.control_suffix, rules.control_folder)] if rules.reads_control else []
+    pairings += [_Pairing("mask", rules.mask_suffix, rules.mask_folder)] if rules.reads_mask else []
+    files = _media_files(folder.path, [*exclude, *(pairing.folder for pairing in pairings if pairing.folder)])
+    candidates = [pairing.find_candidates(files) for pairing in pairings]
+    paired_paths = {path for found in candidates for paths in found.values() for path in paths}
+    clips = [path for path in files if path not in paired_paths]
+    captions = find_captions(folder.path, clips, rules.captions, rules.caption_per_line, dataset)
+    stems = Counter(_stem(path) for path in clips)
+    media = _inspect([*clips, *sorted(paired_paths)])
 
-    sources, problems = [], [Problem(path, reason) for path, reason in captions.strays]
-    for path in media:
-        reasons = [captions.flaws[path]] if path in captions.flaws else []
-        reasons += _content_flaws(path, found[path])
-        if namesakes[_stem(path)] > 1:
-            reasons.append(f"another file here is named {path.stem} too, and they would share a caption: rename one")
-        goes_with = {}
-        for role in roles:
-            if role.wanted:
-                goes_with[role.name], flaws = role.of(path, wanted[role.name], found)
-                reasons += flaws
+    sources, problems = [], [Problem(path, reason) for path, reason in captions.file_problems]
+    for path in clips:
+        reasons = [known[path] for known in (captions.problems, media.unusable) if path in known]
+        if stems[_stem(path)] > 1:
+            reasons.append(f"another file in its folder is named {path.stem} too, so they share a caption: rename one")
+        paired = {}
+        for pairing, found in zip(pairings, candidates, strict=True):
+            others = pairing.candidates_of(path, found)
+            mismatches = pairing.problems(path, others, media)
+            reasons += mismatches
+            if not mismatches:
+                paired[pairing.name] = PairedFile(others[0], media.infos[others[0]])
         problems += [Problem(path, reason) for reason in reasons]
         if not reasons:
-            sources.append(_source(folder, path, captions.texts[path], found, goes_with, model_fps))
-    known = {_stem(path) for path in media}
-    for role in roles:
-        problems += role.strays(wanted.get(role.name, {}), known)
+            sources.append(_source(folder, path, captions.texts[path], media.infos[path], paired, model_fps))
+    for pairing, found in zip(pairings, candidates, strict=True):
+        problems += pairing.orphans(found, set(stems))
     return sources, problems
 
 
-def _content_flaws(path: Path, info: MediaInfo | MediaError) -> list[str]:
-    """What is wrong with a file's content."""
-    if isinstance(info, MediaError):
-        return [info.reason]
-    if is_video(path) and info.frames < MIN_VIDEO_FRAMES:
-        return [f"it has {info.frames} frames: a video needs at least {MIN_VIDEO_FRAMES}"]
-    return []
+@dataclass(frozen=True)
+class _Media:
+    """What inspection found: `infos` of every readable file, and why a file is `unusable`, readable or not."""
+
+    infos: dict[Path, MediaInfo]
+    unusable: dict[Path, str]
 
 
-def _mismatches(other: MediaInfo, info: MediaInfo | MediaError) -> list[str]:
-    """Why a companion cannot go with its file, frame for frame and place for place."""
-    if isinstance(info, MediaError):
-        return []
-    flaws = []
-    if abs(other.width * info.height / (other.height * info.width) - 1) > OTHER_SHAPE:
-        sizes = f"{other.width}x{other.height}", f"{info.width}x{info.height}"
-        flaws.append("it is {}, of another shape than {}".format(*sizes))
-    if other.fps and info.fps and abs(other.fps / info.fps - 1) > OTHER_RATE:
-        flaws.append(f"it has {other.fps:.4g} frames per second, not {info.fps:.4g}: they must go frame by frame")
-    return flaws
+def _inspect(files: Sequence[Path]) -> _Media:
+    media = _Media({}, {})
+    results = tqdm(inspect_all(files), total=len(files), desc="reading media", unit="file", delay=2)
+    for path, result in zip(files, results, strict=True):
+        if isinstance(result, MediaError):
+            media.unusable[path] = result.reason
+            continue
+        media.infos[path] = result
+        if is_video(path) and result.frames < MIN_VIDEO_FRAMES:
+            media.unusable[path] = f"it has {result.frames} frames: a video needs at least {MIN_VIDEO_FRAMES}"
+    return media
 
 
 @dataclass(frozen=True)
-class _Role:
-    """What a file can be to another: named with a suffix beside it, or alike in a folder of its own."""
+class _Pairing:
+    """How controls, or masks, are matched with clips: by a suffix beside them, or by name in a folder of their own."""
 
     name: str
-    wanted: bool
     suffix: str
     folder: Path | None
 
-    def among(self, files: Sequence[Path]) -> dict[Path, list[Path]]:
-        """The files of this role by the path, without ending, of what they go with; in a folder by name alone."""
+    def find_candidates(self, files: Sequence[Path]) -> Candidates:
+        """All controls (masks), by the path of their clip without its ending; in a folder, by the clip's name alone."""
         found = defaultdict(list)
         if self.folder is not None:
             for path in _media_files(self.folder, []):
                 found[Path(path.stem)].append(path)
         elif not self.suffix:
-            raise UserError(f"the {self.name} suffix is empty: it tells a {self.name} from its clip, as _{self.name}")
+            raise UserError(f"the {self.name} suffix is empty: give what a {self.name} is named by, like _{self.name}")
         else:
             for path in files:
                 if path.stem.endswith(self.suffix):
                     found[path.with_name(path.stem.removesuffix(self.suffix))].append(path)
         return found
 
-    def of(self, path: Path, wanted: dict[Path, list[Path]], found: Found) -> tuple[PairedFile | None, list[str]]:
-        """The companion of a media file, and what is wrong with it."""
-        paths = wanted.get(self._key(_stem(path)), [])
-        if len(paths) != 1:
-            names = " and ".join(other.name for other in paths)
-            named = f"{path.stem}.* in {self.folder}" if self.folder else f"{path.stem}{self.suffix}.*"
-            flaw = f"has several {self.name}s, {names}: keep one" if paths else f"has no {self.name} named {named}"
-            return None, [f"it {flaw}"]
-        other = paths[0]
-        if is_image(path) and not is_image(other):
-            return None, [f"its {self.name} {other.name} must be an image as it is"]
-        if self.name == "control" and is_image(other) and not is_image(path):
-            return None, [f"its {self.name} {other.name} must be a video as it is"]
-        flaws = _content_flaws(other, found[other]) or _mismatches(found[other], found[path])
-        return (None if flaws else PairedFile(other, found[other])), [
-            f"its {self.name} {other.name}: {f}" for f in flaws
-        ]
+    def candidates_of(self, clip: Path, candidates: Candidates) -> list[Path]:
+        stem = _stem(clip)
+        return candidates.get(Path(stem.name) if self.folder else stem, [])
 
-    def strays(self, wanted: dict[Path, list[Path]], known: set[Path]) -> list[Problem]:
-        """Files beside the clips that go with none of them; a folder of its own may hold those of others too."""
-        reason = f"a {self.name} without the file that it goes with"
-        lonely = (paths for key, paths in wanted.items() if key not in known and not self.folder)
-        return [Problem(path, reason) for paths in lonely for path in paths]
+    def problems(self, clip: Path, others: Sequence[Path], media: _Media) -> list[str]:
+        """Why `others` are not exactly one control (mask) that fits the clip; nothing if they are."""
+        if not others:
+            expected = f"{clip.stem}.* in {self.folder}" if self.folder else f"{clip.stem}{self.suffix}.*"
+            return [f"it has no {self.name} named {expected}"]
+        if len(others) > 1:
+            names = " and ".join(other.name for other in others)
+            return [f"it has several {self.name}s, {names}: keep one"]
+        other = others[0]
+        if is_image(clip) and not is_image(other):
+            return [f"its {self.name} {other.name} must be an image, like the file itself"]
+        if self.name == "control" and is_image(other) and not is_image(clip):
+            return [f"its {self.name} {other.name} must be a video, like the file itself"]
+        if other in media.unusable:
+            reasons = [media.unusable[other]]
+        else:
+            reasons = _mismatches(media.infos[other], media.infos.get(clip))
+        return [f"its {self.name} {other.name}: {reason}" for reason in reasons]
 
-    def _key(self, stem: Path) -> Path:
-        return Path(stem.name) if self.folder else stem
+    def orphans(self, candidates: Candidates, stems: set[Path]) -> list[Problem]:
+        """Files beside the clips that belong to none of them. A folder of its own may also serve other datasets."""
+        if self.folder:
+            return []
+        paths = (path for stem, found in candidates.items() if stem not in stems for path in found)
+        return [Problem(path, f"there is no clip for this {self.name}") for path in paths]
+
+
+def _mismatches(other: MediaInfo, clip: MediaInfo | None) -> list[str]:
+    """Why the frames of a control or mask cannot correspond to the clip's; nothing for a clip that is unreadable."""
+    if clip is None:
+        return []
+    reasons = []
+    if abs(other.width * clip.height / (other.height * clip.width) - 1) > ASPECT_TOLERANCE:
+        sizes = f"{other.width}x{other.height}", f"{clip.width}x{clip.height}"
+        reasons.append("its aspect ratio differs: {} and {}".format(*sizes))
+    if other.fps and clip.fps and abs(other.fps / clip.fps - 1) > RATE_TOLERANCE:
+        reasons.append(f"it has {other.fps:.4g} frames per second, not {clip.fps:.4g}: frames must correspond")
+    return reasons
 
 
 def _source(
-    folder: Folder, path: Path, texts: tuple[str, ...], found: Found, goes_with: dict[str, PairedFile], model_fps: float
+    folder: Folder, path: Path, texts: tuple[str, ...], info: MediaInfo, paired: dict[str, PairedFile], model_fps: float
 ) -> Source:
-    info, rate = found[path], folder.rules.rate(model_fps)
-    frames = min([info.frames, *(c.info.frames for c in goes_with.values() if not is_image(c.path))])
-    shown: Sequence[int] = range(frames)
+    rules, rate = folder.rules, folder.rules.rate(model_fps)
+    frames = min([info.frames, *(other.info.frames for other in paired.values() if not is_image(other.path))])
+    indices: Sequence[int] = range(frames)
     if rate is not None and not is_image(path):
-        shown = tuple(index for index in frames_at_rate(frame_times(path), rate) if index < frames)
-    prefixed = tuple(folder.rules.caption_prefix + text for text in texts)
-    return Source(path, prefixed, info, shown, folder.path, folder.rules, **goes_with)
+        indices = tuple(index for index in frames_at_rate(frame_times(path), rate) if index < frames)
+    captions = tuple(rules.caption_prefix + text for text in texts)
+    return Source(path, captions, info, indices, folder.path, rules, paired.get("control"), paired.get("mask"))
 
 
 def _media_files(folder: Path, exclude: Sequence[Path]) -> list[Path]:
-    """All media below `folder` in path order, through links but no folder twice. Raises `UserError` for none."""
+    """All media below `folder` in path order, following links but entering no folder twice.
+
+    Raises `UserError` if the folder is missing or holds no media.
+    """
     if not folder.is_dir():
         raise UserError(f"the dataset {folder} {'is a file, not a folder' if folder.exists() else 'does not exist'}")
-    found, visited = [], {left_out.resolve() for left_out in exclude}
+    found, visited = [], {excluded.resolve() for excluded in exclude}
     for here, folders, names in os.walk(folder, followlinks=True):
         real = Path(here).resolve()
         if real in visited:
@@ -209,13 +230,8 @@ def _media_files(folder: Path, exclude: Sequence[Path]) -> list[Path]:
     media = [path for path in found if is_image(path) or is_video(path)]
     if not media:
         formats = " ".join(sorted(VIDEO_SUFFIXES) + sorted(IMAGE_SUFFIXES))
-        raise UserError(f"there are no videos or images in {folder}\nlooked for {formats}, in subfolders too")
+        raise UserError(f"there are no videos or images in {folder} or its subfolders\nlooked for {formats}")
     return sorted(media, key=lambda path: path.relative_to(folder).parts)
-
-
-def _inspect(files: Sequence[Path]) -> Found:
-    shown = tqdm(inspect_all(files), total=len(files), desc="reading media", unit="file", delay=2)
-    return dict(zip(files, shown, strict=True))
 
 
 def _stem(path: Path) -> Path:

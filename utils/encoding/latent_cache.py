@@ -6,7 +6,6 @@ The name says everything that the content depends on: the bytes of the files, th
 cut, the VAE and its dtype, the control that was made. Captions are no part of it: they have a cache of their own.
 """
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -17,15 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from utils.common.digests import DIGESTS, Digests
 from utils.common.errors import RunError, UserError
 from utils.common.files import replacing
-from utils.common.formatting import readable_size
-from utils.data.plan import Window
+from utils.common.formatting import counted, readable_size
+from utils.data.dataset import Dataset
+from utils.data.plan import Limits, Window, fixed_windows, flatten_windows
 
-LATENTS = "latents"  # the folder of them inside a cache folder
-DIGESTS = "digests.json"
 ROOM_TO_LEAVE = 2**30  # bytes of a disk, for everything else
 LATENTS_PER_TOKEN = 4  # every Wan's patch is (1, 2, 2)
+LONGEST_EMBEDDING = 512 * 4096 * 2  # bytes of a caption that fills all of UMT5-XXL, in bf16
 Parts = dict[str, Tensor]
 
 
@@ -111,41 +111,12 @@ def latent_bytes(windows: Iterable[Window], channels: int) -> int:
     )
 
 
-class Digests:
-    """Hashes of files, remembered in a JSON file as long as size and time of a file stay the same."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._known: dict[str, list] = _read_json(path)
-
-    def of(self, path: Path) -> str:
-        """The sha256 of a file's bytes. Raises UserError where it cannot be read."""
-        try:
-            status = path.stat()
-            stamp = [status.st_size, status.st_mtime_ns]
-            known = self._known.get(str(path.absolute()))
-            if not known or known[:2] != stamp:
-                with path.open("rb") as file:
-                    known = [*stamp, hashlib.file_digest(file, "sha256").hexdigest()]
-                self._known[str(path.absolute())] = known
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-        return known[2]
-
-    def save(self) -> None:
-        """Keeps what is known for the next run; a folder that cannot be written is no error."""
-        with contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as unfinished:
-                unfinished.write_text(json.dumps(self._known), encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, list]:
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
+def format_cache_size(data: Dataset, limits: Limits, channels: int) -> str:
+    """One line: the disk space of both caches; `channels` counts the latents of a clip and of its control, if any."""
+    windows = flatten_windows(fixed_windows(data.train, limits, 1))
+    latents, texts = readable_size(latent_bytes(windows, channels)), len(set(data.captions))
+    longest = readable_size(LONGEST_EMBEDDING)
+    return f"on disk: --cache_latents N takes N times {latents}, each of {counted(texts, 'text')} at most {longest}"
 
 
 def _is_whole(path: Path) -> bool:

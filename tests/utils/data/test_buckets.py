@@ -2,8 +2,10 @@ import math
 
 import pytest
 
+from tests.limits import GRID
 from utils.common.errors import UserError
-from utils.data.buckets import Grid, Shapes, bucket_size, count_tokens, max_frames
+from utils.data.buckets import Shapes, bucket_size, count_tokens, max_frames
+from wan.configs.grid import Grid
 
 LARGER = Shapes(enlarge=True)
 
@@ -16,54 +18,54 @@ def test_bucket_sizes_are_the_released_ones():
     }
     pictures = [(1920, 1080), (640, 480), (500, 500), (480, 640), (1080, 1920)]
     for base_res, sizes in table.items():
-        assert [bucket_size(*picture, base_res, LARGER) for picture in pictures] == sizes
+        assert [bucket_size(*picture, base_res, GRID, LARGER) for picture in pictures] == sizes
 
 
 def test_bucket_cuts_fall_exactly_where_they_should():
     around = {1529: (832, 480), 1528: (704, 544), 1151: (704, 544), 1150: (624, 624), 885: (624, 624)}
     around |= {884: (544, 704), 670: (544, 704), 669: (480, 832)}
     for width, size in around.items():
-        assert bucket_size(width, 1000, 624, LARGER) == size, width
+        assert bucket_size(width, 1000, 624, GRID, LARGER) == size, width
 
 
 def test_any_multiple_of_16_gets_three_ratios_of_about_equal_area():
     for base_res in range(256, 2049, 16):
         for picture, ratio in (((16, 9), 16 / 9), ((4, 3), 4 / 3), ((1, 1), 1.0), ((9, 16), 9 / 16)):
-            width, height = bucket_size(*picture, base_res, LARGER)
+            width, height = bucket_size(*picture, base_res, GRID, LARGER)
             assert width % 16 == height % 16 == 0
             assert abs(width * height / base_res**2 - 1) < 0.07
             assert abs(width / height / ratio - 1) < 0.08
     for wrong in (0, -16, 100):
         with pytest.raises(UserError, match="multiple of 16"):
-            bucket_size(16, 9, wrong, LARGER)
+            bucket_size(16, 9, wrong, GRID, LARGER)
 
 
 def test_another_grid_moves_sizes_onto_its_tokens():
     grid = Grid(frame=4, side=32)
-    assert bucket_size(16, 9, 960, LARGER, grid) == (1280, 704)
-    assert bucket_size(1, 1, 624, LARGER, grid) == (640, 640)
+    assert bucket_size(16, 9, 960, grid, LARGER) == (1280, 704)
+    assert bucket_size(1, 1, 624, grid, LARGER) == (640, 640)
     assert count_tokens(1280, 704, 121, grid) == 40 * 22 * 31
 
 
 def test_the_token_limit_is_inclusive_and_an_impossible_one_names_both_numbers():
-    assert count_tokens(832, 480, 81) == 52 * 30 * 21
-    assert max_frames(832, 480, 1560 * 17) == 65
-    assert max_frames(832, 480, 1560 * 17 - 1) == 61
-    assert max_frames(832, 480, 1560) == 1
+    assert count_tokens(832, 480, 81, GRID) == 52 * 30 * 21
+    assert max_frames(832, 480, 1560 * 17, GRID) == 65
+    assert max_frames(832, 480, 1560 * 17 - 1, GRID) == 61
+    assert max_frames(832, 480, 1560, GRID) == 1
     with pytest.raises(UserError, match=r"1560 tokens.*1559"):
-        max_frames(832, 480, 1559)
+        max_frames(832, 480, 1559, GRID)
 
 
 def test_a_small_picture_gets_the_largest_size_within_it_unless_it_may_be_enlarged():
-    assert bucket_size(640, 360, 624) == (624, 352)
-    assert bucket_size(854, 480, 624) == (832, 480)
-    assert bucket_size(720, 480, 624) == (624, 480)
-    assert bucket_size(640, 360, 624, LARGER) == (832, 480)
-    assert bucket_size(9, 9, 624) == (16, 16)
+    assert bucket_size(640, 360, 624, GRID) == (624, 352)
+    assert bucket_size(854, 480, 624, GRID) == (832, 480)
+    assert bucket_size(720, 480, 624, GRID) == (624, 480)
+    assert bucket_size(640, 360, 624, GRID, LARGER) == (832, 480)
+    assert bucket_size(9, 9, 624, GRID) == (16, 16)
     for buckets in ("wan", "fine"):
         for width in range(100, 900, 37):
             for height in range(100, 900, 41):
-                size = bucket_size(width, height, 624, Shapes(buckets))
+                size = bucket_size(width, height, 624, GRID, Shapes(buckets))
                 assert size[0] % 16 == size[1] % 16 == 0 and size[0] <= width and size[1] <= height
                 assert size[0] * size[1] <= 1.02 * 624**2 + 16 * 832
 
@@ -71,7 +73,7 @@ def test_a_small_picture_gets_the_largest_size_within_it_unless_it_may_be_enlarg
 def test_fine_buckets_are_evenly_spaced_ratios_of_about_equal_area():
     shapes = Shapes("fine", min_ar=0.5, max_ar=2.0)
     sizes = {
-        bucket_size(round(1000 * 2 ** (step / 40)), 1000, 480, Shapes("fine", 0.5, 2.0, True))
+        bucket_size(round(1000 * 2 ** (step / 40)), 1000, 480, GRID, Shapes("fine", 0.5, 2.0, True))
         for step in range(-60, 61)
     }
     ratios = sorted(width / height for width, height in sizes)
@@ -79,4 +81,4 @@ def test_fine_buckets_are_evenly_spaced_ratios_of_about_equal_area():
     steps = [math.log(after / before) for before, after in zip(ratios, ratios[1:], strict=False)]
     assert max(steps) < 2.2 * min(steps)
     assert all(abs(width * height / 480**2 - 1) < 0.06 for width, height in sizes)
-    assert bucket_size(4000, 1000, 480, shapes) == bucket_size(2000, 1000, 480, shapes)
+    assert bucket_size(4000, 1000, 480, GRID, shapes) == bucket_size(2000, 1000, 480, GRID, shapes)

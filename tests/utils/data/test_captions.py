@@ -26,7 +26,7 @@ def write(folder: Path, files: dict[str, str | bytes]) -> None:
 
 def texts(folder: Path, paths: list[Path], **options) -> dict[str, tuple[str, ...]]:
     found = find_captions(folder, paths, **options)
-    assert not found.flaws and not found.strays
+    assert not found.problems and not found.file_problems
     return {path.relative_to(folder).as_posix(): text for path, text in found.texts.items()}
 
 
@@ -54,7 +54,7 @@ def test_captions_lie_beside_the_folder_of_the_media_but_never_above_the_dataset
     write(folder, {"set/captions/a.txt": "fox", "set/videos/captions/b.txt": "hare", "captions/c.txt": "not ours"})
     found = find_captions(folder / "set", paths)
     assert [text for (text,) in found.texts.values()] == ["fox", "hare"]
-    assert found.flaws == {folder / "set" / "c.mp4": "it has no caption: write one into c.txt beside it"}
+    assert found.problems == {folder / "set" / "c.mp4": "it has no caption: write one to c.txt beside it"}
 
 
 def test_lines_of_one_listing_belong_to_the_files_in_sorted_order_and_must_agree_in_number(folder):
@@ -63,9 +63,9 @@ def test_lines_of_one_listing_belong_to_the_files_in_sorted_order_and_must_agree
     assert texts(folder, paths) == {"c.mp4": ("third",), "videos/a.mp4": ("first",), "videos/b.mp4": ("second",)}
     write(folder, {"captions.txt": "one\ntwo"})
     found = find_captions(folder, paths)
-    reason = "it has 2 lines for 3 media files: a line for each, in sorted order"
-    assert found.strays == [(folder / "captions.txt", reason)]
-    assert len(found.flaws) == 3
+    reason = "it has 2 lines for 3 media files: write one per file, in sorted order"
+    assert found.file_problems == [(folder / "captions.txt", reason)]
+    assert len(found.problems) == 3
 
 
 def test_a_clip_named_captions_has_its_own_caption(folder):
@@ -79,7 +79,13 @@ def test_the_file_name_is_a_caption_only_where_it_is_asked_for(folder):
     write(folder, {"a_red__fox runs.txt": "something else"})
     assert texts(folder, paths, source="filename") == {"a_red__fox runs.mp4": ("a red fox runs",)}
     (folder / "a_red__fox runs.txt").unlink()
-    assert "no caption" in find_captions(folder, paths).flaws[paths[0]]
+    assert "no caption" in find_captions(folder, paths).problems[paths[0]]
+
+
+def test_a_file_name_that_is_not_utf_8_is_no_caption(folder):
+    path = folder / "caf\udce9.mp4"
+    found = find_captions(folder, [path], source="filename")
+    assert found.texts == {} and found.problems == {path: "its name is not UTF-8 text: rename it"}
 
 
 def test_lines_of_a_file_are_captions_of_their_own_on_request(folder):
@@ -89,7 +95,7 @@ def test_lines_of_a_file_are_captions_of_their_own_on_request(folder):
     assert texts(folder, paths, per_line=True) == {"a.mp4": ("fox", "a red fox"), "b.mp4": ("hare", "a hare")}
     found = find_captions(folder, paths)
     assert found.texts == {paths[0]: ("fox\n\n  a red fox",)}
-    assert found.strays == [
+    assert found.file_problems == [
         (folder / "metadata.json", "row 1 has several texts: pass --caption_per_line to draw one per sample")
     ]
 
@@ -101,9 +107,9 @@ def test_what_lies_beside_the_part_that_is_trained_on_counts_too(folder):
     write(folder, {"captions.txt": "one\n"})
     found = find_captions(folder / "train", paths, dataset=folder)
     assert found.texts == {paths[0]: ("fox",), paths[1]: ("hare",)}
-    assert found.strays == [
-        (folder / "captions.txt", "move it into train/, whose files it is to list"),
-        (folder / "metadata.csv", "row 3 names x.mp4, which is no media file of this folder"),
+    assert found.file_problems == [
+        (folder / "captions.txt", "move it into train/: it must be beside the files that it lists"),
+        (folder / "metadata.csv", "row 3 names x.mp4, which is not a media file of this folder"),
     ]
 
 
@@ -118,11 +124,11 @@ def test_what_is_empty_unreadable_or_contradicts_itself_is_told(folder):
     paths = media(folder, "a.mp4", "b.mp4", "c.mp4", "d.mp4")
     write(folder, {"a.txt": " \n", "b.txt": "caf\xe9".encode("latin-1"), "c.txt": "fox", "captions/c.txt": "hare"})
     write(folder, {"d.txt": "\ufeffhare".encode("utf-16")})
-    flaws = {path.name: flaw for path, flaw in find_captions(folder, paths).flaws.items()}
-    assert flaws["a.mp4"] == "its caption in a.txt is empty: write one"
-    assert flaws["b.mp4"] == "its caption b.txt is not UTF-8 text: save it as UTF-8"
-    assert flaws["d.mp4"] == "its caption d.txt is not UTF-8 text: save it as UTF-8"
-    assert flaws["c.mp4"].startswith("it has different captions in ") and flaws["c.mp4"].endswith("keep one")
+    problems = {path.name: problem for path, problem in find_captions(folder, paths).problems.items()}
+    assert problems["a.mp4"] == "its caption in a.txt is empty: write one"
+    assert problems["b.mp4"] == "its caption b.txt is not UTF-8 text: save it as UTF-8"
+    assert problems["d.mp4"] == "its caption d.txt is not UTF-8 text: save it as UTF-8"
+    assert problems["c.mp4"].startswith("it has different captions in ") and problems["c.mp4"].endswith("keep one")
 
 
 @pytest.mark.parametrize(
@@ -133,15 +139,26 @@ def test_what_is_empty_unreadable_or_contradicts_itself_is_told(folder):
         ("metadata.json", '[{"video": "a.mp4"}]', "row 1 needs a file name (one of file_path, file_name, video)"),
         ("metadata.json", '["a.mp4"]', "row 1 needs a file name"),
         ("metadata.csv", "name,words\na.mp4,fox\n", "row 1 needs a file name"),
-        ("metadata.csv", "video,text\nb.mp4,fox\n", "row 1 names b.mp4, which is no media file of this folder"),
-        ("metadata.csv", "video,text\n../outside.mp4,fox\n", "row 1 names ../outside.mp4, which is no media file"),
+        ("metadata.csv", "video,text\nb.mp4,fox\n", "row 1 names b.mp4, which is not a media file of this folder"),
+        ("metadata.csv", "video,text\n../outside.mp4,fox\n", "row 1 names ../outside.mp4, which is not a media file"),
+        ("metadata.csv", f"video,text\n{5000 * 'a'},fox\n", "row 1 names aaaaa"),
+        (
+            "metadata.json",
+            '[{"video": "a\\u0000.mp4", "text": "fox"}]',
+            "row 1 names a\0.mp4, which is not a media file",
+        ),
+        ("metadata.json", '[{"video": "a.mp4", "text": "fox \\ud83d"}]', "row 1 is not valid Unicode"),
+        ("metadata.jsonl", '{"video": "\\ud83d.mp4", "text": "fox"}', "row 1 is not valid Unicode"),
+        ("metadata.json", 100_000 * "[", "it is not valid JSON"),
+        ("metadata.json", f"[{5000 * '1'}]", "it is not valid JSON"),
         ("metadata.jsonl", b"\xff\xfe\x00", "is not UTF-8 text"),
     ],
+    ids=lambda value: str(value)[:40],
 )
 def test_metadata_that_is_wrong_is_named_with_the_reason(folder, name, content, message):
     paths = media(folder / "set", "a.mp4")
     media(folder, "outside.mp4")
     write(folder / "set", {name: content})
     found = find_captions(folder / "set", paths)
-    assert [file.name for file, _ in found.strays] == [name] and message in found.strays[0][1]
-    assert list(found.flaws) == paths
+    assert [file.name for file, _ in found.file_problems] == [name] and message in found.file_problems[0][1]
+    assert list(found.problems) == paths

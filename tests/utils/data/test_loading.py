@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.limits import GRID, limits
 from tests.media import image, video
 from utils.common.errors import LoaderError, UserError
 from utils.data.folders import Folder, Rules
-from utils.data.loading import batches, load_ahead, load_clip
-from utils.data.plan import Limits, Plan, Window
+from utils.data.loading import Clip, batches, load_ahead, load_clip
+from utils.data.plan import Plan, Window
 from utils.data.scan import Source, scan
 from utils.media.probing import MediaError
 
 SMALL = {"base_res": (32,)}
-LIMITS = Limits(token_limit=60)
+LIMITS = limits(token_limit=60)
 
 
 def look(folder: Path, **rules) -> list[Source]:
@@ -31,7 +32,7 @@ def look(folder: Path, **rules) -> list[Source]:
 def test_a_clip_holds_the_frames_the_window_names(tmp_path):
     video(tmp_path / "a.mp4", frames=17)
     (clip_source,) = look(tmp_path)
-    window = Window(clip_source, "a clip", 32, 32, tuple(range(2, 17, 3)), (0.0, 0.0))
+    window = Window(clip_source, "a clip", 32, 32, tuple(range(2, 17, 3)), (0.0, 0.0), GRID)
     clip = load_clip(window)
     assert clip.pixels.shape == (3, 5, 32, 32) and clip.pixels.dtype == torch.uint8
     assert (clip.caption, clip.control, clip.mask) == ("a clip", None, None)
@@ -44,9 +45,17 @@ def test_a_control_of_another_resolution_shows_the_same_region_and_frames(tmp_pa
     video(tmp_path / "a.mp4", frames=9, size=(128, 64))
     video(tmp_path / "a_control.mp4", frames=9, size=(64, 32), caption=None)
     (pair,) = look(tmp_path, load_control=True)
-    clip = load_clip(Window(pair, "", 32, 32, (0, 2, 4, 6, 8), (0.9, 0.5)))
+    clip = load_clip(Window(pair, "", 32, 32, (0, 2, 4, 6, 8), (0.9, 0.5), GRID))
     assert clip.control.shape == clip.pixels.shape
     assert (clip.control.float() - clip.pixels.float()).abs().mean() < 4
+
+
+def test_every_tensor_of_a_clip_is_pinned(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    zero = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+    pinned = Clip(zero, "a fox", control=zero, mask=zero[0]).pin_memory()
+    assert all(tensor.eq(1).all() for tensor in (pinned.pixels, pinned.control, pinned.mask))
+    assert pinned.caption == "a fox" and Clip(zero, "").pin_memory().mask is None
 
 
 @pytest.fixture
@@ -123,7 +132,7 @@ def test_a_mask_may_be_one_picture_for_a_whole_video_and_is_cut_alike(tmp_path):
     video(tmp_path / "a.mp4", frames=9, size=(128, 64))
     image(tmp_path / "a_mask.png", caption=None, size=(64, 32))
     (source,) = look(tmp_path, load_mask=True)
-    clip = load_clip(Window(source, "", 64, 32, tuple(range(5)), (0.5, 0.5)))
+    clip = load_clip(Window(source, "", 64, 32, tuple(range(5)), (0.5, 0.5), GRID))
     assert clip.mask.shape == (5, 32, 64) and clip.mask.dtype == torch.uint8
     assert torch.equal(clip.mask[0], clip.mask[4])
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import limits
 from utils.common.errors import UserError
 from utils.data.folders import Rules
 from utils.data.plan import Limits, Plan, Window, fixed_windows, flatten_windows, validation_windows
 from utils.data.scan import Source
 from utils.media.probing import MediaInfo
+from wan.configs.grid import Grid
 
 LARGER = Rules(enlarge=True)
 
@@ -33,8 +35,8 @@ def many_sources(seed: int, count: int = 12, **changes) -> list[Source]:
     ]
 
 
-def plan_epoch(sources: list[Source], limits: Limits, seed: int, epoch: int = 0) -> list[tuple[Window, ...]]:
-    return Plan(sources, limits, seed).epoch(epoch)
+def plan_epoch(sources: list[Source], within: Limits, seed: int, epoch: int = 0) -> list[tuple[Window, ...]]:
+    return Plan(sources, within, seed).epoch(epoch)
 
 
 def windows_of(plan: list[tuple[Window, ...]]) -> list[Window]:
@@ -46,10 +48,10 @@ def stride(window: Window) -> int:
 
 
 def test_every_planned_window_fits_its_source_and_its_limits():
-    limits = Limits(10000, batch_size=3)
+    within = limits(10000, batch_size=3)
     for seed in range(60):
         sources = many_sources(seed, base_res=(624, 320), max_frame_stride=3, random_frame_length=True)
-        plan = plan_epoch(sources, limits, seed, epoch=seed % 3)
+        plan = plan_epoch(sources, within, seed, epoch=seed % 3)
         windows = windows_of(plan)
         assert sorted(window.source.path for window in windows) == sorted(s.path for s in sources)
         assert all(len({window.bucket for window in batch}) == 1 and len(batch) <= 3 for batch in plan)
@@ -63,18 +65,18 @@ def test_every_planned_window_fits_its_source_and_its_limits():
 
 def test_nothing_is_dropped_and_full_batches_come_where_they_can():
     sources = [source(name=f"{index}.mp4") for index in range(7)]
-    assert sorted(len(batch) for batch in plan_epoch(sources, Limits(batch_size=3), 0)) == [1, 3, 3]
+    assert sorted(len(batch) for batch in plan_epoch(sources, limits(batch_size=3), 0)) == [1, 3, 3]
 
 
 def test_a_65_frame_clip_is_used_whole_where_the_tokens_allow():
     for seed in range(20):
-        ((window,),) = plan_epoch([source(832, 480, 65, max_frame_stride=4)], Limits(1560 * 17), seed)
+        ((window,),) = plan_epoch([source(832, 480, 65, max_frame_stride=4)], limits(1560 * 17), seed)
         assert window.indices == tuple(range(65))
 
 
 def test_random_lengths_strides_and_resolutions_all_occur_evenly():
     clip = source(frames=200, base_res=(320, 624), max_frame_stride=2, random_frame_length=True)
-    draws = [plan_epoch([clip], Limits(6240), seed)[0][0] for seed in range(600)]
+    draws = [plan_epoch([clip], limits(6240), seed)[0][0] for seed in range(600)]
     large = [window for window in draws if window.width == 832]
     assert 240 < len(large) < 360
     for frames in (1, 5, 9, 13):
@@ -83,33 +85,50 @@ def test_random_lengths_strides_and_resolutions_all_occur_evenly():
 
 
 def test_a_plan_stays_the_same_for_ever_and_differs_between_epochs_and_seeds():
-    sources, limits = many_sources(0, 6), Limits(batch_size=2)
-    plan = plan_epoch(sources, limits, 42, 3)
-    assert plan == plan_epoch(sources, limits, 42, 3) == pickle.loads(pickle.dumps(plan))
-    assert plan != plan_epoch(sources, limits, 42, 4) and plan != plan_epoch(sources, limits, 43, 3)
+    sources, within = many_sources(0, 6), limits(batch_size=2)
+    plan = plan_epoch(sources, within, 42, 3)
+    assert plan == plan_epoch(sources, within, 42, 3) == pickle.loads(pickle.dumps(plan))
+    assert plan != plan_epoch(sources, within, 42, 4) and plan != plan_epoch(sources, within, 43, 3)
     drawn = [[(window.source.path.stem, stride(window), window.indices[0]) for window in batch] for batch in plan]
     assert drawn == [[("0", 2, 2)], [("2", 1, 27)], [("3", 1, 3), ("4", 1, 1)], [("5", 1, 0)], [("1", 1, 3)]]
+
+
+def test_windows_are_multiples_of_the_grid_they_are_planned_on():
+    grid = Grid(frame=8, side=32)
+    sources = [
+        source(1280, 720, 90, base_res=(400,)),
+        source(720, 1280, 13, base_res=(400,)),
+        source(640, 480, 30, frame_sampling="chunks"),
+        source(700, 500, 1, base_res=(400,)),
+    ]
+    windows = windows_of(plan_epoch(sources, Limits(3000, 2, grid), 0))
+    assert {window.source.info.width for window in windows} == {1280, 720, 640, 700}
+    for window in windows:
+        assert window.width % 32 == window.height % 32 == 0 and window.frames % 8 == 1
+        assert window.tokens == window.width * window.height // 1024 * ((window.frames - 1) // 8 + 1) <= 3000
 
 
 def test_an_impossible_resolution_is_refused_whether_or_not_it_is_drawn():
     for seed in range(5):
         with pytest.raises(UserError, match="token_limit"):
-            plan_epoch([source(base_res=(320, 1024))], Limits(3000), seed)
+            plan_epoch([source(base_res=(320, 1024))], limits(3000), seed)
 
 
 def test_validation_takes_the_middle_of_an_evenly_strided_subset():
     sources = [source(frames=30, name=f"{i}.mp4", base_res=(320, 624), max_frame_stride=3) for i in range(10)]
-    windows = validation_windows(sources, Limits(405 * 5), 4)
+    windows = validation_windows(sources, limits(405 * 5), 4)
     assert [window.source.path.stem for window in windows] == ["0", "2", "5", "7"]
     assert {(window.indices, window.position) for window in windows} == {(tuple(range(6, 23)), (0.5, 0.5))}
-    assert len(validation_windows(sources, Limits(405 * 5), 99)) == 10
-    assert validation_windows(sources, Limits(405 * 5), 0) == []
+    assert len(validation_windows(sources, limits(405 * 5), 99)) == 10
+    assert validation_windows(sources, limits(405 * 5), 0) == []
 
 
 def sampled(frames: int, budget: int, **changes) -> list[tuple[int, ...]]:
     """The frames of every sample of one showing, where `budget` frames of 832x480 fit."""
-    limits = Limits(1560 * ((budget - 1) // 4 + 1))
-    return sorted(window.indices for window in windows_of(plan_epoch([source(832, 480, frames, **changes)], limits, 0)))
+    budgeted = limits(1560 * ((budget - 1) // 4 + 1))
+    return sorted(
+        window.indices for window in windows_of(plan_epoch([source(832, 480, frames, **changes)], budgeted, 0))
+    )
 
 
 def test_head_and_middle_are_where_they_say():
@@ -146,7 +165,7 @@ def test_slides_overlap_by_half_and_reach_the_end():
 def test_a_rate_knows_no_stride():
     clip = source(frames=100, fps="auto", max_frame_stride=4)
     for seed in range(20):
-        ((window,),) = plan_epoch([replace(clip, shown=tuple(range(0, 100, 2)))], Limits(1560 * 4), seed)
+        ((window,),) = plan_epoch([replace(clip, frame_indices=tuple(range(0, 100, 2)))], limits(1560 * 4), seed)
         assert {b - a for a, b in zip(window.indices, window.indices[1:], strict=False)} == {2}
 
 
@@ -155,7 +174,7 @@ def test_repeats_count_per_folder_and_fractions_show_a_part_of_it():
     poor = [replace(source(name=f"p{i}.mp4", repeats=0.5), folder=Path("poor")) for i in range(4)]
     seen = Counter()
     for epoch in range(8):
-        counts = Counter(window.source.path.stem for window in windows_of(plan_epoch(rich + poor, Limits(), 0, epoch)))
+        counts = Counter(window.source.path.stem for window in windows_of(plan_epoch(rich + poor, limits(), 0, epoch)))
         assert sorted(counts[f"{i}"] for i in range(4)) == [2, 2, 3, 3]
         assert sum(counts[f"p{i}"] for i in range(4)) == 2
         seen += counts
@@ -163,46 +182,46 @@ def test_repeats_count_per_folder_and_fractions_show_a_part_of_it():
 
 
 def test_a_fraction_of_one_clip_comes_in_that_share_of_the_epochs_beginning_with_the_first():
-    plan = Plan([source(repeats=0.25)], Limits(), 0)
+    plan = Plan([source(repeats=0.25)], limits(), 0)
     assert [len(plan.epoch(epoch)) for epoch in range(8)] == [1, 0, 0, 0, 1, 0, 0, 0]
 
 
 def test_the_same_folder_with_two_sets_of_rules_is_shown_by_both():
     once, often = source(repeats=1.0), source(repeats=5.0, base_res=(320,))
-    sizes = Counter(window.width for window in windows_of(Plan([once, often], Limits(), 0).epoch(0)))
+    sizes = Counter(window.width for window in windows_of(Plan([once, often], limits(), 0).epoch(0)))
     assert sorted(sizes.values()) == [1, 5]
 
 
 def test_captions_are_drawn_and_dropped_as_often_as_asked():
     clip = replace(source(frames=5, caption_dropout=0.25), captions=("fox", "hare"))
-    texts = Counter(plan_epoch([clip], Limits(), seed)[0][0].caption for seed in range(800))
+    texts = Counter(plan_epoch([clip], limits(), seed)[0][0].caption for seed in range(800))
     assert 150 < texts[""] < 250 and abs(texts["fox"] - texts["hare"]) < 90 and set(texts) == {"", "fox", "hare"}
 
 
 def test_fixed_windows_are_the_middle_or_a_few_that_never_change():
     sources = many_sources(1, base_res=(320, 624))
-    middle = fixed_windows(sources, Limits(), 1)
+    middle = fixed_windows(sources, limits(), 1)
     assert all(len(showings) == 2 and showings[0][0].position == (0.5, 0.5) for showings in middle)
-    several = fixed_windows(sources, Limits(), 3)
-    assert several == fixed_windows(sources, Limits(), 3) and all(len(showings) == 6 for showings in several)
-    assert several[0][:2] == fixed_windows(sources, Limits(), 2)[0][:2]
-    plan = Plan(sources, Limits(), 0, several)
+    several = fixed_windows(sources, limits(), 3)
+    assert several == fixed_windows(sources, limits(), 3) and all(len(showings) == 6 for showings in several)
+    assert several[0][:2] == fixed_windows(sources, limits(), 2)[0][:2]
+    plan = Plan(sources, limits(), 0, several)
     used = {replace(window, caption="a clip") for epoch in range(40) for window in windows_of(plan.epoch(epoch))}
     assert used == set(flatten_windows(several))
 
 
 def test_all_chunks_of_a_clip_are_fixed_and_come_every_epoch():
     sources = [source(832, 480, 60, frame_sampling="chunks")]
-    ((chunks,),) = fixed = fixed_windows(sources, Limits(1560 * 6), 1)
+    ((chunks,),) = fixed = fixed_windows(sources, limits(1560 * 6), 1)
     assert [window.frames for window in chunks] == [21, 21, 17] and {w.position for w in chunks} == {(0.5, 0.5)}
-    planned = windows_of(Plan(sources, Limits(1560 * 6), 0, fixed).epoch(0))
+    planned = windows_of(Plan(sources, limits(1560 * 6), 0, fixed).epoch(0))
     assert sorted(window.indices for window in planned) == sorted(window.indices for window in chunks)
 
 
 def test_chunks_that_are_cached_several_times_over_come_once_an_epoch():
     sources = [source(832, 480, 60, frame_sampling="chunks", base_res=(480, 624))]
-    fixed = fixed_windows(sources, Limits(1560 * 6), 3)
+    fixed = fixed_windows(sources, limits(1560 * 6), 3)
     assert len(fixed[0]) == 6 and len(set(flatten_windows(fixed))) > 6
-    plan = Plan(sources, Limits(1560 * 6), 0, fixed)
+    plan = Plan(sources, limits(1560 * 6), 0, fixed)
     seen = {tuple(sorted(w.position for w in windows_of(plan.epoch(epoch)))) for epoch in range(60)}
     assert seen == {tuple(sorted(window.position for window in showing)) for showing in fixed[0]}

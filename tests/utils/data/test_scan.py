@@ -70,7 +70,7 @@ def test_controls_are_paired_by_name_and_never_trained_on(tmp_path):
     image(tmp_path / "b_control.jpg", caption=None)
     sources, problems = look(tmp_path, load_control=True)
     assert problems == []
-    assert [(s.path.name, s.control.path.name, len(s.shown)) for s in sources] == [
+    assert [(s.path.name, s.control.path.name, len(s.frame_indices)) for s in sources] == [
         ("a.mp4", "a_control.mov", 5),
         ("b.png", "b_control.jpg", 1),
     ]
@@ -93,7 +93,7 @@ def test_each_bad_control_is_a_problem_of_its_video(tmp_path):
         "short.mp4": "3 frames",
         "broken.mp4": "the file is empty",
         "twice.mp4": "several controls",
-        "stray_control.mp4": "without the file",
+        "stray_control.mp4": "no clip for this control",
     }
     found = reasons(problems)
     assert sources == [] and found.keys() == words.keys()
@@ -151,7 +151,7 @@ def test_masks_and_controls_come_from_folders_of_their_own(tmp_path):
     folders = {"control_folder": tmp_path / "edges", "mask_folder": tmp_path / "masks"}
     sources, problems = look(tmp_path / "clips", **folders)
     assert problems == []
-    named = {s.path.name: (s.control.path.name, s.mask.path.name, len(s.shown)) for s in sources}
+    named = {s.path.name: (s.control.path.name, s.mask.path.name, len(s.frame_indices)) for s in sources}
     assert named == {"a.mp4": ("a.mp4", "a.png", 7), "b.mp4": ("b.mov", "b.mp4", 6)}
     image(tmp_path / "masks" / "of_another_folder.png", caption=None)
     (tmp_path / "masks" / "b.mp4").unlink()
@@ -166,7 +166,7 @@ def test_the_frames_of_a_folder_with_a_rate_are_those_at_its_times(tmp_path):
         (tmp_path / f"{name}.txt").write_text("a ramp")
     image(tmp_path / "still.png")
     for rate, expected in (("native", (60, 60, 60)), ("auto", (60, 60, 20)), ("24", (60, 60, 30))):
-        shown = {source.path.stem: source.shown for source in look(tmp_path, fps=rate)[0]}
+        shown = {source.path.stem: source.frame_indices for source in look(tmp_path, fps=rate)[0]}
         assert tuple(len(shown[name]) for name in ("slow", "own", "fast")) == expected, rate
         assert list(shown["still"]) == [0]
     with pytest.raises(UserError, match="--fps must be native, auto or a number"):

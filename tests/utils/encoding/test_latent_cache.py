@@ -4,15 +4,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.media import image, video
+from tests.limits import limits
+from tests.media import video
 from utils.common.errors import RunError, UserError
 from utils.data.folders import Folder, Rules
-from utils.data.plan import Limits, Window, fixed_windows, flatten_windows
+from utils.data.plan import Window, fixed_windows, flatten_windows
 from utils.data.scan import scan
 from utils.encoding import latent_cache
-from utils.encoding.latent_cache import Digests, LatentCache, latent_bytes
+from utils.encoding.latent_cache import LatentCache, latent_bytes
 
-LIMITS = Limits(token_limit=60)
+LIMITS = limits(token_limit=60)
 
 
 @pytest.fixture
@@ -117,19 +118,3 @@ def test_the_size_that_is_told_is_that_of_the_files(tmp_path, window):
 
 def shape(window: Window) -> tuple[int, int, int]:
     return (window.frames - 1) // 4 + 1, window.height // 8, window.width // 8
-
-
-def test_digests_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
-    path = image(tmp_path / "a.png")
-    digests = Digests(tmp_path / "digests.json")
-    first = digests.of(path)
-    digests.save()
-    monkeypatch.setattr(latent_cache.hashlib, "file_digest", lambda *_: pytest.fail("hashed again"))
-    assert Digests(tmp_path / "digests.json").of(path) == first
-    monkeypatch.undo()
-    path.write_bytes(path.read_bytes() + b"x")
-    assert Digests(tmp_path / "digests.json").of(path) != first
-    (tmp_path / "digests.json").write_text("[not json")
-    assert Digests(tmp_path / "digests.json").of(path)
-    with pytest.raises(UserError, match="cannot read"):
-        digests.of(tmp_path / "gone.mp4")

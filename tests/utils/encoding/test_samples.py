@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import train_wan_lora
+from tests.limits import limits
 from tests.media import image, video
 from tests.tiny import tiny_transformer, write_model
 from utils.adapters.lora import add_lora, select_modules, widen_patch_embedding
 from utils.data.folders import Folder, Rules
-from utils.data.plan import Limits, Window, fixed_windows, flatten_windows
+from utils.data.plan import Window, fixed_windows, flatten_windows
 from utils.data.scan import scan
 from utils.encoding.conditioning import make_predict
 from utils.encoding.samples import CachedSamples, FreshSamples, LatentEncoding
@@ -18,7 +19,7 @@ from utils.encoding.text import TextEncoding
 from wan.checkpoints import load_vae
 
 CPU = torch.device("cpu")
-LIMITS = Limits(token_limit=60)
+LIMITS = limits(token_limit=60)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,153 @@
+"""Fingerprints and reports of datasets that are put together by hand or found in small folders."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from tests.limits import limits
+from tests.media import image, video
+from utils.common.digests import DIGESTS, LATENTS
+from utils.common.errors import UserError
+from utils.common.options import option
+from utils.data.dataset import Dataset, open_dataset
+from utils.data.folders import Folder, Rules
+from utils.data.scan import PairedFile, Source
+from utils.media.probing import MediaInfo
+
+INFO = MediaInfo(64, 48, 9, 16.0)
+
+
+def source(folder: Path, name: str, rules: Rules, **changes) -> Source:
+    """A clip whose content is its name: fingerprints depend on bytes, and nothing here decodes them."""
+    clips = folder / "clips"
+    (clips / name).parent.mkdir(parents=True, exist_ok=True)
+    (clips / name).write_bytes(name.encode())
+    return replace(Source(clips / name, ("a fox",), INFO, range(9), clips, rules), **changes)
+
+
+def paired(path: Path, content: bytes) -> PairedFile:
+    path.write_bytes(content)
+    return PairedFile(path, INFO)
+
+
+def fingerprint(folder: Path, *sources: Source) -> dict[str, str]:
+    return Dataset([*sources], [], [], folder / "cache").fingerprint
+
+
+def test_fingerprints_are_those_of_version_0_1(tmp_path):
+    control, mask = paired(tmp_path / "control.mp4", b"edges"), paired(tmp_path / "mask.png", b"mask")
+    shapes = {"base_res": (320, 624), "buckets": "fine", "min_ar": 0.7, "max_ar": 3.0, "enlarge": True}
+    frames = {"fps": "auto", "random_frame_length": True, "frame_sampling": "chunks", "repeats": 2.5}
+    captions = {"caption_per_line": True, "caption_prefix": "kelo's, ", "caption_dropout": 0.1}
+    rich = Rules(**shapes, **frames, **captions, control_folder=tmp_path / "edges", mask_folder=tmp_path / "masks")
+    suffixes = Rules(load_control=True, control_suffix=".edges", load_mask=True, mask_suffix="-m")
+    hares = ("kelo's, a hare", 'kelo\'s, a "hare"\n')
+    sources = [
+        source(tmp_path, "fox.mp4", Rules()),
+        source(tmp_path, "deep/hare.mp4", rich, captions=hares, frame_indices=(0, 2, 3), control=control, mask=mask),
+        source(tmp_path, "owl.mp4", replace(suffixes, max_frame_stride=4, captions="filename"), control=control),
+        source(tmp_path, "twice.mp4", Rules()),
+        source(tmp_path, "twice.mp4", Rules(base_res=(320,))),
+    ]
+    assert fingerprint(tmp_path, *sources) == {
+        str(Path("clips/fox.mp4")): "c7ba53ea57a05147",
+        str(Path("clips/deep/hare.mp4")): "9fecf8b3278eea76",
+        str(Path("clips/owl.mp4")): "040f738fb533ae60",
+        str(Path("clips/twice.mp4")): "011a186031cca236",
+    }
+
+
+@dataclass(frozen=True)
+class LaterRules(Rules):
+    """Version 0.1's, and two that a later version adds."""
+
+    speed: float = option(1.0, "playback speed")
+    crop: str = option("random", "place of the cut")
+
+
+def test_a_rule_added_later_changes_fingerprints_only_where_it_is_not_its_default(tmp_path):
+    before = fingerprint(tmp_path, source(tmp_path, "fox.mp4", Rules()))
+    assert fingerprint(tmp_path, source(tmp_path, "fox.mp4", LaterRules())) == before
+    changed = [LaterRules(speed=2.0), LaterRules(speed=3.0), LaterRules(crop="middle"), LaterRules(2.0, crop="middle")]
+    texts = [fingerprint(tmp_path, source(tmp_path, "fox.mp4", rules))[str(Path("clips/fox.mp4"))] for rules in changed]
+    assert len({*texts, *before.values()}) == 5
+
+
+def test_whatever_changes_a_clips_samples_changes_its_fingerprint(tmp_path):
+    fox = source(tmp_path, "fox.mp4", Rules())
+    control = paired(tmp_path / "control.mp4", b"edges")
+    variants = [
+        fox,
+        replace(fox, captions=("a hare",)),
+        replace(fox, frame_indices=range(8)),
+        replace(fox, rules=Rules(repeats=2.0)),
+        replace(fox, control=control),
+        replace(fox, control=paired(tmp_path / "other.mp4", b"other edges")),
+    ]
+    assert len({tuple(fingerprint(tmp_path, variant).values()) for variant in variants}) == len(variants)
+    moved = replace(control, path=(tmp_path / "control.mp4").rename(tmp_path / "moved.mp4"))
+    moved_folder = Rules(control_folder=tmp_path / "elsewhere")
+    same = fingerprint(tmp_path, replace(fox, control=moved, rules=moved_folder))
+    assert same == fingerprint(tmp_path, replace(fox, control=moved))
+    assert (tmp_path / "cache" / LATENTS / DIGESTS).exists()
+
+
+LIMITS = limits(token_limit=60)
+SMALL = Rules(base_res=(64,))
+
+
+def test_a_dataset_has_the_clips_of_all_folders_and_holds_out_the_first_validation_folder(tmp_path, capsys):
+    video(tmp_path / "one" / "fox.mp4", caption="a fox")
+    video(tmp_path / "one" / "val" / "owl.mp4", caption="an owl")
+    video(tmp_path / "one" / "test" / "elk.mp4", caption="an elk")
+    image(tmp_path / "two" / "train" / "hare.png", caption="a hare")
+    video(tmp_path / "two" / "beside_train.mp4")
+    prefixed = replace(SMALL, caption_prefix="kelo, ")
+    data = open_dataset([Folder(tmp_path / "one", SMALL), Folder(tmp_path / "two", prefixed)], LIMITS, 16.0)
+    assert [source.path.stem for source in data.train] == ["fox", "hare"]
+    assert [source.path.stem for source in data.val] == ["owl"]
+    assert [(window.source.path.stem, window.frames) for window in data.windows] == [("fox", 9), ("hare", 1)]
+    assert data.cache_folder == tmp_path / "one" / ".wan_cache"
+    assert data.captions == ["a fox", "kelo, a hare", "an owl"]
+    said = capsys.readouterr().out
+    assert "held out, ok" in said and "an epoch has 2 samples" in said and "no clips are held out" not in said
+
+
+def test_captions_include_the_empty_one_only_if_training_drops_captions(tmp_path):
+    fox = source(tmp_path, "fox.mp4", Rules())
+    dropping = replace(fox, rules=Rules(caption_dropout=0.1))
+    assert Dataset([fox], [dropping], [], tmp_path).captions == ["a fox", "a fox"]
+    assert Dataset([dropping], [fox], [], tmp_path).captions == ["a fox", "a fox", ""]
+
+
+def test_bad_files_are_listed_together_and_skipped_only_on_request(tmp_path, capsys):
+    video(tmp_path / "fox.mp4")
+    video(tmp_path / "mute.mp4", caption=None)
+    video(tmp_path / "short.mp4", frames=3, caption=None)
+    video(tmp_path / "val" / "cut.mp4").write_bytes(b"cut")
+    with pytest.raises(
+        UserError, match=r"^3 files cannot be used:\n(  .*\n){4}fix what is listed, or pass --skip"
+    ) as caught:
+        open_dataset([Folder(tmp_path, SMALL)], LIMITS, 16.0)
+    assert f"{tmp_path / 'val' / 'cut.mp4'}: not a readable video" in str(caught.value)
+    capsys.readouterr()
+    data = open_dataset([Folder(tmp_path, SMALL)], LIMITS, 16.0, tmp_path / "caches", skip_bad_files=True)
+    said = capsys.readouterr().out
+    assert "skipping 3 files:\n" in said and f"{tmp_path / 'short.mp4'}: it has 3 frames" in said
+    assert "no clips are held out" in said
+    assert [source.path.stem for source in data.train] == ["fox"] and data.cache_folder == tmp_path / "caches"
+
+
+def test_a_dataset_without_a_usable_clip_is_refused(tmp_path):
+    video(tmp_path / "mute.mp4", caption=None)
+    with pytest.raises(UserError, match="no usable clip is left in "):
+        open_dataset([Folder(tmp_path, SMALL)], LIMITS, 16.0, skip_bad_files=True)
+
+
+def test_a_clip_that_does_not_fit_the_token_limit_is_named(tmp_path):
+    video(tmp_path / "fox.mp4")
+    with pytest.raises(
+        UserError, match=r"fox\.mp4: one frame of 80x48 takes 15 tokens, more than the token_limit of 11"
+    ):
+        open_dataset([Folder(tmp_path, replace(SMALL, enlarge=True))], limits(token_limit=11), 16.0)
