@@ -333,7 +333,7 @@ def train(opts: Options, device: torch.device, data: Dataset, ready: Ready, stat
     with closing(stream), run, stop_on_signals() as stop, save_on_exit(run, learner, stop, keep):
         while True:
             last, fresh = run.step == opts.max_train_steps, run.step != done
-            if stop.asked and not last:
+            if stop.requested and not last:
                 raise KeyboardInterrupt
 
             # Once in a while: measure on the validation clips, the first time before anything is learnt.

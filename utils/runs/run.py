@@ -289,7 +289,7 @@ def save_on_exit(run: Run, learner: Learner, stop: Stop, keep: Callable[[], None
         # Raised by a signal handler of torch's in the middle of anything; whoever ends us may have ended them first.
         if (failure := loader_failure(error)) is None:
             raise
-        reason = None if stop.asked else str(failure)
+        reason = None if stop.requested else str(failure)
     # Here, because inside the handlers the exception still holds the tensors of the step.
     with signals_ignored():
         if run.step and learner.steps == run.step:

@@ -276,7 +276,7 @@ def test_a_loading_process_that_dies_in_the_middle_of_a_step_costs_nothing_of_wh
 def test_a_loading_process_that_is_stopped_with_the_run_is_no_failure(run, capsys):
     log(run, 1.0)
     stop = Stop()
-    stop.asked = True
+    stop.requested = True
     with pytest.raises(KeyboardInterrupt), keeping(run, stop=stop):
         raise DIED
     assert run.last_saved.exists() and "go on with: " in capsys.readouterr().out
