@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from torch import nn
 
 from utils.adapters.lora import add_lora, fuse_lora, load_lora, select_modules, widen_patch_embedding
 from utils.adapters.lora_file import read_lora
-from utils.common.options import option
+from utils.adapters.wantraining import TRAINER
+from utils.common.options import Replaced, option
 from utils.media.controls import CONTROL_TYPES
 from wan.modules.model import WanModel
 
@@ -40,6 +42,8 @@ class Control:
 @dataclass(frozen=True)
 class AdapterOptions(Lora, Control):
     """Everything that says which adapter it is."""
+
+    replaced: ClassVar[Replaced] = TRAINER
 
     @property
     def alpha(self) -> float:
