@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from easydict import EasyDict
@@ -21,11 +22,12 @@ from tqdm import tqdm
 
 from utils.adapters.lora import fuse_lora
 from utils.adapters.lora_file import LoraFile, read_lora
+from utils.adapters.wantraining import TEST_SCRIPT
 from utils.common.device import compute_dtype, explain_out_of_memory, pick_device
 from utils.common.errors import UserError
 from utils.common.files import check_writable
 from utils.common.formatting import counted
-from utils.common.options import option, parse_options, run_script
+from utils.common.options import Replaced, option, parse_options, run_script
 from utils.data.buckets import bucket_size
 from utils.diffusion.flow import seeded_noise
 from utils.diffusion.sampling import Sampler
@@ -51,12 +53,16 @@ EMBEDDINGS = Path(__file__).resolve().parent / "embeddings"
 class Source:
     """what to generate"""
 
-    lora_path: Path | None = option(None, "LoRA file: from training, converted, or in another tool's format")
+    replaced: ClassVar[Replaced] = TEST_SCRIPT
+    lora_path: Path | None = option(
+        None, "LoRA file: from training, converted, or in another tool's format", aliases=("lora",)
+    )
     pretrained_model_name_or_path: str | None = option(None, "base model (default: the one the LoRA names)")
     prompt: str | None = option(None, "what to show (default: nothing in particular)")
     embedding: Path | None = option(None, "text embedding file to use instead of --prompt")
     negative_prompt: str | None = option(None, "what not to show (default: the model's own)")
-    input_video: Path | None = option(None, "video or image that a control LoRA follows")
+    negative_embedding: Path | None = option(None, "text embedding file to use instead of --negative_prompt")
+    input_video: Path | None = option(None, "video or image that a control LoRA follows", aliases=("control_video",))
     control_type: str | None = option(
         None,
         "how it becomes the control (default: as trained)",
@@ -73,7 +79,9 @@ class Sampling:
     height: int | None = option(None, "multiple of 16", minimum=16)
     frames: int | None = option(None, "4n + 1 (default: the model's, or what the input video has)", minimum=1)
     steps: int | None = option(None, "sampling steps (default: the model's)", minimum=1)
-    guidance: float | None = option(None, "classifier-free guidance, 1: none (default: the model's)", minimum=0)
+    guidance: float | None = option(
+        None, "classifier-free guidance, 1: none (default: the model's)", minimum=0, aliases=("cfg",)
+    )
     shift: float | None = option(None, "shift of the noise levels (default: the model's)", minimum=0.01)
     solver: str = option("unipc", "how the steps are taken", choices=SOLVERS)
     seed: int = option(42, "seed of the noise", minimum=0, maximum=2**32 - 1)
@@ -115,6 +123,8 @@ def complete(opts: Options, lora: LoraFile, config: EasyDict) -> Options:
     size, frames = config.size, config.frames
     if opts.prompt is not None and opts.embedding is not None:
         raise UserError("--prompt and --embedding exclude each other: an embedding is a prompt that is encoded already")
+    if opts.negative_prompt is not None and opts.negative_embedding is not None:
+        raise UserError("--negative_prompt and --negative_embedding exclude each other: give one of them")
     if bool(lora.input_shapes) != (opts.input_video is not None):
         raise UserError(
             "this is a control LoRA: pass the video to follow as --input_video"
@@ -207,7 +217,10 @@ def embed(opts: Options, folder: Path, device: torch.device, wan: WanShape) -> t
         rows["text"] = check_embedding_shape(load_embedding(opts.embedding), wan, str(opts.embedding))
     else:
         prompts["text"] = opts.prompt or ""
-    if opts.guidance != 1:
+    if opts.guidance != 1 and opts.negative_embedding is not None:
+        embedding = load_embedding(opts.negative_embedding)
+        rows["negative"] = check_embedding_shape(embedding, wan, str(opts.negative_embedding))
+    elif opts.guidance != 1:
         prompts["negative"] = opts.negative_prompt
     stage = TextEncoding(folder, device)
     cache = stage.cache(EMBEDDINGS)

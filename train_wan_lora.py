@@ -29,7 +29,7 @@ from utils.common.digests import LATENTS
 from utils.common.errors import UserError
 from utils.common.files import check_writable
 from utils.common.formatting import readable_size
-from utils.common.options import option, parse_options, run_script, to_json, training_options
+from utils.common.options import option, parse_options, run_script, to_json, training_table
 from utils.common.signals import stop_on_signals
 from utils.common.temp_rng import MAX_SEED
 from utils.data.dataset import Dataset, open_dataset
@@ -294,7 +294,7 @@ def train(opts: Options, device: torch.device, data: Dataset, session: Session, 
         "shift": f"{opts.shift:g}",
         "options": to_json(opts),
     }
-    facts = Facts(training_options(opts), data.fingerprint)
+    facts = Facts(training_table(opts), data.fingerprint)
     plan = RunPlan(opts.output_dir, opts.max_train_steps, opts.max_grad_norm, to_json(opts), facts, about)
     run = open_run(plan, learner, state)
     metrics = run.metrics

@@ -124,7 +124,7 @@ COMPANIONS = [
     (NOTHING, f"{RUN} --load_mask", "clips/fox.mp4: it has no mask named fox_mask.*"),
     (NOTHING, f"{RUN} --mask_folder nowhere", "nowhere does not exist"),
     (NOTHING, f"{RUN} --load_mask --mask_suffix=", "the mask suffix is empty"),
-    (NOTHING, f"{RUN} --control_folder clips", "--control_folder means nothing without --control_lora"),
+    (NOTHING, f"{RUN} --control_folder clips", "--control_folder requires --control_lora"),
     (
         clip("clips/stray_mask.mp4", caption=None),
         f"{RUN} --load_mask",
@@ -164,7 +164,7 @@ CONFIGS = [
         "[[dataset]] 1 of sets.toml: --repeats must be at least",
     ),
     (config('[[dataset]]\npath = "clips"\nfps = "often"'), SETS, "--fps must be native, auto or a number"),
-    (written("run.toml", '[dataset]\npath = "clips"'), f"--config run.toml {MODEL}", "has two brackets on each side"),
+    (written("run.toml", '[dataset]\npath = "clips"'), f"--config run.toml {MODEL}", "with two brackets on each side"),
     (written("run.toml", "debug = true"), f"--config run.toml {RUN}", "unknown option 'debug' in run.toml"),
     (config('[[dataset]]\npath = "nowhere"'), SETS, "nowhere does not exist"),
     (config('[[dataset]]\npath = "clips"\nload_control = true'), SETS, "require --control_lora (folder clips)"),
@@ -175,7 +175,7 @@ CONFIGS = [
         f"{RUN} --frame_sampling some",
         "--frame_sampling must be one of random, head, middle, uniform, chunks, slide",
     ),
-    (NOTHING, f"{RUN} --cache_only", "--cache_only means nothing without --cache_latents"),
+    (NOTHING, f"{RUN} --cache_only", "--cache_only requires --cache_latents"),
     (NOTHING, f"{RUN} --caption_dropout 2", "--caption_dropout must be at most 1"),
     (NOTHING, f"{RUN} --fps auto --max_frame_stride 7", "--max_frame_stride has no effect with this --fps"),
     (NOTHING, f"{RUN} --min_ar 0.7", "--min_ar requires --buckets fine"),
@@ -215,7 +215,7 @@ STATES = [
     (written("clips/fox.txt", "a red fox"), f"{AGAIN} latest", "clip clips/fox.mp4 has changed"),
     (clip("clips/owl.mp4", frames=9), f"{AGAIN} latest", "clip clips/owl.mp4 is new"),
     (several(removed("clips/hare.mp4"), removed("clips/hare.txt")), f"{AGAIN} latest", "clip clips/hare.mp4 is gone"),
-    (NOTHING, f"{RUN} --allow_changes", "--allow_changes means nothing without --resume_from_checkpoint"),
+    (NOTHING, f"{RUN} --allow_changes", "--allow_changes requires --resume_from_checkpoint"),
 ]
 
 

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -20,7 +21,8 @@ from utils.adapters.lora import (
     widen_patch_embedding,
 )
 from utils.adapters.lora_file import LoraFile, read_lora, write_lora
-from utils.common.options import option
+from utils.adapters.wantraining import TRAINER
+from utils.common.options import Replaced, option
 from utils.media.controls import CONTROL_TYPES
 from wan.modules.model import WanModel
 
@@ -66,6 +68,8 @@ class Control:
 @dataclass(frozen=True)
 class AdapterOptions(Lora, Control):
     """adapter"""
+
+    replaced: ClassVar[Replaced] = TRAINER
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""The device: chosen once, what is computed on it, and what to say when it is full."""
+"""The device: which one, the dtype to compute in, and the message when its memory is full."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from utils.common.console import say
 from utils.common.errors import RunError
 
 
@@ -13,7 +14,7 @@ def pick_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if not torch.cuda.is_bf16_supported(including_emulation=False):
-        print("note: this GPU has no bf16 of its own and emulates it, slowly")
+        say("note: this GPU has no native bf16 support and emulates it, which is slow")
     return torch.device("cuda")
 
 
@@ -23,22 +24,22 @@ def describe(device: torch.device) -> str:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """What the large models compute in: bf16 on a GPU, as they are released, and fp32 on the CPU."""
+    """The dtype of the large models: bf16 on a GPU, as in the releases, and fp32 on the CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def out_of_memory(error: torch.OutOfMemoryError) -> str:
-    """In words what was too large, and what can be made smaller."""
+    """The message for a full GPU: what did not fit, and which options reduce it."""
     reason = str(error).split(". ")[0]
     return (
         f"{reason}\nfewer tokens need less memory: --token_limit and --base_res when training, --width, --height and "
-        "--frames when generating; so does --gradient_checkpointing"
+        "--frames when generating; --gradient_checkpointing saves memory too"
     )
 
 
 @contextmanager
 def explain_out_of_memory() -> Iterator[None]:
-    """Turns a full GPU into a RunError that says what can be made smaller."""
+    """Turns torch.OutOfMemoryError into a RunError that names the options to reduce."""
     try:
         yield
     except torch.OutOfMemoryError as error:

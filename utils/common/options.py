@@ -12,77 +12,91 @@ A script declares its options in groups, one line each, and joins the groups by 
         "Train a LoRA."
 
 Supported types: bool, int, float, str, Path, `T | None` and `tuple[T, ...]` of these.
+
+Other names for an option are its `aliases`. A name whose values mean something else here stands in a group's table
+`replaced`, with a function that translates them, or with a sentence that says what to use instead:
+
+    class Lora:
+        replaced: ClassVar[Replaced] = {"lora_size": "the size follows from --lora_rank"}
 """
 
 import argparse
 import difflib
-import io
+import inspect
 import json
 import sys
 import tomllib
 import traceback
 import types
 import typing
-from collections.abc import Callable, Sequence
-from dataclasses import Field, asdict, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 
+from utils.common.console import unfailing_console
 from utils.common.errors import RunError, UserError
 
 T = TypeVar("T")
 
-ONLY_FLAGS = ("config", "debug")  # what a config file cannot say: it is read too late for them
+# A name that is no option: a function from what was given to options of the right type, or what to use instead.
+Replaced = Mapping[str, str | Callable[[list[object]], dict[str, object]]]
+
+ONLY_FLAGS = ("config", "debug")  # read too early for a config file to set them
+OFF: tuple[object, ...] = (None, False, "", [])  # and 0, which equals False
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple = (),
-    const: Any = None,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    requires: str | None = None,
-    affects_training: bool = True,
-) -> Any:
-    """One option: its default, its help line, and what it may be.
+class Facts(TypedDict, total=False):
+    """What can be declared of an option beside its default and its help line."""
 
-    `const` is the value of the flag given without one (`--gradient_checkpointing`), which `true` means in TOML;
-    `false` there means the default. `requires` names the option without which this one would be ignored.
-    """
-    facts = {"help": help, "choices": choices, "const": const, "requires": requires, "minimum": minimum}
-    facts |= {"maximum": maximum, "affects_training": affects_training}
-    return field(default=default, metadata=facts)
+    choices: tuple[Any, ...]  # the values it may have
+    const: Any  # the value of the flag given alone (`--gradient_checkpointing`); TOML's `true`. `false` is the default
+    minimum: float | None
+    maximum: float | None
+    requires: str | None  # the option without which this one would be ignored
+    affects_training: bool  # whether it affects what is learnt, so that a resumed run must have the same value
+    aliases: tuple[str, ...]  # other names that are accepted for it
+
+
+UNDECLARED = Facts(choices=(), const=None, minimum=None, maximum=None, requires=None, affects_training=True, aliases=())
+
+
+def option(default: Any, help: str, **facts: Unpack[Facts]) -> Any:
+    """One option: its default, its help line, and what it may be (`Facts`)."""
+    if unknown := facts.keys() - UNDECLARED.keys():
+        raise TypeError(f"unknown facts of an option: {', '.join(unknown)}")
+    return field(default=default, metadata={"help": help, **UNDECLARED, **facts})
 
 
 def parse_options(cls: type[T], argv: Sequence[str] | None = None) -> T:
-    """The options of `cls` from `argv` (default: the command line), flags over `--config FILE.toml` over defaults.
+    """The options of `cls` from `argv` (default: the command line): flags, else `--config FILE.toml`, else defaults.
 
-    Raises UserError for an unknown name (with the nearest known one), a value of the wrong type or out of range, and
-    for an option that would be ignored.
+    Raises UserError for an unknown name (with the nearest known one), a value of the wrong type or out of range, an
+    option that would be ignored, and two names of one option with different values.
     """
-    specs = {spec.name: spec for spec in fields(cls)}
-    hints = typing.get_type_hints(cls)
-    namespace, unknown = _parser(cls, specs, hints).parse_known_args(argv)
+    known = _Known.of(cls)
+    namespace, unknown = _parser(cls, known).parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
         if not name.startswith("-"):
-            raise UserError(f"{name!r} stands without an option before it (see --help)")
-        raise UserError(f"unknown option {name!r}{_nearest(name.lstrip('-'), specs, '--')}")
-    given = vars(namespace)
-    if given.get("config") is not None:
-        given = _config_values(Path(given["config"]), specs) | given
-    options = cls(**{name: _convert(specs[name], hints[name], value) for name, value in given.items()})
-    for name, spec in specs.items():
+            raise UserError(f"unexpected argument {name!r} (see --help)")
+        raise UserError(f"unknown option {name!r}{known.nearest(name.lstrip('-'), '--')}")
+    flags = vars(namespace)
+    if "debug" not in known.specs:
+        flags.pop("debug", None)  # read by `run_script`
+    given = known.translate(flags)
+    if "config" in given:
+        given = known.translate(_config_values(Path(given["config"].value), known)) | given
+    options = cls(**{name: known.convert(name, value) for name, value in given.items()})
+    for name, spec in known.specs.items():
         required = spec.metadata["requires"]
         if required and getattr(options, name) != spec.default and not getattr(options, required):
-            raise UserError(f"--{name} means nothing without --{required}")
+            raise UserError(f"--{name} requires --{required}")
     return options
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """What a TOML file says. Raises UserError where it cannot be read or is none."""
+    """The content of a TOML file. Raises UserError where it cannot be read or is not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -92,79 +106,151 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def convert_table(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """The values of a TOML table as the options `cls` of the same names take them.
+    """The values of a TOML table, converted to the types of the options of `cls`.
 
-    Raises UserError as `parse_options` does; `where` says in its messages which table it was.
+    Raises UserError as `parse_options` does; `where` names the table in its messages.
     """
-    specs = {spec.name: spec for spec in fields(cls)}
-    hints = typing.get_type_hints(cls)
+    known = _Known.of(cls)
     for name in values:
-        if name not in specs:
-            raise UserError(f"unknown option {name!r} in {where}{_nearest(name, specs, '')}")
+        if not known.accepts(name):
+            raise UserError(f"unknown option {name!r} in {where}{known.nearest(name)}")
     try:
-        return {name: _convert(specs[name], hints[name], value) for name, value in values.items()}
+        return {name: known.convert(name, value) for name, value in known.translate(values).items()}
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
 
 def to_json(options: Any) -> str:
-    """Options as JSON text, paths as strings."""
+    """Options as JSON text, with paths as strings."""
     return json.dumps(asdict(options), indent=2, default=str)
 
 
 def to_table(options: Any) -> dict[str, Any]:
-    """Options as `to_json` writes them, read again: what can be compared with a table from a file."""
+    """Options as JSON values, which can be compared with a table from a file."""
     return json.loads(to_json(options))
 
 
-def training_options(options: Any) -> dict[str, Any]:
-    """The options that affect training, as `to_table` gives them."""
-    return {name: value for name, value in to_table(options).items() if _affects(type(options), name)}
+def training_table(options: Any) -> dict[str, Any]:
+    """Of `to_table` the options that affect what is learnt: what a saved state keeps."""
+    specs = {spec.name: spec for spec in fields(options)}
+    return {name: value for name, value in to_table(options).items() if specs[name].metadata["affects_training"]}
 
 
-def _affects(cls: type, name: str) -> bool:
-    return next((spec.metadata["affects_training"] for spec in fields(cls) if spec.name == name), True)
+def training_differences(saved: Mapping[str, Any], options: Any) -> list[str]:
+    """What affects training and differs from a table that `to_table` or `training_table` gave, a sentence for each.
 
+    The table may come from another version of the program:
 
-def option_changes(options: Any, saved: dict[str, Any]) -> list[str]:
-    """What differs."""
-    now = training_options(options)
-    defaults = json.loads(json.dumps({spec.name: spec.default for spec in fields(options)}, default=str))
-    changes = []
-    for name in dict.fromkeys([*saved, *now]):
-        if not _affects(type(options), name):
-            continue
-        if name not in now:
-            changes.append(f"--{name} is gone")
-        elif saved.get(name, defaults[name]) != now[name]:
-            changes.append(f"--{name} was {saved.get(name, defaults[name])}, is {now[name]}")
-    return changes
+    - An option that it lacks did not exist then, and had the effect of today's default.
+    - An option that was renamed is found by its alias, or translated as a config file's would be.
+    - An option that no longer exists is a difference unless it was off (null, false, 0, or empty). What was off had
+      no effect on the run; what was on had one, and cannot be had again here.
+    """
+    known = _Known.of(type(options))
+    todays = {name: value for name, value in saved.items() if known.means_option(name)}
+    before = {name: given.value for name, given in known.translate(todays).items()}
+    differences = []
+    for name, now in training_table(options).items():
+        was = before[name] if name in before else _as_json(known.specs[name].default)
+        if was != now:
+            differences.append(f"--{name} was {was}, is {now}")
+    gone = {name: value for name, value in saved.items() if name not in todays and value not in OFF}
+    return [*differences, *(f"--{name} was {value}, and no longer exists" for name, value in gone.items())]
 
 
 def run_script(main: Callable[[], None], bad_input: tuple[type[Exception], ...] = ()) -> int:
     """Runs a script's `main` and returns its exit code: 0 done, 1 failure, 2 bad input, 130 interrupted.
 
-    UserError and the types in `bad_input` (2) and RunError (1) become one message on stderr, and so does any other
-    exception (1): with --debug on the command line each keeps its traceback.
+    UserError and the types in `bad_input` (2), RunError (1) and every other exception (1) become one message on
+    stderr; with --debug on the command line each keeps its traceback. A console that goes away changes none of this.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="backslashreplace"
-            )  # a caption or a file name the terminal cannot show is no error
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        known = isinstance(error, (UserError, RunError, *bad_input))
-        shown = error if known else f"{type(error).__name__}: {error}\nthis is not foreseen: --debug shows where it was"
-        print(f"error: {shown}", file=sys.stderr)
-        return 2 if known and not isinstance(error, RunError) else 1
+    with unfailing_console():
+        try:
+            main()
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:
+            if "--debug" in sys.argv:
+                traceback.print_exc()
+            known = isinstance(error, (UserError, RunError, *bad_input))
+            unexpected = f"{type(error).__name__}: {error}\nunexpected error; run again with --debug for a traceback"
+            print(f"error: {error if known else unexpected}", file=sys.stderr)
+            return 2 if known and not isinstance(error, RunError) else 1
     return 0
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A value as it was given, and the name that it was given by."""
+
+    name: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The options of a class, and all names that are accepted for them."""
+
+    specs: dict[str, Field]
+    hints: dict[str, Any]
+    aliases: dict[str, str]  # to the option's name
+    replaced: Replaced
+
+    @classmethod
+    def of(cls, options: type) -> "_Known":
+        specs = {spec.name: spec for spec in fields(options)}
+        aliases = {alias: name for name, spec in specs.items() for alias in spec.metadata["aliases"]}
+        tables = [vars(owner).get("replaced", {}) for owner in reversed(options.__mro__)]
+        replaced = {name: rule for table in tables for name, rule in table.items()}
+        return cls(specs, typing.get_type_hints(options), aliases, replaced)
+
+    def accepts(self, name: str) -> bool:
+        return name in self.specs or name in self.aliases or name in self.replaced
+
+    def means_option(self, name: str) -> bool:
+        """Whether values given by this name are values of options."""
+        return self.accepts(name) and not isinstance(self.replaced.get(name), str)
+
+    def nearest(self, name: str, prefix: str = "") -> str:
+        close = difflib.get_close_matches(name, [*self.specs, *self.aliases], n=1, cutoff=0.5)
+        meant = [self.aliases.get(match, match) for match in close]
+        return f"; did you mean {prefix + meant[0]!r}?" if meant else "; see --help for the known ones"
+
+    def translate(self, values: Mapping[str, Any]) -> dict[str, _Given]:
+        """What was given under accepted names, by the options' own names.
+
+        Raises UserError for a name that was replaced by a sentence, and where two names contradict each other.
+        """
+        found: dict[str, _Given] = {}
+        for name, value in values.items():
+            for target, meant in self._meaning(name, value).items():
+                given = _Given(name, meant)
+                other = found.setdefault(target, given)
+                if other is not given and self.convert(target, other) != self.convert(target, given):
+                    raise UserError(f"--{other.name} and --{name} have different values: give one of them")
+        return found
+
+    def _meaning(self, name: str, value: object) -> dict[str, object]:
+        rule = self.replaced.get(name)
+        if rule is None:
+            return {self.aliases.get(name, name): value}
+        if isinstance(rule, str):
+            raise UserError(f"--{name} does not exist here: {rule}")
+        return rule(value if isinstance(value, list) else [value])
+
+    def convert(self, name: str, given: _Given) -> Any:
+        """The value as the option's type. Raises UserError for one that it cannot have."""
+        spec, (scalar, many, _) = self.specs[name], _shape(self.hints[name])
+        value = given.value
+        if spec.metadata["const"] is not None and isinstance(value, bool):
+            return spec.metadata["const"] if value else spec.default
+        if many:
+            values = value if isinstance(value, list | tuple) else [value]
+            if not values and spec.default:
+                raise UserError(f"--{given.name} needs at least one value")
+            return tuple(_convert_scalar(spec, scalar, _Given(given.name, item)) for item in values)
+        return _convert_scalar(spec, scalar, given)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -172,14 +258,23 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def _parser(cls: type, specs: dict[str, Field], hints: dict[str, Any]) -> _Parser:
-    parser = _Parser(usage="%(prog)s [options]", description=cls.__doc__, allow_abbrev=False)
+def _parser(cls: type, known: _Known) -> _Parser:
+    also = [f"--{alias} for --{name}" for alias, name in known.aliases.items()]
+    also += [f"--{name}" for name, rule in known.replaced.items() if not isinstance(rule, str)]
+    epilog = f"Also accepted: {', '.join(also)}." if also else None
+    parser = _Parser(usage="%(prog)s [options]", description=cls.__doc__, epilog=epilog, allow_abbrev=False)
     for owner in (*cls.__mro__[1:], cls):
-        names = [name for name in vars(owner).get("__annotations__", {}) if name in specs]
+        names = [name for name in inspect.get_annotations(owner) if name in known.specs]
         if names:
             group = parser.add_argument_group(owner.__doc__ if owner is not cls else None)
             for name in names:
-                _add_argument(group, specs[name], hints[name])
+                _add_argument(group, known.specs[name], known.hints[name])
+    if "debug" not in known.specs:
+        parser.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error came from"
+        )
+    for name in known.replaced:
+        parser.add_argument(f"--{name}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
@@ -188,7 +283,7 @@ def _add_argument(group: argparse._ArgumentGroup, spec: Field, hint: Any) -> Non
     meta = spec.metadata
     shown = spec.default if not isinstance(spec.default, tuple) else " ".join(map(str, spec.default))
     text = meta["help"] if shown is None or shown is False or shown == "" else f"{meta['help']} (default: {shown})"
-    settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    settings: dict[str, Any] = {"default": argparse.SUPPRESS}
     if scalar is bool:
         settings["action"] = argparse.BooleanOptionalAction
     else:
@@ -198,7 +293,9 @@ def _add_argument(group: argparse._ArgumentGroup, spec: Field, hint: Any) -> Non
             settings["nargs"] = "+"
         elif meta["const"] is not None:
             settings |= {"nargs": "?", "const": meta["const"]}
-    group.add_argument(f"--{spec.name}", **settings)
+    group.add_argument(f"--{spec.name}", help=text.replace("%", "%%"), **settings)
+    for alias in meta["aliases"]:
+        group.add_argument(f"--{alias}", help=argparse.SUPPRESS, **settings)
 
 
 def _shape(hint: Any) -> tuple[type, bool, bool]:
@@ -212,21 +309,9 @@ def _shape(hint: Any) -> tuple[type, bool, bool]:
     return hint, False, optional
 
 
-def _convert(spec: Field, hint: Any, value: Any) -> Any:
-    scalar, many, _ = _shape(hint)
-    if spec.metadata["const"] is not None and isinstance(value, bool):
-        return spec.metadata["const"] if value else spec.default
-    if many:
-        values = value if isinstance(value, list | tuple) else [value]
-        if not values and spec.default:
-            raise UserError(f"--{spec.name} needs at least one value")
-        return tuple(_convert_scalar(spec, scalar, item) for item in values)
-    return _convert_scalar(spec, scalar, value)
-
-
-def _convert_scalar(spec: Field, scalar: type, value: Any) -> Any:
-    meta = spec.metadata
-    wrong = UserError(f"--{spec.name} must be of type {scalar.__name__}, not {value!r}")
+def _convert_scalar(spec: Field, scalar: type, given: _Given) -> Any:
+    meta, name, value = spec.metadata, given.name, given.value
+    wrong = UserError(f"--{name} must be of type {scalar.__name__}, not {value!r}")
     # int(True) and int(2.5) succeed in Python; a config file that says so is mistaken.
     numbers = (int, float, str)
     allowed = {bool: (bool,), int: (int, str), float: numbers, str: numbers}.get(scalar, (str, Path))
@@ -237,28 +322,27 @@ def _convert_scalar(spec: Field, scalar: type, value: Any) -> Any:
     except ValueError:
         raise wrong from None
     if meta["choices"] and converted not in meta["choices"]:
-        raise UserError(f"--{spec.name} must be one of {', '.join(map(str, meta['choices']))}, not {value!r}")
+        raise UserError(f"--{name} must be one of {', '.join(map(str, meta['choices']))}, not {value!r}")
     if meta["minimum"] is not None and not converted >= meta["minimum"]:
-        raise UserError(f"--{spec.name} must be at least {meta['minimum']}, not {value!r}")
+        raise UserError(f"--{name} must be at least {meta['minimum']}, not {value!r}")
     if meta["maximum"] is not None and not converted <= meta["maximum"]:
-        raise UserError(f"--{spec.name} must be at most {meta['maximum']}, not {value!r}")
+        raise UserError(f"--{name} must be at most {meta['maximum']}, not {value!r}")
     return converted
 
 
-def _nearest(name: str, specs: dict[str, Field], prefix: str) -> str:
-    close = difflib.get_close_matches(name, specs, n=1, cutoff=0.5)
-    return f"; did you mean {prefix + close[0]!r}?" if close else "; see --help for the known ones"
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
 
 
-def _config_values(path: Path, specs: dict[str, Field]) -> dict[str, Any]:
-    """A config file's values; where its `dataset` is a list of tables, the file is the dataset config too."""
+def _config_values(path: Path, known: _Known) -> dict[str, Any]:
+    """A config file's values. Where its `dataset` is a list of tables, the file is the dataset config too."""
     values = read_toml(path)
     for name in values:
-        if name not in specs or name in ONLY_FLAGS:
-            raise UserError(f"unknown option {name!r} in {path}{_nearest(name, specs, '')}")
+        if not known.accepts(name) or name in ONLY_FLAGS:
+            raise UserError(f"unknown option {name!r} in {path}{known.nearest(name)}")
     if isinstance(values.get("dataset"), dict):
-        raise UserError(f"{path}: a [dataset] has two brackets on each side, [[dataset]], as there may be several")
-    if isinstance(values.get("dataset"), list) and "dataset_config" in specs:
+        raise UserError(f"{path}: write [[dataset]] with two brackets on each side, as there may be several")
+    if isinstance(values.get("dataset"), list) and "dataset_config" in known.specs:
         del values["dataset"]
         values["dataset_config"] = str(path)
     return values

@@ -26,7 +26,7 @@ from torch import Tensor
 from utils.common.checkpoint_names import STATES
 from utils.common.errors import UserError
 from utils.common.files import replacing
-from utils.common.options import option_changes
+from utils.common.options import training_differences
 from utils.training.learner import Learner, StateDict
 
 FACTS, CHECKSUM = "facts", "sha256"
@@ -135,7 +135,7 @@ def check_resume_compatible(state: State, options: Any, data: Mapping[str, str],
     """
     if state.step > options.max_train_steps:
         raise UserError(f"{state.path} is of step {state.step}, past --max_train_steps {options.max_train_steps}")
-    changes = [*option_changes(options, state.facts.options), *_data_changes(state.facts.data, data)]
+    changes = [*training_differences(state.facts.options, options), *_data_changes(state.facts.data, data)]
     if not changes:
         return
     more = [f"and {len(changes) - CHANGES_SHOWN} more"] if len(changes) > CHANGES_SHOWN else []

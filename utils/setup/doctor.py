@@ -1,4 +1,4 @@
-"""What this machine has, and which of it is known to go wrong."""
+"""What is installed on this machine, and its known problems."""
 
 import importlib.metadata
 import platform
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import psutil
 import torch
 
+from utils.common.console import say
 from utils.common.formatting import format_table, readable_size
 from utils.media.decoding import has_decord
 
@@ -16,22 +17,22 @@ PACKAGES = ("torch", "torchvision", "peft", "transformers", "diffusers", "safete
 
 
 def examine() -> tuple[str, list[str]]:
-    """A table of what is here, and a sentence for each thing that is known to go wrong."""
+    """A table of versions and devices, and a sentence for each known problem."""
     rows = [("python", f"{platform.python_version()} ({platform.system()} {platform.machine()})")]
     rows += [(name, _version(name) or "not installed") for name in PACKAGES]
     rows += [("memory", f"{readable_size(psutil.virtual_memory().available)} free"), *_gpu()]
     kinds = {"flash": torch.backends.cuda.flash_sdp_enabled(), "cudnn": torch.backends.cuda.cudnn_sdp_enabled()}
     kinds["memory-efficient"] = torch.backends.cuda.mem_efficient_sdp_enabled()
-    rows.append(("attention", f"torch's own: {', '.join([*(name for name, on in kinds.items() if on), 'plain'])}"))
-    rows.append(("disk here", f"{readable_size(shutil.disk_usage('.').free)} free"))
-    return format_table(("what", "here"), rows), list(_warnings())
+    rows.append(("attention", f"torch's: {', '.join([*(name for name, on in kinds.items() if on), 'plain'])}"))
+    rows.append(("disk", f"{readable_size(shutil.disk_usage('.').free)} free"))
+    return format_table(("what", "found"), rows), list(_warnings())
 
 
 def print_findings() -> None:
-    """The table, and the warnings below it."""
+    """Prints the table, and the known problems below it."""
     table, warnings = examine()
-    print(table)
-    print("\n" + ("\n".join(f"- {warning}" for warning in warnings) or "nothing here is known to go wrong"))
+    say(table)
+    say("\n" + ("\n".join(f"- {warning}" for warning in warnings) or "no known problems"))
 
 
 def _version(name: str) -> str | None:
@@ -43,11 +44,11 @@ def _version(name: str) -> str | None:
 
 def _gpu() -> Iterator[tuple[str, str]]:
     if not torch.cuda.is_available():
-        yield "GPU", "none that this torch can use"
+        yield "GPU", "none that this torch supports"
         return
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
-        bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16 of its own"
+        bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no native bf16"
         name = torch.cuda.get_device_name(index)
         yield f"GPU {index}", f"{name}, {readable_size(free)} of {readable_size(total)} free, {bf16}"
     yield "CUDA", f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
@@ -59,15 +60,15 @@ def _warnings() -> Iterator[str]:
     if gpu and found[:2] == (2, 9) and (found < (2, 9, 1) or cudnn < 91500):
         yield "torch 2.9 without cuDNN 9.15 encodes video ten times slower, in several times the memory: use torch 2.10"
     if gpu and 90800 <= cudnn < 91100:
-        yield "cuDNN 9.8 to 9.10 compute bf16 video convolutions wrongly; here the VAE runs in fp32"
+        yield "cuDNN 9.8 to 9.10 compute wrong bf16 video convolutions; not used here, where the VAE runs in fp32"
     if (5,) <= _numbers(_version("transformers")) < (5, 2):
-        yield "transformers 5.0 and 5.1 zero UMT5's embeddings; this program has its own UMT5 and is not touched by it"
+        yield "transformers 5.0 and 5.1 zero UMT5's embeddings; not used here, where UMT5 is this program's own"
     if not has_decord():
-        yield "decord is not installed, or does not load: PyAV decodes everything, somewhat slower"
+        yield "decord is not installed or cannot be loaded: PyAV decodes everything, which is somewhat slower"
     if not gpu:
-        yield "without a GPU everything runs on the CPU: right for Wan-Nano, hopeless for 1.3B"
+        yield "without a GPU everything runs on the CPU: fine for Wan-Nano, impractical for the 1.3B model"
     elif platform.system() == "Windows":
-        yield "on Windows a full GPU spills into host memory and is ten times slower from then on: see the README"
+        yield "on Windows a full GPU spills into host memory, which makes training ten times slower: see the README"
 
 
 def _numbers(version: str | None) -> tuple[int, ...]:

@@ -1,18 +1,20 @@
-"""Fetching a model's files from the Hugging Face hub: the only use of the network, and only when asked for."""
+"""Downloads a model's files from the Hugging Face hub: the only use of the network, and only on request."""
 
 import shutil
 from pathlib import Path
 
+from utils.common.console import say
 from utils.common.errors import UserError
+from utils.common.files import existing_parent
 from utils.common.formatting import readable_size
 from wan.checkpoints import HUB_PATTERNS, LOCAL_MODELS, load_config
 
 
 def download_model(name: str) -> Path:
-    """Fetches what training needs of a hub model into ./models/<name>, told beforehand; returns that folder.
+    """Downloads what training needs of a hub model to ./models/<name>; returns that folder.
 
-    Interrupted downloads go on where they stopped, and what is there already is not fetched again. Raises UserError
-    for a name the hub does not know, no connection, or too little disk space.
+    Files and sizes are listed first. Interrupted downloads resume, and files that exist are skipped. Raises UserError
+    for a name that the hub does not know, without a connection, and for too little disk space.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import DryRunError, HFValidationError, RepositoryNotFoundError
@@ -23,29 +25,28 @@ def download_model(name: str) -> Path:
         if not plan:
             raise UserError(f"{name} has none of the files of a Wan model ({', '.join(HUB_PATTERNS)})")
         snapshot_download(name, local_dir=folder, allow_patterns=["config.json"])
-        load_config(folder)  # an unsupported model is told before gigabytes are spent on it
-        _tell(plan, folder)
+        load_config(folder)  # an unsupported model is reported before gigabytes are downloaded
+        _report(plan, folder)
         snapshot_download(name, local_dir=folder, allow_patterns=list(HUB_PATTERNS))
     except RepositoryNotFoundError:
-        raise UserError(f"the hub has no model {name}, or only for those who log in; check the spelling") from None
+        raise UserError(f"the hub has no model {name}, or it requires a login; check the spelling") from None
     except DryRunError:
         raise UserError(f"cannot download {name}: the hub does not answer; check the connection") from None
-    except (HFValidationError, OSError) as error:  # the errors of the hub and of the connection are OSErrors
+    except (HFValidationError, OSError) as error:  # OSError: the errors of the hub and of the connection
         reason = str(error) or type(error).__name__
         raise UserError(f"cannot download {name}: {reason.splitlines()[0]}") from None
-    print(f"{name} is complete in {folder}")
+    say(f"{name} is complete in {folder}")
     return folder
 
 
-def _tell(plan: list, folder: Path) -> None:
-    """Prints each file with its size, and stops where the disk cannot hold what is still to come."""
+def _report(plan: list, folder: Path) -> None:
+    """Lists each file with its size. Raises UserError where the disk has no space for what is missing."""
     width = max(len(file.filename) for file in plan)
     for file in plan:
         there = "" if file.will_download else "already there"
-        print(f"{file.filename:<{width}}  {readable_size(file.file_size or 0):>9}  {there}".rstrip())
+        say(f"{file.filename:<{width}}  {readable_size(file.file_size or 0):>9}  {there}".rstrip())
     needed = sum(file.file_size or 0 for file in plan if file.will_download)
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    print(f"to download: {readable_size(needed)} into {folder}")
+    free = shutil.disk_usage(existing_parent(folder)).free
+    say(f"to download: {readable_size(needed)} into {folder}")
     if needed > free:
-        raise UserError(f"the disk of {folder} has {readable_size(free)} free, {readable_size(needed)} are needed")
+        raise UserError(f"the disk of {folder} has {readable_size(free)} free, but {readable_size(needed)} are needed")

@@ -1,4 +1,4 @@
-"""The device that is taken, and what is said when it is full."""
+"""Which device is chosen, and the message when its memory is full."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from utils.common.device import explain_out_of_memory, pick_device
 from utils.common.errors import RunError
 
 
-def test_a_full_gpu_is_told_with_what_can_be_made_smaller():
+def test_a_full_gpu_is_reported_with_the_options_to_reduce():
     with pytest.raises(RunError) as caught, explain_out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
     first, second = str(caught.value).splitlines()

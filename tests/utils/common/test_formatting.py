@@ -1,6 +1,19 @@
-"""Tables for people to read."""
+"""Numbers and tables for people to read."""
 
-from utils.common.formatting import format_table
+from utils.common.formatting import counted, format_table, readable_size
+
+
+def test_a_count_agrees_with_its_noun():
+    assert [counted(1, "clip"), counted(2, "clip"), counted(0, "match", "matches")] == [
+        "1 clip",
+        "2 clips",
+        "0 matches",
+    ]
+
+
+def test_a_size_is_in_the_unit_that_reads_best():
+    sizes = {999: "0.00 MB", 40_000: "0.04 MB", 87_400_000: "87.40 MB", 350_000_000: "0.35 GB"}
+    assert {size: readable_size(size) for size in sizes} == sizes
 
 
 def test_a_table_aligns_text_left_and_numbers_right():

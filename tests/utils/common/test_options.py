@@ -1,15 +1,26 @@
-"""The command line and the config file name the same options and refuse what they do not know."""
+"""The command line and the config file name the same options and refuse unknown ones."""
 
 import json
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from utils.common.errors import RunError, UserError
-from utils.common.options import option, parse_options, run_script, to_json
+from utils.common.options import (
+    Replaced,
+    convert_table,
+    option,
+    parse_options,
+    run_script,
+    to_json,
+    to_table,
+    training_differences,
+    training_table,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,27 @@ class Options(Group):
     fast: bool = option(False, "be fast")
     checkpointing: str = option("none", "which", choices=("none", "full"), const="full")
     speed: float = option(1.0, "how fast", requires="fast")
+
+
+def both(values: list[object]) -> dict[str, object]:
+    """What the made-up option --lora_size 4x8 would mean: rank 4 and alpha 8."""
+    rank, _, alpha = str(values[0]).partition("x")
+    return {"rank": int(rank), "alpha": float(alpha)}
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A program whose options have other names too."""
+
+    replaced: ClassVar[Replaced] = {"lora_size": both, "momentum": "AdamW has none; see --rate"}
+
+    config: Path | None = option(None, "TOML file", affects_training=False)
+    rank: int = option(16, "rank", aliases=("lora_rank", "lora_r"))
+    alpha: float | None = option(None, "alpha")
+    rate: float = option(1e-5, "rate", aliases=("lr",))
+    base_res: tuple[int, ...] = option((624,), "resolutions", aliases=("resolution",))
+    folder: Path | None = option(None, "a folder", affects_training=False)
+    flip: bool = option(False, "flip", aliases=("hflip",))
 
 
 def toml(tmp_path: Path, text: str) -> list[str]:
@@ -63,7 +95,7 @@ def test_a_number_in_the_config_file_may_stand_for_text(tmp_path):
     assert parse_options(Options, toml(tmp_path, "folder = 'x'\nkind = 'none'\nname = 7")).name == "7"
 
 
-def test_an_option_is_taken_where_what_it_needs_is_given_too():
+def test_an_option_is_accepted_with_the_one_that_it_requires():
     assert parse_options(Options, ["--speed", "2", "--fast"]).speed == 2
 
 
@@ -83,7 +115,7 @@ def test_a_single_value_in_the_config_file_may_stand_for_a_list_of_one(tmp_path)
         ("rank = ", "not a valid TOML file"),
         ("kind = 'depth'", "must be one of tile, none"),
         ("base_res = []", "base_res needs at least one value"),
-        ("speed = 2", "--speed means nothing without --fast"),
+        ("speed = 2", "--speed requires --fast"),
     ],
 )
 def test_a_mistaken_config_file_is_refused_by_name(tmp_path, text, message):
@@ -111,6 +143,129 @@ def test_a_mistaken_flag_is_refused_by_name(flags, message):
         parse_options(Options, flags.split())
 
 
+def test_an_argument_without_an_option_is_refused():
+    with pytest.raises(UserError, match="unexpected argument 'clips'"):
+        parse_options(Options, ["clips"])
+
+
+def test_a_mistaken_declaration_is_refused():
+    with pytest.raises(TypeError, match="minimun"):
+        option(1, "a number", minimun=0)
+
+
+def test_aliases_are_accepted_on_the_command_line_and_in_the_config_file(tmp_path):
+    expected = Renamed(rank=4, rate=0.5, base_res=(64, 96), flip=True)
+    assert parse_options(Renamed, "--lora_r 4 --lr 0.5 --resolution 64 96 --hflip".split()) == expected
+    text = "lora_rank = 4\nlr = 0.5\nresolution = [64, 96]\nhflip = true"
+    opts = parse_options(Renamed, toml(tmp_path, text))
+    assert (opts.rank, opts.rate, opts.base_res, opts.flip) == (4, 0.5, (64, 96), True)
+    assert convert_table(Renamed, {"lora_r": 4}, "a table") == {"rank": 4}
+
+
+def test_an_alias_on_the_command_line_wins_over_the_option_in_the_config_file(tmp_path):
+    assert parse_options(Renamed, [*toml(tmp_path, "rank = 4"), "--lora_r", "8"]).rank == 8
+    assert parse_options(Renamed, [*toml(tmp_path, "lora_r = 4"), "--rank", "8"]).rank == 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "text", "message"),
+    [
+        ("--rank 4 --lora_r 8", "", "--rank and --lora_r have different values"),
+        ("--lora_r 8 --lora_rank 4", "", "--lora_r and --lora_rank have different values"),
+        ("", "rate = 1\nlr = 2", "--rate and --lr have different values"),
+        ("--rank 4 --lora_size 8x8", "", "--rank and --lora_size have different values"),
+        ("--no-flip --hflip", "", "--flip and --hflip have different values"),
+    ],
+)
+def test_two_names_of_an_option_with_different_values_are_refused(tmp_path, flags, text, message):
+    with pytest.raises(UserError, match=message):
+        parse_options(Renamed, [*toml(tmp_path, text), *flags.split()])
+
+
+def test_two_names_of_an_option_with_the_same_value_are_accepted():
+    assert parse_options(Renamed, "--rate 1 --lr 1.0 --rank 4 --lora_size 4x8".split()) == Renamed(
+        rate=1.0, rank=4, alpha=8.0
+    )
+
+
+def test_a_wrong_value_is_reported_under_the_name_it_was_given_by():
+    with pytest.raises(UserError, match="--lr must be of type float, not 'fast'"):
+        parse_options(Renamed, ["--lr", "fast"])
+
+
+def test_a_replaced_name_is_translated_on_the_command_line_and_in_the_config_file(tmp_path):
+    assert parse_options(Renamed, ["--lora_size", "4x8"]) == Renamed(rank=4, alpha=8.0)
+    assert parse_options(Renamed, toml(tmp_path, "lora_size = '4x8'")).alpha == 8.0
+
+
+@pytest.mark.parametrize("flags", ["--momentum", "--momentum 0.9"])
+def test_a_removed_name_is_answered_with_what_to_use(tmp_path, flags):
+    for argv in (flags.split(), toml(tmp_path, "momentum = 0.9")):
+        with pytest.raises(UserError, match="--momentum does not exist here: AdamW has none; see --rate"):
+            parse_options(Renamed, argv)
+
+
+def test_a_misspelt_alias_is_answered_with_the_option():
+    with pytest.raises(UserError, match="did you mean '--base_res'"):
+        parse_options(Renamed, ["--resolutoin", "64"])
+
+
+def test_help_explains_options_and_lists_other_names_in_one_line(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(Renamed, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    also = (
+        "--lora_rank for --rank, --lora_r for --rank, --lr for --rate, --resolution for --base_res, --hflip for --flip"
+    )
+    assert text.endswith(f"Also accepted: {also}, --lora_size.")
+    assert text.count("--lr") == 1 and "--momentum" not in text
+
+
+def test_help_has_no_line_for_other_names_where_there_are_none(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(Options, ["--help"])
+    assert "Also accepted" not in capsys.readouterr().out
+
+
+def test_every_script_accepts_debug():
+    assert parse_options(Renamed, ["--debug"]) == Renamed()
+
+
+def test_the_training_table_holds_the_options_that_affect_training_as_json_values():
+    opts = Renamed(folder=Path("a"), base_res=(64, 96))
+    expected = {"rank": 16, "alpha": None, "rate": 1e-5, "base_res": [64, 96], "flip": False}
+    assert training_table(opts) == expected
+    assert json.loads(json.dumps(training_table(opts))) == expected
+
+
+def test_equal_options_have_no_differences():
+    opts = Renamed(rank=4, alpha=8.0, base_res=(64,))
+    assert training_differences(to_table(opts), opts) == training_differences(training_table(opts), opts) == []
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "differences"),
+    [
+        ({"rank": 4}, Renamed(), ["--rank was 4, is 16"]),
+        ({"base_res": [64, 96]}, Renamed(), ["--base_res was [64, 96], is [624]"]),
+        ({"folder": "a", "config": "b"}, Renamed(folder=Path("c")), []),  # declared as harmless
+        ({}, Renamed(), []),  # an option that did not exist had the effect of its default
+        ({}, Renamed(rank=4, base_res=(64,)), ["--rank was 16, is 4", "--base_res was [624], is [64]"]),
+        ({"alpha": None}, Renamed(alpha=2.0), ["--alpha was None, is 2.0"]),
+        ({"rate": 1}, Renamed(rate=1.0), []),
+        ({"lr": 0.5}, Renamed(rate=0.5), []),  # the option was renamed since
+        ({"lr": 0.5}, Renamed(), ["--rate was 0.5, is 1e-05"]),
+        ({"lora_size": "4x8"}, Renamed(rank=4, alpha=8.0), []),
+        ({"gone": None, "gone_too": False, "rest": 0, "more": [], "last": ""}, Renamed(), []),
+        ({"gone": 3}, Renamed(), ["--gone was 3, and no longer exists"]),
+        ({"momentum": 0.9}, Renamed(), ["--momentum was 0.9, and no longer exists"]),
+        ({"momentum": 0.0}, Renamed(), []),
+    ],
+)
+def test_a_table_of_another_version_is_compared_by_what_the_options_meant(saved, now, differences):
+    assert training_differences(saved, now) == differences
+
+
 def test_options_as_json_hold_every_value():
     assert json.loads(to_json(Options(folder=Path("a"))))["folder"] == "a"
     assert json.loads(to_json(Options()))["rank"] == 16
@@ -126,7 +281,7 @@ def test_help_shows_groups_and_defaults(capsys):
     assert "{tile,none}" in text
 
 
-def test_exit_codes_say_what_kind_of_end_it_was(capsys, monkeypatch):
+def test_exit_codes_distinguish_bad_input_failure_and_interruption(capsys, monkeypatch):
     def bad() -> None:
         raise UserError("the file x is broken")
 
@@ -146,8 +301,9 @@ def test_exit_codes_say_what_kind_of_end_it_was(capsys, monkeypatch):
     assert run_script(foreign, bad_input=(ZeroDivisionError,)) == 2
     assert run_script(stopped) == 130
     assert run_script(foreign) == 1
-    unforeseen = capsys.readouterr().err
-    assert "ZeroDivisionError: y" in unforeseen and "--debug" in unforeseen and "Traceback" not in unforeseen
+    unexpected = capsys.readouterr().err
+    assert "ZeroDivisionError: y\nunexpected error; run again with --debug for a traceback" in unexpected
+    assert "Traceback" not in unexpected
     monkeypatch.setattr(sys, "argv", ["script", "--debug"])
     assert run_script(bad) == 2 and run_script(foreign) == 1
     assert capsys.readouterr().err.count("Traceback") == 2

@@ -1,4 +1,4 @@
-"""Inside the scope randomness is the seed's alone; outside nothing has happened."""
+"""Inside the scope random numbers follow its seed; the random states outside are unchanged."""
 
 import random
 
@@ -17,7 +17,7 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def test_the_scope_depends_on_its_seed_alone():
+def test_the_scope_depends_only_on_its_seed():
     draws = []
     for outer, seed in ((1, 7), (2, 7), (1, 8)):
         seed_all(outer)
@@ -26,7 +26,7 @@ def test_the_scope_depends_on_its_seed_alone():
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_the_states_outside_go_on_as_if_the_scope_had_not_been():
+def test_the_states_outside_continue_unchanged():
     seed_all(3)
     expected = [draw(), draw()]
     seed_all(3)

@@ -1,4 +1,4 @@
-"""Fetching a model: told first, only what is needed, and nothing twice. The hub is played by a function."""
+"""Downloading a model: listed first, only what is needed, and nothing twice. A function stands in for the hub."""
 
 import inspect
 import shutil
@@ -107,7 +107,7 @@ def test_shards_and_their_index_are_fetched_too(use):
     assert hub.fetched == ["config.json", *shards]
 
 
-def test_names_and_sizes_are_told_before_the_first_byte(use, capsys):
+def test_names_and_sizes_are_listed_before_the_first_byte(use, capsys):
     said_before = []
     hub = Hub()
 
@@ -136,7 +136,7 @@ def test_nothing_is_fetched_twice(use, capsys):
     assert said.count("already there") == len(NEEDED) and "to download: 0.00 MB" in said
 
 
-def test_an_interrupted_download_goes_on_with_the_rest(use, capsys):
+def test_an_interrupted_download_resumes_with_the_rest(use, capsys):
     hub = use(Hub())
     there = Path("models") / NAME / "models_t5_umt5-xxl-enc-bf16.pth"
     there.parent.mkdir(parents=True)
@@ -149,31 +149,31 @@ def test_an_interrupted_download_goes_on_with_the_rest(use, capsys):
 def test_too_little_disk_stops_before_the_first_byte(use, monkeypatch):
     hub = use(Hub())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**10))
-    with pytest.raises(UserError, match=f"the disk of models/{NAME} has 10.00 GB free, 17.57 GB are needed"):
+    with pytest.raises(UserError, match=f"the disk of models/{NAME} has 10.00 GB free, but 17.57 GB are needed"):
         download_model(NAME)
     assert hub.dry_runs == 1 and hub.fetched == ["config.json"]
 
 
-def test_what_is_there_already_needs_no_disk(use, monkeypatch):
+def test_files_that_exist_need_no_disk_space(use, monkeypatch):
     hub = use(Hub())
     download_model(NAME)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     assert download_model(NAME) == Path("models") / NAME and hub.dry_runs == 2
 
 
-def test_a_file_of_unknown_size_is_fetched_all_the_same(use):
+def test_a_file_of_unknown_size_is_fetched_too(use):
     hub = use(Hub({"config.json": None}))
     download_model(NAME)
     assert hub.fetched == ["config.json"]
 
 
-def test_a_repository_without_a_wan_model_is_told(use):
+def test_a_repository_without_a_wan_model_is_reported(use):
     use(Hub({"README.md": 1, "model.gguf": 2}))
     with pytest.raises(UserError, match=f"{NAME} has none of the files of a Wan model"):
         download_model(NAME)
 
 
-def test_an_unsupported_model_is_told_before_its_weights_are_fetched(use, monkeypatch):
+def test_an_unsupported_model_is_reported_before_its_weights_are_fetched(use, monkeypatch):
     monkeypatch.setitem(globals(), "CONFIG", CONFIG.replace("t2v", "i2v"))
     hub = use(Hub())
     with pytest.raises(CheckpointError, match="is a i2v model"):
@@ -185,7 +185,7 @@ def test_the_hub_of_this_environment_can_plan_a_download():
     assert "dry_run" in inspect.signature(huggingface_hub.snapshot_download).parameters
 
 
-def test_an_unknown_repository_is_told_in_words(use):
+def test_an_unknown_repository_is_reported_in_plain_words(use):
     message = "401 Client Error. (Request ID: Root=1-2)\n\nRepository Not Found for url: somewhere."
     use(raising(http_error(RepositoryNotFoundError, message)))
     with pytest.raises(UserError, match=f"the hub has no model {NAME}") as caught:
@@ -203,14 +203,14 @@ def test_an_unknown_repository_is_told_in_words(use):
         (DryRunError("Dry run cannot be performed"), "check the connection"),
     ],
 )
-def test_a_download_that_fails_is_told_in_one_line(use, error, message):
+def test_a_download_that_fails_is_reported_in_one_line(use, error, message):
     use(raising(error))
     with pytest.raises(UserError, match=f"cannot download {NAME}: .*{message}") as caught:
         download_model(NAME)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_sizes_are_told_in_powers_of_ten():
+def test_sizes_are_in_powers_of_ten():
     assert [readable_size(n) for n in (0, 16_837_417, 507_609_880, 11_361_920_418)] == [
         "0.00 MB", "16.84 MB", "0.51 GB", "11.36 GB",
     ]  # fmt: skip
