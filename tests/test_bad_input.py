@@ -81,7 +81,7 @@ def ends(main: Callable, arguments: str, capsys: pytest.CaptureFixture) -> str:
         (f"{TRAIN} --control_lora --load_control", "no control named fox_control"),
         (f"{TRAIN} --init_lora nowhere.safetensors", "nowhere.safetensors"),
         (f"{TRAIN} --init_lora other.safetensors", "other.safetensors"),
-        (f"{TRAIN} --init_lora foreign.safetensors", "the LoRA to start from lacks"),
+        (f"{TRAIN} --init_lora foreign.safetensors", "--init_lora lacks"),
         (f"{TRAIN} --fuse_lora foreign.safetensors", "the LoRA has (7, 7) at blocks.0.self_attn.q.weight"),
         (f"{TRAIN} --fuse_lora deep.safetensors", "blocks.77.self_attn.q.weight, which this model does not have"),
         (f"{TRAIN} --distill_cfg 1 --distill_negative nowhere.txt", "cannot read the prompt nowhere.txt"),
