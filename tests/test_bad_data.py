@@ -1,4 +1,4 @@
-"""Datasets, caches, states and disks that are wrong: each ends with its own message, soon, and damages nothing."""
+"""Bad datasets, caches, states and disks: each is reported by its own message, soon, and nothing is damaged."""
 
 import hashlib
 import json
@@ -220,7 +220,7 @@ STATES = [
 
 
 @pytest.mark.parametrize(("change", "arguments", "message"), FILES + CAPTIONS + COMPANIONS + CONFIGS + STATES)
-def test_what_is_wrong_is_told_and_nothing_is_damaged(work, capsys, change, arguments, message):
+def test_bad_input_is_reported_and_nothing_is_damaged(work, capsys, change, arguments, message):
     change(work)
     before, begun = contents(work), time.monotonic()
     code = run_script(partial(train_wan_lora.main, arguments.split()), bad_input=(CheckpointError,))
@@ -231,7 +231,7 @@ def test_what_is_wrong_is_told_and_nothing_is_damaged(work, capsys, change, argu
     assert {path: digest for path, digest in after.items() if path in before} == before
 
 
-def test_the_newest_state_that_is_whole_is_taken_and_broken_ones_are_told(work, capsys):
+def test_the_newest_complete_state_is_resumed_and_broken_ones_are_reported(work, capsys):
     cut(STATE)(work)
     train_wan_lora.main(f"{AGAIN} latest".split())
     said = capsys.readouterr().out
@@ -239,7 +239,7 @@ def test_the_newest_state_that_is_whole_is_taken_and_broken_ones_are_told(work, 
     assert "going on in outputs/run" in said and (work / STATE).stat().st_size > 700
 
 
-def test_changes_are_listed_and_made_when_they_are_allowed(work, capsys):
+def test_changes_are_listed_and_applied_if_they_are_allowed(work, capsys):
     train_wan_lora.main(f"{AGAIN} latest --max_train_steps 3 --allow_changes".split())
     said = capsys.readouterr().out
     assert "going on with changes:\n  --max_train_steps was 2, is 3" in said
@@ -249,7 +249,7 @@ def test_changes_are_listed_and_made_when_they_are_allowed(work, capsys):
 
 @pytest.mark.parametrize("module", ["utils.runs.state", "utils.adapters.lora_file"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
-def test_a_full_disk_while_saving_leaves_the_last_state_whole(work, capsys, monkeypatch, module, error):
+def test_a_full_disk_while_saving_leaves_the_last_state_intact(work, capsys, monkeypatch, module, error):
     def full(*_, **__) -> None:
         raise error
 
@@ -282,7 +282,7 @@ def test_checking_the_dataset_loads_no_model_and_trains_nothing(work, capsys, mo
     assert "on disk: --cache_latents N takes N times 0.01 MB, each of 2 texts at most 4.19 MB" in said
 
 
-def test_clips_that_are_held_out_are_in_the_table_and_held_to_the_same_limits(work, capsys):
+def test_held_out_clips_are_in_the_table_and_have_the_same_limits(work, capsys):
     video(work / "clips" / "val" / "owl.mp4", frames=9)
     train_wan_lora.main(f"{RUN} --check_dataset".split())
     assert re.search(r"owl\.mp4 .* held out, ok", capsys.readouterr().out)
@@ -291,19 +291,19 @@ def test_clips_that_are_held_out_are_in_the_table_and_held_to_the_same_limits(wo
     assert code == 2 and "clips/val/large.mp4: one frame of 64x64 takes 16 tokens" in capsys.readouterr().err
 
 
-def test_a_dataset_can_be_checked_before_a_released_model_is_there(work, capsys):
+def test_a_dataset_can_be_checked_before_a_released_model_is_downloaded(work, capsys):
     shutil.rmtree(work / "model")
     train_wan_lora.main("--dataset clips --base_res 64 --check_dataset".split())
     assert "an epoch has 2 samples" in capsys.readouterr().out
 
 
-def test_the_doctor_looks_around_and_stops(capsys):
+def test_the_doctor_prints_versions_and_stops(capsys):
     train_wan_lora.main(["--doctor"])
     said = capsys.readouterr().out
     assert "python" in said and "torch" in said and "attention" in said
 
 
-def test_several_folders_are_trained_on_each_by_its_rules(work, capsys):
+def test_several_folders_are_trained_on_each_with_its_own_rules(work, capsys):
     video(work / "more" / "owl.mp4", frames=40, caption="an owl")
     config(
         '[[dataset]]\npath = "clips"\nrepeats = 2\ncaption_prefix = "kelo, "\n'
@@ -316,7 +316,7 @@ def test_several_folders_are_trained_on_each_by_its_rules(work, capsys):
     assert len(list((work / "new").glob("*/checkpoints/wan-lora-*"))) == 1
 
 
-def test_the_config_file_may_hold_the_folders_too(work, capsys):
+def test_the_config_file_may_also_hold_the_folders(work, capsys):
     written("run.toml", 'max_train_steps = 1\nval_samples = 0\n[[dataset]]\npath = "clips"\nrepeats = 3\n')(work)
     options = MODEL.replace("--val_samples 0", "")
     train_wan_lora.main(f"--config run.toml {options} --output_dir new".split())

@@ -43,13 +43,13 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_of_the_guides_is_read(folder, layout):
+def test_every_layout_is_read(folder, layout):
     paths = media(folder, "a.mp4", "b.mp4")
     write(folder, LAYOUTS[layout])
     assert texts(folder, paths) == {"a.mp4": ("fox",), "b.mp4": ("hare",)}
 
 
-def test_captions_lie_beside_the_folder_of_the_media_but_never_above_the_dataset(folder):
+def test_a_captions_folder_may_be_beside_the_media_folder_but_never_above_the_dataset(folder):
     paths = media(folder / "set", "videos/a.mp4", "videos/deep/b.mp4", "c.mp4")
     write(folder, {"set/captions/a.txt": "fox", "set/videos/captions/b.txt": "hare", "captions/c.txt": "not ours"})
     found = find_captions(folder / "set", paths)
@@ -74,7 +74,7 @@ def test_a_clip_named_captions_has_its_own_caption(folder):
     assert texts(folder, paths) == {"captions.mp4": ("a book of\ncaptions",)}
 
 
-def test_the_file_name_is_a_caption_only_where_it_is_asked_for(folder):
+def test_the_file_name_is_a_caption_only_on_request(folder):
     paths = media(folder, "a_red__fox runs.mp4")
     write(folder, {"a_red__fox runs.txt": "something else"})
     assert texts(folder, paths, source="filename") == {"a_red__fox runs.mp4": ("a red fox runs",)}
@@ -100,7 +100,7 @@ def test_lines_of_a_file_are_captions_of_their_own_on_request(folder):
     ]
 
 
-def test_what_lies_beside_the_part_that_is_trained_on_counts_too(folder):
+def test_captions_beside_the_training_folder_are_found_too(folder):
     paths = media(folder / "train", "a.mp4", "b.mp4", "c.mp4")
     media(folder / "val", "v.mp4")
     write(folder, {"captions/a.txt": "fox", "metadata.csv": "video,text\ntrain/b.mp4,hare\nval/v.mp4,owl\nx.mp4,x\n"})
@@ -113,14 +113,14 @@ def test_what_lies_beside_the_part_that_is_trained_on_counts_too(folder):
     ]
 
 
-def test_quoted_commas_and_line_breaks_of_a_csv_stay_and_jsonl_breaks_at_new_lines_alone(folder):
+def test_csv_keeps_quoted_commas_and_line_breaks_and_jsonl_splits_at_newlines_only(folder):
     paths = media(folder, "a.mp4", "b.mp4")
     write(folder, {"metadata.csv": 'video,text\na.mp4,"a fox, fast\nand red"\n'})
     write(folder, {"metadata.jsonl": '{"video": "b.mp4", "text": "a\u2028hare"}\n'.encode()})
     assert texts(folder, paths) == {"a.mp4": ("a fox, fast\nand red",), "b.mp4": ("a\u2028hare",)}
 
 
-def test_what_is_empty_unreadable_or_contradicts_itself_is_told(folder):
+def test_captions_that_are_empty_unreadable_or_contradictory_are_reported(folder):
     paths = media(folder, "a.mp4", "b.mp4", "c.mp4", "d.mp4")
     write(folder, {"a.txt": " \n", "b.txt": "caf\xe9".encode("latin-1"), "c.txt": "fox", "captions/c.txt": "hare"})
     write(folder, {"d.txt": "\ufeffhare".encode("utf-16")})
@@ -155,7 +155,7 @@ def test_what_is_empty_unreadable_or_contradicts_itself_is_told(folder):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_metadata_that_is_wrong_is_named_with_the_reason(folder, name, content, message):
+def test_wrong_metadata_is_reported_with_the_reason(folder, name, content, message):
     paths = media(folder / "set", "a.mp4")
     media(folder, "outside.mp4")
     write(folder / "set", {name: content})

@@ -104,7 +104,7 @@ def test_the_global_random_state_is_left_alone(small_set):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_file_that_vanishes_is_a_media_error_without_a_traceback_in_it(small_set, num_workers):
+def test_a_deleted_file_is_a_media_error_without_a_traceback_in_it(small_set, num_workers):
     gone = small_set[2].path
     gone.unlink()
     with pytest.raises(MediaError) as caught:
@@ -123,12 +123,12 @@ def test_workers_can_be_spawned_as_on_windows(small_set):
     assert same(helped, first(2, small_set))
 
 
-def test_nothing_to_train_on_is_said_at_once():
+def test_nothing_to_train_on_is_reported_at_once():
     with pytest.raises(UserError, match="nothing to train on"):
         batches(Plan([], LIMITS, 0), load_clip)
 
 
-def test_a_mask_may_be_one_picture_for_a_whole_video_and_is_cut_alike(tmp_path):
+def test_a_mask_may_be_one_image_for_a_whole_video_and_is_cropped_alike(tmp_path):
     video(tmp_path / "a.mp4", frames=9, size=(128, 64))
     image(tmp_path / "a_mask.png", caption=None, size=(64, 32))
     (source,) = look(tmp_path, load_mask=True)

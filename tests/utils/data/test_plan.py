@@ -68,7 +68,7 @@ def test_nothing_is_dropped_and_full_batches_come_where_they_can():
     assert sorted(len(batch) for batch in plan_epoch(sources, limits(batch_size=3), 0)) == [1, 3, 3]
 
 
-def test_a_65_frame_clip_is_used_whole_where_the_tokens_allow():
+def test_all_65_frames_of_a_clip_are_used_if_the_tokens_allow():
     for seed in range(20):
         ((window,),) = plan_epoch([source(832, 480, 65, max_frame_stride=4)], limits(1560 * 17), seed)
         assert window.indices == tuple(range(65))
@@ -84,7 +84,7 @@ def test_random_lengths_strides_and_resolutions_all_occur_evenly():
     assert 200 < sum(stride(window) == 2 for window in draws) < 360
 
 
-def test_a_plan_stays_the_same_for_ever_and_differs_between_epochs_and_seeds():
+def test_a_plan_never_changes_and_differs_between_epochs_and_seeds():
     sources, within = many_sources(0, 6), limits(batch_size=2)
     plan = plan_epoch(sources, within, 42, 3)
     assert plan == plan_epoch(sources, within, 42, 3) == pickle.loads(pickle.dumps(plan))
@@ -124,14 +124,14 @@ def test_validation_takes_the_middle_of_an_evenly_strided_subset():
 
 
 def sampled(frames: int, budget: int, **changes) -> list[tuple[int, ...]]:
-    """The frames of every sample of one showing, where `budget` frames of 832x480 fit."""
+    """The frames of every sample of one use of a clip, where `budget` frames of 832x480 fit."""
     budgeted = limits(1560 * ((budget - 1) // 4 + 1))
     return sorted(
         window.indices for window in windows_of(plan_epoch([source(832, 480, frames, **changes)], budgeted, 0))
     )
 
 
-def test_head_and_middle_are_where_they_say():
+def test_head_and_middle_are_at_the_start_and_in_the_middle():
     assert sampled(50, 21, frame_sampling="head", max_frame_stride=1) == [tuple(range(21))]
     assert sampled(51, 21, frame_sampling="middle", max_frame_stride=1) == [tuple(range(15, 36))]
     assert sampled(50, 21, frame_sampling="head", fps="auto", max_frame_stride=4) == [tuple(range(21))]
@@ -162,14 +162,14 @@ def test_slides_overlap_by_half_and_reach_the_end():
     assert sampled(21, 21, frame_sampling="slide") == [tuple(range(21))]
 
 
-def test_a_rate_knows_no_stride():
+def test_a_frame_rate_excludes_strides():
     clip = source(frames=100, fps="auto", max_frame_stride=4)
     for seed in range(20):
         ((window,),) = plan_epoch([replace(clip, frame_indices=tuple(range(0, 100, 2)))], limits(1560 * 4), seed)
         assert {b - a for a, b in zip(window.indices, window.indices[1:], strict=False)} == {2}
 
 
-def test_repeats_count_per_folder_and_fractions_show_a_part_of_it():
+def test_repeats_count_per_folder_and_fractions_use_a_part_of_it():
     rich = [source(name=f"{i}.mp4", repeats=2.5) for i in range(4)]
     poor = [replace(source(name=f"p{i}.mp4", repeats=0.5), folder=Path("poor")) for i in range(4)]
     seen = Counter()
@@ -186,7 +186,7 @@ def test_a_fraction_of_one_clip_comes_in_that_share_of_the_epochs_beginning_with
     assert [len(plan.epoch(epoch)) for epoch in range(8)] == [1, 0, 0, 0, 1, 0, 0, 0]
 
 
-def test_the_same_folder_with_two_sets_of_rules_is_shown_by_both():
+def test_the_same_folder_with_two_sets_of_rules_is_used_with_both():
     once, often = source(repeats=1.0), source(repeats=5.0, base_res=(320,))
     sizes = Counter(window.width for window in windows_of(Plan([once, often], limits(), 0).epoch(0)))
     assert sorted(sizes.values()) == [1, 5]
@@ -201,9 +201,9 @@ def test_captions_are_drawn_and_dropped_as_often_as_asked():
 def test_fixed_windows_are_the_middle_or_a_few_that_never_change():
     sources = many_sources(1, base_res=(320, 624))
     middle = fixed_windows(sources, limits(), 1)
-    assert all(len(showings) == 2 and showings[0][0].position == (0.5, 0.5) for showings in middle)
+    assert all(len(groups) == 2 and groups[0][0].position == (0.5, 0.5) for groups in middle)
     several = fixed_windows(sources, limits(), 3)
-    assert several == fixed_windows(sources, limits(), 3) and all(len(showings) == 6 for showings in several)
+    assert several == fixed_windows(sources, limits(), 3) and all(len(groups) == 6 for groups in several)
     assert several[0][:2] == fixed_windows(sources, limits(), 2)[0][:2]
     plan = Plan(sources, limits(), 0, several)
     used = {replace(window, caption="a clip") for epoch in range(40) for window in windows_of(plan.epoch(epoch))}
@@ -224,4 +224,4 @@ def test_chunks_that_are_cached_several_times_over_come_once_an_epoch():
     assert len(fixed[0]) == 6 and len(set(flatten_windows(fixed))) > 6
     plan = Plan(sources, limits(1560 * 6), 0, fixed)
     seen = {tuple(sorted(w.position for w in windows_of(plan.epoch(epoch)))) for epoch in range(60)}
-    assert seen == {tuple(sorted(window.position for window in showing)) for showing in fixed[0]}
+    assert seen == {tuple(sorted(window.position for window in group)) for group in fixed[0]}
