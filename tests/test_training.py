@@ -9,7 +9,7 @@ import torch
 import train_wan_lora
 from tests.tiny import TINY_SHAPE, tiny_transformer, tiny_vae, write_clips, write_model, write_transformer
 from utils.adapters.lora import add_lora, select_modules
-from utils.adapters.lora_file import read_lora
+from utils.adapters.lora_reader import read_lora
 from utils.data.folders import Folder, Rules
 from utils.data.loading import load_clip
 from utils.data.plan import Limits, validation_windows

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from utils.adapters.lora import add_lora, fuse_lora, load_lora, select_modules, widen_patch_embedding
-from utils.adapters.lora_file import read_lora
+from utils.adapters.lora_reader import read_lora
 from utils.common.options import option
 from utils.media.controls import CONTROL_TYPES
 from wan.modules.model import WanModel

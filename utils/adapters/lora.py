@@ -113,8 +113,8 @@ def load_lora(model: nn.Module, lora: LoraFile) -> None:
         if absent := [name for name in ours if name not in theirs]:
             more = f"{absent[0]} ({len(absent)} such modules)"
             raise UserError(f"the LoRA to start from {fault} {more}; it must have the same targets")
-    if lora.extras:
-        raise UserError(f"the LoRA to start from holds more than pairs ({next(iter(lora.extras))}); fuse it instead")
+    if lora.diffs:
+        raise UserError(f"the LoRA to start from holds more than pairs ({next(iter(lora.diffs))}); fuse it instead")
     for name, layer in layers.items():
         pair, rank, alpha = lora.pairs[name], layer.r[ADAPTER], layer.lora_alpha[ADAPTER]
         # Files hold alpha as fp32.
@@ -141,7 +141,7 @@ def fuse_lora(model: nn.Module, lora: LoraFile, weight: float = 1.0) -> None:
     widened = _widened(lora)
     parameters = dict(model.named_parameters())
     pairs = {f"{name}.weight": pair for name, pair in lora.pairs.items()}
-    extras = {_extra_target(key, parameters): tensor for key, tensor in lora.extras.items()}
+    extras = {_extra_target(key, parameters): tensor for key, tensor in lora.diffs.items()}
     shapes = {target: (len(pair.up), *pair.down.shape[1:]) for target, pair in pairs.items()}
     shapes |= {target: tuple(tensor.shape) for target, tensor in extras.items()}
     for target, shape in shapes.items():

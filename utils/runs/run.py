@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.adapters.lora_file import LoraError, LoraFile, write_lora
+from utils.adapters.lora_file import LoraError, LoraFile
+from utils.adapters.lora_writer import write_lora
 from utils.common.device import out_of_memory
 from utils.common.errors import LoaderError, RunError, UserError
 from utils.common.files import UNFINISHED

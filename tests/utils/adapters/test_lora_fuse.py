@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from tests.tiny import TINY_SHAPE, tiny_transformer
 from utils.adapters.lora import add_lora, extract_lora, fuse_lora, load_lora, select_modules, widen_patch_embedding
-from utils.adapters.lora_file import LoraFile, LoraPair, read_lora, write_lora
+from utils.adapters.lora_file import LoraFile, LoraPair
+from utils.adapters.lora_reader import read_lora
+from utils.adapters.lora_writer import write_lora
 from utils.common.errors import UserError
 from utils.encoding.conditioning import Cond, make_predict
 from wan.modules.model import WanModel
@@ -102,7 +104,7 @@ def test_deltas_reach_weights_biases_and_bare_parameters():
         "blocks.1.modulation.diff": torch.ones(1, 6, 48),
         "head.head.diff_b": torch.full((64,), -1.0),
     }
-    fuse_lora(model, LoraFile({}, extras=deltas), weight=2.0)
+    fuse_lora(model, LoraFile({}, diffs=deltas), weight=2.0)
     for parameter, old, change in (
         (model.blocks[0].norm3.weight, before.blocks[0].norm3.weight, 1.0),
         (model.blocks[0].norm3.bias, before.blocks[0].norm3.bias, 0.5),
@@ -136,7 +138,7 @@ def test_a_lora_that_does_not_fit_is_refused_before_anything_is_changed(what):
     foreign, message = FOREIGN[what]
     model = tiny_transformer()
     before, lora = weights(model), extract_lora(adapted(), {})
-    mixed = LoraFile(lora.pairs | foreign.pairs, foreign.extras, foreign.input_shapes)
+    mixed = LoraFile(lora.pairs | foreign.pairs, foreign.diffs, foreign.input_shapes)
     with pytest.raises(UserError, match=message):
         fuse_lora(model, mixed)
     after = model.state_dict()

@@ -13,7 +13,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import utils.runs.run
-from utils.adapters.lora_file import LoraFile, LoraPair, read_lora
+from utils.adapters.lora_file import LoraFile, LoraPair
+from utils.adapters.lora_reader import read_lora
 from utils.common.errors import RunError, UserError
 from utils.common.signals import Stop
 from utils.media.probing import MediaError
