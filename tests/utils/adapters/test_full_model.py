@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.tiny import TINY_SHAPE, tiny_text_encoder, tiny_transformer, tiny_vae
-from utils.adapters.full_model import write_text_encoder, write_transformer, write_vae
+from utils.adapters.full_model import write_pth, write_text_encoder, write_transformer, write_vae
 from wan.modules.model import WanModel, is_fp32
 
 
@@ -29,15 +29,19 @@ def test_the_config_has_the_fields_of_the_released_one(tmp_path):
     }
 
 
-def test_equal_weights_give_equal_files_that_load_without_unpickling(tmp_path):
+def test_vae_and_text_encoder_are_flat_dictionaries_of_bf16_that_load_without_unpickling(tmp_path):
     vae, encoder = tiny_vae(), tiny_text_encoder()
-    for folder in ("one", "other"):
-        write_vae(tmp_path / folder, vae)
-        write_text_encoder(tmp_path / folder, encoder)
-    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    write_vae(tmp_path / "model", vae)
+    write_text_encoder(tmp_path / "model", encoder)
+    names = sorted(path.name for path in (tmp_path / "model").iterdir())
     assert names == ["Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"]
-    assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "other" / n).read_bytes() for n in names)
     for name, module in zip(names, (vae, encoder), strict=True):
-        state = torch.load(tmp_path / "one" / name, weights_only=True)
+        state = torch.load(tmp_path / "model" / name, weights_only=True)
         assert state.keys() == module.state_dict().keys()
         assert all(torch.equal(state[key], weight.bfloat16()) for key, weight in module.state_dict().items())
+
+
+def test_equal_weights_give_equal_files_whatever_their_names(tmp_path):
+    for name in ("one", "other"):
+        write_pth(tmp_path / f"{name}.pth", tiny_vae())
+    assert (tmp_path / "one.pth").read_bytes() == (tmp_path / "other.pth").read_bytes()

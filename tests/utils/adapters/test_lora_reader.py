@@ -197,10 +197,9 @@ def test_matrices_of_an_unusual_float_dtype_are_read_and_written_unchanged(tmp_p
     assert copy.dtype == dtype and torch.equal(copy.double(), torch.full((2, 5), 1.5).double())
 
 
-def raw(path, header, data=b""):
-    """A file with any bytes as its header."""
-    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
-    return path
+def raw(header, size=0):
+    """The bytes of a file with this text as its header, and so many bytes of data."""
+    return struct.pack("<Q", len(header)) + header.encode() + b"\0" * size
 
 
 def entry(key, shape, start, end, dtype="F32"):
@@ -210,36 +209,39 @@ def entry(key, shape, start, end, dtype="F32"):
 RAW = {
     "a header larger than the file": struct.pack("<Q", 2**40) + b"{}",
     "a header length of all ones": b"\xff" * 64,
-    "a header of nested lists": struct.pack("<Q", 10**5) + b"[" * 10**5,
-    "one key with two contents": f"{{{entry(Q, [1], 0, 4)}, {entry(Q, [1], 4, 8)}}}",
-    "two keys with one content": f"{{{entry(Q, [1], 0, 4)}, {entry('b', [1], 0, 4)}}}",
-    "a dimension beyond 64 bits": f"{{{entry(Q, [2**63, 0], 0, 0)}}}",
-    "a size beyond 64 bits": f"{{{entry(Q, [2**40, 2**40], 0, 0)}}}",
-    "a negative size": f"{{{entry(Q, [-1, 0], 0, 0)}}}",
-    "an unknown dtype": f"{{{entry(Q, [1], 0, 4, 'F7')}}}",
-    "metadata of numbers": f'{{"__metadata__": {{"alpha": 1}}, {entry(Q, [1], 0, 4)}}}',
+    "a header of nested lists": raw("[" * 10**5),
+    "one key with two contents": raw(f"{{{entry(Q, [1], 0, 4)}, {entry(Q, [1], 4, 8)}}}", 8),
+    "two keys with one content": raw(f"{{{entry(Q, [1], 0, 4)}, {entry('b', [1], 0, 4)}}}", 4),
+    "a dimension beyond 64 bits": raw(f"{{{entry(Q, [2**63, 0], 0, 0)}}}"),
+    "a size beyond 64 bits": raw(f"{{{entry(Q, [2**40, 2**40], 0, 0)}}}"),
+    "a negative size": raw(f"{{{entry(Q, [-1, 0], 0, 0)}}}"),
+    "an unknown dtype": raw(f"{{{entry(Q, [1], 0, 4, 'F7')}}}", 4),
+    "metadata of numbers": raw(f'{{"__metadata__": {{"alpha": 1}}, {entry(Q, [1], 0, 4)}}}', 4),
 }
 
 
 @pytest.mark.parametrize("what", RAW)
 def test_a_hostile_header_is_refused(tmp_path, what):
-    path, content = tmp_path / "raw.safetensors", RAW[what]
-    raw(path, content.encode(), b"\0" * 8) if isinstance(content, str) else path.write_bytes(content)
+    path = tmp_path / "raw.safetensors"
+    path.write_bytes(RAW[what])
     with pytest.raises(LoraError, match="not a complete safetensors file") as caught:
         read_lora(path)
     assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
-def test_a_rank_whose_tensors_are_empty_is_refused(tmp_path):
-    down, up = entry(f"{Q}.lora_A.weight", [2**62, 0], 0, 0), entry(f"{Q}.lora_B.weight", [0, 2**62], 0, 0)
-    with pytest.raises(LoraError, match=f"{Q}.lora_A.weight: has the shape .*, which is empty"):
-        read_lora(raw(tmp_path / "raw.safetensors", f"{{{down}, {up}}}".encode()))
-
-
-def test_four_bit_matrices_are_refused(tmp_path):
-    down, up = entry(f"{Q}.lora_A.weight", [2, 4], 0, 4, "F4"), entry(f"{Q}.lora_B.weight", [4, 2], 4, 8, "F4")
-    with pytest.raises(LoraError, match=f"{Q}.lora_A.weight: stored as torch.float4"):
-        read_lora(raw(tmp_path / "raw.safetensors", f"{{{down}, {up}}}".encode(), b"\0" * 8))
+@pytest.mark.parametrize(
+    ("down", "up", "message"),
+    [
+        (entry(f"{Q}.lora_A.weight", [2**62, 0], 0, 0), entry(f"{Q}.lora_B.weight", [0, 2**62], 0, 0), "is empty"),
+        (entry(f"{Q}.lora_A.weight", [2, 4], 0, 4, "F4"), entry(f"{Q}.lora_B.weight", [4, 2], 4, 8, "F4"), "float4"),
+    ],
+    ids=["a huge rank", "four bits a number"],
+)
+def test_matrices_that_only_a_header_can_state_are_refused(tmp_path, down, up, message):
+    path = tmp_path / "raw.safetensors"
+    path.write_bytes(raw(f"{{{down}, {up}}}", 8 if "F4" in down else 0))
+    with pytest.raises(LoraError, match=f"{Q}.lora_A.weight: .*{message}"):
+        read_lora(path)
 
 
 def test_a_file_that_is_not_safetensors_is_refused(tmp_path):
