@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.adapters.lora import fuse_lora
-from utils.adapters.lora_file import LoraFile, read_lora
+from utils.adapters.lora_file import LoraFile
+from utils.adapters.lora_reader import read_lora
 from utils.adapters.wantraining import TEST_SCRIPT
 from utils.common.device import compute_dtype, explain_out_of_memory, pick_device
 from utils.common.errors import UserError

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from utils.adapters.attach import AdapterOptions, plan_adapter
 from utils.adapters.lora import fuse_lora, speaking
-from utils.adapters.lora_file import read_lora
+from utils.adapters.lora_reader import read_lora
 from utils.common.device import compute_dtype, describe, explain_out_of_memory, pick_device
 from utils.common.digests import LATENTS
 from utils.common.errors import UserError

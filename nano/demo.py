@@ -25,7 +25,7 @@ from nano.probe import adherence
 from nano.sampling import SAMPLER, generate, load, noise_of
 from nano.world import FPS, STYLES, Scene, caption, split, write_dataset
 from utils.adapters.lora import fuse_lora
-from utils.adapters.lora_file import read_lora
+from utils.adapters.lora_reader import read_lora
 from utils.common.device import pick_device
 from utils.common.errors import RunError
 from utils.common.files import check_writable

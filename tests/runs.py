@@ -7,7 +7,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from utils.adapters.lora_file import LoraFile, LoraPair, write_lora
+from utils.adapters.lora_file import LoraFile, LoraPair
+from utils.adapters.lora_writer import write_lora
 from utils.runs.run import Run, RunPlan, open_run
 from utils.runs.state import Facts, State
 from utils.training.learner import Learner, Trainable, Update

@@ -247,7 +247,7 @@ def test_changes_are_listed_and_applied_if_they_are_allowed(work, capsys):
     assert json.loads((work / "outputs" / "run" / "command_args-00000002.json").read_text())["max_train_steps"] == 3
 
 
-@pytest.mark.parametrize("module", ["utils.runs.state", "utils.adapters.lora_file"])
+@pytest.mark.parametrize("module", ["utils.runs.state", "utils.common.tensor_files"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
 def test_a_full_disk_while_saving_leaves_the_last_state_intact(work, capsys, monkeypatch, module, error):
     def full(*_, **__) -> None:

@@ -12,7 +12,8 @@ import test_wan_control_lora
 import train_wan_lora
 import utils.encoding.text
 from tests.tiny import TINY_SHAPE, write_model
-from utils.adapters.lora_file import LoraFile, LoraPair, write_lora
+from utils.adapters.lora_file import LoraFile, LoraPair
+from utils.adapters.lora_writer import write_lora
 from utils.common.options import run_script
 from utils.media.frames import write_video
 from wan.checkpoints import CheckpointError
@@ -34,6 +35,8 @@ def template(tmp_path_factory) -> Path:
     write_lora(folder / "deep.safetensors", LoraFile({"blocks.77.self_attn.q": pair}))
     fitting = LoraPair(torch.ones(2, TINY_SHAPE.dim), torch.ones(TINY_SHAPE.dim, 2), 2.0)
     write_lora(folder / "fitting.safetensors", LoraFile({"blocks.0.self_attn.q": fitting}))
+    matrices = {"lora_A": fitting.down * torch.nan, "lora_B": fitting.up}
+    save_file({f"blocks.0.self_attn.q.{key}": value for key, value in matrices.items()}, folder / "nan.safetensors")
     save_file({"x": torch.zeros(1)}, folder / "other.safetensors")
     save_file({"context": torch.zeros(3, 5)}, folder / "narrow.safetensors")
     return folder
@@ -82,6 +85,8 @@ def ends(main: Callable, arguments: str, capsys: pytest.CaptureFixture) -> str:
         (f"{TRAIN} --init_lora nowhere.safetensors", "nowhere.safetensors"),
         (f"{TRAIN} --init_lora other.safetensors", "other.safetensors"),
         (f"{TRAIN} --init_lora foreign.safetensors", "--init_lora lacks"),
+        (f"{TRAIN} --init_lora nan.safetensors", "nan.safetensors: blocks.0.self_attn.q.lora_A: holds NaN or infinite"),
+        (f"{TRAIN} --fuse_lora nan.safetensors", "nan.safetensors: blocks.0.self_attn.q.lora_A: holds NaN or infinite"),
         (f"{TRAIN} --fuse_lora foreign.safetensors", "the LoRA has (7, 7) at blocks.0.self_attn.q.weight"),
         (f"{TRAIN} --fuse_lora deep.safetensors", "blocks.77.self_attn.q.weight, which this model does not have"),
         (f"{TRAIN} --distill_cfg 1 --distill_negative nowhere.txt", "cannot read the prompt nowhere.txt"),
@@ -104,6 +109,7 @@ def test_a_mistaken_call_of_the_trainer_is_told(work, capsys, arguments, message
         ("--lora_path nowhere.safetensors", "nowhere.safetensors"),
         ("--lora_path deep.safetensors", "does not name its base model"),
         (f"--lora_path deep.safetensors {MODEL} --strength 0.5", "blocks.77.self_attn.q"),
+        (f"--lora_path nan.safetensors {MODEL} --prompt fox", "blocks.0.self_attn.q.lora_A: holds NaN or infinite"),
         (f"--lora_path deep.safetensors {MODEL} --frames 6", "--frames 6 must be 4n + 1, like 5"),
         (f"--lora_path fitting.safetensors {MODEL} --prompt fox --embedding narrow.safetensors", "exclude each other"),
         (f"--lora_path fitting.safetensors {MODEL} --control_type tile", "--control_type requires --input_video"),

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from tests.peers import diffusers_transformer
 from tests.tiny import TINY_SHAPE, write_clips, write_model
 from utils.adapters.lora import add_lora, extract_lora, load_lora, select_modules
-from utils.adapters.lora_file import delta, read_lora
+from utils.adapters.lora_file import delta
+from utils.adapters.lora_reader import read_lora
 from utils.media.probing import probe
 from wan.checkpoints import load_transformer
 from wan.names import diffusers_name

@@ -17,7 +17,8 @@ import torch
 
 import train_wan_lora
 from tests.tiny import DATA
-from utils.adapters.lora_file import LoraFile, read_lora
+from utils.adapters.lora_file import LoraFile
+from utils.adapters.lora_reader import read_lora
 
 FLAGS = (
     "--dataset clips --pretrained_model_name_or_path model --cache_dir cache --cache_latents --base_res 64 "

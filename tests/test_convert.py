@@ -10,7 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import convert_lora_to_comfy
-from utils.adapters.lora_file import LoraFile, LoraPair, delta, read_lora, write_lora
+from utils.adapters.lora_file import LoraFile, LoraPair, delta
+from utils.adapters.lora_reader import read_lora
+from utils.adapters.lora_writer import write_lora
 from utils.common.options import run_script
 from wan.names import official_name
 
@@ -91,7 +93,7 @@ def comfy_merge(weights, tensors, strength):
 
 @pytest.mark.parametrize(
     ("layout", "control"),
-    [("predecessor", False), ("kohya", False), ("diffusers", False), ("predecessor", True), ("kohya", True)],
+    [("wantraining", False), ("kohya", False), ("diffusers", False), ("wantraining", True), ("kohya", True)],
 )
 def test_comfyui_loads_every_key_and_changes_its_weights_by_our_delta(tmp_path, transformer, adapted, layout, control):
     pairs = {official_name(name): pair for name, pair in adapted.items()}
@@ -112,7 +114,7 @@ def test_comfyui_loads_every_key_and_changes_its_weights_by_our_delta(tmp_path, 
         assert (merged[name + ".weight"] - before - change).abs().max() <= 1e-6 * change.abs().max()
 
 
-def test_a_control_lora_of_the_predecessor_widens_comfyuis_patch_embedding(tmp_path):
+def test_a_control_lora_of_wantraining_widens_comfyuis_patch_embedding(tmp_path):
     down, up = torch.randn(2, 8, 1, 2, 2), torch.randn(24, 2, 1, 1, 1)
     tensors = {"patch_embedding.lora_A.weight": down, "patch_embedding.lora_B.weight": up} | bare()
     assert run("--input_lora", save(tmp_path / "c.safetensors", tensors), "--alpha", 1, "--dtype", "bf16") == 0
@@ -172,7 +174,7 @@ def test_the_script_runs_as_users_run_it(tmp_path):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     summary = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
-    assert summary["spelling"] == "no prefix, lora_A/lora_B.weight, official names"
+    assert summary["format"] == "no prefix, lora_A/lora_B.weight, official names"
     assert (summary["modules"], summary["rank"], summary["alpha"]) == ("1", "4", "8")
     assert (summary["dtype"], summary["control"]) == ("float32", "no")
     output = tmp_path / "wan-lora-00000100_comfy.safetensors"
@@ -190,7 +192,7 @@ def test_a_bad_file_ends_with_code_two_and_one_message(tmp_path):
     assert done.stderr.startswith(f"error: {source}") and "nose" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_converting_twice_changes_nothing_and_says_so(tmp_path, capsys):
+def test_converting_twice_changes_nothing_and_reports_it(tmp_path, capsys):
     source, once = save(tmp_path / "lora.safetensors", bare()), tmp_path / "lora_comfy.safetensors"
     assert run("--input_lora", source) == 0 and "wrote" in capsys.readouterr().out
     before = snapshot(tmp_path)
@@ -202,8 +204,8 @@ def test_converting_twice_changes_nothing_and_says_so(tmp_path, capsys):
     assert list(first) == list(copy) and all(torch.equal(first[key], copy[key]) for key in first)
 
 
-@pytest.mark.parametrize("layout", ["predecessor", "kohya", "diffusers"])
-def test_the_default_name_says_the_layout_and_the_way_back_is_exact(tmp_path, layout):
+@pytest.mark.parametrize("layout", ["wantraining", "kohya", "diffusers"])
+def test_the_default_name_holds_the_layout_and_the_way_back_is_exact(tmp_path, layout):
     source, back = tmp_path / "start.safetensors", tmp_path / "back.safetensors"
     pairs = {"head.head": LoraPair(torch.randn(3, 5), torch.randn(6, 3), 0.1)}
     write_lora(source, LoraFile(pairs, metadata={"author": "me"}))
@@ -227,13 +229,51 @@ def test_a_different_file_is_only_replaced_with_overwrite(tmp_path, capsys):
     assert source.read_bytes() == output.read_bytes()
 
 
-def test_an_alpha_against_the_files_own_is_an_error_that_names_both(tmp_path, capsys):
+def test_an_alpha_that_contradicts_the_file_is_an_error_that_names_both(tmp_path, capsys):
     source = save(tmp_path / "lora.safetensors", bare() | {"blocks.0.self_attn.q.alpha": torch.tensor(4.0)})
     assert run("--input_lora", source, "--alpha", 16) == 2
     message = capsys.readouterr().err
     assert str(source) in message and "alpha 4" in message and "16" in message
     assert list(tmp_path.iterdir()) == [source]
     assert run("--input_lora", source, "--alpha", 4) == 0
+
+
+@pytest.mark.parametrize(
+    ("word", "dtype"),
+    [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+    + [("bfloat16", torch.bfloat16), ("float16", torch.float16), ("float32", torch.float32)],
+)
+def test_a_dtype_has_our_name_and_that_of_wantrainings_converter(tmp_path, word, dtype):
+    source = save(tmp_path / "lora.safetensors", {key: tensor.double() for key, tensor in bare().items()})
+    assert run("--input_lora", source, "--dtype", word) == 0
+    tensors = load_file(tmp_path / "lora_comfy.safetensors")
+    assert {tensor.dtype for key, tensor in tensors.items() if "lora_" in key} == {dtype}
+
+
+def test_the_former_name_of_wantrainings_layout_is_accepted_but_not_shown(tmp_path, capsys):
+    source = save(tmp_path / "lora.safetensors", {f"diffusion_model.{key}": tensor for key, tensor in bare().items()})
+    assert run("--input_lora", source, "--to", "predecessor") == 0
+    assert "layout wantraining" in capsys.readouterr().out
+    assert load_file(tmp_path / "lora_wantraining.safetensors").keys() == bare().keys()
+    with pytest.raises(SystemExit):
+        run("--help")
+    shown = capsys.readouterr().out
+    assert "{comfy,wantraining,kohya,diffusers}" in shown and "predecessor" not in shown
+    assert run("--input_lora", source, "--to", "lycoris") == 2
+    assert "must be one of comfy, wantraining, kohya, diffusers" in capsys.readouterr().err
+
+
+def test_a_conversion_reads_its_input_and_makes_the_output_once(tmp_path, monkeypatch):
+    source, calls = save(tmp_path / "lora.safetensors", bare()), []
+
+    def counted(name):
+        function = getattr(convert_lora_to_comfy, name)
+        monkeypatch.setattr(convert_lora_to_comfy, name, lambda *args: (calls.append(name), function(*args))[1])
+
+    counted("read_lora")
+    counted("to_state_dict")
+    assert run("--input_lora", source) == 0 and (tmp_path / "lora_comfy.safetensors").exists()
+    assert calls == ["read_lora", "to_state_dict"]
 
 
 BAD_COMMANDS = {
@@ -243,7 +283,7 @@ BAD_COMMANDS = {
     "a text file": (["--input_lora", "text.safetensors"], "text.safetensors"),
     "a cut file": (["--input_lora", "cut.safetensors"], "cut.safetensors"),
     "half a pair": (["--input_lora", "half.safetensors"], "half a pair"),
-    "a number not finite": (["--input_lora", "nan.safetensors"], "not finite"),
+    "a number not finite": (["--input_lora", "nan.safetensors"], "NaN or infinite"),
     "a control LoRA for diffusers": (["--input_lora", "control.safetensors", "--to", "diffusers"], "control LoRA"),
     "an unknown layout": (["--input_lora", "good.safetensors", "--to", "lycoris"], "lycoris"),
     "an unknown dtype": (["--input_lora", "good.safetensors", "--dtype", "int8"], "int8"),

@@ -10,7 +10,7 @@ import train_wan_lora
 from tests.limits import limits
 from tests.tiny import TINY_SHAPE, tiny_transformer, tiny_vae, write_clips, write_model, write_transformer
 from utils.adapters.lora import add_lora, select_modules
-from utils.adapters.lora_file import read_lora
+from utils.adapters.lora_reader import read_lora
 from utils.data.folders import Folder, Rules
 from utils.data.loading import load_clip
 from utils.data.plan import validation_windows

@@ -16,7 +16,8 @@ from nano.probe import adherence
 from nano.sampling import SAMPLER, generate, load, noise_of
 from nano.world import caption, render, split, write_dataset
 from utils.adapters.lora import fuse_lora
-from utils.adapters.lora_file import LoraFile, read_lora
+from utils.adapters.lora_file import LoraFile
+from utils.adapters.lora_reader import read_lora
 from utils.common.device import pick_device
 from utils.encoding.conditioning import encode_video, to_unit_range
 from utils.encoding.text import read_prompt

@@ -20,7 +20,9 @@ from utils.adapters.lora import (
     speaking,
     widen_patch_embedding,
 )
-from utils.adapters.lora_file import LoraFile, read_lora, write_lora
+from utils.adapters.lora_file import LoraFile
+from utils.adapters.lora_reader import read_lora
+from utils.adapters.lora_writer import write_lora
 from utils.adapters.wantraining import TRAINER
 from utils.common.options import Replaced, option
 from utils.media.controls import CONTROL_TYPES

@@ -1,7 +1,7 @@
 """The mean of several checkpoints of one run.
 
-The matrices are averaged, not their products: along one run both move slowly, and the mean keeps the rank, as the
-exponential average does that the trainer can keep (`utils/training/ema.py`).
+The matrices are averaged, not their products: within one run both change slowly, and the mean keeps the rank. The
+trainer's exponential moving average (`utils/training/ema.py`) does the same.
 """
 
 import re
@@ -21,7 +21,7 @@ CHECKPOINT = re.compile(r"wan-lora-\d{8}\.safetensors")
 def last_checkpoints(path: Path, count: int) -> list[Path]:
     """`path` and the checkpoints of the same run before it, `count` in all, oldest first.
 
-    Raises UserError where it is no checkpoint of a run, or there are fewer.
+    Raises UserError for a path that is not a checkpoint of a run, and where there are fewer.
     """
     if not CHECKPOINT.fullmatch(path.name):
         raise UserError(
@@ -37,21 +37,21 @@ def last_checkpoints(path: Path, count: int) -> list[Path]:
 
 
 def average(loras: Sequence[LoraFile]) -> LoraFile:
-    """The mean of LoRAs in fp32, with the metadata of the last. Raises UserError where they are not of one run."""
+    """The mean of LoRAs in fp32, with the metadata of the last. Raises UserError if they are not from one run."""
     first = loras[0]
     for other in loras[1:]:
-        same = other.pairs.keys() == first.pairs.keys() and other.extras.keys() == first.extras.keys()
+        same = other.pairs.keys() == first.pairs.keys() and other.diffs.keys() == first.diffs.keys()
         if not same or any(other.pairs[name].alpha != pair.alpha for name, pair in first.pairs.items()):
-            raise UserError("the checkpoints to average are of different LoRAs: modules and alpha must agree")
+            raise UserError("the checkpoints to average belong to different LoRAs: modules and alpha must agree")
     pairs = {}
     for name, pair in loras[-1].pairs.items():
-        same = [lora.pairs[name] for lora in loras]
-        pairs[name] = replace(pair, down=_mean([one.down for one in same]), up=_mean([one.up for one in same]))
-    extras = {name: _mean([lora.extras[name] for lora in loras]) for name in first.extras}
-    return replace(loras[-1], pairs=pairs, extras=extras)
+        along = [lora.pairs[name] for lora in loras]
+        pairs[name] = replace(pair, down=_mean([one.down for one in along]), up=_mean([one.up for one in along]))
+    diffs = {name: _mean([lora.diffs[name] for lora in loras]) for name in first.diffs}
+    return replace(loras[-1], pairs=pairs, diffs=diffs)
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:
     if len({tensor.shape for tensor in tensors}) > 1:
-        raise UserError("the checkpoints to average are of different LoRAs: their ranks must agree")
+        raise UserError("the checkpoints to average belong to different LoRAs: their ranks must agree")
     return torch.stack([tensor.float() for tensor in tensors]).mean(dim=0)

@@ -1,13 +1,16 @@
-"""Writes a Wan in the files of the released checkpoints."""
+"""A whole Wan written in the layout of the released checkpoints, which every program that loads those reads.
+
+A model folder holds config.json and the transformer's safetensors file, and the VAE and the text encoder as .pth files.
+"""
 
 import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from utils.common.files import replacing
+from utils.common.tensor_files import write_tensors
 from wan.checkpoints import TEXT_ENCODER, TRANSFORMER, VAE
 from wan.modules.model import WanModel, WanShape, is_fp32
 
@@ -15,7 +18,7 @@ CONFIG_FIELDS = ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "nu
 
 
 def write_config(folder: Path, shape: WanShape) -> None:
-    """config.json with the fields of the released one."""
+    """Writes config.json with the fields of the released one."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": "t2v"}
     config |= {name: getattr(shape, name) for name in CONFIG_FIELDS}
@@ -23,31 +26,35 @@ def write_config(folder: Path, shape: WanShape) -> None:
 
 
 def write_transformer(folder: Path, model: WanModel) -> None:
-    """config.json and one file of bf16 weights; the parameters that compute in fp32 stay fp32."""
+    """Writes config.json and one file of bf16 weights. Parameters that compute in fp32 stay fp32.
+
+    Raises TensorFileError if the weights cannot be written.
+    """
     write_config(folder, model.shape)
     state = {
-        name: tensor.to(torch.float32 if is_fp32(name) else torch.bfloat16).contiguous()
+        name: tensor.to(torch.float32 if is_fp32(name) else torch.bfloat16)
         for name, tensor in model.state_dict().items()
     }
-    with replacing(folder / TRANSFORMER) as unfinished:
-        save_file(state, unfinished)
+    write_tensors(folder / TRANSFORMER, state)
 
 
 def write_pth(path: Path, module: nn.Module) -> None:
-    """A flat dictionary of bf16 tensors, as the VAE and the text encoder are released."""
+    """Writes a flat dictionary of bf16 tensors, as the VAE and the text encoder are released. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state: dict[str, Tensor] = {
         name: tensor.to("cpu", torch.bfloat16).clone(memory_format=torch.contiguous_format)
         for name, tensor in module.state_dict().items()
     }
-    # Into an open file: given a path, torch.save writes its name into the archive, and no two runs would agree.
+    # Given a path instead of an open file, torch.save stores its name in the archive: equal weights would differ.
     with replacing(path) as unfinished, unfinished.open("wb") as file:
         torch.save(state, file)
 
 
 def write_vae(folder: Path, vae: nn.Module) -> None:
+    """Writes the VAE under its released name, as `write_pth` does."""
     write_pth(folder / VAE, vae)
 
 
 def write_text_encoder(folder: Path, encoder: nn.Module) -> None:
+    """Writes the text encoder under its released name, as `write_pth` does."""
     write_pth(folder / TEXT_ENCODER, encoder)

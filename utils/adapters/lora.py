@@ -153,8 +153,8 @@ def load_lora(model: nn.Module, lora: LoraFile, adapter: str = ADAPTER) -> None:
     for fault, names in faults.items():
         if names:
             raise UserError(f"--init_lora {fault} {names[0]} ({len(names)} such modules): the targets must be the same")
-    if lora.extras:
-        raise UserError(f"--init_lora holds more than LoRA pairs ({next(iter(lora.extras))}): use --fuse_lora instead")
+    if lora.diffs:
+        raise UserError(f"--init_lora holds more than LoRA pairs ({next(iter(lora.diffs))}): use --fuse_lora instead")
     copies = []
     for name, layer in layers.items():
         pair, rank, alpha = lora.pairs[name], layer.r[adapter], layer.lora_alpha[adapter]
@@ -187,7 +187,7 @@ class LoraFusion:
         self.weight = weight
         self.in_dim = _stated_in_dim(lora)
         self.pairs = {f"{name}.weight": pair for name, pair in lora.pairs.items()}
-        self.diffs = {_diff_target(key, parameters): tensor for key, tensor in lora.extras.items()}
+        self.diffs = {_diff_target(key, parameters): tensor for key, tensor in lora.diffs.items()}
         shapes = {target: (len(pair.up), *pair.down.shape[1:]) for target, pair in self.pairs.items()}
         shapes |= {target: tuple(tensor.shape) for target, tensor in self.diffs.items()}
         for target, shape in shapes.items():

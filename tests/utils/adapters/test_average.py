@@ -5,7 +5,9 @@ import torch
 
 import convert_lora_to_comfy
 from utils.adapters.average import average, last_checkpoints
-from utils.adapters.lora_file import LoraFile, LoraPair, read_lora, write_lora
+from utils.adapters.lora_file import LoraFile, LoraPair
+from utils.adapters.lora_reader import read_lora
+from utils.adapters.lora_writer import write_lora
 from utils.common.errors import UserError
 
 
@@ -23,7 +25,7 @@ def run(tmp_path) -> Path:
     return tmp_path
 
 
-def test_the_mean_is_that_of_the_matrices_and_says_what_the_last_says():
+def test_the_mean_is_that_of_the_matrices_with_the_metadata_of_the_last():
     mean = average([lora(1.0), lora(2.0), lora(6.0)])
     pair = mean.pairs["blocks.0.self_attn.q"]
     assert torch.equal(pair.down, torch.full((2, 8), 3.0)) and torch.equal(pair.up, torch.full((8, 2), 6.0))
@@ -31,12 +33,12 @@ def test_the_mean_is_that_of_the_matrices_and_says_what_the_last_says():
 
 
 @pytest.mark.parametrize("other", [lora(1.0, rank=4), lora(1.0, alpha=4.0), lora(1.0, name="blocks.0.self_attn.k")])
-def test_loras_that_do_not_agree_have_no_mean(other):
+def test_loras_that_differ_in_modules_rank_or_alpha_have_no_mean(other):
     with pytest.raises(UserError, match="different LoRAs"):
         average([lora(1.0), other])
 
 
-def test_the_checkpoints_are_those_before_and_no_averages(run):
+def test_the_checkpoints_are_those_of_earlier_steps_without_moving_averages(run):
     names = [path.name for path in last_checkpoints(run / "wan-lora-00000006.safetensors", 3)]
     assert names == [f"wan-lora-{step:08d}.safetensors" for step in (1, 2, 6)]
     with pytest.raises(UserError, match="has only 2 checkpoints up to wan-lora-00000002.safetensors"):

@@ -17,7 +17,9 @@ from utils.adapters.lora import (
     select_modules,
     speaking,
 )
-from utils.adapters.lora_file import LoraFile, LoraPair, read_lora, write_lora
+from utils.adapters.lora_file import LoraFile, LoraPair
+from utils.adapters.lora_reader import read_lora
+from utils.adapters.lora_writer import write_lora
 from utils.common.errors import UserError
 from utils.training.memory import checkpoint_blocks
 from wan.modules.model import WanModel
@@ -415,7 +417,7 @@ def test_a_lora_with_other_targets_or_more_than_pairs_is_refused():
     more = extract_lora(adapted()[0], {})
     with pytest.raises(UserError, match=r"adapts, unlike this run, blocks\.0\.ffn\.0 \(4 such modules\)"):
         load_lora(model, more)
-    extra = LoraFile(extract_lora(model, {}).pairs, extras={"blocks.0.norm3.diff": torch.ones(48)})
+    extra = LoraFile(extract_lora(model, {}).pairs, diffs={"blocks.0.norm3.diff": torch.ones(48)})
     with pytest.raises(
         UserError, match=r"holds more than LoRA pairs \(blocks\.0\.norm3\.diff\): use --fuse_lora instead"
     ):

@@ -16,7 +16,9 @@ from utils.adapters.lora import (
     select_modules,
     widen_patch_embedding,
 )
-from utils.adapters.lora_file import LoraFile, LoraPair, read_lora, write_lora
+from utils.adapters.lora_file import LoraFile, LoraPair
+from utils.adapters.lora_reader import read_lora
+from utils.adapters.lora_writer import write_lora
 from utils.common.errors import UserError
 from utils.encoding.conditioning import Cond, make_predict
 from wan.modules.model import WanModel
@@ -131,7 +133,7 @@ def test_deltas_reach_weights_biases_and_bare_parameters():
         "blocks.1.modulation.diff": torch.ones(1, 6, 48),
         "head.head.diff_b": torch.full((64,), -1.0),
     }
-    fuse_lora(model, LoraFile({}, extras=deltas), weight=2.0)
+    fuse_lora(model, LoraFile({}, diffs=deltas), weight=2.0)
     for parameter, old, change in (
         (model.blocks[0].norm3.weight, before.blocks[0].norm3.weight, 1.0),
         (model.blocks[0].norm3.bias, before.blocks[0].norm3.bias, 0.5),

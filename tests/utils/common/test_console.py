@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.adapters.lora_file import LoraFile, LoraPair, write_lora
+from utils.adapters.lora_file import LoraFile, LoraPair
+from utils.adapters.lora_writer import write_lora
 from utils.common.console import say, unfailing_console
 
 ROOT = Path(__file__).resolve().parents[3]

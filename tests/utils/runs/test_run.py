@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.runs import log, open_a_run
-from utils.adapters.lora_file import read_lora
+from utils.adapters.lora_reader import read_lora
 from utils.common.errors import RunError
 from utils.common.signals import Stop
 from utils.runs.ending import save_on_exit
