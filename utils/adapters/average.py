@@ -4,7 +4,6 @@ The matrices are averaged, not their products: within one run both change slowly
 trainer's exponential moving average (`utils/training/ema.py`) does the same.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor
 
 from utils.adapters.lora_file import LoraFile
+from utils.common.checkpoint_names import Checkpoint, list_checkpoints, parse_name
 from utils.common.errors import UserError
-
-CHECKPOINT = re.compile(r"wan-lora-\d{8}\.safetensors")
 
 
 def last_checkpoints(path: Path, count: int) -> list[Path]:
@@ -23,14 +21,18 @@ def last_checkpoints(path: Path, count: int) -> list[Path]:
 
     Raises UserError for a path that is not a checkpoint of a run, and where there are fewer.
     """
-    if not CHECKPOINT.fullmatch(path.name):
-        raise UserError(
-            f"--average takes a checkpoint of a run, named like wan-lora-00000100.safetensors, not {path.name}"
-        )
+    last = parse_name(path.name)
+    if last is None or last.trainable is None or last.average:
+        example = Checkpoint(100, "lora").name
+        raise UserError(f"--average takes a checkpoint of a run, named like {example}, not {path.name}")
     if not path.is_file():
         raise UserError(f"there is no file {path}")
-    siblings = sorted(other for other in path.parent.iterdir() if CHECKPOINT.fullmatch(other.name))
-    found = [other for other in siblings if other.name <= path.name][-count:]
+    same = {
+        other.step: file
+        for file, other in list_checkpoints(path.parent).items()
+        if (other.trainable, other.average) == (last.trainable, False) and other.step <= last.step
+    }
+    found = [same[step] for step in sorted(same)][-count:]
     if len(found) < count:
         raise UserError(f"--average {count}: {path.parent} has only {len(found)} checkpoints up to {path.name}")
     return found

@@ -9,6 +9,7 @@ from utils.adapters.lora_file import LoraError
 from utils.common.checkpoint_names import Checkpoint
 from utils.common.errors import RunError
 from utils.common.options import option
+from utils.common.tensor_files import TensorFileError
 from utils.runs.folder import archive_later_checkpoints, new_folder, prune
 from utils.runs.metrics import Metrics
 from utils.runs.state import Facts, State, write_state
@@ -80,7 +81,7 @@ class Run:
                     written.append(path)
             state = self.checkpoints / Checkpoint(self.step).name
             write_state(state, self.learner.state_dict(), self.facts, self.metrics.state_dict())
-        except (OSError, LoraError) as error:
+        except (TensorFileError, LoraError) as error:
             raise RunError(f"cannot write a checkpoint to {self.checkpoints}: {error}") from None
         self.last_saved = written[0]
         self.metrics.say(f"step {self.step}: saved {written[0]}")

@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from utils.common.checkpoint_names import STATES
 from utils.common.errors import UserError
-from utils.common.files import replacing
 from utils.common.options import training_differences
+from utils.common.tensor_files import TensorFileError, read_tensors, write_tensors
 from utils.training.learner import Learner, StateDict
 
 FACTS, CHECKSUM = "facts", "sha256"
@@ -73,16 +71,12 @@ class State:
 
 
 def write_state(path: Path, learner: StateDict, facts: Facts, metrics: Mapping[str, float]) -> None:
-    """Writes the file whole or not at all. Raises OSError, also for what safetensors calls an error of its own."""
+    """Writes the file whole or not at all. Raises TensorFileError."""
     tensors: dict[str, Tensor] = {}
     tree = _split(learner, "", tensors)
     content = {"format": FORMAT, **asdict(facts), "metrics": dict(metrics), "learner": tree}
     text = json.dumps(content)
-    try:
-        with replacing(path) as unfinished:
-            save_file(tensors, unfinished, metadata={FACTS: text, CHECKSUM: _checksum(tensors, text)})
-    except SafetensorError as error:
-        raise OSError(str(error)) from None
+    write_tensors(path, tensors, {FACTS: text, CHECKSUM: _checksum(tensors, text)})
 
 
 def read_state(path: Path) -> State:
@@ -151,10 +145,8 @@ def check_resume_compatible(state: State, options: Any, data: Mapping[str, str],
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata. Raises UserError for a file that is missing, cut short, damaged or no safetensors."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+        tensors, metadata = read_tensors(path)
+    except TensorFileError as error:
         raise UserError(f"{path} is not a whole training state: {error}") from None
     if CHECKSUM in metadata and metadata[CHECKSUM] != _checksum(tensors, metadata.get(FACTS, "")):
         raise UserError(f"{path} is damaged: its checksum does not match")
@@ -172,11 +164,11 @@ def _checksum(tensors: Mapping[str, Tensor], text: str) -> str:
 
 
 def _split(tree: StateDict, prefix: str, tensors: dict[str, Tensor]) -> StateDict:
-    """The tree without its tensors, which go to `tensors` by their paths, as copies on the CPU."""
+    """The tree without its tensors, which go to `tensors` by their paths, on the CPU."""
     rest: StateDict = {}
     for key, value in tree.items():
         if isinstance(value, Tensor):
-            tensors[f"{prefix}{key}"] = value.detach().cpu().clone().contiguous()
+            tensors[f"{prefix}{key}"] = value.detach().cpu().contiguous()
         else:
             rest[key] = _split(value, f"{prefix}{key}/", tensors) if isinstance(value, dict) else value
     return rest

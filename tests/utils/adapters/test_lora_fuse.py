@@ -167,7 +167,7 @@ def test_a_lora_that_does_not_fit_is_refused_before_anything_is_changed(what):
     foreign, message = FOREIGN[what]
     model = tiny_transformer()
     before, lora = weights(model), extract_lora(adapted(), {})
-    mixed = LoraFile(lora.pairs | foreign.pairs, foreign.extras, foreign.input_shapes)
+    mixed = LoraFile(lora.pairs | foreign.pairs, foreign.diffs, foreign.input_shapes)
     with pytest.raises(UserError, match=message):
         fuse_lora(model, mixed)
     after = model.state_dict()
