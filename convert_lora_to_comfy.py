@@ -108,7 +108,7 @@ def fill_in_alpha(lora: LoraFile, alpha: float | None, source: Path) -> LoraFile
     for name, pair in lora.pairs.items():
         if pair.alpha is not None and not math.isclose(pair.alpha, alpha, rel_tol=1e-6):
             raise UserError(
-                f"{source}: {name} has the alpha {pair.alpha:g}, but --alpha says {alpha:g}.\n"
+                f"{source}: {name} has the alpha {pair.alpha:g}, but --alpha is {alpha:g}.\n"
                 "Leave --alpha out to keep that of the file."
             )
     return replace(lora, pairs={name: replace(pair, alpha=alpha) for name, pair in lora.pairs.items()})
