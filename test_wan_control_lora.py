@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from easydict import EasyDict
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,18 +27,17 @@ from utils.common.formatting import counted
 from utils.common.options import option, parse_options, run_script
 from utils.data.buckets import WAN_GRID, bucket_size
 from utils.diffusion.flow import seeded_noise
-from utils.diffusion.sampling import Sampler
-from utils.encoding.conditioning import Cond, encode_video, make_predict, to_pixels, to_unit_range
-from utils.encoding.text import TextEncoding, check_embedding_shape, read_prompt
+from utils.encoding.conditioning import Cond, encode_video, make_predict, replace_text, to_pixels, to_unit_range
+from utils.encoding.text import EMBEDDINGS, TextEncoding, check_embedding_shape, read_prompt
 from utils.encoding.text_cache import load_embedding
 from utils.media.controls import CONTROL_TYPES, FROM_FILE, make_control
 from utils.media.frames import contact_sheet, crop_and_resize, read_frames, save_image, write_video
 from utils.media.probing import MediaInfo, probe
-from wan.checkpoints import CheckpointError, find_model, load_config, load_transformer, load_vae, transformer_layout
-from wan.modules.model import WanShape
+from utils.setup.download import suggest_download
+from wan.checkpoints import CheckpointError, ModelFiles, build_transformer, load_transformer, load_vae, open_model
+from wan.configs import Family
+from wan.text2video import Sampler
 from wan.utils.fm_solvers import SOLVERS
-
-EMBEDDINGS = Path(__file__).resolve().parent / "embeddings"
 
 # ------------------------------------------------------------------------------------------------------------ options
 
@@ -92,22 +90,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = opts.pretrained_model_name_or_path or lora.metadata.get("base_model")
     if not name:
         raise UserError(f"{opts.lora_path} does not name its base model; pass --pretrained_model_name_or_path")
-    folder = find_model(name)
-    config = load_config(folder)
-    opts = complete(opts, lora, config)
+    with suggest_download():
+        files = open_model(name)
+    opts = complete(opts, lora, files.family)
     check_writable(opts.output_dir)
     # A rehearsal without weights: a LoRA that does not fit should not cost the minutes of loading.
-    layout = transformer_layout(folder)
-    fuse_lora(layout, lora)
+    fuse_lora(build_transformer(files.transformer), lora)
     print(describe(opts))
     with explain_out_of_memory(), torch.no_grad():
-        generate(opts, lora, folder, layout.shape, config.fps)
+        generate(opts, lora, files)
 
 
 # --------------------------------------------------------------------------------------------------------- the request
 
 
-def complete(opts: Options, lora: LoraFile, config: EasyDict) -> Options:
+def complete(opts: Options, lora: LoraFile, config: Family) -> Options:
     """Fills in what was left open: from the input video, from the LoRA's metadata, from the model's own settings."""
     size, frames = config.size, config.frames
     if opts.prompt is not None and opts.embedding is not None:
@@ -164,51 +161,53 @@ def usable_frames(info: MediaInfo) -> int:
 # ---------------------------------------------------------------------------------------------------------- generation
 
 
-def generate(opts: Options, lora: LoraFile, folder: Path, wan: WanShape, fps: int) -> None:
+def generate(opts: Options, lora: LoraFile, files: ModelFiles) -> None:
     """From the request to files; models are loaded one after another, and only while they are needed."""
     device = pick_device()
-    text, negative = embed(opts, folder, device, wan)
-    vae = load_vae(folder, device)
+    text, negative = embed(opts, files, device)
+    vae = load_vae(files, device)
     control = read_control(opts, device) if opts.input_video else None
     cond = Cond(text[None], None if control is None else encode_video(control, vae)[None])
     shape = (1, *vae.latent_shape(opts.frames, opts.height, opts.width))
     noise = seeded_noise(shape, opts.seed).to(device)
 
     progress = partial(tqdm, desc="loading the transformer", unit="tensor", leave=False)
-    model = load_transformer(folder, compute_dtype(device), device, progress)
+    model = load_transformer(files.transformer, compute_dtype(device), device, progress)
     denoise = Sampler(opts.solver, opts.steps, opts.guidance, opts.shift).denoise
     latents = {}
     if opts.compare:
         free = replace(cond, channels=None)  # the base model has no channels for control
         progress = partial(tqdm, desc="without the LoRA", unit="step")
-        latents["without the LoRA"] = denoise(make_predict(model), noise, free, negative, progress)
+        uncond = None if negative is None else replace_text(free, negative)
+        latents["without the LoRA"] = denoise(make_predict(model), noise, free, uncond, progress)
     fuse_lora(model, lora, opts.strength)
     progress = partial(tqdm, desc="with the LoRA", unit="step")
-    latents["with the LoRA"] = denoise(make_predict(model), noise, cond, negative, progress)
+    uncond = None if negative is None else replace_text(cond, negative)
+    latents["with the LoRA"] = denoise(make_predict(model), noise, cond, uncond, progress)
     del model
 
     videos = {} if control is None else {"control": to_pixels(control)}
     for label, result in latents.items():
         print(f"decoding the video {label}")
         videos[label] = to_pixels(vae.decode(result)[0])
-    write(opts, videos, fps)
+    write(opts, videos, files.family.fps)
 
 
-def embed(opts: Options, folder: Path, device: torch.device, wan: WanShape) -> tuple[Tensor, Tensor | None]:
+def embed(opts: Options, files: ModelFiles, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """The embeddings (T, E) of the prompt and, where there is guidance, of the negative prompt.
 
     What has to be encoded for them is cached beside the script.
     """
-    rows, prompts = {}, {}
+    rows, prompts, wan = {}, {}, files.transformer.shape
     if opts.embedding is not None:
         rows["text"] = check_embedding_shape(load_embedding(opts.embedding), wan, str(opts.embedding))
     else:
         prompts["text"] = opts.prompt or ""
     if opts.guidance != 1:
         prompts["negative"] = opts.negative_prompt
-    stage = TextEncoding(folder, device)
+    stage = TextEncoding(files, device)
     cache = stage.cache(EMBEDDINGS)
-    stage.fill({cache: list(prompts.values())})
+    stage.encode_missing({cache: list(prompts.values())})
     rows |= {
         role: check_embedding_shape(cache.load(prompt), wan, f"the {role} prompt") for role, prompt in prompts.items()
     }

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from easydict import EasyDict
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,35 +26,39 @@ from utils.adapters.lora import adapters_off, extract_lora
 from utils.common.device import compute_dtype, describe, explain_out_of_memory, pick_device
 from utils.common.errors import UserError
 from utils.common.files import check_writable
-from utils.common.formatting import readable_size
 from utils.common.options import option, parse_options, run_script, to_json, to_table
 from utils.common.signals import stop_on_signals
 from utils.data.dataset import Dataset, format_cache_size, format_plan, open_dataset
 from utils.data.folders import Folder, Rules, resolve_folders
-from utils.data.loading import batches
 from utils.data.plan import Limits, Plan, Window, fixed_windows, flatten_windows, validation_windows
-from utils.diffusion.flow import sample_noisy
-from utils.diffusion.objectives import Predict, guided_target, squared_error
-from utils.diffusion.sampling import Sampler
-from utils.encoding.conditioning import Batch, inject_noise, make_predict, replace_text
-from utils.encoding.latent_cache import LATENTS
-from utils.encoding.samples import CachedSamples, FreshSamples, LatentEncoding, Samples
-from utils.encoding.text import TextEncoding, Texts, check_embedding_shape
+from utils.diffusion.flow import Predict, sample_noisy
+from utils.diffusion.objectives import guided_target, squared_error
+from utils.encoding.conditioning import Batch, Cond, inject_noise, make_predict, replace_text
+from utils.encoding.samples import Caches, LatentEncoding, Samples, open_samples
+from utils.encoding.text import (
+    EMBEDDINGS,
+    TextEncoding,
+    Texts,
+    check_embedding_shape,
+    is_embedding,
+    load_prompt,
+    read_prompt,
+)
 from utils.media.controls import FROM_FILE
 from utils.runs.run import Run, open_run, save_on_exit
 from utils.runs.state import Learner, State, check_resume_compatible, find_state, write_state
 from utils.setup.doctor import print_findings
-from utils.setup.download import download_model
+from utils.setup.download import download_model, suggest_download
 from utils.training.ema import Ema
 from utils.training.memory import checkpoint_blocks
 from utils.training.optim import SCHEDULES, OptimizerSpec, Updater
 from utils.training.preview import Preview, make_requests, read_prompts
 from utils.training.validation import SIGMAS, validation_loss
-from wan.checkpoints import CheckpointError, find_model, load_config, load_transformer, load_vae, transformer_layout
-from wan.configs import named_config
+from wan.checkpoints import CheckpointError, ModelFiles, build_transformer, find_family, load_transformer, open_model
+from wan.configs import Family
 from wan.modules.model import WanModel
+from wan.text2video import Sampler
 
-EMBEDDINGS = Path(__file__).resolve().parent / "embeddings"
 MAX_SEED = 2**32 - 1
 
 # ------------------------------------------------------------------------------------------------------------ options
@@ -78,17 +81,6 @@ class Task:
     seed: int = option(42, "seed of everything random in training", minimum=0, maximum=MAX_SEED)
     doctor: bool = option(False, "print versions, devices and known problems of this machine, then stop")
     debug: bool = option(False, "show where in the program an error came from")
-
-
-@dataclass(frozen=True)
-class Caches:
-    """caches"""
-
-    cache_embeddings: bool = option(False, "encode all captions and prompts, then stop")
-    cache_latents: int = option(0, "encode so many windows of each clip once; 1: the middle", minimum=0, const=1)
-    cache_only: bool = option(False, "fill the cache of latents, then stop", requires="cache_latents")
-    prune_cache: bool = option(False, "remove cached latents that this run does not use", requires="cache_latents")
-    cache_dir: Path | None = option(None, "where caches are kept (default: .wan_cache in the first dataset)")
 
 
 @dataclass(frozen=True)
@@ -165,7 +157,7 @@ class Options(Task, Caches, Steps, Rules, AdapterOptions, Training, Watching):
             self.learning_rate, self.weight_decay, self.lr_scheduler, self.lr_warmup_steps, self.max_train_steps
         )
 
-    def preview_sampler(self, config: EasyDict) -> Sampler:
+    def preview_sampler(self, config: Family) -> Sampler:
         usual = 1.0 if self.distill_cfg else config.guidance
         guidance = usual if self.sample_guidance is None else self.sample_guidance
         return Sampler("unipc", self.sample_steps, guidance, config.shift)
@@ -185,7 +177,7 @@ def open_folders(opts: Options) -> list[Folder]:
     return folders
 
 
-def open_data(opts: Options, folders: list[Folder], config: EasyDict) -> Dataset:
+def open_data(opts: Options, folders: list[Folder], config: Family) -> Dataset:
     """The clips, for a model of this kind, and everything there is to know about them on the console."""
     data = open_dataset(folders, opts.limits, config.fps, opts.cache_dir, opts.skip_bad_files)
     print(format_cache_size(data, opts.limits, config.out_dim * (1 + opts.control_lora)))
@@ -195,31 +187,29 @@ def open_data(opts: Options, folders: list[Folder], config: EasyDict) -> Dataset
 def encode_texts(opts: Options, stage: TextEncoding, data: Dataset) -> Texts:
     """Caches every text, with one load of the encoder at most."""
     prompts = [] if opts.sample_prompts is None else read_prompts(opts.sample_prompts)
-    config = load_config(stage.folder)
+    config = stage.files.family
     guided = bool(opts.distill_cfg) or (bool(prompts) and opts.preview_sampler(config).guidance != 1)
     negative = (opts.distill_negative or EMBEDDINGS / config.negative_prompt) if guided else None
-    files = sorted(EMBEDDINGS.glob("*.txt")) if opts.cache_embeddings else []
-    return stage.encode(data.captions, prompts, data.cache_folder, negative, EMBEDDINGS, files)
+    files = [*(sorted(EMBEDDINGS.glob("*.txt")) if opts.cache_embeddings else []), *([negative] if negative else [])]
+    captions, shared = stage.cache(data.cache_folder), stage.cache(EMBEDDINGS)
+    negatives = [read_prompt(path) for path in files if not is_embedding(path)]
+    stage.encode_missing({captions: [*data.captions, *prompts], shared: negatives})
+    previews = [(prompt, captions.load(prompt)) for prompt in prompts]
+    return Texts(captions.load, previews, None if negative is None else load_prompt(negative, shared).to(stage.device))
 
 
-def open_samples(
-    opts: Options, folder: Path, device: torch.device, data: Dataset, texts: Texts
+def plan_samples(
+    opts: Options, files: ModelFiles, device: torch.device, data: Dataset, texts: Texts
 ) -> tuple[Samples, Plan, list[Window]]:
     """How clips become batches, which clips when, and the windows to validate on.
 
     Latents come out of the VAE at every step, or out of the cache, which is filled here.
     """
     watched = validation_windows(data.val or data.train, opts.limits, opts.val_samples)
-    if not opts.cache_latents:
-        samples = FreshSamples(load_vae(folder, device), texts.captions, opts.generated_control)
-        return samples, Plan(data.train, opts.limits, opts.seed), watched
-    fixed = fixed_windows(data.train, opts.limits, opts.cache_latents)
-    windows = [*flatten_windows(fixed), *watched]
-    stage = LatentEncoding(folder, device, opts.generated_control)
-    latents = stage.fill(data.cache_folder / LATENTS, windows, opts.num_workers)
-    if opts.prune_cache:
-        print(f"latents: removed {readable_size(latents.prune(windows))} that this run does not use")
-    samples = CachedSamples(latents, texts.captions, device)
+    fixed = fixed_windows(data.train, opts.limits, opts.cache_latents) if opts.cache_latents else None
+    windows = [*flatten_windows(fixed or ()), *watched]
+    encoding = LatentEncoding(files, device, opts.generated_control)
+    samples = open_samples(opts, encoding, windows, texts.captions, data.cache_folder, opts.num_workers)
     return samples, Plan(data.train, opts.limits, opts.seed, fixed), watched
 
 
@@ -227,21 +217,22 @@ def open_samples(
 
 
 def prepare_preview(
-    opts: Options, folder: Path, data: Dataset, samples: Samples, plan: Plan, texts: Texts, validation: list[Batch]
+    opts: Options, config: Family, data: Dataset, samples: Samples, plan: Plan, texts: Texts, validation: list[Batch]
 ) -> Preview:
     """Previews are as large as the largest clip; those of a control LoRA follow clips, if possible of validation."""
-    vae = samples.vae if isinstance(samples, FreshSamples) else load_vae(folder, samples.device)
-    largest, config = max(data.windows, key=lambda window: window.tokens), load_config(folder)
+    largest, vae = max(data.windows, key=lambda window: window.tokens), samples.vae
     shape = vae.latent_shape(largest.frames, largest.height, largest.width)
     followed = []
     if opts.control_lora:
         longest = max(itertools.chain(*plan.epoch(0)), key=lambda window: window.tokens)
-        followed = validation or [samples.batch([samples.load(longest)]).to(torch.device("cpu"))]
+        followed = validation or [samples.load_batch([longest]).to(torch.device("cpu"))]
     requests = make_requests(texts.previews, shape, opts.seed, vae, followed)
     return Preview(requests, texts.negative, opts.preview_sampler(config), config.fps, vae)
 
 
-def training_loss(batch: Batch, opts: Options, model: WanModel, predict: Predict, negative: Tensor | None) -> Tensor:
+def training_loss(
+    batch: Batch, opts: Options, model: WanModel, predict: Predict[Cond], negative: Tensor | None
+) -> Tensor:
     """How far the model's velocity is from its target, at a random noise level per clip."""
     cond = inject_noise(batch.cond, opts.control_inject_noise)
     noisy = sample_noisy(batch.latents, opts.shift)
@@ -282,25 +273,25 @@ def save(opts: Options, data: Dataset, ready: Ready, run: Run) -> None:
     run.prune(opts.keep_checkpoints)
 
 
-def prepare(opts: Options, folder: Path, device: torch.device, data: Dataset) -> Ready | None:
+def prepare(opts: Options, files: ModelFiles, device: torch.device, data: Dataset) -> Ready | None:
     """Loads and encodes what is needed, one thing after another; None where caches were all that was wanted."""
     # A rehearsal without weights: a wrong name or a LoRA that does not fit should not cost the minutes of loading.
-    layout = transformer_layout(folder)
+    layout = build_transformer(files.transformer)
     attach_adapter(opts, layout)
 
     # The text encoder takes 11 GB. It is loaded only if a text is not cached yet, and is gone before the others come.
-    texts = encode_texts(opts, TextEncoding(folder, device), data)
-    check_embedding_shape(texts.captions.load(data.captions[0]), layout.shape, "the captions")
+    texts = encode_texts(opts, TextEncoding(files, device), data)
+    check_embedding_shape(texts.captions(data.captions[0]), layout.shape, "the captions")
     if texts.negative is not None:
         check_embedding_shape(texts.negative, layout.shape, "the negative prompt")
-    samples, plan, watched = open_samples(opts, folder, device, data, texts)
+    samples, plan, watched = plan_samples(opts, files, device, data, texts)
     if opts.cache_only:
         return None
 
     # From here on everything random follows the seed; the order of the clips has its own generator (`Plan.epoch`).
     torch.manual_seed(opts.seed)
     loading = partial(tqdm, desc="loading the transformer", unit="tensor", leave=False)
-    model = load_transformer(folder, compute_dtype(device), device, loading)
+    model = load_transformer(files.transformer, compute_dtype(device), device, loading)
     adapter = attach_adapter(opts, model)
     if opts.gradient_checkpointing == "full":
         checkpoint_blocks(model.blocks)
@@ -312,8 +303,8 @@ def prepare(opts: Options, folder: Path, device: torch.device, data: Dataset) ->
     print(f"{summary(opts, adapter)}, learning rate {opts.learning_rate:g}, shift {opts.shift:g}{distilled}")
 
     encoding = tqdm(watched, desc="encoding validation clips", leave=False)
-    validation = [samples.batch([samples.load(window)]).to(torch.device("cpu")) for window in encoding]
-    preview = prepare_preview(opts, folder, data, samples, plan, texts, validation) if texts.previews else None
+    validation = [samples.load_batch([window]).to(torch.device("cpu")) for window in encoding]
+    preview = prepare_preview(opts, files.family, data, samples, plan, texts, validation) if texts.previews else None
     facts = {"options": to_table(opts), "data": data.fingerprint}
     return Ready(model, learner, samples, plan, per_epoch, texts.negative, validation, preview, facts)
 
@@ -327,8 +318,7 @@ def train(opts: Options, device: torch.device, data: Dataset, ready: Ready, stat
         learner.restore(state)
     run = open_run(opts.output_dir, opts.max_train_steps, to_json(opts), opts.max_grad_norm, state)
     done = None if state is None else run.step  # whatever is due there was done before
-    workers = opts.num_workers if isinstance(samples, FreshSamples) else 0  # a cached clip is there in a millisecond
-    stream = batches(ready.plan, samples.load, run.step * opts.gradient_accumulation, workers)
+    stream = samples.stream(ready.plan, run.step * opts.gradient_accumulation)
     keep = partial(save, opts, data, ready, run)
     with closing(stream), run, stop_on_signals() as stop, save_on_exit(run, learner, stop, keep):
         while True:
@@ -361,7 +351,7 @@ def train(opts: Options, device: torch.device, data: Dataset, ready: Ready, stat
             learner.capture_rng_state()
             loss, tokens = torch.zeros((), device=device), 0
             for _ in range(opts.gradient_accumulation):
-                batch = samples.batch(next(stream))
+                batch = next(stream)
                 share = training_loss(batch, opts, model, predict, ready.negative) / opts.gradient_accumulation
                 share.backward()
                 loss += share.detach()
@@ -380,19 +370,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     folders, name = open_folders(opts), opts.pretrained_model_name_or_path
     if opts.check_dataset:  # a released model need not be fetched for it
-        open_data(opts, folders, named_config(name) or load_config(find_model(name)))
+        with suggest_download():
+            family = find_family(name)
+        open_data(opts, folders, family)
         return
     check_writable(opts.output_dir)
-    folder = find_model(name)
-    data = open_data(opts, folders, load_config(folder))
+    with suggest_download():
+        files = open_model(name)
+    data = open_data(opts, folders, files.family)
     state = find_state(opts.resume_from_checkpoint, opts.output_dir) if opts.resume_from_checkpoint else None
     if state is not None:
         check_resume_compatible(state, to_table(opts), data.fingerprint, opts.allow_changes)
     device = pick_device()
     with explain_out_of_memory():
         if opts.cache_embeddings:
-            encode_texts(opts, TextEncoding(folder, device), data)
-        elif (ready := prepare(opts, folder, device, data)) is not None:
+            encode_texts(opts, TextEncoding(files, device), data)
+        elif (ready := prepare(opts, files, device, data)) is not None:
             train(opts, device, data, ready, state)
 
 

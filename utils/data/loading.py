@@ -4,7 +4,7 @@ Letters in shapes: `F` frames, `H` height, `W` width.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -53,7 +53,7 @@ def load_clip(window: Window) -> Clip:
     return Clip(_read(itself, window), window.caption, control, mask)
 
 
-def batches(plan: Plan, load: Load[T], start_batch: int = 0, num_workers: int = 0) -> Iterator[list[T]]:
+def batches(plan: Plan, load: Load[T], start_batch: int = 0, num_workers: int = 0) -> Generator[list[T], None, None]:
     """Samples of epoch after epoch without end, in the plan's order.
 
     `start_batch` batches are skipped, past the end of the first epoch if need be: with the number of batches that it
@@ -67,7 +67,7 @@ def batches(plan: Plan, load: Load[T], start_batch: int = 0, num_workers: int = 
     return load_ahead(itertools.islice(planned, start_batch, None), load, num_workers)
 
 
-def load_ahead(planned: Iterable[Sequence[Window]], load: Load[T], num_workers: int) -> Iterator[list[T]]:
+def load_ahead(planned: Iterable[Sequence[Window]], load: Load[T], num_workers: int) -> Generator[list[T], None, None]:
     """What `load` makes of each planned batch, in order, ahead of time by `num_workers` processes.
 
     In page-locked memory where there is a GPU. Leaves the global random state alone. Closing the iterator ends the
@@ -115,7 +115,7 @@ def _unchanged(loaded: T) -> T:
     return loaded
 
 
-def _raising(loader: Iterable[list[T] | MediaError]) -> Iterator[list[T]]:
+def _raising(loader: Iterable[list[T] | MediaError]) -> Generator[list[T], None, None]:
     loaded = iter(loader)
     try:
         while True:

@@ -11,12 +11,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.common.errors import UserError
-from utils.diffusion.flow import seeded_noise
-from utils.diffusion.objectives import Predict
-from utils.diffusion.sampling import Sampler
-from utils.encoding.conditioning import Batch, Cond, to_pixels
+from utils.diffusion.flow import Predict, seeded_noise
+from utils.encoding.conditioning import Batch, Cond, replace_text, to_pixels
 from utils.encoding.text import read_prompt
 from wan.modules.vae import WanVAE
+from wan.text2video import Sampler
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Preview:
     fps: float
     vae: WanVAE
 
-    def generate(self, predict: Predict) -> list[tuple[str, Tensor]]:
+    def generate(self, predict: Predict[Cond]) -> list[tuple[str, Tensor]]:
         """Per prompt the prompt and its video (F, 3, H, W) uint8; a control is shown to the left of what follows it.
 
         Draws no random numbers, and gives the memory back to the driver.
@@ -50,7 +49,8 @@ class Preview:
         for number, request in enumerate(self.requests, 1):
             batch = Batch(request.noise, request.cond).to(device)
             progress = partial(tqdm, desc=f"preview {number} of {len(self.requests)}", unit="step", leave=False)
-            latents = self.sampler.denoise(predict, batch.latents, batch.cond, negative, progress)
+            uncond = None if negative is None else replace_text(batch.cond, negative)
+            latents = self.sampler.denoise(predict, batch.latents, batch.cond, uncond, progress)
             with torch.no_grad():
                 frames = to_pixels(self.vae.decode(latents)[0])
             if request.control is not None:
@@ -89,7 +89,7 @@ def make_requests(
         clip = clips[index % len(clips)] if clips else None
         size = (1, *shape) if clip is None else clip.latents.shape
         noise = seeded_noise(size, seed + index)
-        channels = None if clip is None else clip.cond.channels
-        control = None if channels is None else to_pixels(vae.decode(channels.to(vae.device))[0])
-        requests.append(Request(prompt, noise, Cond(text[None], channels), control))
+        cond = Cond(text[None]) if clip is None else replace_text(clip.cond, text)
+        control = None if cond.channels is None else to_pixels(vae.decode(cond.channels.to(vae.device))[0])
+        requests.append(Request(prompt, noise, cond, control))
     return requests
