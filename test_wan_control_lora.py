@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from easydict import EasyDict
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,21 +30,18 @@ from utils.common.formatting import counted
 from utils.common.options import Replaced, option, parse_options, run_script
 from utils.data.buckets import bucket_size
 from utils.diffusion.flow import seeded_noise
-from utils.diffusion.sampling import Sampler
-from utils.encoding.conditioning import Cond, encode_video, make_predict, to_pixels, to_unit_range
-from utils.encoding.text import TextEncoding, check_embedding_shape, read_prompt
+from utils.encoding.conditioning import Cond, encode_video, make_predict, replace_text, to_pixels, to_unit_range
+from utils.encoding.text import EMBEDDINGS, TextEncoding, check_embedding_shape, read_prompt
 from utils.encoding.text_cache import load_embedding
 from utils.media.contact_sheet import contact_sheet
 from utils.media.controls import CONTROL_TYPES, FROM_FILE, make_control
 from utils.media.frames import crop_and_resize, read_frames, save_image, write_video
 from utils.media.probing import MediaInfo, probe
-from wan.checkpoints import CheckpointError, find_model, load_config, load_transformer, load_vae, transformer_layout
-from wan.configs.grid import Grid
-from wan.modules.model import WanShape
+from utils.setup.download import suggest_download
+from wan.checkpoints import CheckpointError, ModelFiles, build_transformer, load_transformer, load_vae, open_model
+from wan.configs import Family, Grid
+from wan.text2video import Sampler
 from wan.utils.fm_solvers import SOLVERS
-
-GRID = Grid(frame=4, side=16)
-EMBEDDINGS = Path(__file__).resolve().parent / "embeddings"
 
 # ------------------------------------------------------------------------------------------------------------ options
 
@@ -104,24 +100,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = opts.pretrained_model_name_or_path or lora.metadata.get("base_model")
     if not name:
         raise UserError(f"{opts.lora_path} does not name its base model; pass --pretrained_model_name_or_path")
-    folder = find_model(name)
-    config = load_config(folder)
-    opts = complete(opts, lora, config)
+    with suggest_download():
+        files = open_model(name)
+    opts = complete(opts, lora, files.family)
     check_writable(opts.output_dir)
     # A rehearsal without weights: a LoRA that does not fit should not cost the minutes of loading.
-    layout = transformer_layout(folder)
-    fuse_lora(layout, lora)
+    fuse_lora(build_transformer(files.transformer), lora)
     print(describe(opts))
     with explain_out_of_memory(), torch.no_grad():
-        generate(opts, lora, folder, layout.shape, config.fps)
+        generate(opts, lora, files)
 
 
 # --------------------------------------------------------------------------------------------------------- the request
 
 
-def complete(opts: Options, lora: LoraFile, config: EasyDict) -> Options:
+def complete(opts: Options, lora: LoraFile, config: Family) -> Options:
     """Fills in what was left open: from the input video, from the LoRA's metadata, from the model's own settings."""
-    size, frames = config.size, config.frames
+    size, frames, grid = config.size, config.frames, config.grid
     if opts.prompt is not None and opts.embedding is not None:
         raise UserError("--prompt and --embedding exclude each other: an embedding is a prompt that is encoded already")
     if opts.negative_prompt is not None and opts.negative_embedding is not None:
@@ -134,7 +129,7 @@ def complete(opts: Options, lora: LoraFile, config: EasyDict) -> Options:
         )
     if opts.input_video is not None:
         info = probe(opts.input_video)
-        size, frames = bucket_size(info.width, info.height, 624, GRID), min(frames, usable_frames(info))
+        size, frames = bucket_size(info.width, info.height, 624, grid), min(frames, usable_frames(info, grid))
     opts = replace(
         opts,
         width=opts.width or size[0],
@@ -148,7 +143,7 @@ def complete(opts: Options, lora: LoraFile, config: EasyDict) -> Options:
         if opts.negative_prompt is None
         else opts.negative_prompt,
     )
-    step, side = GRID.frame, GRID.side
+    step, side = grid.frame, grid.side
     if opts.width % side or opts.height % side:
         raise UserError(f"--width {opts.width} and --height {opts.height} must be multiples of {side}")
     if opts.control_type not in (*CONTROL_TYPES, FROM_FILE):
@@ -156,7 +151,7 @@ def complete(opts: Options, lora: LoraFile, config: EasyDict) -> Options:
         raise UserError(f"{made}; pass a video of it and --control_type {FROM_FILE}")
     if opts.frames % step != 1:
         raise UserError(f"--frames {opts.frames} must be {step}n + 1, like {opts.frames // step * step + 1}")
-    if opts.input_video is not None and opts.frames > usable_frames(info):
+    if opts.input_video is not None and opts.frames > usable_frames(info, grid):
         raise UserError(f"{opts.input_video} has {info.frames} frames, too few for --frames {opts.frames}")
     return opts
 
@@ -170,50 +165,52 @@ def describe(opts: Options) -> str:
     )
 
 
-def usable_frames(info: MediaInfo) -> int:
+def usable_frames(info: MediaInfo, grid: Grid) -> int:
     """The frames of a control video that fit the model: 4n + 1."""
-    return (info.frames - 1) // GRID.frame * GRID.frame + 1
+    return (info.frames - 1) // grid.frame * grid.frame + 1
 
 
 # ---------------------------------------------------------------------------------------------------------- generation
 
 
-def generate(opts: Options, lora: LoraFile, folder: Path, wan: WanShape, fps: int) -> None:
+def generate(opts: Options, lora: LoraFile, files: ModelFiles) -> None:
     """From the request to files; models are loaded one after another, and only while they are needed."""
     device = pick_device()
-    text, negative = embed(opts, folder, device, wan)
-    vae = load_vae(folder, device)
+    text, negative = embed(opts, files, device)
+    vae = load_vae(files, device)
     control = read_control(opts, device) if opts.input_video else None
     cond = Cond(text[None], None if control is None else encode_video(control, vae)[None])
     shape = (1, *vae.latent_shape(opts.frames, opts.height, opts.width))
     noise = seeded_noise(shape, opts.seed).to(device)
 
     progress = partial(tqdm, desc="loading the transformer", unit="tensor", leave=False)
-    model = load_transformer(folder, compute_dtype(device), device, progress)
+    model = load_transformer(files.transformer, compute_dtype(device), device, progress)
     denoise = Sampler(opts.solver, opts.steps, opts.guidance, opts.shift).denoise
     latents = {}
     if opts.compare:
         free = replace(cond, channels=None)  # the base model has no channels for control
         progress = partial(tqdm, desc="without the LoRA", unit="step")
-        latents["without the LoRA"] = denoise(make_predict(model), noise, free, negative, progress)
+        uncond = None if negative is None else replace_text(free, negative)
+        latents["without the LoRA"] = denoise(make_predict(model), noise, free, uncond, progress)
     fuse_lora(model, lora, opts.strength)
     progress = partial(tqdm, desc="with the LoRA", unit="step")
-    latents["with the LoRA"] = denoise(make_predict(model), noise, cond, negative, progress)
+    uncond = None if negative is None else replace_text(cond, negative)
+    latents["with the LoRA"] = denoise(make_predict(model), noise, cond, uncond, progress)
     del model
 
     videos = {} if control is None else {"control": to_pixels(control)}
     for label, result in latents.items():
         print(f"decoding the video {label}")
         videos[label] = to_pixels(vae.decode(result)[0])
-    write(opts, videos, fps)
+    write(opts, videos, files.family.fps)
 
 
-def embed(opts: Options, folder: Path, device: torch.device, wan: WanShape) -> tuple[Tensor, Tensor | None]:
+def embed(opts: Options, files: ModelFiles, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """The embeddings (T, E) of the prompt and, where there is guidance, of the negative prompt.
 
     What has to be encoded for them is cached beside the script.
     """
-    rows, prompts = {}, {}
+    rows, prompts, wan = {}, {}, files.transformer.shape
     if opts.embedding is not None:
         rows["text"] = check_embedding_shape(load_embedding(opts.embedding), wan, str(opts.embedding))
     else:
@@ -223,9 +220,9 @@ def embed(opts: Options, folder: Path, device: torch.device, wan: WanShape) -> t
         rows["negative"] = check_embedding_shape(embedding, wan, str(opts.negative_embedding))
     elif opts.guidance != 1:
         prompts["negative"] = opts.negative_prompt
-    stage = TextEncoding(folder, device)
+    stage = TextEncoding(files, device)
     cache = stage.cache(EMBEDDINGS)
-    stage.fill({cache: list(prompts.values())})
+    stage.encode_missing({cache: list(prompts.values())})
     rows |= {
         role: check_embedding_shape(cache.load(prompt), wan, f"the {role} prompt") for role, prompt in prompts.items()
     }

@@ -5,138 +5,96 @@
     python train_wan_lora.py --cache_embeddings --dataset clips    once per change of captions (optional)
     python train_wan_lora.py --dataset clips                       train
 
-The story, from top to bottom: options; data; the objective; the loop. How clips become samples: utils/data/folders.py.
+The story, from top to bottom: the options; what is learned; what happens before the first step; the loop. Where to read
+on: how clips become samples: utils/data, utils/encoding; what a LoRA does to the model: utils/adapters; what learns:
+utils/training; what a run writes: utils/runs; what Wan is: wan/.
 """
 
-import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
-from easydict import EasyDict
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.adapters.attach import AdapterOptions, plan_adapter
-from utils.adapters.lora import fuse_lora, speaking
-from utils.adapters.lora_reader import read_lora
+from utils.adapters.attach import AdapterOptions, AdapterPlan, LoraAdapter, plan_adapter
+from utils.adapters.lora import speaking
+from utils.common.console import say
 from utils.common.device import compute_dtype, describe, explain_out_of_memory, pick_device
-from utils.common.digests import LATENTS
 from utils.common.errors import UserError
 from utils.common.files import check_writable
-from utils.common.formatting import readable_size
 from utils.common.options import option, parse_options, run_script, to_json, training_table
-from utils.common.signals import stop_on_signals
+from utils.common.signals import Stop, stop_on_signals
 from utils.common.temp_rng import MAX_SEED
 from utils.data.dataset import Dataset, open_dataset
-from utils.data.folders import Folder, Rules, check_paired_files, resolve_folders
-from utils.data.loading import batches
-from utils.data.plan import Limits, Plan, Window, fixed_windows, flatten_windows, validation_windows
+from utils.data.folders import DatasetOptions, Rules, check_paired_files, resolve_folders
+from utils.data.plan import Batching, Plan, largest_window, make_plan, validation_windows
 from utils.data.tables import format_plan
-from utils.diffusion.flow import sample_noisy
-from utils.diffusion.objectives import Objective, Predict, guided_target, squared_error
-from utils.diffusion.sampling import Sampler
-from utils.encoding.conditioning import Batch, inject_noise, make_predict, replace_text
+from utils.diffusion.flow import Predict, sample_noisy
+from utils.diffusion.objectives import Objective, guided_target, squared_error
+from utils.encoding.conditioning import Batch, Cond, inject_noise, make_predict, replace_text
 from utils.encoding.latent_cache import format_cache_size
-from utils.encoding.samples import CachedSamples, FreshSamples, LatentEncoding, Samples
-from utils.encoding.text import TextEncoding, Texts, check_embedding_shape
+from utils.encoding.samples import Caches, LatentEncoding, Samples, open_samples
+from utils.encoding.text import EMBEDDINGS, TextEncoding, Texts, check_embedding_shape, encode_texts
 from utils.media.controls import FROM_FILE
 from utils.runs.ending import save_on_exit
-from utils.runs.run import Checkpoints, RunPlan, open_run
+from utils.runs.run import Run, RunOptions, RunPlan, open_run
 from utils.runs.state import Facts, State, check_resume_compatible, find_state
 from utils.setup.doctor import print_findings
-from utils.setup.download import download_model
+from utils.setup.download import SetupOptions, download_model, suggest_download
 from utils.training.learner import Learner, Trainable
 from utils.training.memory import MemoryOptions, prepare
 from utils.training.optim import Optimization
 from utils.training.phases import Phase
-from utils.training.preview import Preview, Previews, make_requests, read_prompts
+from utils.training.preview import Preview, Previews, make_preview, read_prompts
 from utils.training.validation import SIGMAS, Validation, validation_loss
-from wan.checkpoints import CheckpointError, find_model, load_config, load_transformer, load_vae, transformer_layout
-from wan.configs import named_config
-from wan.configs.grid import Grid
+from wan.checkpoints import (
+    CheckpointError,
+    ModelFiles,
+    build_transformer,
+    cast_to,
+    find_family,
+    load_weights,
+    open_model,
+)
+from wan.configs import Family
 from wan.modules.model import WanModel
 
-EMBEDDINGS = Path(__file__).resolve().parent / "embeddings"
+CPU = torch.device("cpu")
 
 # ------------------------------------------------------------------------------------------------------------ options
-# A name here is a flag on the command line and a key in --config FILE.toml.
+# A name here is a flag on the command line and a key in --config FILE.toml. Groups live with what they configure.
 
 
 @dataclass(frozen=True)
 class General:
-    """what to do"""
+    """general"""
 
-    dataset: Path | None = option(
-        None, "folder with your clips and captions; may hold train/ and val/", affects_training=False
-    )
-    dataset_config: Path | None = option(
-        None, "TOML file with a [[dataset]] table for each of several folders", affects_training=False
-    )
-    check_dataset: bool = option(False, "look at every file, print what would be trained on, then stop")
-    pretrained_model_name_or_path: str = option("Wan-AI/Wan2.1-T2V-1.3B", "model folder, or hub name under ./models/")
-    download_model: bool = option(False, "fetch the model's files from the hub into ./models/, then stop")
-    output_dir: Path = option(
-        Path("outputs"), "where runs are written, each in its own dated folder", affects_training=False
-    )
-    resume_from_checkpoint: str | None = option(
-        None, "go on from a saved state: latest, or a run's or state's path", affects_training=False
-    )
-    allow_changes: bool = option(
-        False, "go on though options or data have changed", requires="resume_from_checkpoint", affects_training=False
-    )
-    config: Path | None = option(None, "TOML file with any of these options; flags win over it", affects_training=False)
+    config: Path | None = option(None, "TOML file with any of these options; flags override it", affects_training=False)
     seed: int = option(42, "seed of everything random in training", minimum=0, maximum=MAX_SEED)
-    doctor: bool = option(False, "print versions, devices and known problems of this machine, then stop")
-    debug: bool = option(False, "show where in the program an error came from", affects_training=False)
-
-
-@dataclass(frozen=True)
-class Caches:
-    """caches"""
-
-    cache_embeddings: bool = option(False, "encode all captions and prompts, then stop")
-    cache_latents: int = option(0, "encode so many windows of each clip once; 1: the middle", minimum=0, const=1)
-    cache_only: bool = option(False, "fill the cache of latents, then stop", requires="cache_latents")
-    prune_cache: bool = option(
-        False, "remove cached latents that this run does not use", requires="cache_latents", affects_training=False
-    )
-    cache_dir: Path | None = option(
-        None, "where caches are kept (default: .wan_cache in the first dataset)", affects_training=False
-    )
-
-
-@dataclass(frozen=True)
-class Batching:
-    """batches"""
-
-    token_limit: int = option(10_000, "most tokens per clip, (w/16) * (h/16) * ((frames-1)/4 + 1)", minimum=1)
-    batch_size: int = option(1, "clips of equal size per step", minimum=1)
-    num_workers: int = option(
-        2, "processes that load the next clips while this one trains", minimum=0, affects_training=False
-    )
-    skip_bad_files: bool = option(
-        False, "train without the files that cannot be used, instead of stopping", affects_training=False
-    )
+    debug: bool = option(False, "print a traceback with every error", affects_training=False)
 
 
 @dataclass(frozen=True)
 class Options(
     General,
-    Caches,
-    Batching,
+    SetupOptions,
+    DatasetOptions,
     Rules,
+    Batching,
+    Caches,
     AdapterOptions,
-    Optimization,
     Objective,
+    Optimization,
     MemoryOptions,
     Validation,
     Previews,
-    Checkpoints,
+    RunOptions,
 ):
     """Train a LoRA for a Wan video model on your own clips."""
 
@@ -146,102 +104,38 @@ class Options(
         if self.cache_embeddings and self.cache_latents:
             raise UserError("--cache_embeddings stops before it comes to --cache_latents: give one of them")
 
-    @property
-    def limits(self) -> Limits:
-        return Limits(self.token_limit, self.batch_size, Grid(frame=4, side=16))
 
-    def preview_sampler(self, config: EasyDict) -> Sampler:
-        usual = 1.0 if self.distill_cfg else config.guidance
-        guidance = usual if self.sample_guidance is None else self.sample_guidance
-        return Sampler("unipc", self.sample_steps, guidance, config.shift)
+# ---------------------------------------------------------------------------------------------------- what is learned
 
 
-# --------------------------------------------------------------------------------------------------------------- data
-
-
-def open_folders(opts: Options) -> list[Folder]:
-    """The folders to train on, each with its rules."""
-    tables_only = opts.dataset_config != opts.config
-    folders = resolve_folders(opts.dataset, opts.dataset_config, Rules.of(opts), tables_only)
-    check_paired_files(folders, opts.control_lora, needs_masks=opts.mask_floor != Options.mask_floor)
-    return folders
-
-
-def open_data(opts: Options, folders: list[Folder], config: EasyDict) -> Dataset:
-    """The clips, for a model of this kind, and everything there is to know about them on the console."""
-    data = open_dataset(folders, opts.limits, config.fps, opts.cache_dir, opts.skip_bad_files)
-    print(format_cache_size(data, opts.limits, config.out_dim * (1 + opts.control_lora)))
-    return data
-
-
-def encode_texts(opts: Options, stage: TextEncoding, data: Dataset) -> Texts:
-    """Caches every text, with one load of the encoder at most."""
-    prompts = [] if opts.sample_prompts is None else read_prompts(opts.sample_prompts)
-    config = load_config(stage.folder)
-    guided = bool(opts.distill_cfg) or (bool(prompts) and opts.preview_sampler(config).guidance != 1)
-    negative = (opts.distill_negative or EMBEDDINGS / config.negative_prompt) if guided else None
-    files = sorted(EMBEDDINGS.glob("*.txt")) if opts.cache_embeddings else []
-    return stage.encode(data.captions, prompts, data.cache_folder, negative, EMBEDDINGS, files)
-
-
-def open_samples(
-    opts: Options, folder: Path, device: torch.device, data: Dataset, texts: Texts
-) -> tuple[Samples, Plan, list[Window]]:
-    """How clips become batches, which clips when, and the windows to validate on.
-
-    Latents come out of the VAE at every step, or out of the cache, which is filled here.
-    """
-    watched = validation_windows(data.val or data.train, opts.limits, opts.val_samples)
-    if not opts.cache_latents:
-        samples = FreshSamples(load_vae(folder, device), texts.captions, opts.generated_control)
-        return samples, Plan(data.train, opts.limits, opts.seed), watched
-    fixed = fixed_windows(data.train, opts.limits, opts.cache_latents)
-    windows = [*flatten_windows(fixed), *watched]
-    stage = LatentEncoding(folder, device, opts.generated_control)
-    latents = stage.fill(data.cache_folder / LATENTS, windows, opts.num_workers)
-    if opts.prune_cache:
-        print(f"latents: removed {readable_size(latents.prune(windows))} that this run does not use")
-    samples = CachedSamples(latents, texts.captions, device)
-    return samples, Plan(data.train, opts.limits, opts.seed, fixed), watched
-
-
-# ----------------------------------------------------------------------------------------------------------- training
-
-
-def prepare_preview(
-    opts: Options, folder: Path, data: Dataset, samples: Samples, plan: Plan, texts: Texts, validation: list[Batch]
-) -> Preview:
-    """Previews are as large as the largest clip; those of a control LoRA follow clips, if possible of validation."""
-    vae = samples.vae if isinstance(samples, FreshSamples) else load_vae(folder, samples.device)
-    largest, config = max(data.windows, key=lambda window: window.tokens), load_config(folder)
-    shape = vae.latent_shape(largest.frames, largest.height, largest.width)
-    followed = []
-    if opts.control_lora:
-        longest = max(itertools.chain(*plan.epoch(0)), key=lambda window: window.tokens)
-        followed = validation or [samples.batch([samples.load(longest)]).to(torch.device("cpu"))]
-    requests = make_requests(texts.previews, shape, opts.seed, vae, followed)
-    return Preview(requests, texts.negative, opts.preview_sampler(config), config.fps, vae)
-
-
-def training_loss(batch: Batch, opts: Options, model: WanModel, predict: Predict, negative: Tensor | None) -> Tensor:
-    """How far the model's velocity is from its target, at a random noise level per clip."""
+def training_loss(
+    batch: Batch, opts: Options, model: WanModel, predict: Predict[Cond], negative: Tensor | None
+) -> Tensor:
+    """How far the model's velocity is from its target: a scalar, fp32."""
+    # Flow matching. Latents move in a straight line to Gaussian noise, and each clip is shown at a noise level of its
+    # own: uniform in 0..1, then shifted towards noise, where the layout of a video is decided.
     cond = inject_noise(batch.cond, opts.control_inject_noise)
     noisy = sample_noisy(batch.latents, opts.shift)
+
+    # The target is the velocity of that line, noise - latents. Distillation moves it by what guidance would have added
+    # to the answer of the base model, which speaks here without the LoRA. So sampling needs no guidance afterwards.
     target = noisy.velocity
-    if opts.distill_cfg:
+    if opts.distill_cfg and negative is not None:
         with speaking(model, None):
             target = guided_target(noisy, predict, cond, replace_text(cond, negative), opts.distill_cfg)
+
+    # Black regions of a mask still count a little, or what happens in them would be arbitrary.
     weight = None if batch.mask is None else opts.mask_floor + (1 - opts.mask_floor) * batch.mask
     return squared_error(predict(noisy.latents, noisy.timestep, cond), target, weight)
 
 
 @dataclass(frozen=True)
 class Session:
-    """Everything that the loop needs."""
+    """What the loop needs: who learns, in which phases, from which samples, and what is measured on the way."""
 
     learner: Learner
-    phases: list[Phase]
-    predict: Predict
+    phases: list[Phase]  # the updates of a step; ordinary training has one
+    predict: Predict[Cond]
     patch_size: tuple[int, int, int]
     samples: Samples
     plan: Plan
@@ -250,116 +144,190 @@ class Session:
     preview: Preview | None
 
 
-def prepare_session(opts: Options, folder: Path, device: torch.device, data: Dataset) -> Session | None:
-    """Loads and encodes what is needed, one thing after another; None where caches were all that was wanted."""
-    layout = transformer_layout(folder)
-    shape = layout.shape
+# --------------------------------------------------------------------------------------------- before the first step
+
+
+def open_data(opts: Options, family: Family) -> Dataset:
+    """Finds the clips, checks every file, and prints a table of them, before anything that takes long."""
+    tables_only = opts.dataset_config != opts.config
+    folders = resolve_folders(opts.dataset, opts.dataset_config, Rules.of(opts), tables_only)
+    check_paired_files(folders, opts.control_lora, needs_masks=opts.mask_floor != Options.mask_floor)
+    limits = opts.limits(family.grid)
+    data = open_dataset(folders, limits, family.fps, opts.cache_dir, opts.skip_bad_files)
+    say(format_cache_size(data, limits, family.out_dim * (1 + opts.control_lora)))
+    return data
+
+
+def load_texts(opts: Options, encoding: TextEncoding, data: Dataset) -> Texts:
+    """The embeddings of all captions and prompts; what is not cached yet is encoded."""
+    prompts = [] if opts.sample_prompts is None else read_prompts(opts.sample_prompts)
+    sampler = opts.preview_sampler(encoding.files.family, bool(opts.distill_cfg))
+    guided = bool(opts.distill_cfg) or (bool(prompts) and sampler.guidance != 1)
+    negatives = [opts.distill_negative or EMBEDDINGS / encoding.files.family.negative_prompt] if guided else []
+    others = sorted(EMBEDDINGS.glob("*.txt")) if opts.cache_embeddings else []
+    return encode_texts(encoding, data.captions, prompts, data.cache_folder, negatives, others)
+
+
+def load_model(opts: Options, files: ModelFiles, plan: AdapterPlan, device: torch.device) -> LoraAdapter:
+    """The frozen transformer on the device, with the adapter that is trained on it."""
+    # Each tensor goes through `place` when it is read: it is cast to the compute dtype, and a fused LoRA is added. So
+    # memory never holds a second copy of the weights.
+    model = build_transformer(files.transformer)
+    plan.widen(model)
+    place = plan.place(cast_to(compute_dtype(device), device))
+    progress = partial(tqdm, desc="loading the transformer", unit="tensor", leave=False)
+    load_weights(model, files.transformer, place, progress)
+    return prepare(model, opts.memory, plan.attach)
+
+
+def open_session(opts: Options, files: ModelFiles, device: torch.device, data: Dataset) -> Session | None:
+    """Encodes and loads what the loop needs, one model after another; None where caches were all that was wanted."""
+    # First a rehearsal on a transformer without weights: a misspelled layer, or a LoRA file that does not fit, should
+    # not cost the minutes of loading.
+    layout = build_transformer(files.transformer)
     adapter_plan = plan_adapter(opts, layout)
-    texts = encode_texts(opts, TextEncoding(folder, device), data)
-    check_embedding_shape(texts.captions.load(data.captions[0]), shape, "the captions")
+
+    # The text encoder takes 11 GB. It is loaded only if an embedding is missing, and freed before the next model.
+    texts = load_texts(opts, TextEncoding(files, device), data)
+    check_embedding_shape(texts.captions(data.captions[0]), layout.shape, "the captions")
     if texts.negative is not None:
-        check_embedding_shape(texts.negative, shape, "the negative prompt")
-    samples, plan, watched = open_samples(opts, folder, device, data, texts)
+        check_embedding_shape(texts.negative, layout.shape, "the negative prompt")
+
+    # Everything random about the data is decided by the plan, from the seed and the number of the epoch alone. So the
+    # order does not depend on worker processes, and a resumed run continues in it.
+    limits, latents = opts.limits(files.family.grid), LatentEncoding(files, device, opts.generated_control)
+    plan = make_plan(data.train, limits, opts.seed, opts.cache_latents)
+    watched = validation_windows(data.val or data.train, limits, opts.val_samples)
+    windows = [*plan.fixed_windows, *watched]
+    samples = open_samples(opts, latents, windows, texts.captions, data.cache_folder, opts.num_workers)
     if opts.cache_only:
         return None
+
+    # From here on everything random follows the seed: the LoRA's first values, then noise and noise levels.
     torch.manual_seed(opts.seed)
-    loading = partial(tqdm, desc="loading the transformer", unit="tensor", leave=False)
-    model = load_transformer(folder, compute_dtype(device), device, loading)
-    if opts.fuse_lora:
-        fuse_lora(model, read_lora(opts.fuse_lora), opts.fuse_lora_weight)
-    adapter = prepare(model, opts.memory, adapter_plan.attach)
+    adapter = load_model(opts, files, adapter_plan, device)
     learner = Learner([Trainable("lora", adapter, opts.optimizer, opts.ema_decay)])
-    per_epoch = -(-len(plan.epoch(0)) // opts.gradient_accumulation)
+    predict = make_predict(adapter.model)
+    loss = partial(training_loss, opts=opts, model=adapter.model, predict=predict, negative=texts.negative)
+    phase = Phase("train", adapter.speaking, loss, partial(learner.update, "lora", opts.max_grad_norm))
+    steps_per_epoch = plan.steps_per_epoch(opts.gradient_accumulation)
     distilled = f", guidance {1 + opts.distill_cfg:g} distilled" if opts.distill_cfg else ""
-    print(f"\n{format_plan(plan, per_epoch, opts.max_train_steps)} on {describe(device)}")
-    print(f"{adapter.describe()}, learning rate {opts.learning_rate:g}, shift {opts.shift:g}{distilled}")
-    encoding = tqdm(watched, desc="encoding validation clips", leave=False)
-    validation = [samples.batch([samples.load(window)]).to(torch.device("cpu")) for window in encoding]
-    preview = prepare_preview(opts, folder, data, samples, plan, texts, validation) if texts.previews else None
-    predict = make_predict(model)
-    loss = partial(training_loss, opts=opts, model=model, predict=predict, negative=texts.negative)
-    update = partial(learner.update, "lora", opts.max_grad_norm)
-    phases = [Phase("train", adapter.speaking, loss, update)]
-    return Session(learner, phases, predict, shape.patch_size, samples, plan, per_epoch, validation, preview)
+    say(f"\n{format_plan(plan, steps_per_epoch, opts.max_train_steps)} on {describe(device)}")
+    say(f"{adapter.describe()}, learning rate {opts.learning_rate:g}, shift {opts.shift:g}{distilled}")
+
+    encoding = tqdm(watched, "encoding validation clips", leave=False)
+    validation = [samples.load_batch([window]).to(CPU) for window in encoding]
+    preview, patch_size = None, layout.shape.patch_size
+    if texts.previews:
+        # Previews are as large as the largest clip. Those of a control LoRA follow clips, of validation if possible.
+        longest = largest_window(chain(*plan.epoch(0)))
+        followed = (validation or [samples.load_batch([longest]).to(CPU)]) if opts.control_lora else []
+        sampler, size = opts.preview_sampler(files.family, bool(opts.distill_cfg)), largest_window(data.windows)
+        preview = make_preview(texts, sampler, files.family, opts.seed, samples.vae, size, followed)
+    return Session(learner, [phase], predict, patch_size, samples, plan, steps_per_epoch, validation, preview)
 
 
-def train(opts: Options, device: torch.device, data: Dataset, session: Session, state: State | None) -> None:
-    """The loop."""
-    learner, samples, preview = session.learner, session.samples, session.preview
-    val_seed = opts.seed if opts.val_seed is None else opts.val_seed
+def start_run(opts: Options, data: Dataset, learner: Learner, state: State | None) -> Run:
+    """The run's folder, and what its files say about how they were made. The learner is restored from a saved state."""
     control = FROM_FILE if any(source.control for source in data.train) else opts.generated_control or ""
-    about = {
-        "control": control,
-        "base_model": opts.pretrained_model_name_or_path,
-        "shift": f"{opts.shift:g}",
-        "options": to_json(opts),
-    }
-    facts = Facts(training_table(opts), data.fingerprint)
-    plan = RunPlan(opts.output_dir, opts.max_train_steps, opts.max_grad_norm, to_json(opts), facts, about)
-    run = open_run(plan, learner, state)
-    metrics = run.metrics
-    done = None if state is None else run.step  # whatever is due there was done before
-    workers = opts.num_workers if isinstance(samples, FreshSamples) else 0  # a cached clip is there in a millisecond
-    stream = batches(session.plan, samples.load, run.step * opts.gradient_accumulation, workers)
+    about = {"base_model": opts.pretrained_model_name_or_path, "control": control, "shift": f"{opts.shift:g}"}
+    options, facts = to_json(opts), Facts(training_table(opts), data.fingerprint)
+    plan = RunPlan(opts.output_dir, opts.max_train_steps, opts.max_grad_norm, options, facts, about)
+    return open_run(plan, learner, state)
+
+
+# ------------------------------------------------------------------------------------------------------------ the loop
+
+
+def train(opts: Options, device: torch.device, session: Session, run: Run, resumed_at: int | None) -> None:
+    """Takes steps until the last one, and measures, saves and previews in between."""
+    metrics, preview = run.metrics, session.preview
+    val_seed = opts.seed if opts.val_seed is None else opts.val_seed
+    save_every = opts.checkpointing_steps, opts.save_every_epochs * session.steps_per_epoch
+    stream = session.samples.stream(session.plan, run.step * opts.gradient_accumulation)
     with closing(stream), run, stop_on_signals() as stop, save_on_exit(run, stop):
         while True:
-            last, fresh = run.step == opts.max_train_steps, run.step != done
+            # What was due at the step of a resumed state was done before the state was saved.
+            last, fresh = run.step == opts.max_train_steps, run.step != resumed_at
             if stop.requested and not last:
                 raise KeyboardInterrupt
+
+            # Once in a while: the loss on the same clips with the same noise, for the first time before step 1.
             if session.validation and fresh and (last or run.step % opts.val_steps == 0):
-                metrics.flush()  # what follows is no training time
+                metrics.flush()  # what follows is not training time
                 encoded = (batch.to(device) for batch in tqdm(session.validation, desc="validating", leave=False))
                 metrics.log_validation(validation_loss(session.predict, encoded, val_seed), SIGMAS)
-            every = opts.checkpointing_steps, opts.save_every_epochs * session.steps_per_epoch
-            if last or (fresh and run.saving_is_due(*every, minutes=opts.save_every_minutes)):
+
+            # Once in a while, and at the end: the LoRA, its average, and the state to resume from are written.
+            if last or (fresh and run.saving_is_due(*save_every, minutes=opts.save_every_minutes)):
                 run.save()
                 run.prune(opts.keep_checkpoints)
+
+            # Once in a while: the same prompts from the same noise, so that only the LoRA makes a difference.
             if preview and fresh and (last or run.step % opts.sample_every == 0):
                 metrics.flush()
                 metrics.log_previews(preview.generate(session.predict), preview.fps)
+
             if last:
                 metrics.say(f"look at it: python test_wan_control_lora.py --lora_path {run.last_saved} --prompt ...")
-                break
-            tokens = 0
-            learner.begin_step(len(session.phases))
-            for phase in session.phases:
-                loss = torch.zeros((), device=device)
-                with phase.speaking():
-                    for _ in range(opts.gradient_accumulation):
-                        batch = samples.batch(next(stream))
-                        share = phase.loss(batch) / opts.gradient_accumulation
-                        share.backward()
-                        loss += share.detach()
-                        tokens += batch.tokens(session.patch_size)
-                update = phase.step()
-                metrics.log(phase.name, loss, update)
-            metrics.end_step(tokens)
+                return
+            take_step(opts, session, run, stream, stop)
+
+
+def take_step(opts: Options, session: Session, run: Run, stream: Iterator[Batch], stop: Stop) -> None:
+    """One step: each phase accumulates the gradients of its batches, then updates what it trains."""
+    # Meanwhile worker processes load the next clips. The host never waits for the device: losses stay there until they
+    # have been copied, and the optimizer itself skips a gradient that is not finite.
+    session.learner.begin_step(len(session.phases))
+    tokens = 0
+    for phase in session.phases:
+        loss = torch.zeros(())
+        with phase.speaking():
+            for batch in islice(stream, opts.gradient_accumulation):
+                share = phase.loss(batch) / opts.gradient_accumulation
+                share.backward()
+                loss = loss + share.detach()
+                tokens += batch.tokens(session.patch_size)
+
+        # The optimizer step. A second Ctrl-C waits for its end: half an update could not be saved.
+        with stop.held():
+            update = phase.step()
+        run.metrics.log(phase.name, loss, update)
+    run.metrics.end_step(tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     opts = parse_options(Options, argv)
+    name = opts.pretrained_model_name_or_path
     if opts.doctor:
         print_findings()
-        return
-    if opts.download_model:
-        download_model(opts.pretrained_model_name_or_path)
-        return
-    folders, name = open_folders(opts), opts.pretrained_model_name_or_path
-    if opts.check_dataset:  # a released model need not be fetched for it
-        open_data(opts, folders, named_config(name) or load_config(find_model(name)))
-        return
+    elif opts.download_model:
+        download_model(name)
+    elif opts.check_dataset:  # a released model need not be downloaded for it
+        with suggest_download():
+            family = find_family(name)
+        open_data(opts, family)
+    else:
+        run_training(opts, name)
+
+
+def run_training(opts: Options, name: str) -> None:
+    # Everything that can be wrong with options, files and states is found before a model is loaded.
     check_writable(opts.output_dir)
-    folder = find_model(name)
-    data = open_data(opts, folders, load_config(folder))
+    with suggest_download():
+        files = open_model(name)
+    data = open_data(opts, files.family)
     state = find_state(opts.resume_from_checkpoint, opts.output_dir) if opts.resume_from_checkpoint else None
     if state is not None:
         check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes)
+
     device = pick_device()
     with explain_out_of_memory():
         if opts.cache_embeddings:
-            encode_texts(opts, TextEncoding(folder, device), data)
-        elif (session := prepare_session(opts, folder, device, data)) is not None:
-            train(opts, device, data, session, state)
+            load_texts(opts, TextEncoding(files, device), data)
+        elif (session := open_session(opts, files, device, data)) is not None:
+            run = start_run(opts, data, session.learner, state)
+            train(opts, device, session, run, resumed_at=None if state is None else state.step)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,16 @@ from nano.pretrain_transformer import SHAPE, Captions, train_transformer
 from nano.pretrain_vae import train_vae
 from nano.text_encoder import make_encoder, write_tokenizer
 from nano.world import words
-from utils.adapters.full_model import write_config, write_text_encoder, write_transformer, write_vae
+from utils.adapters.full_model import write_text_encoder, write_transformer, write_vae
 from utils.common.device import pick_device
 from utils.common.files import check_writable
 from utils.common.options import option, parse_options, run_script
-from utils.encoding.text import read_prompt
-from wan.checkpoints import TOKENIZER, CheckpointError, load_config, load_text_encoder, load_vae
+from utils.encoding.text import EMBEDDINGS, read_prompt
+from wan.checkpoints import CheckpointError, ModelFiles, load_text_encoder, load_vae
+from wan.configs import FAMILIES
 
 NANO = Path(__file__).resolve().parent
-EMBEDDINGS = NANO.parent / "embeddings"
+FAMILY = FAMILIES["wan2.1-t2v-1.3B"]  # Wan-Nano is one of these, but for its widths
 
 
 @dataclass(frozen=True)
@@ -45,18 +46,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_writable(folder, name)
         folder.mkdir(parents=True, exist_ok=True)
     device = pick_device()
-    vocab_size = write_tokenizer(unfinished / TOKENIZER, words())
-    write_text_encoder(unfinished, make_encoder(vocab_size, opts.seed))
-    write_config(unfinished, SHAPE)
-    write_vae(unfinished, train_vae(opts.work, device, opts.seed, opts.compile))
-    # What is trained next meets the VAE and the text encoder as they ship: rounded to bf16.
-    vae = load_vae(unfinished, device)
-    encoder = load_text_encoder(unfinished, SHAPE.text_len, torch.float32, device)
-    negative = read_prompt(EMBEDDINGS / load_config(unfinished).negative_prompt)
-    captions = Captions(encoder, negative)
-    write_transformer(unfinished, train_transformer(opts.work, opts.seed, vae, captions, opts.compile))
+    vocab_size = write_tokenizer(unfinished / FAMILY.tokenizer, words())
+    write_text_encoder(unfinished, make_encoder(vocab_size, opts.seed), FAMILY)
+    write_vae(unfinished, train_vae(opts.work, device, opts.seed, opts.compile), FAMILY)
+    # The transformer is trained on the VAE and the text encoder as they are published: rounded to bf16.
+    files = encoders(unfinished)
+    vae, encoder = load_vae(files, device), load_text_encoder(files, torch.float32, device)
+    captions = Captions(encoder, read_prompt(EMBEDDINGS / FAMILY.negative_prompt))
+    model = train_transformer(opts.work, opts.seed, vae, captions, opts.compile)
+    write_transformer(unfinished, model, FAMILY)
     shutil.copytree(unfinished, opts.model, dirs_exist_ok=True)
     print(f"wrote {opts.model}")
+
+
+def encoders(folder: Path) -> ModelFiles:
+    """The model in this folder as long as it has no transformer."""
+    vae, text_encoder, tokenizer = (folder / name for name in (FAMILY.vae, FAMILY.text_encoder, FAMILY.tokenizer))
+    return ModelFiles(str(folder), FAMILY, {}, vae, text_encoder, tokenizer, SHAPE.text_len)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from nano.sampling import generate, noise_of
 from nano.training import Plan, faster_attention, fingerprint, fit
 from nano.world import FRAMES, Scene, caption, colourless_caption, made_up_word, recoloured, render, split
 from utils.common.files import replacing
-from utils.diffusion.flow import sample_noisy
-from utils.diffusion.objectives import Predict, squared_error
-from utils.encoding.conditioning import Batch, Encoded, collate, make_predict, to_unit_range
+from utils.diffusion.flow import Predict, sample_noisy
+from utils.diffusion.objectives import squared_error
+from utils.encoding.conditioning import Batch, Cond, Encoded, collate, make_predict, to_unit_range
 from utils.training.memory import Memory, prepare
 from wan.modules.model import WanModel, WanShape
 from wan.modules.t5 import TextEncoder
@@ -120,10 +120,11 @@ def draw(step: int, clips: Sequence[Shown], latents: Tensor, captions: Captions)
     pictures = step < PICTURE_STEPS or step % PICTURES_EVERY == 0
     count, frames = (PICTURE_BATCH, 1) if pictures else (CLIP_BATCH, latents.shape[2])
     chosen = [rng.randrange(len(clips)) for _ in range(count)]
-    return collate([Encoded(latents[n, :, :frames], captions.training_rows(clips[n], rng)) for n in chosen])
+    texts = [captions.training_rows(clips[n], rng) for n in chosen]
+    return collate([Encoded(latents[n, :, :frames], Cond(text)) for n, text in zip(chosen, texts, strict=True)])
 
 
-def loss(predict: Predict, batch: Batch) -> Tensor:
+def loss(predict: Predict[Cond], batch: Batch) -> Tensor:
     """The trainer's own: flow matching at shifted random noise levels."""
     noisy = sample_noisy(batch.latents, SHIFT)
     return squared_error(predict(noisy.latents, noisy.timestep, batch.cond), noisy.velocity)

@@ -64,11 +64,11 @@ def start(vae: WanVAE) -> WanVAE:
     """
     with torch.no_grad():
         for module in vae.modules():
-            if isinstance(module, CausalConv3d) and module.kernel_size == (3, 3, 3):
+            if isinstance(module, CausalConv3d) and module.weight.shape[2:] == (3, 3, 3):
                 module.weight[:, :, :2] = 0
                 module.weight[:, :, 2] *= 3  # as many inputs fewer
             elif isinstance(module, Downsample | Upsample) and module.time_conv is not None:
-                same = torch.eye(module.time_conv.in_channels)[:, :, None, None]
+                same = torch.eye(module.time_conv.weight.shape[1])[:, :, None, None]
                 module.time_conv.weight.zero_()
                 module.time_conv.bias.zero_()
                 if isinstance(module, Downsample):
@@ -176,7 +176,7 @@ def train_vae(work: Path, device: torch.device, seed: int, compiled: bool) -> Wa
     vae = start(WanVAE(WIDTH)).to(device)
     # As the clips are laid out: a third faster.
     for module in vae.modules():
-        if isinstance(module, nn.Conv3d):
+        if isinstance(module, nn.Conv3d | CausalConv3d):
             module.to(memory_format=torch.channels_last_3d)
         elif isinstance(module, nn.Conv2d):
             module.to(memory_format=torch.channels_last)

@@ -9,12 +9,12 @@ from tqdm import tqdm
 
 from nano.world import FRAMES, SIDE
 from utils.diffusion.flow import seeded_noise
-from utils.diffusion.sampling import Sampler
-from utils.encoding.conditioning import Encoded, collate, make_predict, to_pixels
-from wan.checkpoints import load_text_encoder, load_transformer, load_vae, text_length
+from utils.encoding.conditioning import Cond, Encoded, collate, make_predict, replace_text, to_pixels
+from wan.checkpoints import load_text_encoder, load_transformer, load_vae, open_model
 from wan.modules.model import WanModel
 from wan.modules.t5 import TextEncoder
 from wan.modules.vae import WanVAE
+from wan.text2video import Sampler
 
 SAMPLER = Sampler("unipc", steps=20, guidance=2.5, shift=5.0)
 BATCH = 32
@@ -22,8 +22,9 @@ BATCH = 32
 
 def load(folder: Path, device: torch.device) -> tuple[WanModel, WanVAE, TextEncoder]:
     """All of a small model, in fp32."""
-    encoder = load_text_encoder(folder, text_length(folder), torch.float32, device)
-    return load_transformer(folder, torch.float32, device), load_vae(folder, device), encoder
+    files = open_model(folder)
+    encoder = load_text_encoder(files, torch.float32, device)
+    return load_transformer(files.transformer, torch.float32, device), load_vae(files, device), encoder
 
 
 def noise_of(vae: WanVAE, seeds: Sequence[int], frames: int = FRAMES) -> Tensor:
@@ -48,13 +49,14 @@ def generate(
     device, predict = vae.device, make_predict(model)
     negative = None if negative is None else negative.to(device)
     samples = [
-        Encoded(start, rows.cpu(), None if controls is None else controls[index].cpu())
+        Encoded(start, Cond(rows.cpu(), None if controls is None else controls[index].cpu()))
         for index, (start, rows) in enumerate(zip(noise, texts, strict=True))
     ]
     videos = []
     with torch.no_grad():
         for begin in tqdm(range(0, len(samples), BATCH), "generating", leave=False, unit="batch"):
             batch = collate(samples[begin : begin + BATCH]).to(device)
-            latents = sampler.denoise(predict, batch.latents, batch.cond, negative)
+            uncond = None if negative is None else replace_text(batch.cond, negative)
+            latents = sampler.denoise(predict, batch.latents, batch.cond, uncond)
             videos += [to_pixels(vae.decode(one[None])[0]) for one in latents]
     return videos

@@ -268,7 +268,11 @@ def test_a_zeroed_text_encoder_stops_the_run_at_once(work, capsys, monkeypatch):
     monkeypatch.setattr(TextEncoder, "encode", lambda self, texts: [torch.zeros(3, 32) for _ in texts])
     shutil.rmtree(work / "clips" / ".wan_cache")
     code = run_script(partial(train_wan_lora.main, RUN.split()))
-    assert code == 2 and "have the same embedding: the text encoder in model is damaged" in capsys.readouterr().err
+    assert (
+        code == 2
+        and "have the same embedding: the text encoder model/models_t5_umt5-xxl-enc-bf16.pth is damaged"
+        in capsys.readouterr().err
+    )
 
 
 def test_checking_the_dataset_loads_no_model_and_trains_nothing(work, capsys, monkeypatch):

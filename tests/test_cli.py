@@ -22,7 +22,7 @@ from utils.adapters.lora import add_lora, extract_lora, load_lora, select_module
 from utils.adapters.lora_file import delta
 from utils.adapters.lora_reader import read_lora
 from utils.media.probing import probe
-from wan.checkpoints import load_transformer
+from wan.checkpoints import load_transformer, open_model
 from wan.names import diffusers_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,7 +127,7 @@ def converted(work, lora) -> Path:
 
 def test_comfyui_applies_the_converted_file_as_it_was_trained(work, lora, converted):
     tensors = load_file(converted)
-    model = load_transformer(work / "models" / "Small" / "Wan", torch.float32)
+    model = load_transformer(open_model(work / "models" / "Small" / "Wan").transformer, torch.float32)
     add_lora(model, select_modules(model, ["all-linear"]), rank=4, alpha=8)
     load_lora(model, read_lora(lora))
     for name in select_modules(model, ["*base_layer"]):

@@ -178,8 +178,8 @@ def test_adapters_come_from_one_place():
 def test_weights_are_opened_in_one_place_of_wan():
     openers = {"torch.load", "safe_open", "load_file", "torch.jit.load"}
     found = {label(path) for path in ROOMS["wan"] for name, _ in calls(path) if name in openers}
-    assert found == {"wan/checkpoints.py"}
-    assert importers_of("safetensors", ROOMS["wan"]) == {"wan/checkpoints.py"}
+    assert found == {"wan/checkpoints/tensors.py"}
+    assert importers_of("safetensors", ROOMS["wan"]) == {"wan/checkpoints/tensors.py"}
 
 
 def test_nothing_is_unpickled():

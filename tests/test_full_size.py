@@ -11,8 +11,8 @@ from diffusers import AutoencoderKLWan
 import train_wan_lora
 from tests.peers import diffusers_transformer
 from tests.tiny import initialise, write_clips, write_model
-from tests.wan.test_model import to_diffusers
-from tests.wan.test_vae import diffusers_name
+from tests.wan.modules.test_model import to_diffusers
+from tests.wan.modules.test_vae import diffusers_name
 from utils.adapters.lora_reader import read_lora
 from wan.modules.model import WanModel, WanShape
 from wan.modules.vae import WanVAE

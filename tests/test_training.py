@@ -24,6 +24,7 @@ from utils.runs.state import read_state
 from utils.training.memory import checkpoint_blocks
 from utils.training.optim import OptimizerSpec, Updater
 from wan.checkpoints import load_transformer
+from wan.checkpoints.headers import read_config, read_transformer
 from wan.modules.model import is_fp32
 
 
@@ -82,7 +83,7 @@ def test_after_the_second_backward_every_matrix_has_a_finite_gradient_that_is_no
 )
 def test_a_bf16_base_as_on_a_gpu_trains_fp32_adapters(tmp_path: Path, batch: Batch, flags: str):
     write_transformer(tmp_path, tiny_transformer())
-    model = load_transformer(tmp_path, torch.bfloat16)
+    model = load_transformer(read_transformer(tmp_path, read_config(tmp_path)), torch.bfloat16)
     opts = train_wan_lora.parse_options(train_wan_lora.Options, ["--lora_target", "all-linear", *flags.split()])
     torch.manual_seed(0)
     parameters = train_wan_lora.attach_adapter(opts, model).values()

@@ -12,12 +12,14 @@ from torch import nn
 from nano.text_encoder import write_tokenizer
 from utils.adapters.full_model import write_config, write_pth
 from utils.media.frames import save_image, write_video
-from wan.checkpoints import TEXT_ENCODER, TOKENIZER, VAE
+from wan.checkpoints import INDEX, TRANSFORMER
+from wan.configs import FAMILIES
 from wan.modules.model import WanModel, WanShape
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
 
 DATA = Path(__file__).parent / "data"
+FAMILY = FAMILIES["wan2.1-t2v-1.3B"]  # of every small model here
 TINY_SHAPE = WanShape(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, text_len=64, freq_dim=32)
 VOCAB_SIZE = 512  # more than the tokenizer has
 WORDS = (
@@ -54,15 +56,15 @@ def tiny_text_encoder(dim: int = 32, seed: int = 0) -> UMT5Encoder:
 
 
 def write_vae(folder: Path, vae: WanVAE) -> None:
-    """Write the weights as the released file: a flat dict in Wan2.1_VAE.pth."""
+    """Write the weights as the released file: a flat dict."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(vae.state_dict(), folder / VAE)
+    torch.save(vae.state_dict(), folder / FAMILY.vae)
 
 
 def write_text_encoder(folder: Path, encoder: UMT5Encoder) -> None:
-    """Write the weights as the released file, in bf16, and the tokenizer to google/umt5-xxl."""
-    write_tokenizer(folder / TOKENIZER, WORDS)
-    write_pth(folder / TEXT_ENCODER, encoder)
+    """Write the weights as the released file, in bf16, and the tokenizer."""
+    write_tokenizer(folder / FAMILY.tokenizer, WORDS)
+    write_pth(folder / FAMILY.text_encoder, encoder)
 
 
 def tiny_transformer(shape: WanShape = TINY_SHAPE, seed: int = 0) -> WanModel:
@@ -74,17 +76,17 @@ def tiny_transformer(shape: WanShape = TINY_SHAPE, seed: int = 0) -> WanModel:
 
 def write_transformer(folder: Path, model: WanModel, shards: int = 1) -> None:
     """Write config.json and the weights as one file, or as shards with their index."""
-    write_config(folder, model.shape)
-    state, stem = model.state_dict(), "diffusion_pytorch_model"
+    write_config(folder, model.shape, FAMILY)
+    state, stem = model.state_dict(), TRANSFORMER.removesuffix(".safetensors")
     if shards == 1:
-        save_file(state, folder / f"{stem}.safetensors")
+        save_file(state, folder / TRANSFORMER)
         return
     names = [f"{stem}-{n + 1:05d}-of-{shards:05d}.safetensors" for n in range(shards)]
     weight_map = {key: names[i % shards] for i, key in enumerate(state)}
     for name in names:
         save_file({key: tensor for key, tensor in state.items() if weight_map[key] == name}, folder / name)
     index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+    (folder / INDEX).write_text(json.dumps(index))
 
 
 def write_model(folder: Path, shards: int = 1) -> Path:

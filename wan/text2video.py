@@ -1,32 +1,70 @@
-"""Sampling as functions over predict(latents, timestep) -> velocity."""
+"""Sampling as functions over a velocity field: from noise to latents along the field that the model predicts."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
-Predict = Callable[[Tensor, Tensor], Tensor]
+from wan.utils.fm_solvers import Solver, make_solver
+
+Condition = TypeVar("Condition")
+VelocityField = Callable[[Tensor, Tensor], Tensor]  # latents (B, C, F, H, W), timestep (B,) -> velocity
+Progress = Callable[[Tensor], Iterable[Tensor]]  # may wrap the timesteps in a bar
 
 
-def guided(cond: Predict, uncond: Predict, guidance: float) -> Predict:
-    """Classifier-free guidance: uncond + guidance * (cond - uncond); at guidance 1 the second forward is saved."""
+@dataclass(frozen=True)
+class Sampler:
+    """How noise becomes latents; the shift moves the steps towards high noise."""
+
+    solver: str  # of SOLVERS
+    steps: int
+    guidance: float
+    shift: float
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        predict: Callable[[Tensor, Tensor, Condition], Tensor],
+        noise: Tensor,
+        cond: Condition,
+        uncond: Condition | None,
+        progress: Progress = iter,
+    ) -> Tensor:
+        """Latents (B, C, F, H, W) from noise of that shape, by `predict(latents, timestep, cond) -> velocity`.
+
+        With a condition `uncond`, and a guidance other than 1, the velocity is guided away from it.
+        """
+        velocity = _given(predict, cond)
+        if uncond is not None:
+            velocity = guided(velocity, _given(predict, uncond), self.guidance)
+        return sample(velocity, noise, make_solver(self.solver, self.steps, self.shift, noise.device), progress)
+
+
+def _given(predict: Callable[[Tensor, Tensor, Condition], Tensor], cond: Condition) -> VelocityField:
+    return lambda latents, timestep: predict(latents, timestep, cond)
+
+
+def guided(cond: VelocityField, uncond: VelocityField, guidance: float) -> VelocityField:
+    """Classifier-free guidance: uncond + guidance * (cond - uncond); guidance 1 needs no second forward pass."""
     if guidance == 1.0:
         return cond
 
-    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+    def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
         without = uncond(latents, timestep)
         return without + guidance * (cond(latents, timestep) - without)
 
-    return predict
+    return velocity
 
 
-def sample(predict: Predict, noise: Tensor, solver: Any, progress: Callable[[Tensor], Iterable] = iter) -> Tensor:
-    """Integrates from noise (B, C, F, H, W) fp32 to latents of the same shape.
+def sample(velocity: VelocityField, noise: Tensor, solver: Solver, progress: Progress = iter) -> Tensor:
+    """Integrates the field from noise (B, C, F, H, W) fp32 to latents of the same shape.
 
-    `solver` comes fresh from `wan.utils.fm_solvers.make_solver`; `progress` may wrap its timesteps in a bar.
+    `solver` comes fresh from `make_solver`: it counts its steps.
     """
     latents = noise
     for timestep in progress(solver.timesteps):
-        velocity = predict(latents, timestep.expand(len(latents)))
-        latents = solver.step(velocity, timestep, latents, return_dict=False)[0]
+        answer = velocity(latents, timestep.expand(len(latents)))
+        latents = solver.step(answer, timestep, latents, return_dict=False)[0]
     return latents

@@ -54,7 +54,7 @@ def script_steps(
     clip = Clip(pixels, CAPTION)
     if device.type == "cuda":
         clip = clip.pin_memory()  # as the trainer's loader hands it over
-    batch, samples = Batch(inputs.noisy.clean, Cond(text)), FreshSamples(random_vae(sizes.vae_dim, device), texts, None)
+    batch, samples = Batch(inputs.noisy.clean, Cond(text)), FreshSamples(random_vae(sizes.vae_dim, device), texts.load)
 
     def train_on(batch: Batch) -> None:
         script.training_loss(batch, opts, contestant.trainee.model, predict, None).backward()

@@ -22,7 +22,7 @@ from utils.common.device import pick_device
 from utils.encoding.conditioning import encode_video, to_unit_range
 from utils.encoding.text import read_prompt
 from utils.media.controls import tile
-from wan.checkpoints import load_config
+from wan.checkpoints import find_family
 
 pytestmark = pytest.mark.nano
 TESTED = split()[1][:100]
@@ -76,7 +76,7 @@ def test_distilled_guidance_moves_the_unguided_model_toward_the_guided_one(work)
     rng = random.Random("distilled")
     model, vae, encoder = load(MODEL, pick_device())
     texts = encoder.encode([caption(scene, rng) for scene in TESTED])
-    negative = read_prompt(train_wan_lora.EMBEDDINGS / load_config(MODEL).negative_prompt)  # as the trainer's default
+    negative = read_prompt(train_wan_lora.EMBEDDINGS / find_family(MODEL).negative_prompt)  # as the trainer's default
     show = partial(generate, model, vae, texts, noise_of(vae, range(len(TESTED))))
     videos = {"guided": show(encoder.encode([negative])[0]), "unguided": show(sampler=UNGUIDED)}
     fuse_lora(model, lora)

@@ -13,7 +13,7 @@ from nano.sampling import generate, load, noise_of
 from nano.world import caption, render, split
 from utils.common.device import pick_device
 from utils.encoding.conditioning import to_unit_range
-from wan.checkpoints import load_config, load_vae, transformer_layout
+from wan.checkpoints import load_vae, open_model
 
 WITHHELD = split()[1]
 
@@ -39,12 +39,13 @@ def test_it_ships_in_the_official_layout_in_at_most_30_mb():
         "google/umt5-xxl/tokenizer_config.json",
         "google/umt5-xxl/special_tokens_map.json",
     }
-    assert load_config(MODEL).task == "t2v" and transformer_layout(MODEL).shape == SHAPE
+    files = open_model(MODEL)
+    assert files.family.task == "t2v" and files.transformer.shape == SHAPE
 
 
 def test_its_latents_have_the_statistics_that_the_code_expects():
     rng = random.Random(0)
-    vae = load_vae(MODEL)
+    vae = load_vae(open_model(MODEL))
     clips = torch.stack([to_unit_range(render(scene, rng)) for scene in WITHHELD[:24]])
     latents = torch.cat([vae.encode(clip[None]) for clip in clips])
     assert latents.mean(dim=(0, 2, 3, 4)).abs().mean() < 0.3
@@ -70,6 +71,6 @@ def test_it_follows_all_withheld_prompts():
 def test_its_vae_keeps_unseen_clips_at_30_db():
     rng = random.Random(1)
     clips = torch.stack([to_unit_range(render(scene, rng)) for scene in WITHHELD])
-    reached = psnr(reconstruct(load_vae(MODEL), clips), clips)
+    reached = psnr(reconstruct(load_vae(open_model(MODEL)), clips), clips)
     print(f"\nVAE: {reached:.2f} dB on {len(clips)} clips of withheld scenes")
     assert reached >= 30

@@ -7,7 +7,7 @@ import torch
 from nano import pretrain, pretrain_transformer, pretrain_vae
 from nano.pretrain_vae import Pieces
 from utils.common.errors import UserError
-from wan.checkpoints import load_config, load_text_encoder, load_transformer, load_vae
+from wan.checkpoints import load_text_encoder, load_transformer, load_vae, open_model
 
 
 @pytest.fixture
@@ -30,9 +30,10 @@ def test_one_command_writes_a_model_that_loads_and_goes_on_where_it_was(brief):
     arguments = ["--model", str(brief / "model"), "--work", str(brief / "states")]
     pretrain.main(arguments)
     first = files(brief / "model")
-    assert load_config(brief / "model").task == "t2v"
-    vae, model = load_vae(brief / "model"), load_transformer(brief / "model", torch.float32)
-    encoder = load_text_encoder(brief / "model", model.shape.text_len, torch.float32, "cpu")
+    written = open_model(brief / "model")
+    assert written.family.task == "t2v"
+    vae, model = load_vae(written), load_transformer(written.transformer, torch.float32)
+    encoder = load_text_encoder(written, torch.float32, "cpu")
     (rows,) = encoder.encode(["a red circle moves left"])
     velocity = model(torch.randn(1, vae.z_dim, 2, 4, 4), torch.tensor([500.0]), rows[None])
     assert velocity.isfinite().all() and velocity.abs().max() > 0
@@ -41,7 +42,7 @@ def test_one_command_writes_a_model_that_loads_and_goes_on_where_it_was(brief):
     pretrain.main(arguments)
     assert files(brief / "model").keys() == first.keys()
     assert all(data == first[name] for name, data in files(brief / "model").items() if name.endswith(".pth"))
-    again = load_transformer(brief / "model", torch.float32)
+    again = load_transformer(open_model(brief / "model").transformer, torch.float32)
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), again.parameters(), strict=True))
 
 

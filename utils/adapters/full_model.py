@@ -11,26 +11,27 @@ from torch import Tensor, nn
 
 from utils.common.files import replacing
 from utils.common.tensor_files import write_tensors
-from wan.checkpoints import TEXT_ENCODER, TRANSFORMER, VAE
+from wan.checkpoints import TRANSFORMER
+from wan.configs import Family
 from wan.modules.model import WanModel, WanShape, is_fp32
 
 CONFIG_FIELDS = ("dim", "eps", "ffn_dim", "freq_dim", "in_dim", "num_heads", "num_layers", "out_dim", "text_len")
 
 
-def write_config(folder: Path, shape: WanShape) -> None:
+def write_config(folder: Path, shape: WanShape, family: Family) -> None:
     """Writes config.json with the fields of the released one."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": "t2v"}
+    config = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": family.task}
     config |= {name: getattr(shape, name) for name in CONFIG_FIELDS}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_transformer(folder: Path, model: WanModel) -> None:
+def write_transformer(folder: Path, model: WanModel, family: Family) -> None:
     """Writes config.json and one file of bf16 weights. Parameters that compute in fp32 stay fp32.
 
     Raises TensorFileError if the weights cannot be written.
     """
-    write_config(folder, model.shape)
+    write_config(folder, model.shape, family)
     state = {
         name: tensor.to(torch.float32 if is_fp32(name) else torch.bfloat16)
         for name, tensor in model.state_dict().items()
@@ -50,11 +51,11 @@ def write_pth(path: Path, module: nn.Module) -> None:
         torch.save(state, file)
 
 
-def write_vae(folder: Path, vae: nn.Module) -> None:
+def write_vae(folder: Path, vae: nn.Module, family: Family) -> None:
     """Writes the VAE under its released name, as `write_pth` does."""
-    write_pth(folder / VAE, vae)
+    write_pth(folder / family.vae, vae)
 
 
-def write_text_encoder(folder: Path, encoder: nn.Module) -> None:
+def write_text_encoder(folder: Path, encoder: nn.Module, family: Family) -> None:
     """Writes the text encoder under its released name, as `write_pth` does."""
-    write_pth(folder / TEXT_ENCODER, encoder)
+    write_pth(folder / family.text_encoder, encoder)

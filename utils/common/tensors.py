@@ -1,28 +1,42 @@
-"""Functions over the tensors of a dataclass, so that a new tensor field needs no further code."""
+"""Dataclasses of tensors, treated field by field."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance  # known to type checkers only
+    from _typeshed import DataclassInstance
 
-D = TypeVar("D", bound="DataclassInstance")
+T = TypeVar("T", bound="DataclassInstance")
 
 
-def map_tensors(value: D, function: Callable[[Tensor], Tensor]) -> D:
-    """A copy of a dataclass with `function` applied to every tensor in its fields, and in dataclasses inside it.
+def map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:
+    """A copy of a dataclass with `function` applied to each of its tensors, nested ones too; the rest is unchanged."""
+    changes: dict[str, object] = {}
+    for spec in fields(value):
+        part = getattr(value, spec.name)
+        if isinstance(part, Tensor):
+            changes[spec.name] = function(part)
+        elif is_dataclass(part) and not isinstance(part, type):
+            changes[spec.name] = map_tensors(part, function)
+    return replace(value, **changes)
 
-    All other values, None among them, are kept. Raises TypeError for anything but a dataclass instance.
+
+def stack_tensors(values: Sequence[T]) -> T:
+    """One value of the same class: each of its tensors is stacked from those of all values, along a new first axis.
+
+    What is no tensor is that of the first value. Raises ValueError where only some of the values have a tensor.
     """
-    return replace(value, **{spec.name: _mapped(getattr(value, spec.name), function) for spec in fields(value)})
-
-
-def _mapped(part: object, function: Callable[[Tensor], Tensor]) -> object:
-    if isinstance(part, Tensor):
-        return function(part)
-    if is_dataclass(part) and not isinstance(part, type):
-        return map_tensors(part, function)
-    return part
+    changes: dict[str, object] = {}
+    for spec in fields(values[0]):
+        parts = [getattr(value, spec.name) for value in values]
+        if len({part is None for part in parts}) > 1:
+            raise ValueError(f"only some of the values have {spec.name}")
+        if isinstance(parts[0], Tensor):
+            changes[spec.name] = torch.stack(parts)
+        elif is_dataclass(parts[0]):
+            changes[spec.name] = stack_tensors(parts)
+    return replace(values[0], **changes)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from utils.common.console import say
 from utils.common.digests import DIGESTS, LATENTS, Digests
 from utils.common.errors import UserError
 from utils.common.formatting import counted
@@ -76,10 +77,10 @@ def open_dataset(
     problems = list(dict.fromkeys(problems))  # a caption file beside train/ and val/ is read for both
     windows, held_out = full_length_windows(train, limits), full_length_windows(val, limits)
     if train:
-        print(format_clips(windows, held_out, problems, model_fps))
-        print(f"\n{format_buckets(Plan(train, limits, seed=0).epoch(0))}")
+        say(format_clips(windows, held_out, problems, model_fps))
+        say(f"\n{format_buckets(Plan(train, limits, seed=0).epoch(0))}")
         if not val:
-            print("\nno clips are held out in val/: validation is on training clips, which says less")
+            say("\nno clips are held out in val/: validation is on training clips, which says less")
     if problems:
         _report(problems, skip_bad_files)
     if not train:
@@ -92,4 +93,4 @@ def _report(problems: Sequence[Problem], skip_bad_files: bool) -> None:
     listing = "\n".join(f"  {problem.path}: {problem.reason}" for problem in problems)
     if not skip_bad_files:
         raise UserError(f"{num_files} cannot be used:\n{listing}\nfix what is listed, or pass --skip_bad_files")
-    print(f"skipping {num_files}:\n{listing}")
+    say(f"skipping {num_files}:\n{listing}")

@@ -21,6 +21,24 @@ _RULES_OF_0_1 = (
 
 
 @dataclass(frozen=True)
+class DatasetOptions:
+    """dataset"""
+
+    dataset: Path | None = option(
+        None, "folder with your clips and captions; may hold train/ and val/", affects_training=False
+    )
+    dataset_config: Path | None = option(
+        None, "TOML file with a [[dataset]] table for each of several folders", affects_training=False
+    )
+    check_dataset: bool = option(
+        False, "check every file, print what would be trained on, then stop", affects_training=False
+    )
+    skip_bad_files: bool = option(
+        False, "train without the files that cannot be used, instead of stopping", affects_training=False
+    )
+
+
+@dataclass(frozen=True)
 class Rules:
     """samples (a dataset config can set these for each folder)"""
 

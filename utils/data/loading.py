@@ -4,7 +4,7 @@ Letters in shapes: `F` frames, `H` height, `W` width.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -54,7 +54,7 @@ def load_clip(window: Window) -> Clip:
     return Clip(pixels, window.caption, control, None if mask is None else mask.contiguous())
 
 
-def batches(plan: Plan, load: Load[T], start_batch: int = 0, num_workers: int = 0) -> Iterator[list[T]]:
+def batches(plan: Plan, load: Load[T], start_batch: int = 0, num_workers: int = 0) -> Generator[list[T], None, None]:
     """Loaded batches of epoch after epoch, without end, in the plan's order.
 
     `start_batch` batches are skipped, possibly whole epochs: a run resumes with the number of batches that it has
@@ -67,7 +67,7 @@ def batches(plan: Plan, load: Load[T], start_batch: int = 0, num_workers: int = 
     return load_ahead(itertools.islice(planned, start_batch, None), load, num_workers)
 
 
-def load_ahead(planned: Iterable[Sequence[Window]], load: Load[T], num_workers: int) -> Iterator[list[T]]:
+def load_ahead(planned: Iterable[Sequence[Window]], load: Load[T], num_workers: int) -> Generator[list[T], None, None]:
     """Each planned batch through `load`, in order, loaded ahead by `num_workers` processes (0: in this process).
 
     The tensors are in page-locked memory if there is a GPU. The global random state is not touched. Closing the
@@ -118,7 +118,7 @@ def _unchanged(loaded: T) -> T:
     return loaded
 
 
-def _unwrapped(loader: Iterable[list[T] | MediaError]) -> Iterator[list[T]]:
+def _unwrapped(loader: Iterable[list[T] | MediaError]) -> Generator[list[T], None, None]:
     loaded = iter(loader)
     try:
         while True:

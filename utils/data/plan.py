@@ -6,17 +6,33 @@ All random decisions about the data are made here: a `Window` is a sample with e
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from utils.common.errors import UserError
+from utils.common.options import option
 from utils.data.buckets import bucket_size, count_tokens, max_frames
 from utils.data.folders import Rules
 from utils.data.scan import MIN_VIDEO_FRAMES, Source
 from wan.configs.grid import Grid
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Batching:
+    """batches"""
+
+    token_limit: int = option(10_000, "most tokens per clip, (w/16) * (h/16) * ((frames-1)/4 + 1)", minimum=1)
+    batch_size: int = option(1, "clips of equal size per step", minimum=1)
+    num_workers: int = option(
+        2, "processes that load the next clips during a training step", minimum=0, affects_training=False
+    )
+
+    def limits(self, grid: Grid) -> "Limits":
+        """The most a training step takes of a model whose tokens cover `grid`."""
+        return Limits(self.token_limit, self.batch_size, grid)
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,15 @@ class Plan:
     seed: int
     fixed: Sequence[Sequence[WindowGroup]] | None = None
 
+    @property
+    def fixed_windows(self) -> list[Window]:
+        """Every window that a sample can be, where they are fixed; else none."""
+        return flatten_windows(self.fixed or [])
+
+    def steps_per_epoch(self, gradient_accumulation: int) -> int:
+        """Optimizer steps of the first epoch; the last one may have fewer batches."""
+        return -(-len(self.epoch(0)) // gradient_accumulation)
+
     def epoch(self, epoch: int) -> list[tuple[Window, ...]]:
         """The batches of one epoch in order: at most `batch_size` windows of equal bucket each.
 
@@ -112,6 +137,11 @@ class Plan:
         return used
 
 
+def make_plan(sources: Sequence[Source], limits: Limits, seed: int, num_fixed: int) -> Plan:
+    """A plan that draws new windows in every epoch, or with `num_fixed` above 0 one of so many windows per source."""
+    return Plan(sources, limits, seed, fixed_windows(sources, limits, num_fixed) if num_fixed else None)
+
+
 def fixed_windows(sources: Sequence[Source], limits: Limits, count: int) -> list[list[WindowGroup]]:
     """The window groups to cache of each source at every `base_res`: its middle if `count` is 1, else `count` draws.
 
@@ -133,6 +163,11 @@ def validation_windows(sources: Sequence[Source], limits: Limits, count: int) ->
     count = min(count, len(sources))
     chosen = (sources[index * len(sources) // count] for index in range(count))
     return [middle_window(source, source.rules.base_res[0], limits) for source in chosen]
+
+
+def largest_window(windows: Iterable[Window]) -> Window:
+    """The one with the most tokens; the first of several."""
+    return max(windows, key=lambda window: window.tokens)
 
 
 def full_length_windows(sources: Sequence[Source], limits: Limits) -> list[Window]:

@@ -1,4 +1,4 @@
-"""Rectified flow: latents travel in a straight line to noise, and the model answers with the velocity.
+"""Rectified flow: latents move in a straight line to noise, and the model predicts the velocity.
 
     noisy = (1 - sigma) * latents + sigma * noise        sigma 0 is clean, 1 is pure noise
     velocity = d noisy / d sigma = noise - latents
@@ -7,13 +7,17 @@
 Shapes: latents, noise and velocity (B, C, F, H, W), sigma (B,); everything fp32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 NUM_TIMESTEPS = 1000
+Condition = TypeVar("Condition")
+# All that this wing knows of a model: predict(latents, timestep, cond) -> velocity. `cond` is passed on unread.
+Predict = Callable[[Tensor, Tensor, Condition], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,33 +36,33 @@ class Noisy:
 
     @property
     def velocity(self) -> Tensor:
-        """What the model should answer."""
+        """What the model should predict."""
         return self.noise - self.clean
 
 
 def add_noise(clean: Tensor, noise: Tensor, sigma: Tensor) -> Noisy:
-    """The point at `sigma` (B,) of the line from `clean` to `noise`."""
+    """The point at `sigma` (B,) on the line from `clean` to `noise`."""
     return Noisy(torch.lerp(clean, noise, _broadcast(sigma)), clean, noise, sigma)
 
 
 def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
-    """Moves noise levels towards 1: shift * sigma / (1 + (shift - 1) * sigma), the identity at shift 1."""
+    """Moves noise levels towards 1 by shift * sigma / (1 + (shift - 1) * sigma), the identity at shift 1."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def sample_sigma(count: int, shift: float, device: torch.device) -> Tensor:
-    """Noise levels (count,) for training: uniform in 0..1, then shifted. Drawn from torch's own random state."""
+    """Noise levels (count,) for training: uniform in 0..1, then shifted. Drawn from torch's global random state."""
     return shift_sigma(torch.rand(count, device=device), shift)
 
 
 def sample_noisy(clean: Tensor, shift: float) -> Noisy:
-    """Latents at a random noise level for training, each sample at its own. Drawn from torch's own random state."""
+    """Latents for training, each sample at its own random noise level. Drawn from torch's global random state."""
     sigma = sample_sigma(len(clean), shift, clean.device)
     return add_noise(clean, torch.randn_like(clean), sigma)
 
 
 def seeded_noise(shape: Sequence[int], seed: int) -> Tensor:
-    """Noise of this shape, drawn on the CPU: the same seed gives the same noise on every device."""
+    """Noise drawn on the CPU, so that a seed gives the same noise whatever the device."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 

@@ -1,21 +1,14 @@
-"""An objective is a target (which velocity should the model have answered?) and a distance (how far off was it?).
+"""An objective is a target (the velocity that the model should predict) and a distance (how far off it was)."""
 
-`predict(latents, timestep, cond) -> velocity` is all that is known of a model here; `cond` passes through unread.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from utils.common.options import option
-from utils.diffusion.flow import Noisy
-
-Predict = Callable[[Tensor, Tensor, Any], Tensor]
+from utils.diffusion.flow import Condition, Noisy, Predict
 
 
 @dataclass(frozen=True)
@@ -33,17 +26,17 @@ class Objective:
 
 
 @torch.no_grad()
-def guided_target(noisy: Noisy, base: Predict, cond: Any, negative: Any, weight: float) -> Tensor:
-    """The true velocity, moved by what classifier-free guidance 1 + weight would add to the base model's answer.
+def guided_target(noisy: Noisy, base: Predict[Condition], cond: Condition, uncond: Condition, weight: float) -> Tensor:
+    """The true velocity plus what classifier-free guidance 1 + weight adds to the base model's prediction.
 
-    velocity + weight * (base(cond) - base(negative)): a LoRA trained towards it needs no guidance when sampling.
+    velocity + weight * (base(cond) - base(uncond)): a LoRA trained on it needs no guidance at sampling.
     """
-    difference = base(noisy.latents, noisy.timestep, cond) - base(noisy.latents, noisy.timestep, negative)
+    difference = base(noisy.latents, noisy.timestep, cond) - base(noisy.latents, noisy.timestep, uncond)
     return noisy.velocity + weight * difference
 
 
 def squared_error(velocity: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error in fp32, a scalar; weighted, where a `weight` (B, F, H, W) says what each place counts."""
+    """Mean squared error in fp32, a scalar. A `weight` (B, F, H, W) makes it a weighted mean over the positions."""
     if weight is None:
         return F.mse_loss(velocity.float(), target.float())
     error = F.mse_loss(velocity.float(), target.float(), reduction="none").mean(dim=1)

@@ -2,8 +2,8 @@
 
     <folder>/<VAE fingerprint>/<hash of content and window>.safetensors      keys "latents", "channels", "mask"
 
-The name says everything that the content depends on: the bytes of the files, the frames, the size and the place of the
-cut, the VAE and its dtype, the control that was made. Captions are no part of it: they have a cache of their own.
+The path depends on everything that the content depends on: the bytes of the files, the frames, the size and position of
+the crop, the VAE and its dtype, the generated control. Captions are not part of it: they have a cache of their own.
 """
 
 import hashlib
@@ -26,11 +26,10 @@ from utils.data.plan import Limits, Window, fixed_windows, flatten_windows
 ROOM_TO_LEAVE = 2**30  # bytes of a disk, for everything else
 LATENTS_PER_TOKEN = 4  # every Wan's patch is (1, 2, 2)
 LONGEST_EMBEDDING = 512 * 4096 * 2  # bytes of a caption that fills all of UMT5-XXL, in bf16
-Parts = dict[str, Tensor]
 
 
 class LatentCache:
-    """The latents of one VAE under `root`; `control` names what is made from each clip for it to follow."""
+    """The latents of one VAE under `root`; `control` is the type of control that a control LoRA is trained on."""
 
     def __init__(self, root: Path, fingerprint: str, control: str | None) -> None:
         self.folder = root / fingerprint
@@ -39,15 +38,15 @@ class LatentCache:
         self._seen: dict[Path, str] = {}
 
     def path(self, window: Window) -> Path:
-        """Where a window's latents are, or would be, by its file as it was first seen: a run keeps to that.
+        """Where a window's latents are stored. A file's content counts as it was at its first use in this run.
 
-        Raises UserError where the file has vanished before.
+        Raises UserError if the file cannot be read then.
         """
         source = window.source
         files = [source.path, *(other.path for other in (source.control, source.mask) if other)]
         control = ("file" if source.control else self.control, source.mask is not None)
-        facts = [[self._digest(path) for path in files], control]
-        facts += [window.indices, window.width, window.height, window.position]
+        cut = window.indices, window.width, window.height, window.position
+        facts = [[self._digest(path) for path in files], control, *cut]
         return self.folder / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
 
     def _digest(self, path: Path) -> str:
@@ -56,22 +55,31 @@ class LatentCache:
         return self._seen[path]
 
     def missing(self, windows: Iterable[Window]) -> list[Window]:
-        """The windows without a whole file here, each once, in order. What is damaged is missing."""
+        """The windows that have to be encoded, each once, in order: a file that is incomplete counts as missing."""
         by_path = {self.path(window): window for window in windows}
         self._digests.save()
-        return [window for path, window in by_path.items() if not _is_whole(path)]
+        return [window for path, window in by_path.items() if _names(path) != self._expected(window)]
 
-    def load(self, window: Window) -> Parts:
-        """What `store` was given for this window, on the CPU. Raises UserError where it is not here."""
+    def load(self, window: Window) -> dict[str, Tensor]:
+        """The parts stored for this window, on the CPU. Raises UserError if any is missing or unexpected."""
         path = self.path(window)
         try:
             with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+                parts = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is not whole any more ({error}): run --cache_latents again") from None
+            raise UserError(f"{path} is missing or corrupted ({error}): run --cache_latents again") from None
+        if parts.keys() != self._expected(window):
+            found, expected = (", ".join(sorted(names)) or "nothing" for names in (parts, self._expected(window)))
+            raise UserError(f"{path} holds {found}, but {expected} is needed: run --cache_latents again")
+        return parts
+
+    def _expected(self, window: Window) -> set[str]:
+        """The names of a window's parts."""
+        conditional = {"channels": self.control is not None, "mask": window.source.mask is not None}
+        return {"latents", *(name for name, needed in conditional.items() if needed)}
 
     def store(self, window: Window, parts: Mapping[str, Tensor]) -> None:
-        """Writes atomically: what is interrupted goes on where it stopped. Raises RunError where it cannot."""
+        """Writes the parts atomically, so that an interrupted pass can be resumed. Raises RunError if it fails."""
         try:
             with replacing(self.path(window)) as unfinished:
                 whole = {name: part.cpu().contiguous() for name, part in parts.items()}
@@ -80,7 +88,7 @@ class LatentCache:
             raise RunError(f"cannot write latents to {self.folder}: {error}; see --cache_dir") from None
 
     def check_disk_space(self, size: int) -> None:
-        """Makes the folder. Raises UserError where it cannot be, or its disk has not `size` bytes to spare."""
+        """Makes the folder. Raises UserError if that fails, or if its disk has less than `size` bytes to spare."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder).free
@@ -95,7 +103,7 @@ class LatentCache:
             )
 
     def prune(self, used: Iterable[Window]) -> int:
-        """Removes what none of these windows needs, also of other VAEs, and returns how many bytes that was."""
+        """Removes the files that none of these windows uses, other VAEs' too; returns the number of bytes freed."""
         kept = {self.path(window) for window in used}
         unused = [path for path in self.folder.parent.glob("*/*.safetensors") if path not in kept]
         freed = sum(path.stat().st_size for path in unused)
@@ -105,7 +113,7 @@ class LatentCache:
 
 
 def latent_bytes(windows: Iterable[Window], channels: int) -> int:
-    """How much the fp32 latents of these windows take, of so many channels in all, and masks."""
+    """The size of the fp32 latents of these windows, with `channels` in all, and of their masks."""
     return 4 * sum(
         window.tokens * LATENTS_PER_TOKEN * (channels + (window.source.mask is not None)) for window in windows
     )
@@ -119,10 +127,10 @@ def format_cache_size(data: Dataset, limits: Limits, channels: int) -> str:
     return f"on disk: --cache_latents N takes N times {latents}, each of {counted(texts, 'text')} at most {longest}"
 
 
-def _is_whole(path: Path) -> bool:
-    """safetensors compares the file's length with its header."""
+def _names(path: Path) -> set[str]:
+    """The tensors of a file; none if it is missing or incomplete: safetensors compares its length with its header."""
     try:
         with safe_open(path, framework="pt") as file:
-            return "latents" in file.keys()  # noqa: SIM118
+            return set(file.keys())
     except (SafetensorError, OSError):
-        return False
+        return set()

@@ -1,93 +1,179 @@
-"""How planned samples become batches on the device: through the VAE at every step, or from the cache.
+"""How planned windows become batches on the device: through the VAE at every step, or from the latent cache.
 
-Both have the same face: `load(window)` runs in worker processes, `batch(samples)` in the training loop.
+`FreshSamples` and `CachedSamples` have the same face (`Samples`), so that a training loop cannot tell them apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from utils.common.console import say
+from utils.common.digests import LATENTS
 from utils.common.formatting import readable_size
-from utils.data.loading import Clip, load_ahead, load_clip
-from utils.data.plan import Window
+from utils.common.options import option
+from utils.data.loading import Clip, batches, load_ahead, load_clip
+from utils.data.plan import Plan, Window
 from utils.encoding.conditioning import Batch, Encoded, collate, encode_clip
 from utils.encoding.latent_cache import LatentCache, latent_bytes
-from utils.encoding.text_cache import TextCache
-from wan.checkpoints import load_vae, vae_fingerprint
+from wan.checkpoints import ModelFiles, load_vae, vae_fingerprint
 from wan.modules.vae import WanVAE
+
+VAE_DTYPE = torch.float32  # as in official use
+Loaded = TypeVar("Loaded")
+LoadText = Callable[[str], Tensor]  # from a caption to its embedding (T, E)
+
+
+@dataclass(frozen=True)
+class Caches:
+    """caches"""
+
+    cache_embeddings: bool = option(False, "encode all captions and prompts, then stop", affects_training=False)
+    cache_latents: int = option(
+        0, "encode N windows per clip once, and train on those; 1: the middle", minimum=0, const=1
+    )
+    cache_only: bool = option(
+        False, "fill the cache of latents, then stop", requires="cache_latents", affects_training=False
+    )
+    prune_cache: bool = option(
+        False, "remove cached latents that this run does not use", requires="cache_latents", affects_training=False
+    )
+    cache_dir: Path | None = option(
+        None, "where caches are kept (default: .wan_cache in the first dataset)", affects_training=False
+    )
+
+
+class Samples(Protocol):
+    """What a training loop needs of `FreshSamples` and of `CachedSamples`."""
+
+    @property
+    def vae(self) -> WanVAE:
+        """The VAE, for decoding; loaded at the first use."""
+        ...
+
+    def load_batch(self, windows: Sequence[Window]) -> Batch:
+        """These windows of one bucket as a batch on the device, loaded in this process."""
+        ...
+
+    def stream(self, plan: Plan, start_batch: int = 0) -> Generator[Batch, None, None]:
+        """The batches of a plan without end, from that number on, on the device.
+
+        Clips are loaded ahead of time by other processes, which end when the generator is closed. Raises as
+        `utils.data.loading.batches` does.
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class FreshSamples:
-    """Clips are encoded when they are trained on; `control` names what is made from them, if anything."""
+    """Clips are encoded at every step; `control` is the type of control that a control LoRA is trained on."""
 
     vae: WanVAE
-    texts: TextCache
-    control: str | None
+    texts: LoadText
+    control: str | None = None
+    num_workers: int = 0  # processes that load clips
 
-    def load(self, window: Window) -> Clip:
+    @staticmethod
+    def load(window: Window) -> Clip:
         return load_clip(window)
 
     def batch(self, clips: Sequence[Clip]) -> Batch:
         """Pixels and captions become latents and text on the VAE's device."""
-        texts = (self.texts.load(clip.caption) for clip in clips)
-        return collate(
-            [encode_clip(clip, text, self.vae, self.control) for clip, text in zip(clips, texts, strict=True)]
-        )
+        return collate([encode_clip(clip, self.texts(clip.caption), self.vae, self.control) for clip in clips])
+
+    def load_batch(self, windows: Sequence[Window]) -> Batch:
+        return self.batch([self.load(window) for window in windows])
+
+    def stream(self, plan: Plan, start_batch: int = 0) -> Generator[Batch, None, None]:
+        return _stream(batches(plan, self.load, start_batch, self.num_workers), self.batch)
 
 
 @dataclass(frozen=True)
 class CachedSamples:
-    """Clips were encoded before: neither the VAE nor the text encoder is needed."""
+    """Clips were encoded before: no encoder is needed. The VAE is loaded by `open_vae` if something is decoded."""
 
     latents: LatentCache
-    texts: TextCache
+    texts: LoadText
     device: torch.device
+    open_vae: Callable[[], WanVAE]
+    num_workers: ClassVar[int] = 0  # a cached clip is loaded in a millisecond
+
+    @cached_property
+    def vae(self) -> WanVAE:
+        return self.open_vae()
 
     def load(self, window: Window) -> Encoded:
-        return Encoded(text=self.texts.load(window.caption), **self.latents.load(window))
+        return Encoded.from_parts(self.latents.load(window), self.texts(window.caption))
 
     def batch(self, samples: Sequence[Encoded]) -> Batch:
         return collate([sample.to(self.device) for sample in samples])
 
+    def load_batch(self, windows: Sequence[Window]) -> Batch:
+        return self.batch([self.load(window) for window in windows])
+
+    def stream(self, plan: Plan, start_batch: int = 0) -> Generator[Batch, None, None]:
+        return _stream(batches(plan, self.load, start_batch, self.num_workers), self.batch)
+
+
+def _stream(
+    loaded: Generator[list[Loaded], None, None], batch: Callable[[list[Loaded]], Batch]
+) -> Generator[Batch, None, None]:
+    with closing(loaded):
+        yield from map(batch, loaded)
+
 
 @dataclass(frozen=True)
 class LatentEncoding:
-    """The VAE of a model folder, not loaded, and what is made from each clip for it to follow, if anything."""
+    """The VAE of a model, not loaded; `control` is the type of control that a control LoRA is trained on."""
 
-    folder: Path
+    files: ModelFiles
     device: torch.device
-    control: str | None
+    control: str | None = None
 
-    def fill(self, root: Path, windows: Sequence[Window], num_workers: int) -> LatentCache:
-        """Encodes what the cache under `root` lacks of these windows, and says so.
+    def load_vae(self) -> WanVAE:
+        return load_vae(self.files, self.device, VAE_DTYPE)
 
-        Raises UserError where the disk is too small, and as loading clips does.
+    def encode_missing(self, root: Path, windows: Sequence[Window], num_workers: int) -> LatentCache:
+        """The cache under `root` with the latents of all these windows; prints how many had to be encoded.
+
+        Raises UserError if the disk is too small, and as loading clips does.
         """
-        cache = LatentCache(root, vae_fingerprint(self.folder, torch.float32), self.control)
+        cache = LatentCache(root, vae_fingerprint(self.files, VAE_DTYPE), self.control)
         missing = cache.missing(windows)
         known = len({cache.path(window) for window in windows}) - len(missing)
-        print(f"latents: {len(missing)} to encode, {known} cached")
+        say(f"latents: {len(missing)} to encode, {known} cached")
         if missing:
-            vae = load_vae(self.folder, self.device)
-            sides = 1 + (self.control is not None)
-            size = latent_bytes(missing, sides * vae.z_dim)
+            channels = self.files.family.out_dim * (1 + (self.control is not None))
+            size = latent_bytes(missing, channels)
             cache.check_disk_space(size)
-            print(f"latents: writing {readable_size(size)} to {cache.folder}")
-            self._encode(cache, vae, missing, num_workers)
+            say(f"latents: writing {readable_size(size)} to {cache.folder}")
+            self._encode(cache, missing, num_workers)
         return cache
 
-    def _encode(self, cache: LatentCache, vae: WanVAE, missing: Sequence[Window], num_workers: int) -> None:
-        with closing(load_ahead([(window,) for window in missing], load_clip, num_workers)) as stream:
-            watched = tqdm(stream, "encoding latents", len(missing), unit="clip")
-            for window, (clip,) in zip(missing, watched, strict=True):
-                encoded = encode_clip(clip, torch.empty(0, 0), vae, self.control)
-                parts = {"latents": encoded.latents, "channels": encoded.channels, "mask": encoded.mask}
-                cache.store(window, {name: part for name, part in parts.items() if part is not None})
+    def _encode(self, cache: LatentCache, missing: Sequence[Window], num_workers: int) -> None:
+        vae, no_text = self.load_vae(), torch.empty(0, 0)
+        with closing(load_ahead([(window,) for window in missing], load_clip, num_workers)) as clips:
+            progress = tqdm(clips, "encoding latents", len(missing), unit="clip")
+            for window, (clip,) in zip(missing, progress, strict=True):
+                cache.store(window, encode_clip(clip, no_text, vae, self.control).parts())
 
 
-Samples = FreshSamples | CachedSamples
+def open_samples(
+    caches: Caches, encoding: LatentEncoding, windows: Sequence[Window], texts: LoadText, root: Path, num_workers: int
+) -> Samples:
+    """The samples of a run: from the cache in the folder `root`, which is filled for these windows, or fresh ones.
+
+    With `--prune_cache` the cached latents of all other windows are removed.
+    """
+    if not caches.cache_latents:
+        return FreshSamples(encoding.load_vae(), texts, encoding.control, num_workers)
+    latents = encoding.encode_missing(root / LATENTS, windows, num_workers)
+    if caches.prune_cache:
+        say(f"latents: removed {readable_size(latents.prune(windows))} that this run does not use")
+    return CachedSamples(latents, texts, encoding.device, encoding.load_vae)

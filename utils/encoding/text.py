@@ -1,130 +1,148 @@
-"""Prompts to embeddings, through the cache: the text encoder is loaded only where something is missing."""
+"""Prompts to embeddings, through the cache: the text encoder is loaded only if an embedding is missing."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from utils.common.console import say
 from utils.common.device import compute_dtype
 from utils.common.errors import UserError
 from utils.common.formatting import readable_size
 from utils.encoding.text_cache import TextCache, load_embedding
-from wan.checkpoints import load_text_encoder, text_encoder_bytes, text_encoder_fingerprint, text_length
+from wan.checkpoints import ModelFiles, load_text_encoder, text_encoder_fingerprint
 from wan.modules.model import WanShape
 
-# The memory a loaded encoder needs beyond its weights, as a factor.
+# The negative prompts of the project, and the cache of their embeddings.
+EMBEDDINGS = Path(__file__).resolve().parents[2] / "embeddings"
+# The memory a loaded encoder needs, as a multiple of its weights.
 HEADROOM = 1.1
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Everything that is told in words, encoded."""
+    """The embeddings that a run reads."""
 
-    captions: TextCache
-    previews: list[tuple[str, Tensor]]  # prompts with their (T, E)
-    negative: Tensor | None  # (T, E), where guidance leads away from it: in distillation, and in previews
+    captions: Callable[[str], Tensor]  # from a caption to its (T, E)
+    previews: Sequence[tuple[str, Tensor]]  # prompts with their (T, E)
+    negative: Tensor | None  # (T, E), what guidance leads away from: in distillation, and in previews
 
 
 @dataclass(frozen=True)
 class TextEncoding:
-    """The text encoder of a model folder, not loaded; bf16 on a machine with a GPU, as released, and fp32 without."""
+    """The text encoder of a model, not loaded: bf16 on a machine with a GPU, as released, and fp32 without."""
 
-    folder: Path
+    files: ModelFiles
     device: torch.device
 
     @property
     def dtype(self) -> torch.dtype:
         return compute_dtype(self.device)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        return text_encoder_fingerprint(self.files, self.dtype)
+
     def cache(self, root: Path) -> TextCache:
-        """This encoder's embeddings under `root`."""
-        return TextCache(root, text_encoder_fingerprint(self.folder, text_length(self.folder), self.dtype))
+        """The cache of this encoder's embeddings under `root`."""
+        return TextCache(root, self.fingerprint)
 
-    def fill(self, wanted: Mapping[TextCache, Sequence[str]]) -> None:
-        """Encodes what the caches lack of these captions, with one load of the encoder, and says so."""
-        missing = {cache: lacking for cache, captions in wanted.items() if (lacking := cache.missing(captions))}
-        count = sum(map(len, missing.values()))
-        known = sum(len(set(captions)) for captions in wanted.values()) - count
-        if not count:
-            print(f"text: 0 to encode, {known} cached")
-            self._require_differences(wanted)
-            return
-        device = self._device()
-        size = readable_size(text_encoder_bytes(self.folder))
-        for cache in missing:
-            cache.prepare()  # a folder that cannot be written is told before the encoder loads
-        print(f"text: {count} to encode, {known} cached; loading the text encoder ({size}) on {device}")
-        encoder = load_text_encoder(self.folder, text_length(self.folder), self.dtype, device)
-        for cache, captions in missing.items():
-            try:
-                cache.store(captions, encoder.encode)
-            except ValueError as error:
-                raise UserError(f"{self.folder}: {error}") from None
-            self._tell_cut(cache, captions)
-        self._require_differences(wanted)
-        # Given back to the driver once, because nothing later is as large: left reserved it would count as used.
-        del encoder
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    def encode_missing(self, wanted: Mapping[TextCache, Sequence[str]]) -> None:
+        """Encodes the texts that a cache lacks, and prints how many; loads the encoder once, and only if there are any.
 
-    def encode(
-        self,
-        captions: Sequence[str],
-        prompts: Sequence[str],
-        folder: Path,
-        negative: Path | None,
-        shared: Path,
-        also: Sequence[Path] = (),
-    ) -> Texts:
-        """Caches all of these texts, with one load of the encoder at most: captions and prompts in `folder`.
-
-        The `negative` prompt, a text or an embedding file, and those in the files `also` are kept in `shared`.
+        Raises UserError if a cache cannot be written, or if the encoder gives two texts the same embedding.
         """
-        own, common = self.cache(folder), self.cache(shared)
-        embedded = negative is not None and negative.suffix == ".safetensors"
-        away = None if negative is None or embedded else read_prompt(negative)
-        self.fill({own: [*captions, *prompts], common: [*map(read_prompt, also), *([] if away is None else [away])]})
-        rows = [(prompt, own.load(prompt)) for prompt in prompts]
-        if negative is None:
-            return Texts(own, rows, None)
-        vector = load_embedding(negative) if embedded else common.load(away)
-        return Texts(own, rows, vector.to(self.device))
+        missing = {cache: lacking for cache, texts in wanted.items() if (lacking := cache.missing(texts))}
+        count = sum(map(len, missing.values()))
+        known = sum(len(set(texts)) for texts in wanted.values()) - count
+        counts = f"text: {count} to encode, {known} cached"
+        if missing:
+            device = self._choose_device()
+            for cache in missing:
+                cache.prepare()  # a folder that cannot be written is reported before the encoder loads
+            say(f"{counts}; loading the text encoder ({readable_size(self._bytes)}) on {device}")
+            self._encode(missing, device)
+            # Returned to the driver, because nothing later is as large: memory left reserved would count as used.
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        else:
+            say(counts)
+        self._check_differences(wanted)
 
-    def _require_differences(self, wanted: Mapping[TextCache, Sequence[str]]) -> None:
-        """Raises UserError where two captions embed identically, as by an encoder whose embeddings are zero."""
-        for cache, captions in wanted.items():
-            whole = (
-                caption for caption in dict.fromkeys(captions) if len(cache.load(caption)) < text_length(self.folder)
-            )
+    def _encode(self, missing: Mapping[TextCache, list[str]], device: torch.device) -> None:
+        encoder = load_text_encoder(self.files, self.dtype, device)
+        cut: list[str] = []
+
+        def encode(texts: list[str]) -> list[Tensor]:
+            embeddings = encoder.encode(texts)
+            pairs = zip(texts, embeddings, strict=True)
+            cut.extend(text for text, embedding in pairs if len(embedding) == self.files.text_len)
+            return embeddings
+
+        for cache, texts in missing.items():
+            try:
+                cache.store(texts, encode)
+            except ValueError as error:
+                raise UserError(f"{self.files.text_encoder}: {error}") from None
+        for text in cut:
+            full = f"fills all {self.files.text_len} tokens of the model, more may be lost"
+            say(f"text: a text {full}: {text[:40]!r}...")
+
+    def _check_differences(self, wanted: Mapping[TextCache, Sequence[str]]) -> None:
+        """Raises UserError if two texts have the same embedding: the encoder's token embedding may be zero."""
+        for cache, texts in wanted.items():
+            # Texts that are cut may well be the same up to there.
+            whole = (text for text in dict.fromkeys(texts) if len(cache.load(text)) < self.files.text_len)
             pair = list(itertools.islice(whole, 2))
             if len(pair) == 2 and torch.equal(*map(cache.load, pair)):
                 same = f"{pair[0][:40]!r} and {pair[1][:40]!r} have the same embedding"
-                remedy = f"replace its file and remove {cache.folder}"
-                raise UserError(f"{same}: the text encoder in {self.folder} is damaged\n{remedy}")
+                remedy = f"replace the file and remove {cache.folder}"
+                raise UserError(f"{same}: the text encoder {self.files.text_encoder} is damaged\n{remedy}")
 
-    def _tell_cut(self, cache: TextCache, captions: Sequence[str]) -> None:
-        length = text_length(self.folder)
-        for caption in captions:
-            if len(cache.load(caption)) == length:
-                print(f"text: a text fills all {length} tokens of the model, more may be lost: {caption[:40]!r}...")
+    @property
+    def _bytes(self) -> int:
+        return self.files.text_encoder.stat().st_size
 
-    def _device(self) -> torch.device:
+    def _choose_device(self) -> torch.device:
+        """The GPU if there is one with enough free memory, else the CPU."""
         if self.device.type != "cuda":
             return self.device
         free, _ = torch.cuda.mem_get_info(self.device)
-        needed = int(text_encoder_bytes(self.folder) * HEADROOM)
+        needed = int(self._bytes * HEADROOM)
         if free >= needed:
             return self.device
         sizes = f"{readable_size(free)} free, the text encoder needs {readable_size(needed)}"
-        print(f"text: the GPU has {sizes}: on the CPU")
+        say(f"text: the GPU has {sizes}: it runs on the CPU")
         return torch.device("cpu")
 
 
+def encode_texts(
+    encoding: TextEncoding,
+    captions: Sequence[str],
+    prompts: Sequence[str],
+    folder: Path,
+    negatives: Sequence[Path],
+    others: Sequence[Path] = (),
+) -> Texts:
+    """Encodes what the caches lack of a run's texts, with one load of the encoder, and returns what the run reads.
+
+    Captions and prompts are cached in `folder`. The negative prompt, at most one, is a text or an embedding file; it is
+    cached in EMBEDDINGS, as are the prompts in the files `others`. Raises UserError as `encode_missing` does.
+    """
+    own, shared = encoding.cache(folder), encoding.cache(EMBEDDINGS)
+    texts = [read_prompt(path) for path in (*others, *negatives) if not is_embedding(path)]
+    encoding.encode_missing({own: [*captions, *prompts], shared: texts})
+    previews = [(prompt, own.load(prompt)) for prompt in prompts]
+    negative = load_prompt(negatives[0], shared).to(encoding.device) if negatives else None
+    return Texts(own.load, previews, negative)
+
+
 def check_embedding_shape(embedding: Tensor, shape: WanShape, source: str) -> Tensor:
-    """The embedding (T, E) unchanged. Raises UserError where the transformer reads another width, or fewer rows."""
+    """The embedding (T, E) unchanged. Raises UserError if the transformer reads another width, or fewer rows."""
     rows, width = embedding.shape
     if width != shape.text_dim or rows > shape.text_len:
         reads = f"the transformer reads up to {shape.text_len} of width {shape.text_dim}"
@@ -132,8 +150,13 @@ def check_embedding_shape(embedding: Tensor, shape: WanShape, source: str) -> Te
     return embedding
 
 
+def is_embedding(path: Path) -> bool:
+    """Whether a file given as a prompt is an embedding, not a text."""
+    return path.suffix == ".safetensors"
+
+
 def read_prompt(path: Path) -> str:
-    """The prompt in a text file. Raises UserError where it is missing, empty or not UTF-8."""
+    """The prompt in a text file. Raises UserError if it is missing, empty or not UTF-8."""
     try:
         prompt = path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -141,3 +164,8 @@ def read_prompt(path: Path) -> str:
     if not prompt:
         raise UserError(f"the prompt file {path} is empty")
     return prompt
+
+
+def load_prompt(path: Path, cache: TextCache) -> Tensor:
+    """The rows (T, E) of a prompt file: an embedding file's own, or a text file's from the cache."""
+    return load_embedding(path) if is_embedding(path) else cache.load(read_prompt(path))

@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 from utils.common.checkpoint_names import list_checkpoints
+from utils.common.console import say
 from utils.common.errors import UserError
 from utils.common.files import UNFINISHED
 from utils.common.formatting import counted
@@ -41,7 +42,7 @@ def archive_later_checkpoints(checkpoints: Path, step: int) -> None:
         aside.mkdir()
         for path in later:
             path.rename(aside / path.name)
-        print(f"moved {counted(len(later), 'file')} of later steps to {aside}")
+        say(f"moved {counted(len(later), 'file')} of later steps to {aside}")
 
 
 def prune(checkpoints: Path, keep: int) -> None:

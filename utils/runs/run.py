@@ -7,6 +7,7 @@ from pathlib import Path
 
 from utils.adapters.lora_file import LoraError
 from utils.common.checkpoint_names import Checkpoint
+from utils.common.console import say
 from utils.common.errors import RunError
 from utils.common.options import option
 from utils.common.tensor_files import TensorFileError
@@ -17,8 +18,19 @@ from utils.training.learner import Learner
 
 
 @dataclass(frozen=True)
-class Checkpoints:
-    """checkpoints"""
+class RunOptions:
+    """run and checkpoints"""
+
+    output_dir: Path = option(Path("outputs"), "where each run gets its own dated folder", affects_training=False)
+    resume_from_checkpoint: str | None = option(
+        None, "resume from 'latest', a run folder or a state file", affects_training=False
+    )
+    allow_changes: bool = option(
+        False,
+        "resume although options or data have changed",
+        requires="resume_from_checkpoint",
+        affects_training=False,
+    )
 
     checkpointing_steps: int = option(
         100, "write the LoRA and the resumable state every N steps", minimum=1, affects_training=False
@@ -134,10 +146,10 @@ def open_run(plan: RunPlan, learner: Learner, state: State | None = None) -> Run
         if state is not None:
             archive_later_checkpoints(folder / "checkpoints", step)
         (folder / name).write_text(plan.options_json + "\n", encoding="utf-8")
-        print(f"{'resuming' if state else 'writing to'} {folder}")
+        say(f"{'resuming' if state else 'writing to'} {folder}")
         metrics = Metrics(folder, plan.total_steps, step, plan.max_grad_norm)
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {error.strerror}") from None
     if state is not None:
         metrics.load_state_dict(state.metrics)
-    return Run(folder, learner, metrics, plan.facts, plan.about)
+    return Run(folder, learner, metrics, plan.facts, {**plan.about, "options": plan.options_json})

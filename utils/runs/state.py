@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from utils.common.checkpoint_names import STATES
+from utils.common.console import say
 from utils.common.errors import UserError
 from utils.common.options import training_differences
 from utils.common.tensor_files import TensorFileError, read_tensors, write_tensors
@@ -85,7 +86,7 @@ def read_state(path: Path) -> State:
     try:
         content = json.loads(metadata[FACTS])
         if "format" not in content:
-            print(f"{path} was written by version 0.1, without a checksum: it is read unverified")
+            say(f"{path} was written by version 0.1, without a checksum: it is read unverified")
             content = _facts_of_0_1(content)
         elif content["format"] != FORMAT:
             raise UserError(f"{path} has the state format {content['format']!r}: it was written by a newer version")
@@ -118,7 +119,7 @@ def find_state(wanted: str, output_dir: Path) -> State:
         try:
             return read_state(path)
         except UserError as error:
-            print(f"skipped: {error}")
+            say(f"skipped: {error}")
     raise UserError(f"--resume_from_checkpoint {wanted}: there is no usable training state in {where}")
 
 
@@ -136,7 +137,7 @@ def check_resume_compatible(state: State, options: Any, data: Mapping[str, str],
     listed = "\n".join(f"  {line}" for line in changes[:CHANGES_SHOWN] + more)
     if not allowed:
         raise UserError(f"options or data differ from the saved run:\n{listed}\npass --allow_changes to resume anyway")
-    print(f"resuming with changes:\n{listed}")
+    say(f"resuming with changes:\n{listed}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the file

@@ -1,13 +1,41 @@
 """Downloads a model's files from the Hugging Face hub: the only use of the network, and only on request."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from utils.common.console import say
 from utils.common.errors import UserError
 from utils.common.files import existing_parent
 from utils.common.formatting import readable_size
-from wan.checkpoints import HUB_PATTERNS, LOCAL_MODELS, load_config
+from utils.common.options import option
+from wan.checkpoints import LOCAL_MODELS, ModelNotFoundError, find_family
+from wan.configs import FAMILIES
+
+
+@dataclass(frozen=True)
+class SetupOptions:
+    """model and setup"""
+
+    pretrained_model_name_or_path: str = option("Wan-AI/Wan2.1-T2V-1.3B", "model folder, or hub name under ./models/")
+    download_model: bool = option(
+        False, "download the model's files from the hub to ./models/, then stop", affects_training=False
+    )
+    doctor: bool = option(
+        False, "print versions, devices and known problems of this machine, then stop", affects_training=False
+    )
+
+
+@contextmanager
+def suggest_download() -> Iterator[None]:
+    """Adds the command that downloads a model to the error for a missing one."""
+    try:
+        yield
+    except ModelNotFoundError as error:
+        command = f"python train_wan_lora.py --download_model --pretrained_model_name_or_path {error.name}"
+        raise UserError(f"{error}\ndownload it with: {command}") from None
 
 
 def download_model(name: str) -> Path:
@@ -20,14 +48,15 @@ def download_model(name: str) -> Path:
     from huggingface_hub.errors import DryRunError, HFValidationError, RepositoryNotFoundError
 
     folder = LOCAL_MODELS / name
+    configs = sorted({file for family in FAMILIES.values() for file in family.config_files})
     try:
-        plan = snapshot_download(name, local_dir=folder, allow_patterns=list(HUB_PATTERNS), dry_run=True)
-        if not plan:
-            raise UserError(f"{name} has none of the files of a Wan model ({', '.join(HUB_PATTERNS)})")
-        snapshot_download(name, local_dir=folder, allow_patterns=["config.json"])
-        load_config(folder)  # an unsupported model is reported before gigabytes are downloaded
-        _report(plan, folder)
-        snapshot_download(name, local_dir=folder, allow_patterns=list(HUB_PATTERNS))
+        snapshot_download(name, local_dir=folder, allow_patterns=configs)
+        if not any((folder / file).exists() for file in configs):
+            raise UserError(f"{name} has none of the files of a Wan model ({', '.join(configs)})")
+        # An unsupported model is reported here, before gigabytes are downloaded.
+        patterns = list(find_family(folder).hub_patterns)
+        _report(snapshot_download(name, local_dir=folder, allow_patterns=patterns, dry_run=True), folder)
+        snapshot_download(name, local_dir=folder, allow_patterns=patterns)
     except RepositoryNotFoundError:
         raise UserError(f"the hub has no model {name}, or it requires a login; check the spelling") from None
     except DryRunError:

@@ -12,12 +12,13 @@ from tqdm import tqdm
 
 from utils.common.errors import UserError
 from utils.common.options import option
-from utils.diffusion.flow import seeded_noise
-from utils.diffusion.objectives import Predict
-from utils.diffusion.sampling import Sampler
-from utils.encoding.conditioning import Batch, Cond, to_pixels
-from utils.encoding.text import read_prompt
+from utils.data.plan import Window
+from utils.diffusion.flow import Predict, seeded_noise
+from utils.encoding.conditioning import Batch, Cond, replace_text, to_pixels
+from utils.encoding.text import Texts, read_prompt
+from wan.configs import Family
 from wan.modules.vae import WanVAE
+from wan.text2video import Sampler
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ class Previews:
         affects_training=False,
     )
 
+    def preview_sampler(self, family: Family, distilled: bool) -> Sampler:
+        """As the family is sampled; without guidance where a LoRA has it distilled into it. Options override both."""
+        usual = 1.0 if distilled else family.guidance
+        guidance = usual if self.sample_guidance is None else self.sample_guidance
+        return Sampler("unipc", self.sample_steps, guidance, family.shift)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -58,7 +65,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Preview:
-    """What is generated again and again."""
+    """Prompts that are generated again and again, and how."""
 
     requests: Sequence[Request]
     negative: Tensor | None  # (T, E)
@@ -66,10 +73,10 @@ class Preview:
     fps: float
     vae: WanVAE
 
-    def generate(self, predict: Predict) -> list[tuple[str, Tensor]]:
-        """Per prompt the prompt and its video (F, 3, H, W) uint8; a control is shown to the left of what follows it.
+    def generate(self, predict: Predict[Cond]) -> list[tuple[str, Tensor]]:
+        """Each prompt with its video (F, 3, H, W) uint8; a control is shown to the left of the video that follows it.
 
-        Draws no random numbers, and gives the memory back to the driver.
+        Draws no random numbers, and returns its memory to the driver.
         """
         device = self.vae.device
         negative = None if self.negative is None else self.negative.to(device)
@@ -77,7 +84,8 @@ class Preview:
         for number, request in enumerate(self.requests, 1):
             batch = Batch(request.noise, request.cond).to(device)
             progress = partial(tqdm, desc=f"preview {number} of {len(self.requests)}", unit="step", leave=False)
-            latents = self.sampler.denoise(predict, batch.latents, batch.cond, negative, progress)
+            uncond = None if negative is None else replace_text(batch.cond, negative)
+            latents = self.sampler.denoise(predict, batch.latents, batch.cond, uncond, progress)
             with torch.no_grad():
                 frames = to_pixels(self.vae.decode(latents)[0])
             if request.control is not None:
@@ -116,7 +124,15 @@ def make_requests(
         clip = clips[index % len(clips)] if clips else None
         size = (1, *shape) if clip is None else clip.latents.shape
         noise = seeded_noise(size, seed + index)
-        channels = None if clip is None else clip.cond.channels
-        control = None if channels is None else to_pixels(vae.decode(channels.to(vae.device))[0])
-        requests.append(Request(prompt, noise, Cond(text[None], channels), control))
+        cond = Cond(text[None]) if clip is None else replace_text(clip.cond, text)
+        control = None if cond.channels is None else to_pixels(vae.decode(cond.channels.to(vae.device))[0])
+        requests.append(Request(prompt, noise, cond, control))
     return requests
+
+
+def make_preview(
+    texts: Texts, sampler: Sampler, family: Family, seed: int, vae: WanVAE, size: Window, clips: Sequence[Batch] = ()
+) -> Preview:
+    """Previews of this size, or of that of the clips whose control they follow; noise from the seed."""
+    shape = vae.latent_shape(size.frames, size.height, size.width)
+    return Preview(make_requests(texts.previews, shape, seed, vae, clips), texts.negative, sampler, family.fps, vae)

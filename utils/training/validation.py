@@ -8,9 +8,9 @@ from torch import Tensor
 
 from utils.common.options import option
 from utils.common.temp_rng import MAX_SEED, temp_rng
-from utils.diffusion.flow import add_noise
-from utils.diffusion.objectives import Predict, squared_error
-from utils.encoding.conditioning import Batch
+from utils.diffusion.flow import Predict, add_noise
+from utils.diffusion.objectives import squared_error
+from utils.encoding.conditioning import Batch, Cond
 
 # No option moves these: a run with another training shift is measured by the same ruler.
 SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -30,7 +30,7 @@ class Validation:
 
 
 @torch.no_grad()
-def validation_loss(predict: Predict, samples: Iterable[Batch], seed: int) -> Tensor:
+def validation_loss(predict: Predict[Cond], samples: Iterable[Batch], seed: int) -> Tensor:
     """The mean squared error at each of SIGMAS, averaged over the samples: (len(SIGMAS),), on their device.
 
     A sample's noise depends on the seed and its place alone; the training's random state is left as it was.

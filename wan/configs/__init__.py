@@ -1,57 +1,55 @@
-"""The released models as rows of data: how each is sampled, which no checkpoint says, and the widths it was made with.
+"""The released models as rows of data."""
 
-Columns: `widths` of the transformer, for building it without a checkpoint; `task` as config.json calls it; `in_dim`
-and `out_dim`, its channels; `shift`, `steps` and `guidance` of official sampling; `fps`, `frames` and `size` (width,
-height) of its videos; `negative_prompt`, a file in embeddings/.
-"""
-
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import PurePath
 
-from easydict import EasyDict
-
+from wan.configs.family import Expert, Family
+from wan.configs.grid import Grid
 from wan.modules.model import WanShape
 
+__all__ = ["FAMILIES", "Expert", "Family", "Grid", "match_family", "named_family"]
 
-def _row(dim: int, ffn_dim: int, num_heads: int, num_layers: int, **facts: object) -> EasyDict:
-    widths = {"dim": dim, "ffn_dim": ffn_dim, "num_heads": num_heads, "num_layers": num_layers}
-    return EasyDict({"widths": widths} | _WAN21_T2V | facts)
-
-
-_WAN21_T2V = {
-    "task": "t2v",
-    "in_dim": 16,
-    "out_dim": 16,
-    "shift": 5.0,
-    "steps": 50,
-    "guidance": 5.0,
-    "fps": 16,
-    "frames": 81,
-    "size": (832, 480),
-    "negative_prompt": "negative_video.txt",
-}
-
-CONFIGS = EasyDict(
-    {
-        "wan2.1-t2v-1.3B": _row(1536, 8960, 12, 30),
-        "wan2.1-t2v-14B": _row(5120, 13824, 40, 40),
-    }
+_WAN21_T2V = Family(
+    task="t2v",
+    shape=WanShape(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16),
+    experts=(Expert("transformer", folder=".", sigmas=(0.0, 1.0)),),
+    stride=(4, 8, 8),
+    vae="Wan2.1_VAE.pth",
+    text_encoder="models_t5_umt5-xxl-enc-bf16.pth",
+    tokenizer="google/umt5-xxl",
+    shift=5.0,
+    steps=50,
+    guidance=5.0,
+    fps=16,
+    frames=81,
+    size=(832, 480),
+    negative_prompt="negative_video.txt",
 )
 
+FAMILIES: Mapping[str, Family] = {
+    "wan2.1-t2v-1.3B": _WAN21_T2V,
+    "wan2.1-t2v-14B": replace(
+        _WAN21_T2V, shape=WanShape(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=16, out_dim=16)
+    ),
+}
 
-def shape_of(config: EasyDict) -> WanShape:
-    """The transformer's shape of a row."""
-    return WanShape(**config.widths, in_dim=config.in_dim, out_dim=config.out_dim)
 
-
-def named_config(name: str) -> EasyDict | None:
-    """The row of a released model by its folder's or hub's name, such as Wan-AI/Wan2.1-T2V-1.3B; None for another."""
+def named_family(name: str) -> Family | None:
+    """The row of a release by the last part of its hub name or folder, such as Wan-AI/Wan2.1-T2V-1.3B."""
     last = PurePath(name).name.lower()
-    return next((row for released, row in CONFIGS.items() if released.lower() == last), None)
+    return next((row for released, row in FAMILIES.items() if released.lower() == last), None)
 
 
-def find_config(task: str, in_dim: int) -> EasyDict | None:
-    """The row that says how a checkpoint of this task and number of input channels is used; None if it is unknown.
+def match_family(task: object, in_dim: object, dim: object, transformers: Collection[str]) -> Family | None:
+    """The row of a checkpoint, by what its config.json says and by the names of its transformers; None for no row.
 
-    Widths do not matter: a Wan of any size is trained and sampled as its family is.
+    A width `dim` that was never released belongs to the first row that agrees in the rest: a Wan of any width is used
+    as its family is.
     """
-    return next((row for row in CONFIGS.values() if (row.task, row.in_dim) == (task, in_dim)), None)
+    rows = [
+        row
+        for row in FAMILIES.values()
+        if (row.task, row.in_dim) == (task, in_dim) and {expert.name for expert in row.experts} == set(transformers)
+    ]
+    return next((row for row in rows if row.shape.dim == dim), rows[0] if rows else None)

@@ -183,6 +183,11 @@ class WanModel(nn.Module):
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
         self.head = Head(shape)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype in which the linear layers compute: that of a bias, however the weights are stored."""
+        return self.get_parameter("text_embedding.0.bias").dtype
+
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """The velocity (noise - latents) that the model sees in noisy latents.
 
@@ -190,7 +195,7 @@ class WanModel(nn.Module):
         text (B, T, E) rows of the text encoder, T <= text_len: shorter ones are padded with zero rows, which the
         model attends to, as it was trained. Returns (B, out_dim, F, H, W) fp32.
         """
-        dtype = self.text_embedding[0].bias.dtype
+        dtype = self.compute_dtype
         x = self.patch_embedding(latents.to(dtype))
         grid = tuple(x.shape[2:])
         x = rearrange(x, "B D f h w -> B (f h w) D").float()

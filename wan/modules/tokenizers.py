@@ -1,10 +1,10 @@
 """From a prompt to the token ids of the text encoder, the way Wan was trained: cleaned, closed by </s>, truncated."""
 
 import html
+import re
 from pathlib import Path
 
 import ftfy
-import regex
 
 
 def clean_prompt(text: str) -> str:
@@ -14,29 +14,33 @@ def clean_prompt(text: str) -> str:
     resolved twice because scraped captions often carry them escaped twice.
     """
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    return regex.sub(r"\s+", " ", text).strip()
+    return re.sub(r"\s+", " ", text).strip()
 
 
 class Tokenizer:
     """The UMT5 tokenizer in `folder` (google/umt5-xxl of a Wan checkpoint), for prompts of up to `text_len` tokens.
 
-    Raises FileNotFoundError if the folder holds no tokenizer.json.
+    Raises FileNotFoundError if the folder holds no tokenizer.json, and ValueError if that is none.
     """
 
     def __init__(self, folder: Path, text_len: int) -> None:
-        if not (folder / "tokenizer.json").is_file():
+        path = folder / "tokenizer.json"
+        if not path.is_file():
             raise FileNotFoundError(
                 f"no tokenizer.json in {folder}\nDownload the folder google/umt5-xxl of the Wan checkpoint to there."
             )
         from transformers import PreTrainedTokenizerFast
 
-        # The file as it is. AutoTokenizer would follow the folder's config to T5Tokenizer, which in some versions
-        # rebuilds the tokenizer by T5's rules (another id for unknown text, no bytes): other ids, and no error.
-        self._tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+        # The file alone. AutoTokenizer would follow the folder's config to T5Tokenizer, which in some versions rebuilds
+        # the tokenizer by T5's rules (another id for unknown text, no bytes): other ids, and no error.
+        try:
+            self._tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        except Exception as error:  # the library raises nothing more specific
+            raise ValueError(f"{path} is not a tokenizer file: {error}") from None
         self.text_len = text_len
 
     def __call__(self, prompts: list[str]) -> list[list[int]]:
-        """Per prompt, cleaned first, its token ids: unpadded, at most `text_len`, the last one always </s>."""
+        """The token ids of each prompt, which is cleaned first: unpadded, at most `text_len`, always ending in </s>."""
         if not prompts:
             return []
         cleaned = [clean_prompt(prompt) for prompt in prompts]

@@ -7,7 +7,6 @@ or several of them where frames are small.
 B batch, C channels, F frames, H height, W width; f, h, w the same counts after compression by 4, 8, 8.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -61,16 +60,21 @@ class Causal:
     """Marks the layers that look back in time: their forward takes (x, past)."""
 
 
-class Chain(Causal, nn.Sequential):
-    """Layers in a row, of which only the causal ones are given the past."""
+class Chain(Causal, nn.Module):
+    """Layers in a row, numbered or named, of which only the causal ones are given the past."""
+
+    def __init__(self, *layers: nn.Module, **named: nn.Module) -> None:
+        super().__init__()
+        for name, layer in (*enumerate(layers), *named.items()):
+            self.add_module(str(name), layer)
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
-        for layer in self:
+        for layer in self.children():
             x = layer(x, past) if isinstance(layer, Causal) else layer(x)
         return x
 
 
-class CausalConv3d(Causal, nn.Conv3d):
+class CausalConv3d(Causal, nn.Module):
     """A convolution over (F, H, W) that is centred in space and ends at the current frame in time.
 
     In time it is padded on the left only, by `num_past` = kernel - stride frames of the past: a chunk of F frames gives
@@ -80,26 +84,27 @@ class CausalConv3d(Causal, nn.Conv3d):
     def __init__(
         self, dim: int, out_dim: int, kernel_size: tuple[int, int, int] = (3, 3, 3), time_stride: int = 1
     ) -> None:
-        padding = (0, kernel_size[1] // 2, kernel_size[2] // 2)
-        super().__init__(dim, out_dim, kernel_size, stride=(time_stride, 1, 1), padding=padding)
+        super().__init__()
+        conv = nn.Conv3d(dim, out_dim, kernel_size)  # for its initialisation
+        self.weight, self.bias = conv.weight, conv.bias
+        self.stride = (time_stride, 1, 1)
+        self.padding = (0, kernel_size[1] // 2, kernel_size[2] // 2)
         self.num_past = kernel_size[0] - time_stride
 
     def forward(self, x: Tensor, past: Past) -> Tensor:
-        return super().forward(past.prepend(self, x))
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if _might_meet_the_slow_kernel(x):
-            return torch.mkldnn_convolution(x, weight, bias, self.padding, self.stride, self.dilation, self.groups)
-        return super()._conv_forward(x, weight, bias)
+        x = past.prepend(self, x)
+        if _needs_onednn(x):
+            return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride, (1, 1, 1), 1)
+        return functional.conv3d(x, self.weight, self.bias, self.stride, self.padding)
 
 
-def _might_meet_the_slow_kernel(x: Tensor) -> bool:
-    """Whether torch might send x to a CPU kernel five times slower than oneDNN's: it does so with a small lone sample.
+def _needs_onednn(x: Tensor) -> bool:
+    """Whether x might go to a CPU kernel five times slower than oneDNN's, as torch does with a small single sample.
 
     A large one goes to oneDNN either way.
     """
     plain = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    usable = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    usable = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     return x.device.type == "cpu" and len(x) == 1 and plain and usable
 
 
@@ -239,8 +244,8 @@ def encoder(z_dim: int, widths: Sequence[int], num_res_blocks: int, temporal: Se
             dim = width
         if halve_time is not None:
             stages.append(Downsample(dim, halve_time))
-    parts = {"conv1": CausalConv3d(3, widths[0]), "downsamples": Chain(*stages), "middle": middle(dim)}
-    return Chain(OrderedDict(parts, head=head(dim, 2 * z_dim)))
+    first = CausalConv3d(3, widths[0])
+    return Chain(conv1=first, downsamples=Chain(*stages), middle=middle(dim), head=head(dim, 2 * z_dim))
 
 
 def decoder(z_dim: int, widths: Sequence[int], num_res_blocks: int, temporal: Sequence[bool]) -> Chain:
@@ -257,8 +262,8 @@ def decoder(z_dim: int, widths: Sequence[int], num_res_blocks: int, temporal: Se
         if double_time is not None:
             stages.append(Upsample(width, width // 2, double_time))
             dim = width // 2
-    parts = {"conv1": CausalConv3d(z_dim, widths[0]), "middle": middle(widths[0]), "upsamples": Chain(*stages)}
-    return Chain(OrderedDict(parts, head=head(dim, 3)))
+    first = CausalConv3d(z_dim, widths[0])
+    return Chain(conv1=first, middle=middle(widths[0]), upsamples=Chain(*stages), head=head(dim, 3))
 
 
 class WanVAE(nn.Module):
@@ -268,6 +273,9 @@ class WanVAE(nn.Module):
     are normalised by the statistics of the released weights and never sampled. Raises ValueError for another `z_dim`
     than those statistics have.
     """
+
+    latent_mean: Tensor  # (z_dim, 1, 1, 1)
+    latent_std: Tensor  # (z_dim, 1, 1, 1)
 
     def __init__(
         self,

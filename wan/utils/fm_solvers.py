@@ -1,10 +1,24 @@
 """Flow-matching solvers on Wan's official noise grids, built on diffusers' schedulers."""
 
+from typing import Protocol
+
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from torch import Tensor
 
 SOLVERS = ("unipc", "euler")
+
+
+class Solver(Protocol):
+    """What sampling needs of a diffusers scheduler."""
+
+    timesteps: Tensor  # (steps,) descending, 0..1000
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, *, return_dict: bool) -> tuple[Tensor]:
+        """The latents after one step, alone in a tuple without `return_dict`."""
+        ...
 
 
 def sigma_grid(num_steps: int, shift: float) -> np.ndarray:
@@ -16,12 +30,10 @@ def sigma_grid(num_steps: int, shift: float) -> np.ndarray:
     return shift * s / (1 + (shift - 1) * s)
 
 
-def make_solver(
-    name: str, num_steps: int, shift: float, device: torch.device
-) -> UniPCMultistepScheduler | FlowMatchEulerDiscreteScheduler:
-    """A fresh solver ("unipc" or "euler") on the official grid: `timesteps`, and `step(velocity, timestep, latents)`.
+def make_solver(name: str, num_steps: int, shift: float, device: torch.device) -> Solver:
+    """A fresh solver on the official grid: "unipc" or "euler".
 
-    UniPC is the official default (order 2, bh2) and its timesteps are truncated to whole numbers, as Wan's are.
+    UniPC is the official default (order 2, bh2). Its timesteps are truncated to integers, as the official ones are.
     """
     sigmas = sigma_grid(num_steps, shift)
     # The grid is shifted already: the schedulers' own shift must stay 1, else it would be shifted twice.

@@ -1,5 +1,7 @@
 """Clips become latents and conditions, conditions become batches, and batches reach the transformer whole."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ def make_clip(control: Tensor | None = None) -> Clip:
 def make_encoded(seed: int, tokens: int, control: bool = False) -> Encoded:
     generator = torch.Generator().manual_seed(seed)
     latents, channels = torch.randn(2, 16, 2, 4, 6, generator=generator)
-    return Encoded(latents, torch.randn(tokens, WIDTH, generator=generator), channels if control else None)
+    return Encoded(latents, Cond(torch.randn(tokens, WIDTH, generator=generator), channels if control else None))
 
 
 def test_every_pixel_value_survives_the_round_trip():
@@ -66,24 +68,24 @@ def test_a_clip_becomes_its_latents_and_its_text(vae):
     expected = vae.encode(make_pixels().float()[None] / 127.5 - 1)[0]
     torch.testing.assert_close(encoded.latents, expected)
     assert encoded.latents.shape == (16, 2, 2, 4) and not encoded.latents.requires_grad
-    assert torch.equal(encoded.text, text) and encoded.channels is None
+    assert torch.equal(encoded.cond.text, text) and encoded.cond.channels is None and encoded.mask is None
 
 
 def test_with_a_control_type_the_control_is_made_from_the_pixels(vae):
     encoded = encode_clip(make_clip(), torch.randn(4, WIDTH), vae, "tile")
     expected = vae.encode(tile(to_unit_range(make_pixels()))[None])[0]
-    assert torch.equal(encoded.channels, expected)
-    assert not torch.allclose(encoded.channels, encoded.latents)
+    assert torch.equal(encoded.cond.channels, expected)
+    assert not torch.allclose(encoded.cond.channels, encoded.latents)
 
 
 def test_a_control_file_takes_the_place_of_the_made_control(vae):
     encoded = encode_clip(make_clip(make_pixels(seed=1)), torch.randn(4, WIDTH), vae, "tile")
-    assert torch.equal(encoded.channels, encode_video(to_unit_range(make_pixels(seed=1)), vae))
+    assert torch.equal(encoded.cond.channels, encode_video(to_unit_range(make_pixels(seed=1)), vae))
     assert torch.equal(encoded.latents, encode_video(to_unit_range(make_pixels()), vae))
 
 
 def test_without_a_control_type_a_control_file_is_not_encoded(vae):
-    assert encode_clip(make_clip(make_pixels(seed=1)), torch.randn(4, WIDTH), vae).channels is None
+    assert encode_clip(make_clip(make_pixels(seed=1)), torch.randn(4, WIDTH), vae).cond.channels is None
 
 
 def test_latents_are_fp32_even_from_a_half_precision_vae():
@@ -97,7 +99,7 @@ def test_shorter_texts_are_padded_with_zero_rows():
     assert batch.latents.shape == (2, 16, 2, 4, 6) and batch.cond.text.shape == (2, 7, WIDTH)
     for i, sample in enumerate(samples):
         assert torch.equal(batch.latents[i], sample.latents)
-        assert torch.equal(batch.cond.text[i, : len(sample.text)], sample.text)
+        assert torch.equal(batch.cond.text[i, : len(sample.cond.text)], sample.cond.text)
     assert batch.cond.text[0, 3:].eq(0).all() and batch.cond.channels is None
 
 
@@ -113,7 +115,30 @@ def test_padding_a_text_in_a_batch_does_not_change_its_velocity():
 def test_control_channels_are_stacked_in_order():
     samples = [make_encoded(0, 3, control=True), make_encoded(1, 3, control=True)]
     channels = collate(samples).cond.channels
-    assert all(torch.equal(channels[i], sample.channels) for i, sample in enumerate(samples))
+    assert all(torch.equal(channels[i], sample.cond.channels) for i, sample in enumerate(samples))
+
+
+def test_samples_without_a_mask_count_everywhere_beside_one_with_a_mask():
+    mask = torch.rand(2, 4, 6)
+    masked = collate([replace(make_encoded(0, 3), mask=mask), make_encoded(1, 3)]).mask
+    assert torch.equal(masked[0], mask) and masked[1].eq(1).all()
+    assert collate([make_encoded(0, 3), make_encoded(1, 3)]).mask is None
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_condition_that_only_some_samples_have_is_never_dropped(first):
+    with pytest.raises(ValueError, match="only some of the values have channels"):
+        collate([make_encoded(0, 3, control=first), make_encoded(1, 3, control=not first)])
+
+
+@pytest.mark.parametrize(("control", "masked"), [(False, False), (True, False), (False, True), (True, True)])
+def test_a_sample_is_made_again_of_its_parts_and_its_text(control, masked):
+    sample = replace(make_encoded(0, 3, control), mask=torch.rand(2, 4, 6) if masked else None)
+    parts = sample.parts()
+    assert parts.keys() == {"latents", *(["channels"] if control else []), *(["mask"] if masked else [])}
+    again = Encoded.from_parts(parts, sample.cond.text)
+    assert again.latents is sample.latents and again.mask is sample.mask
+    assert vars(again.cond) == vars(sample.cond)
 
 
 def test_a_batch_counts_the_tokens_that_the_transformer_sees():

@@ -19,7 +19,8 @@ LIMITS = limits(token_limit=60)
 @pytest.fixture
 def window(tmp_path) -> Window:
     video(tmp_path / "clips" / "a.mp4", frames=9)
-    sources, _ = scan(Folder(tmp_path / "clips", Rules(base_res=(32,))), 16.0)
+    video(tmp_path / "clips" / "a_mask.mp4", frames=9, caption=None)
+    sources, _ = scan(Folder(tmp_path / "clips", Rules(base_res=(32,), load_mask=True)), 16.0)
     return flatten_windows(fixed_windows(sources, LIMITS, 1))[0]
 
 
@@ -72,6 +73,20 @@ def test_a_cache_file_that_was_cut_short_is_missing(tmp_path, window):
     assert store.missing([window]) == []
 
 
+@pytest.mark.parametrize("control", [None, "tile"])
+@pytest.mark.parametrize(
+    "parts",
+    [{"mask"}, {"latents"}, {"latents", "channels"}, {"latents", "mask", "image"}, {"latents", "context", "mask"}],
+)
+def test_a_file_with_other_parts_than_the_window_needs_is_missing_and_never_loaded(tmp_path, window, parts, control):
+    store = cache(tmp_path, control=control)
+    store.store(window, {name: torch.zeros(2) for name in parts})
+    assert store.missing([window]) == [window]
+    needed = "channels, latents, mask" if control else "latents, mask"
+    with pytest.raises(UserError, match=f"holds .*, but {needed} is needed: run --cache_latents again"):
+        store.load(window)
+
+
 def test_a_run_goes_on_from_the_cache_when_the_clip_has_vanished(tmp_path, window):
     store = cache(tmp_path)
     store.store(window, PARTS)
@@ -111,7 +126,8 @@ def test_a_folder_that_cannot_be_made_or_written_is_told(tmp_path, window):
 
 def test_the_size_that_is_told_is_that_of_the_files(tmp_path, window):
     store = cache(tmp_path)
-    store.store(window, {"latents": torch.zeros(16, *shape(window)), "channels": torch.zeros(16, *shape(window))})
+    window = replace(window, source=replace(window.source, mask=None))
+    store.store(window, {name: torch.zeros(16, *shape(window)) for name in ("latents", "channels")})
     told = latent_bytes([window], 32)
     assert told <= store.path(window).stat().st_size <= told + 1000
 

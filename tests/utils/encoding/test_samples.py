@@ -16,7 +16,7 @@ from utils.data.scan import scan
 from utils.encoding.conditioning import make_predict
 from utils.encoding.samples import CachedSamples, FreshSamples, LatentEncoding
 from utils.encoding.text import TextEncoding
-from wan.checkpoints import load_vae
+from wan.checkpoints import open_model
 
 CPU = torch.device("cpu")
 LIMITS = limits(token_limit=60)
@@ -34,13 +34,14 @@ def windows_of(folder: Path, **rules) -> list[Window]:
 
 
 def both(folder: Path, model: Path, windows: list[Window], control: str | None) -> tuple[FreshSamples, CachedSamples]:
-    texts = (
-        TextEncoding(model, CPU)
-        .encode([window.caption for window in windows], [], folder / "text", None, folder)
-        .captions
-    )
-    cache = LatentEncoding(model, CPU, control).fill(folder / "latents", windows, num_workers=0)
-    return FreshSamples(load_vae(model), texts, control), CachedSamples(cache, texts, CPU)
+    files = open_model(model)
+    texts = TextEncoding(files, CPU)
+    captions = texts.cache(folder / "text")
+    texts.encode_missing({captions: [window.caption for window in windows]})
+    encoding = LatentEncoding(files, CPU, control)
+    cache = encoding.encode_missing(folder / "latents", windows, num_workers=0)
+    fresh = FreshSamples(encoding.load_vae(), captions.load, control)
+    return fresh, CachedSamples(cache, captions.load, CPU, encoding.load_vae)
 
 
 @pytest.mark.parametrize("control", [None, "tile"])
@@ -59,7 +60,7 @@ def test_the_loss_is_the_same_to_the_bit(tmp_path, model, control):
     for window in windows:
         losses = []
         for samples in both(tmp_path, model, windows, control):
-            batch = samples.batch([samples.load(window)])
+            batch = samples.load_batch([window])
             torch.manual_seed(1)
             losses.append(train_wan_lora.training_loss(batch, opts, transformer, make_predict(transformer), None))
         assert torch.equal(*losses)
@@ -71,7 +72,7 @@ def test_control_and_mask_come_back_from_the_cache(tmp_path, model):
     windows = windows_of(tmp_path, load_mask=True)
     fresh, cached = both(tmp_path, model, windows, "tile")
     for window in windows:
-        one, other = (samples.batch([samples.load(window)]) for samples in (fresh, cached))
+        one, other = (samples.load_batch([window]) for samples in (fresh, cached))
         assert torch.equal(one.latents, other.latents) and torch.equal(one.cond.channels, other.cond.channels)
         assert torch.equal(one.mask, other.mask) and one.mask.shape == one.latents[:, 0].shape
         assert 0 <= one.mask.min() < one.mask.max() <= 1
@@ -111,7 +112,7 @@ def test_training_from_the_cache_loads_neither_the_vae_nor_the_text_encoder(tmp_
     flags = f"--dataset clips --pretrained_model_name_or_path {model} --base_res 64 --token_limit 60 --cache_latents"
     train_wan_lora.main([*flags.split(), "--cache_only"])
     assert not (tmp_path / "outputs").exists()
-    for name in ("utils.encoding.samples.load_vae", "train_wan_lora.load_vae", "utils.encoding.text.load_text_encoder"):
+    for name in ("utils.encoding.samples.load_vae", "utils.encoding.text.load_text_encoder"):
         monkeypatch.setattr(name, None)
     train_wan_lora.main([*flags.split(), "--max_train_steps", "1"])
     assert len(list((tmp_path / "outputs").glob("*/checkpoints/wan-lora-*"))) == 1

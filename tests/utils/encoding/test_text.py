@@ -1,28 +1,31 @@
-"""The text encoder of a model folder is loaded once, and only where a caption is not known yet."""
+"""The text encoder of a model is loaded once, and only if a caption is not cached yet."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
 import utils.encoding.text
-from tests.tiny import TINY_SHAPE, tiny_text_encoder, write_text_encoder
+from tests.tiny import FAMILY, TINY_SHAPE, tiny_text_encoder, write_text_encoder
 from utils.common.errors import UserError
-from utils.encoding.text import TextEncoding, read_prompt
-from wan.checkpoints import load_text_encoder
+from utils.encoding.text import EMBEDDINGS, TextEncoding, load_prompt, read_prompt
+from utils.encoding.text_cache import load_embedding
+from wan.checkpoints import ModelFiles, load_text_encoder
+from wan.modules.t5 import UMT5Encoder
 
 CPU = torch.device("cpu")
 
 
-def write_folder(folder, seed: int = 0):
-    """What of a model folder the text stage reads."""
-    folder.mkdir()
-    (folder / "config.json").write_text('{"text_len": 64}')
-    write_text_encoder(folder, tiny_text_encoder(TINY_SHAPE.text_dim, seed))
-    return folder
+def write_files(folder: Path, encoder: UMT5Encoder) -> ModelFiles:
+    """A model of which only the text encoder is there."""
+    write_text_encoder(folder, encoder)
+    parts = (folder / name for name in (FAMILY.vae, FAMILY.text_encoder, FAMILY.tokenizer))
+    return ModelFiles("tiny", FAMILY, {}, *parts, text_len=TINY_SHAPE.text_len)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("models") / "tiny")
+def files(tmp_path_factory) -> ModelFiles:
+    return write_files(tmp_path_factory.mktemp("models") / "tiny", tiny_text_encoder(TINY_SHAPE.text_dim))
 
 
 @pytest.fixture
@@ -52,101 +55,133 @@ def forbid_loading(monkeypatch) -> None:
     monkeypatch.setattr(utils.encoding.text, "load_text_encoder", load)
 
 
-def test_each_caption_is_encoded_once_with_one_load(folder, tmp_path, loads):
-    stage = TextEncoding(folder, CPU)
+def test_each_caption_is_encoded_once_with_one_load(files, tmp_path, loads):
+    stage = TextEncoding(files, CPU)
     captions, prompts = stage.cache(tmp_path / "captions"), stage.cache(tmp_path / "prompts")
-    stage.fill({captions: ["a fox", "a cat", "a fox"], prompts: ["a dog"]})
+    stage.encode_missing({captions: ["a fox", "a cat", "a fox"], prompts: ["a dog"]})
     assert loads == [["a fox", "a cat", "a dog"]]
     assert captions.missing(["a fox", "a cat"]) == [] and prompts.missing(["a dog"]) == []
     assert captions.missing(["a dog"]) == ["a dog"]
 
 
-def test_the_cached_rows_are_those_of_the_encoder(folder, tmp_path):
-    stage = TextEncoding(folder, CPU)
+def test_the_cached_rows_are_those_of_the_encoder(files, tmp_path):
+    stage = TextEncoding(files, CPU)
     cache = stage.cache(tmp_path)
-    stage.fill({cache: ["a red car", ""]})
-    encoder = load_text_encoder(folder, 64, torch.float32, CPU)
+    stage.encode_missing({cache: ["a red car", ""]})
+    encoder = load_text_encoder(files, torch.float32, CPU)
     for caption, rows in zip(("a red car", ""), encoder.encode(["a red car", ""]), strict=True):
         assert torch.equal(cache.load(caption), rows) and rows.dtype == torch.float32
 
 
-def test_a_second_fill_loads_no_encoder(folder, tmp_path, monkeypatch, capsys):
-    stage = TextEncoding(folder, CPU)
-    stage.fill({stage.cache(tmp_path): ["a fox", "a cat"]})
+def test_a_second_pass_loads_no_encoder(files, tmp_path, monkeypatch, capsys):
+    stage = TextEncoding(files, CPU)
+    stage.encode_missing({stage.cache(tmp_path): ["a fox", "a cat"]})
     forbid_loading(monkeypatch)
-    again = TextEncoding(folder, CPU)
+    again = TextEncoding(files, CPU)
     capsys.readouterr()
-    again.fill({again.cache(tmp_path): ["a cat", "a fox", "a cat"]})
+    again.encode_missing({again.cache(tmp_path): ["a cat", "a fox", "a cat"]})
     assert capsys.readouterr().out == "text: 0 to encode, 2 cached\n"
 
 
-def test_an_edited_caption_alone_is_encoded_again(folder, tmp_path, loads, capsys):
-    stage = TextEncoding(folder, CPU)
+def test_an_edited_caption_alone_is_encoded_again(files, tmp_path, loads, capsys):
+    stage = TextEncoding(files, CPU)
     cache = stage.cache(tmp_path)
-    stage.fill({cache: ["a fox", "a cat"]})
-    stage.fill({cache: ["a fox", "a cat at night"]})
+    stage.encode_missing({cache: ["a fox", "a cat"]})
+    stage.encode_missing({cache: ["a fox", "a cat at night"]})
     assert loads == [["a fox", "a cat"], ["a cat at night"]]
     assert "text: 1 to encode, 1 cached" in capsys.readouterr().out
 
 
-def test_a_truncated_file_is_encoded_again(folder, tmp_path, loads):
-    stage = TextEncoding(folder, CPU)
+def test_a_truncated_file_is_encoded_again(files, tmp_path, loads):
+    stage = TextEncoding(files, CPU)
     cache = stage.cache(tmp_path)
-    stage.fill({cache: ["a fox", "a cat"]})
-    expected, path = cache.load("a cat").clone(), cache.path("a cat")  # a load is a view of the file
+    stage.encode_missing({cache: ["a fox", "a cat"]})
+    expected, path = cache.load("a cat"), cache.path("a cat")
     path.write_bytes(path.read_bytes()[:-1])
-    stage.fill({cache: ["a fox", "a cat"]})
+    stage.encode_missing({cache: ["a fox", "a cat"]})
     assert loads[1] == ["a cat"] and torch.equal(cache.load("a cat"), expected)
 
 
-def test_two_encoders_never_share(folder, tmp_path):
-    stages = [TextEncoding(folder, CPU), TextEncoding(write_folder(tmp_path / "other", seed=1), CPU)]
+def test_two_encoders_never_share(files, tmp_path):
+    other = write_files(tmp_path / "other", tiny_text_encoder(TINY_SHAPE.text_dim, seed=1))
+    stages = [TextEncoding(files, CPU), TextEncoding(other, CPU)]
     caches = [stage.cache(tmp_path / "cache") for stage in stages]
     for stage, cache in zip(stages, caches, strict=True):
         assert cache.missing(["a fox"]) == ["a fox"]
-        stage.fill({cache: ["a fox"]})
+        stage.encode_missing({cache: ["a fox"]})
     assert not torch.allclose(caches[0].load("a fox"), caches[1].load("a fox"))
 
 
-def test_a_folder_that_cannot_be_written_is_told(folder, tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported(files, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    stage = TextEncoding(folder, CPU)
+    stage = TextEncoding(files, CPU)
     with pytest.raises(UserError, match="cannot write text embeddings to .*file"):
-        stage.fill({stage.cache(tmp_path / "file"): ["a fox"]})
+        stage.encode_missing({stage.cache(tmp_path / "file"): ["a fox"]})
 
 
-def test_a_broken_encoder_is_told_with_its_folder(tmp_path):
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "config.json").write_text("{}")
+def test_a_broken_encoder_is_reported_with_its_file(tmp_path):
     encoder = tiny_text_encoder(TINY_SHAPE.text_dim)
     encoder.token_embedding.weight.data.zero_()
-    write_text_encoder(broken, encoder)
+    broken = write_files(tmp_path / "broken", encoder)
     stage = TextEncoding(broken, CPU)
-    with pytest.raises(UserError, match=f"{broken}: .*the text encoder's weights are broken"):
-        stage.fill({stage.cache(tmp_path / "cache"): ["a fox", "a cat"]})
+    with pytest.raises(UserError, match=f"{broken.text_encoder}: .*the text encoder's weights are broken"):
+        stage.encode_missing({stage.cache(tmp_path / "cache"): ["a fox", "a cat"]})
 
 
-def test_the_encoder_runs_in_bf16_on_a_gpu_and_in_fp32_without(folder):
-    assert TextEncoding(folder, torch.device("cuda")).dtype == torch.bfloat16
-    assert TextEncoding(folder, CPU).dtype == torch.float32
+def test_the_encoder_runs_in_bf16_on_a_gpu_and_in_fp32_without(files):
+    assert TextEncoding(files, torch.device("cuda")).dtype == torch.bfloat16
+    assert TextEncoding(files, CPU).dtype == torch.float32
 
 
 @pytest.mark.parametrize(("free_bytes", "expected"), [(10**9, "cuda"), (10**4, "cpu")])
-def test_a_gpu_that_is_too_full_leaves_the_encoder_on_the_cpu(folder, monkeypatch, capsys, free_bytes, expected):
+def test_a_gpu_that_is_too_full_leaves_the_encoder_on_the_cpu(
+    files, tmp_path, monkeypatch, capsys, free_bytes, expected
+):
     loaded_on = []
 
-    def load(folder, text_len, dtype, device):
+    def load(files, dtype, device):
         loaded_on.append((device.type, dtype))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 10**10))
     monkeypatch.setattr(utils.encoding.text, "load_text_encoder", load)
-    stage = TextEncoding(folder, torch.device("cuda"))
+    stage = TextEncoding(files, torch.device("cuda"))
     with pytest.raises(KeyboardInterrupt):
-        stage.fill({stage.cache(folder / "never"): ["a fox"]})
+        stage.encode_missing({stage.cache(tmp_path / "never"): ["a fox"]})
     assert loaded_on == [(expected, torch.bfloat16)]
     assert ("on the CPU" in capsys.readouterr().out) == (expected == "cpu")
+
+
+def test_the_encoders_weights_are_read_once_for_the_names_of_all_its_caches(files, tmp_path, monkeypatch):
+    calls, fingerprint = [], utils.encoding.text.text_encoder_fingerprint
+    counted = lambda *args: calls.append(args) or fingerprint(*args)  # noqa: E731
+    monkeypatch.setattr(utils.encoding.text, "text_encoder_fingerprint", counted)
+    stage = TextEncoding(files, CPU)
+    assert stage.cache(tmp_path / "a").folder.name == stage.cache(tmp_path / "b").folder.name == fingerprint(*calls[0])
+    assert len(calls) == 1
+
+
+def test_a_text_that_fills_the_model_is_reported_once_and_may_equal_another(files, tmp_path, capsys):
+    stage = TextEncoding(files, CPU)
+    cache, long = stage.cache(tmp_path), "a red cat walks " * 30
+    stage.encode_missing({cache: [f"{long} left", f"{long} right", "a dog"]})
+    assert capsys.readouterr().out.count(f"fills all {TINY_SHAPE.text_len} tokens of the model") == 2
+    stage.encode_missing({cache: [f"{long} left", f"{long} right"]})
+    assert "fills all" not in capsys.readouterr().out
+
+
+def test_a_negative_prompt_is_the_rows_of_its_embedding_file_or_of_its_cached_text(files, tmp_path):
+    stage = TextEncoding(files, CPU)
+    cache, prompt = stage.cache(tmp_path), tmp_path / "away.txt"
+    prompt.write_text(" a grey dog\n", encoding="utf-8")
+    stage.encode_missing({cache: ["a grey dog"]})
+    assert torch.equal(load_prompt(prompt, cache), cache.load("a grey dog"))
+    embedding = cache.path("a grey dog")
+    assert torch.equal(load_prompt(embedding, stage.cache(tmp_path / "empty")), load_embedding(embedding))
+
+
+def test_the_projects_negative_prompts_are_found(files):
+    assert read_prompt(EMBEDDINGS / files.family.negative_prompt)
 
 
 def test_a_prompt_file_is_read_without_its_margins(tmp_path):

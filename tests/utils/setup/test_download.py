@@ -14,8 +14,8 @@ from huggingface_hub.errors import DryRunError, HFValidationError, LocalEntryNot
 
 from utils.common.errors import UserError
 from utils.common.formatting import readable_size
-from utils.setup.download import download_model
-from wan.checkpoints import CheckpointError
+from utils.setup.download import download_model, suggest_download
+from wan.checkpoints import CheckpointError, find_model
 
 NAME = "Wan-AI/Wan2.1-T2V-1.3B"
 FILES = {
@@ -179,6 +179,17 @@ def test_an_unsupported_model_is_reported_before_its_weights_are_fetched(use, mo
     with pytest.raises(CheckpointError, match="is a i2v model"):
         download_model(NAME)
     assert hub.fetched == ["config.json"]
+
+
+def test_a_model_that_is_not_there_comes_with_the_command_that_fetches_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(
+            UserError, match="no model at Wan-AI/Tiny or models/Wan-AI/Tiny\ndownload it with: .*Wan-AI/Tiny"
+        ),
+        suggest_download(),
+    ):
+        find_model("Wan-AI/Tiny")
 
 
 def test_the_hub_of_this_environment_can_plan_a_download():

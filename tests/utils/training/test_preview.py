@@ -3,9 +3,9 @@ import torch
 
 from tests.tiny import tiny_vae
 from utils.common.errors import UserError
-from utils.diffusion.sampling import Sampler
 from utils.encoding.conditioning import Batch, Cond, to_pixels
 from utils.training.preview import Preview, make_requests, read_prompts
+from wan.text2video import Sampler
 
 SHAPE = (16, 2, 4, 4)
 
@@ -35,26 +35,6 @@ def text(word: float) -> torch.Tensor:
 
 def clip(value: float) -> Batch:
     return Batch(torch.zeros(1, *SHAPE), Cond(text(9), torch.full((1, *SHAPE), value)))
-
-
-def test_guidance_asks_twice_a_step_and_leads_away_from_the_negative_text(vae):
-    noise = torch.randn(1, *SHAPE)
-    plain, guided = Model(), Model()
-    once = Sampler("euler", 3, 1.0, 5.0).denoise(plain, noise, Cond(text(1)[None]), None)
-    away = Sampler("euler", 3, 4.0, 5.0).denoise(guided, noise, Cond(text(1)[None]), text(0.5))
-    assert [word for _, word in plain.asked] == [1.0] * 3
-    assert [word for _, word in guided.asked] == [0.5, 1.0] * 3
-    # The answer moves with the word, so guidance 4 answers as to the word 0.5 + 4 * (1 - 0.5).
-    other = Sampler("euler", 3, 1.0, 5.0).denoise(Model(), noise, Cond(text(0.5 + 4 * 0.5)[None]), None)
-    assert torch.allclose(away, other, atol=1e-4) and not torch.allclose(away, once, atol=1e-2)
-
-
-def test_the_shift_moves_the_steps_towards_noise():
-    low, high = Model(), Model()
-    for model, shift in ((low, 1.0), (high, 8.0)):
-        Sampler("unipc", 4, 1.0, shift).denoise(model, torch.randn(1, *SHAPE), Cond(text(1)[None]), None)
-    assert len(low.asked) == len(high.asked) == 4
-    assert all(more > less for (more, _), (less, _) in list(zip(high.asked, low.asked, strict=True))[1:])
 
 
 def test_requests_differ_in_noise_by_their_place_and_are_the_same_each_time(vae):

@@ -1,4 +1,4 @@
-"""Solvers on the official noise grid, and the sampling loop around them."""
+"""Sampling: the way from noise to latents, its guidance, and the settings of both."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from wan.text2video import guided, sample
+from wan.text2video import Sampler, guided, sample
 from wan.utils.fm_solvers import SOLVERS, make_solver, sigma_grid
 
 CPU = torch.device("cpu")
@@ -20,38 +20,6 @@ def draw(seed: int) -> Tensor:
 def curved(latents: Tensor, timestep: Tensor) -> Tensor:
     """A velocity that depends on place and time, smooth like a model's."""
     return torch.tanh(latents.roll(1, dims=1)) + latents * (timestep / 1000).view(-1, 1, 1, 1, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------- the grid
-
-
-@pytest.mark.parametrize(("steps", "shift"), [(50, 5.0), (40, 3.0), (50, 16.0), (1, 5.0), (4, 1.0)])
-def test_the_grid_has_the_official_values(steps, shift):
-    expected = []
-    for i in range(steps):
-        s = 0.999 * (steps - i) / steps
-        expected.append(shift * s / (1 + (shift - 1) * s))
-    assert sigma_grid(steps, shift).tolist() == pytest.approx(expected, rel=1e-12)
-
-
-@pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize("shift", [1.0, 5.0, 16.0])
-def test_a_solver_steps_through_the_grid_shifted_once_and_ends_at_0(name, shift):
-    solver = make_solver(name, 20, shift, CPU)
-    np.testing.assert_allclose(solver.sigmas.numpy(), [*sigma_grid(20, shift), 0.0], atol=1e-6)
-    assert len(solver.timesteps) == 20
-
-
-def test_timesteps_are_truncated_for_unipc_and_exact_for_euler():
-    grid = sigma_grid(50, 5.0) * 1000
-    assert make_solver("unipc", 50, 5.0, CPU).timesteps.tolist() == [int(t) for t in grid]
-    assert make_solver("unipc", 50, 5.0, CPU).timesteps[:2].tolist() == [999, 995]
-    np.testing.assert_allclose(make_solver("euler", 50, 5.0, CPU).timesteps.numpy(), grid, rtol=1e-6)
-
-
-def test_an_unknown_solver_is_refused_by_name():
-    with pytest.raises(ValueError, match="unknown solver 'heun'; known: unipc, euler"):
-        make_solver("heun", 20, 5.0, CPU)
 
 
 # ------------------------------------------------------------------------------------------------------ the trajectory
@@ -156,3 +124,45 @@ def test_guidance_1_makes_one_call_per_step_and_any_other_two(guidance, calls):
 
     sample(guided(counting(0), counting(1), guidance), draw(1), make_solver("unipc", 6, 5.0, CPU))
     assert tuple(counts) == calls
+
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+
+class Model:
+    """Predicts a velocity that depends on the condition, a word, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[float, float]] = []
+        self.with_gradient = False
+
+    def __call__(self, latents: Tensor, timestep: Tensor, word: float) -> Tensor:
+        self.asked.append((timestep[0].item(), word))
+        self.with_gradient |= torch.is_grad_enabled()
+        return word * torch.ones_like(latents) + latents
+
+
+def test_guidance_asks_twice_a_step_and_leads_away_from_the_unconditional_condition():
+    plain, guided = Model(), Model()
+    once = Sampler("euler", 3, 1.0, 5.0).denoise(plain, draw(1), 1.0, None)
+    away = Sampler("euler", 3, 4.0, 5.0).denoise(guided, draw(1), 1.0, 0.5)
+    assert [word for _, word in plain.asked] == [1.0] * 3
+    assert [word for _, word in guided.asked] == [0.5, 1.0] * 3
+    # The answer moves with the word, so guidance 4 answers as to the word 0.5 + 4 * (1 - 0.5).
+    other = Sampler("euler", 3, 1.0, 5.0).denoise(Model(), draw(1), 0.5 + 4 * 0.5, None)
+    assert torch.allclose(away, other, atol=1e-4) and not torch.allclose(away, once, atol=1e-2)
+
+
+def test_without_an_unconditional_condition_or_at_guidance_1_a_step_asks_once():
+    for guidance, uncond in ((4.0, None), (1.0, 0.5)):
+        model = Model()
+        Sampler("unipc", 3, guidance, 5.0).denoise(model, draw(1), 1.0, uncond)
+        assert [word for _, word in model.asked] == [1.0] * 3 and not model.with_gradient
+
+
+def test_the_shift_moves_the_steps_towards_noise():
+    low, high = Model(), Model()
+    for model, shift in ((low, 1.0), (high, 8.0)):
+        Sampler("unipc", 4, 1.0, shift).denoise(model, draw(1), 1.0, None)
+    assert len(low.asked) == len(high.asked) == 4
+    assert all(more > less for (more, _), (less, _) in list(zip(high.asked, low.asked, strict=True))[1:])

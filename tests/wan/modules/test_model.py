@@ -10,11 +10,11 @@ from diffusers import WanTransformer3DModel
 
 from tests.manifests import load_manifest
 from tests.peers import diffusers_transformer
-from wan.configs import CONFIGS, shape_of
+from wan.configs import FAMILIES
 from wan.modules.model import WanModel, WanShape, is_fp32, rotary_table
 
 SHAPE = WanShape(dim=48, ffn_dim=96, num_heads=2, num_layers=3, text_dim=20, text_len=12, freq_dim=16)
-KEYMAP = json.loads((Path(__file__).parents[1] / "data" / "keymap_diffusers.json").read_text(encoding="utf-8"))
+KEYMAP = json.loads((Path(__file__).parents[2] / "data" / "keymap_diffusers.json").read_text(encoding="utf-8"))
 
 
 def to_diffusers(name: str) -> str:
@@ -142,6 +142,6 @@ def test_a_rotary_table_built_while_sampling_can_be_trained_with():
 )
 def test_the_released_models_have_exactly_the_official_names_and_shapes(config, manifest):
     with torch.device("meta"):
-        model = WanModel(shape_of(CONFIGS[config]))
+        model = WanModel(FAMILIES[config].shape)
     actual = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert actual == load_manifest(manifest)

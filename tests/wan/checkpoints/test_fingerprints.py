@@ -1,0 +1,48 @@
+"""Two encoders have the same fingerprint only if they compute the same."""
+
+from dataclasses import replace
+
+import torch
+
+from tests.damage import edit_pth
+from wan.checkpoints import open_model, text_encoder_fingerprint, vae_fingerprint
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+def test_the_fingerprint_is_of_the_content_and_not_of_the_path(whole, folder):
+    expected = text_encoder_fingerprint(open_model(whole), FP32)
+    assert text_encoder_fingerprint(open_model(folder), FP32) == expected
+    assert text_encoder_fingerprint(open_model(folder.parent / "." / folder.name), FP32) == expected
+    assert vae_fingerprint(open_model(whole), FP32) == vae_fingerprint(open_model(folder), FP32)
+
+
+def test_the_fingerprint_changes_with_weights_tokenizer_length_and_dtype(folder):
+    files = open_model(folder)
+    seen = [text_encoder_fingerprint(files, FP32), text_encoder_fingerprint(files, BF16)]
+    seen.append(text_encoder_fingerprint(replace(files, text_len=files.text_len - 1), FP32))
+    edit_pth(files.text_encoder, lambda s: s["norm.weight"][0].add_(1))
+    seen.append(text_encoder_fingerprint(files, FP32))
+    with (files.tokenizer / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    seen.append(text_encoder_fingerprint(files, FP32))
+    assert len(set(seen)) == len(seen)
+
+
+def test_the_fingerprint_of_a_vae_changes_with_weights_and_dtype(folder):
+    files = open_model(folder)
+    seen = [vae_fingerprint(files, FP32), vae_fingerprint(files, BF16)]
+    edit_pth(files.vae, lambda s: s["conv2.bias"][0].add_(1))
+    seen.append(vae_fingerprint(files, FP32))
+    assert len(set(seen)) == len(seen)
+
+
+def test_the_fingerprint_of_a_large_file_sees_its_beginning_and_its_end(folder):
+    files, seen = open_model(folder), set()
+    for position in (None, 0, 2**25 + 99):
+        content = bytearray(2**25 + 100)
+        if position is not None:
+            content[position] = 1
+        files.text_encoder.write_bytes(content)
+        seen.add(text_encoder_fingerprint(files, FP32))
+    assert len(seen) == 3

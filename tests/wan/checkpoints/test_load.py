@@ -1,0 +1,220 @@
+"""Models load exactly, at any width, through one hook per tensor; what does not fit the model is refused by name."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.damage import edit_pth, edit_tensors, refused
+from tests.tiny import FAMILY, TINY_SHAPE, tiny_text_encoder, tiny_transformer, tiny_vae, write_transformer
+from utils.adapters.lora import widen_patch_embedding
+from wan.checkpoints import (
+    TRANSFORMER,
+    TransformerFiles,
+    build_transformer,
+    cast_to,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+    load_weights,
+    open_model,
+)
+from wan.checkpoints.headers import read_config, read_transformer
+from wan.modules.model import is_fp32
+
+FP32, BF16 = torch.float32, torch.bfloat16
+VAE, TEXT_ENCODER = FAMILY.vae, FAMILY.text_encoder
+
+
+def files_of(folder: Path) -> TransformerFiles:
+    return read_transformer(folder, read_config(folder))
+
+
+# ------------------------------------------------------------------------------------------------------- what loads
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_one_file_or_shards_load_to_the_same_frozen_weights(tmp_path, shards):
+    expected = tiny_transformer()
+    write_transformer(tmp_path, expected, shards)
+    model = load_transformer(files_of(tmp_path), FP32)
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert model.shape == expected.shape and not model.training
+    assert not any(parameter.requires_grad or parameter.is_meta for parameter in model.parameters())
+
+
+def test_in_bf16_the_fp32_islands_stay_as_they_are(whole):
+    expected = tiny_transformer().state_dict()
+    for name, tensor in load_transformer(files_of(whole), BF16).state_dict().items():
+        assert tensor.dtype == (FP32 if is_fp32(name) else BF16)
+        assert torch.equal(tensor, expected[name].to(tensor.dtype))
+
+
+def test_progress_sees_every_tensor(whole):
+    seen = []
+    load_transformer(files_of(whole), FP32, "cpu", lambda names: seen.append(len(list(names))) or names)
+    assert seen == [len(tiny_transformer().state_dict())]
+
+
+def test_a_transformer_is_built_without_memory_and_frozen(whole):
+    model = build_transformer(files_of(whole))
+    assert model.shape == TINY_SHAPE and not model.training
+    assert all(parameter.is_meta and not parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_vae_and_the_text_encoder_load_exactly(whole):
+    files = open_model(whole)
+    vae, encoder = load_vae(files), load_text_encoder(files, FP32, "cpu").encoder
+    for loaded, expected in ((vae, tiny_vae()), (encoder, tiny_text_encoder(TINY_SHAPE.text_dim))):
+        rounded = {name: t.bfloat16().float() if loaded is encoder else t for name, t in expected.state_dict().items()}
+        assert all(torch.equal(tensor, rounded[name]) for name, tensor in loaded.state_dict().items())
+        assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert load_text_encoder(files, BF16, "cpu").encoder.norm.weight.dtype == BF16
+
+
+def test_the_text_length_truncates_prompts(tmp_path, folder):
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace(f'"text_len": {TINY_SHAPE.text_len}', '"text_len": 5'))
+    encoder = load_text_encoder(open_model(folder), FP32, "cpu")
+    assert len(encoder.encode(["a cat runs over the house and under the tree"])[0]) == 5
+
+
+# --------------------------------------------------------------------------------------------- the hook per tensor
+
+
+def test_place_gets_each_tensor_by_its_official_name_and_decides_what_the_model_holds(whole):
+    files, seen = files_of(whole), {}
+
+    def place(name: str, tensor: Tensor) -> Tensor:
+        seen[name] = tensor.clone()
+        return -tensor
+
+    model = load_weights(build_transformer(files), files, place)
+    expected = tiny_transformer().state_dict()
+    assert all(torch.equal(seen[name], tensor) for name, tensor in expected.items()) and len(seen) == len(expected)
+    assert all(torch.equal(tensor, -expected[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_tensor_is_let_go_before_the_next_is_read(whole):
+    files, alive = files_of(whole), []
+
+    def place(name: str, tensor: Tensor) -> Tensor:
+        gc.collect()
+        assert not [reference for reference in alive if reference() is not None]
+        alive.append(weakref.ref(tensor))
+        return tensor.bfloat16()
+
+    load_weights(build_transformer(files), files, place)
+    assert len(alive) == len(files.tensors)
+
+
+def test_a_model_that_was_widened_before_takes_the_tensors_that_are_widened_by_place(whole):
+    files = files_of(whole)
+
+    def widen(name: str, tensor: Tensor) -> Tensor:
+        return F.pad(tensor, (0, 0, 0, 0, 0, 0, 0, 16)) if name == "patch_embedding.weight" else tensor
+
+    model = build_transformer(files)
+    widen_patch_embedding(model, 32)
+    load_weights(model, files, widen)
+    expected = tiny_transformer().patch_embedding.weight
+    assert torch.equal(model.patch_embedding.weight, widen("patch_embedding.weight", expected))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    wide = build_transformer(files)
+    widen_patch_embedding(wide, 32)
+    refused(r"has a wrong shape of tensor patch_embedding\.weight", load_weights, wide, files, cast_to(FP32))
+
+
+class Int8Linear(nn.Module):
+    """A linear layer as a quantiser would swap it in: integers with one scale for all."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty_like(linear.weight, dtype=torch.int8), requires_grad=False)
+        self.bias, self.scale = linear.bias, 0.01
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def test_layers_may_be_swapped_before_and_their_weights_stored_in_another_form(whole):
+    files, name = files_of(whole), "blocks.1.ffn.0.weight"
+    model = build_transformer(files)
+    model.blocks[1].ffn[0] = Int8Linear(model.blocks[1].ffn[0])
+
+    def place(key: str, tensor: Tensor) -> Tensor:
+        return nn.Parameter((tensor / 0.01).round().to(torch.int8), False) if key == name else tensor
+
+    load_weights(model, files, place)
+    assert model.get_parameter(name).dtype == torch.int8
+    exact = tiny_transformer()
+    latents, text = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 3, TINY_SHAPE.text_dim)
+    expected, actual = (m(latents, torch.tensor([500.0]), text) for m in (exact, model))
+    assert 0 < (actual - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_names_are_checked_before_anything_is_read(folder):
+    edit_tensors(folder, lambda s: s.pop("blocks.1.ffn.2.bias"))
+    files = files_of(folder)
+    refused("lacks tensor", load_weights, build_transformer(files), files, unread)
+
+
+def unread(name: str, tensor: Tensor) -> Tensor:
+    raise AssertionError(f"{name} was read")
+
+
+# -------------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda s: s.pop("blocks.1.ffn.2.bias"), r"lacks tensor blocks\.1\.ffn\.2\.bias"),
+        (lambda s: s.update({"img_emb.emb_pos": torch.ones(1, 514, 1280)}), r"foreign tensor img_emb\.emb_pos"),
+        (lambda s: s.update({"blocks.0.ffn.2.bias": torch.ones(47)}), r"wrong shape of tensor blocks\.0\.ffn\.2\.bias"),
+        (lambda s: s.update({"head.head.weight": torch.ones(64, 40)}), r"wrong shape of tensor head\.head\.weight"),
+    ],
+)
+def test_a_missing_foreign_or_misshapen_tensor_is_named(folder, edit, message):
+    edit_tensors(folder, edit)
+    assert TRANSFORMER in refused(message, load_transformer, files_of(folder), FP32)
+
+
+@pytest.mark.parametrize(
+    ("load", "file", "edit", "message"),
+    [
+        ("vae", VAE, lambda s: s.pop("conv2.weight"), r"lacks the tensor conv2\.weight"),
+        ("vae", VAE, lambda s: s.update({"conv2.weight": torch.tensor(1.0)}), "unexpected shape"),
+        ("vae", VAE, lambda s: s.update({"conv2.weight": torch.ones(48, 48, 1, 1, 1)}), "z_dim 16, not 48"),
+        ("vae", VAE, lambda s: s.update(other=torch.ones(1)), "foreign tensor other"),
+        ("vae", VAE, lambda s: s.update(other={"nested": 1}), "does not hold a flat dictionary of tensors"),
+        ("text", TEXT_ENCODER, lambda s: s.pop("blocks.0.ffn.fc1.weight"), r"lacks the tensor blocks\.0\.ffn\.fc1"),
+        ("text", TEXT_ENCODER, lambda s: s.update({"norm.weight": torch.ones(3)}), r"wrong shape of tensor norm"),
+        ("text", TEXT_ENCODER, lambda s: s.update({"token_embedding.weight": torch.ones(3)}), "unexpected shape"),
+    ],
+)
+def test_a_pth_file_of_another_content_is_named(folder, load, file, edit, message):
+    edit_pth(folder / file, edit)
+    assert file in refused(message, *loading(load, folder))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", ""])
+def test_a_tokenizer_that_is_gone_or_broken_is_named(folder, name):
+    files = open_model(folder)
+    (files.tokenizer / "tokenizer.json").write_text("{}") if name else (files.tokenizer / "tokenizer.json").unlink()
+    assert str(files.tokenizer) in refused("tokenizer", load_text_encoder, files, FP32, "cpu")
+
+
+def loading(part: str, folder: Path) -> tuple[Callable, ...]:
+    files = open_model(folder)
+    return (load_vae, files) if part == "vae" else (load_text_encoder, files, FP32, "cpu")
+
+
+def test_many_missing_tensors_are_counted_not_listed(folder):
+    edit_tensors(folder, lambda s: [s.pop(name) for name in list(s) if name.startswith("blocks.1.self_attn")])
+    assert "and 7 more" in refused("lacks tensor", load_transformer, files_of(folder), FP32)

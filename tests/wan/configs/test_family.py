@@ -1,0 +1,52 @@
+"""The rows of released models: what follows from a row, and which row a checkpoint belongs to."""
+
+import pytest
+
+from tests.tiny import FAMILY
+from wan.configs import FAMILIES, match_family, named_family
+from wan.configs.grid import Grid
+
+ALONE = ("transformer",)
+
+
+def test_a_token_of_wan_2_1_covers_4_frames_of_16_pixels_squared():
+    assert {family.grid for family in FAMILIES.values()} == {Grid(frame=4, side=16)}
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_the_experts_of_a_release_share_all_noise_levels(family):
+    intervals = sorted(expert.sigmas for expert in family.experts)
+    assert (intervals[0][0], intervals[-1][1]) == (0.0, 1.0)
+    assert all(first[1] == second[0] for first, second in zip(intervals, intervals[1:], strict=False))
+    assert len({expert.name for expert in family.experts}) == len(family.experts)
+
+
+def test_what_is_downloaded_of_a_release_is_named_by_its_row():
+    patterns = ("config.json", "diffusion_pytorch_model*", "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth")
+    assert FAMILY.hub_patterns == (*patterns, "google/umt5-xxl/*")
+    assert FAMILY.config_files == ("config.json",)
+
+
+def test_a_release_is_named_by_the_end_of_its_hub_name_in_any_case():
+    assert named_family("Wan-AI/Wan2.1-T2V-14B") is FAMILIES["wan2.1-t2v-14B"]
+    assert named_family("models/wan2.1-t2v-1.3b/") is FAMILIES["wan2.1-t2v-1.3B"]
+    assert named_family("Wan-AI/Wan2.1-T2V") is None
+
+
+def test_a_checkpoint_belongs_to_the_row_of_its_width_or_else_to_the_first_of_its_kind():
+    assert match_family("t2v", 16, 5120, ALONE) is FAMILIES["wan2.1-t2v-14B"]
+    assert match_family("t2v", 16, 192, ALONE) is match_family("t2v", 16, None, ALONE) is FAMILIES["wan2.1-t2v-1.3B"]
+
+
+@pytest.mark.parametrize(
+    ("task", "in_dim", "transformers"),
+    [
+        ("i2v", 16, ALONE),
+        ("t2v", 36, ALONE),
+        (None, 16, ALONE),
+        ([], 16, ALONE),
+        ("t2v", 16, ("high_noise", "low_noise")),
+    ],
+)
+def test_a_checkpoint_of_another_kind_belongs_to_no_row(task, in_dim, transformers):
+    assert match_family(task, in_dim, 1536, transformers) is None

@@ -1,0 +1,138 @@
+"""One transformer on disk, known by its config.json and the headers of its safetensors files."""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from wan.checkpoints.errors import CheckpointError
+from wan.checkpoints.tensors import Shape, read_shapes
+from wan.modules.model import WanShape
+
+CONFIG = "config.json"
+TRANSFORMER = "diffusion_pytorch_model.safetensors"
+INDEX = f"{TRANSFORMER}.index.json"
+WIDTHS = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "text_dim", "freq_dim", "patch_size")  # in the tensors
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a transformer's config.json says."""
+
+    path: Path
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TransformerFiles:
+    """A transformer: which file holds each of its tensors, and its widths."""
+
+    path: Path  # the file, or the index of the shards
+    tensors: Mapping[str, Path]  # official name -> file, in the order of reading
+    shape: WanShape
+
+
+def read_config(folder: Path) -> Config:
+    """The config.json in the folder of a transformer. Raises CheckpointError if it is missing or not a JSON object."""
+    path = existing(folder / CONFIG)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a readable JSON file: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return Config(path, values)
+
+
+def read_transformer(path: Path, config: Config) -> TransformerFiles:
+    """The transformer in a file, or in a folder as one file or as shards with their index.
+
+    Widths come from the tensors, so that a Wan of any size loads; `config` adds what no tensor has. Raises
+    CheckpointError for a missing or unreadable file, for tensors that are not a Wan's, and where the two disagree.
+    """
+    path, files = _find_files(path) if path.is_dir() else (existing(path), [path])
+    shapes: dict[str, Shape] = {}
+    tensors: dict[str, Path] = {}
+    for file in files:
+        found = read_shapes(file)
+        shapes |= found
+        tensors |= dict.fromkeys(found, file)
+    return TransformerFiles(path, tensors, _transformer_shape(path, shapes, config))
+
+
+def existing(path: Path) -> Path:
+    """The path of a file or folder. Raises CheckpointError if there is none."""
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; the official layout of a model has it")
+    return path
+
+
+@contextmanager
+def official_layout(path: Path) -> Iterator[None]:
+    """Widths are read inside: a tensor that is missing or has too few axes becomes a CheckpointError that names it."""
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks the tensor {error.args[0]}: not the official layout") from None
+    except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path} has a tensor of unexpected shape: {error}") from None
+
+
+def count_blocks(names: Mapping[str, object]) -> int:
+    """The number of blocks that tensors of these names belong to."""
+    return len({name.split(".")[1] for name in names if name.startswith("blocks.")})
+
+
+def _find_files(folder: Path) -> tuple[Path, list[Path]]:
+    """The one file, or the index and the shards that it names."""
+    if (folder / TRANSFORMER).exists():
+        return folder / TRANSFORMER, [folder / TRANSFORMER]
+    index = existing(folder) / INDEX
+    if not index.exists():
+        raise CheckpointError(f"{folder} holds neither {TRANSFORMER} nor {INDEX}")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{index} is not a valid index of safetensors shards") from None
+    # A name from a file's content is never followed out of the folder.
+    if outside:
+        raise CheckpointError(f"{index} names a shard outside its folder: {outside[0]}")
+    return index, [existing(folder / name) for name in names]
+
+
+def _transformer_shape(path: Path, shapes: Mapping[str, Shape], config: Config) -> WanShape:
+    with official_layout(path):
+        dim, in_dim, frames, height, width = shapes["patch_embedding.weight"]
+        shape = WanShape(
+            dim=dim,
+            ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
+            num_layers=count_blocks(shapes),
+            in_dim=in_dim,
+            out_dim=shapes["head.head.weight"][0] // (frames * height * width),
+            text_dim=shapes["text_embedding.0.weight"][1],
+            freq_dim=shapes["time_embedding.0.weight"][1],
+            patch_size=(frames, height, width),
+        )
+    for name in WIDTHS:
+        ours, theirs = getattr(shape, name), config.values.get(name)
+        if name in config.values and theirs not in (ours, list(ours) if isinstance(ours, tuple) else ours):
+            raise CheckpointError(f"{config.path} says {name} {theirs}, but the weights have {ours}")
+    num_heads, eps, text_len = _not_in_the_tensors(config)
+    if num_heads < 1 or dim % num_heads:
+        raise CheckpointError(f"{config.path}: {num_heads} heads do not divide the width {dim}")
+    return replace(shape, num_heads=num_heads, eps=eps, text_len=text_len)
+
+
+def _not_in_the_tensors(config: Config) -> tuple[int, float, int]:
+    """The number of heads, eps and the text length."""
+    try:
+        num_heads, eps = int(config.values["num_heads"]), float(config.values.get("eps", 1e-6))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise CheckpointError(f"{config.path} lacks a valid num_heads or eps") from None
+    text_len = config.values.get("text_len", 512)
+    if not isinstance(text_len, int) or text_len < 1:
+        raise CheckpointError(f"{config.path}: text_len must be a positive whole number, not {text_len!r}")
+    return num_heads, eps, text_len

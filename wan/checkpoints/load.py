@@ -1,0 +1,113 @@
+"""From files to modules: built without memory on the meta device, filled tensor by tensor, frozen, in eval mode."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from wan.checkpoints.errors import CheckpointError
+from wan.checkpoints.find import ModelFiles
+from wan.checkpoints.headers import TransformerFiles, count_blocks, official_layout
+from wan.checkpoints.tensors import open_tensors, read_pth
+from wan.modules.model import WanModel, is_fp32
+from wan.modules.t5 import TextEncoder, UMT5Encoder
+from wan.modules.tokenizers import Tokenizer
+from wan.modules.vae import WanVAE
+
+Device = torch.device | str
+Place = Callable[[str, Tensor], Tensor]  # from a tensor's official name and its content to what the model holds
+Progress = Callable[[Sequence[str]], Iterable[str]]  # may wrap the names of the tensors in a bar
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def build_transformer(files: TransformerFiles) -> WanModel:
+    """The frozen transformer without its weights, on the meta device: cheap, and it has every name and shape."""
+    return _on_meta(lambda: WanModel(files.shape))
+
+
+def load_weights(
+    model: WanModel, files: TransformerFiles, place: Place, progress: Progress = iter, device: Device = "cpu"
+) -> WanModel:
+    """Gives a model from `build_transformer` its weights; returns it.
+
+    Each tensor is read straight to `device` and handed to `place` before the next one is read, so that host memory
+    never holds a second copy of the model. `place` returns what the model shall hold: the tensor in another dtype, on
+    another device, quantised, with a LoRA added, ... The model may have been changed before (widened, layers swapped):
+    its names must be those of the file, and its shapes those of what `place` returns. Raises CheckpointError otherwise.
+    """
+    _check_names(model, files.tensors, files.path)
+    with open_tensors(files.tensors, device) as read:
+        state = {name: place(name, read(name)) for name in progress(list(files.tensors))}
+    return _assign(model, state, files.path)
+
+
+def cast_to(dtype: torch.dtype, device: Device = "cpu") -> Place:
+    """A `place` for weights as stored: in `dtype`, except for the parameters that stay fp32 (`is_fp32`)."""
+    # Moved first and cast there: a GPU casts faster, and no second copy is made in host memory.
+    return lambda name, tensor: tensor.to(device).to(torch.float32 if is_fp32(name) else dtype)
+
+
+def load_transformer(
+    files: TransformerFiles, dtype: torch.dtype, device: Device = "cpu", progress: Progress = iter
+) -> WanModel:
+    """The frozen transformer on `device`: its linear layers in `dtype`, and in fp32 what `is_fp32` names.
+
+    Raises CheckpointError for a missing, unexpected or misshapen tensor, and for a file that cannot be read.
+    """
+    return load_weights(build_transformer(files), files, cast_to(dtype, device), progress, device)
+
+
+def load_vae(files: ModelFiles, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
+    """The frozen VAE, fp32 as in official use. Raises CheckpointError as `load_transformer` does."""
+    path, state = files.vae, read_pth(files.vae)
+    with official_layout(path):
+        base, z_dim = len(state["encoder.conv1.weight"]), len(state["conv2.weight"])
+        vae = _on_meta(lambda: WanVAE(dim=base, z_dim=z_dim))
+    return _fill(vae, state, path).to(device, dtype)
+
+
+def load_text_encoder(files: ModelFiles, dtype: torch.dtype, device: Device) -> TextEncoder:
+    """The frozen UMT5 encoder with its tokenizer, which truncates to the text length. Raises CheckpointError."""
+    try:
+        tokenizer = Tokenizer(files.tokenizer, files.text_len)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{files.tokenizer} is not a tokenizer: {error}") from None
+    path, state = files.text_encoder, read_pth(files.text_encoder)
+    with official_layout(path):
+        vocab_size, dim = state["token_embedding.weight"].shape
+        num_buckets, num_heads = state["blocks.0.pos_embedding.embedding.weight"].shape
+        dim_attn, dim_ffn = (len(state[f"blocks.0.{name}.weight"]) for name in ("attn.q", "ffn.fc1"))
+        num_layers = count_blocks(state)
+        encoder = _on_meta(lambda: UMT5Encoder(vocab_size, dim, dim_attn, dim_ffn, num_heads, num_layers, num_buckets))
+    return TextEncoder(_fill(encoder, state, path).to(device, dtype), tokenizer)
+
+
+def _on_meta(build: Callable[[], Module]) -> Module:
+    with torch.device("meta"):
+        return build().eval().requires_grad_(False)
+
+
+def _fill(module: Module, state: Mapping[str, Tensor], path: Path) -> Module:
+    _check_names(module, state, path)
+    return _assign(module, state, path)
+
+
+def _assign(module: Module, state: Mapping[str, Tensor], path: Path) -> Module:
+    expected = module.state_dict()
+    _refuse(path, "has a wrong shape of", [name for name in state if state[name].shape != expected[name].shape])
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def _check_names(module: nn.Module, names: Iterable[str], path: Path) -> None:
+    expected, found = module.state_dict().keys(), set(names)
+    _refuse(path, "lacks", [name for name in expected if name not in found])
+    _refuse(path, "has the foreign", [name for name in names if name not in expected])
+
+
+def _refuse(path: Path, fault: str, names: Sequence[str]) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise CheckpointError(f"{path} {fault} tensor {', '.join(names[:3])}{more}")

@@ -1,0 +1,63 @@
+"""What a released model is, besides its weights. Each release is one row of `wan.configs.FAMILIES`."""
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from wan.configs.grid import Grid
+from wan.modules.model import WanShape
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One transformer of a release and the noise levels it is responsible for."""
+
+    name: str
+    folder: str  # where its config.json and weights are, relative to the model's folder
+    sigmas: tuple[float, float]  # from the lowest to the highest noise level, in 0..1, after the shift
+
+
+@dataclass(frozen=True)
+class Family:
+    """A released model: how it is laid out on disk, how it is built, and how it is officially sampled."""
+
+    task: str  # "model_type" in config.json
+    shape: WanShape  # of the released transformers; a checkpoint with other widths is used in the same way
+    experts: tuple[Expert, ...]  # their intervals cover 0..1
+    stride: tuple[int, int, int]  # frames, rows and columns of pixels per latent
+    vae: str  # file
+    text_encoder: str  # file
+    tokenizer: str  # folder
+    shift: float
+    steps: int
+    guidance: float
+    fps: int
+    frames: int
+    size: tuple[int, int]  # (width, height) in pixels
+    negative_prompt: str  # file in embeddings/
+
+    @property
+    def in_dim(self) -> int:
+        """The input channels of the released transformers."""
+        return self.shape.in_dim
+
+    @property
+    def out_dim(self) -> int:
+        """The channels of the latents."""
+        return self.shape.out_dim
+
+    @property
+    def grid(self) -> Grid:
+        """What one token covers: the VAE's stride times the transformer's patch."""
+        frame, side = (stride * patch for stride, patch in zip(self.stride[:2], self.shape.patch_size[:2], strict=True))
+        return Grid(frame, side)
+
+    @property
+    def config_files(self) -> tuple[str, ...]:
+        """The config.json of each transformer, relative to the model's folder."""
+        return tuple(str(PurePosixPath(expert.folder, "config.json")) for expert in self.experts)
+
+    @property
+    def hub_patterns(self) -> tuple[str, ...]:
+        """Patterns over the file names of the release's hub repository: everything that training needs."""
+        weights = (str(PurePosixPath(expert.folder, "diffusion_pytorch_model*")) for expert in self.experts)
+        return (*self.config_files, *weights, self.vae, self.text_encoder, f"{self.tokenizer}/*")
