@@ -1,20 +1,25 @@
 """Samples fresh from the encoders and samples from the cache: the loop cannot tell them apart."""
 
+import re
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import train_wan_lora
+import utils.encoding.samples
 from tests.limits import limits
 from tests.media import image, video
 from tests.tiny import tiny_transformer, write_model
 from utils.adapters.lora import add_lora, select_modules, widen_patch_embedding
+from utils.common.errors import UserError
 from utils.data.folders import Folder, Rules
-from utils.data.plan import Window, fixed_windows, flatten_windows
+from utils.data.plan import Plan, Window, fixed_windows, flatten_windows
 from utils.data.scan import scan
 from utils.encoding.conditioning import make_predict
-from utils.encoding.samples import CachedSamples, FreshSamples, LatentEncoding
+from utils.encoding.samples import CachedSamples, Caches, FreshSamples, LatentEncoding, Samples, open_samples
 from utils.encoding.text import TextEncoding
 from wan.checkpoints import open_model
 
@@ -116,3 +121,74 @@ def test_training_from_the_cache_loads_neither_the_vae_nor_the_text_encoder(tmp_
         monkeypatch.setattr(name, None)
     train_wan_lora.main([*flags.split(), "--max_train_steps", "1"])
     assert len(list((tmp_path / "outputs").glob("*/checkpoints/wan-lora-*"))) == 1
+
+
+def test_a_stream_gives_the_planned_batches_from_any_place_on(tmp_path, model):
+    for name in "abc":
+        video(tmp_path / f"{name}.mp4", frames=9)
+    sources, _ = scan(Folder(tmp_path, Rules(base_res=(64,), enlarge=True)), 16.0)
+    fixed = fixed_windows(sources, LIMITS, 2)
+    plan = Plan(sources, LIMITS, seed=0, fixed=fixed)
+    planned = [*plan.epoch(0), *plan.epoch(1)]
+    for samples in both(tmp_path, model, flatten_windows(fixed), None):
+        with closing(samples.stream(plan, start_batch=2)) as stream:
+            for windows in planned[2:]:
+                batch, expected = next(stream), samples.load_batch(windows)
+                assert torch.equal(batch.latents, expected.latents) and torch.equal(batch.cond.text, expected.cond.text)
+
+
+def test_closing_a_stream_ends_the_loading(tmp_path, model, monkeypatch):
+    video(tmp_path / "a.mp4", frames=9)
+    sources, _ = scan(Folder(tmp_path, Rules(base_res=(64,), enlarge=True)), 16.0)
+    ended, original = [], utils.encoding.samples.batches
+
+    def watched(*args):
+        try:
+            yield from original(*args)
+        finally:
+            ended.append(args[3])
+
+    monkeypatch.setattr(utils.encoding.samples, "batches", watched)
+    fresh, _ = both(tmp_path, model, windows_of(tmp_path), None)
+    stream = replace(fresh, num_workers=1).stream(Plan(sources, LIMITS, 0))
+    next(stream)
+    assert not ended
+    stream.close()
+    assert ended == [1]
+
+
+def test_the_vae_of_cached_samples_is_loaded_when_something_is_decoded_and_once(tmp_path, model, monkeypatch):
+    video(tmp_path / "a.mp4", frames=9)
+    _, cached = both(tmp_path, model, windows_of(tmp_path), None)
+    loads, load_vae = [], utils.encoding.samples.load_vae
+    monkeypatch.setattr(utils.encoding.samples, "load_vae", lambda *args: loads.append(args) or load_vae(*args))
+    cached.load_batch(windows_of(tmp_path)[:1])
+    assert not loads
+    assert cached.vae is cached.vae and len(loads) == 1
+
+
+def test_samples_are_opened_as_the_options_say(tmp_path, model, capsys):
+    video(tmp_path / "a.mp4", frames=9)
+    windows, files = windows_of(tmp_path), open_model(model)
+    texts = TextEncoding(files, CPU).cache(tmp_path / "text").load
+
+    def opened(chosen: list[Window], **caches: object) -> Samples:
+        options = Caches(**caches)
+        return open_samples(options, LatentEncoding(files, CPU), chosen, texts, tmp_path / "cache", num_workers=0)
+
+    assert isinstance(opened(windows), FreshSamples) and not (tmp_path / "cache").exists()
+    cached = opened(windows, cache_latents=2)
+    assert isinstance(cached, CachedSamples) and cached.latents.missing(windows) == []
+    capsys.readouterr()
+    pruned = opened(windows[:1], cache_latents=2, prune_cache=True)
+    assert pruned.latents.missing(windows) == windows[1:]
+    assert re.search(r"latents: removed \d\.\d+ MB that this run does not use", capsys.readouterr().out)
+
+
+def test_a_cached_file_with_another_condition_ends_with_one_message(tmp_path, model):
+    video(tmp_path / "a.mp4", frames=9)
+    windows = windows_of(tmp_path)
+    _, cached = both(tmp_path, model, windows, None)
+    cached.latents.store(windows[0], cached.latents.load(windows[0]) | {"image": torch.zeros(2)})
+    with pytest.raises(UserError, match="holds image, latents, but latents is needed: run --cache_latents again"):
+        cached.load(windows[0])
