@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Generate a video with a LoRA, to see what it has learnt.
+"""Generate a video with a LoRA, to see what it has learned.
 
     python test_wan_control_lora.py --lora_path wan-lora-00001000.safetensors --prompt "a fox in snow" --compare
     python test_wan_control_lora.py --lora_path control.safetensors --input_video small.mp4
@@ -23,13 +23,15 @@ from utils.adapters.lora import fuse_lora
 from utils.adapters.lora_file import LoraFile
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.wantraining import TEST_SCRIPT
+from utils.common.console import say
 from utils.common.device import compute_dtype, explain_out_of_memory, pick_device
-from utils.common.errors import UserError
+from utils.common.errors import RunError, UserError
 from utils.common.files import check_writable
 from utils.common.formatting import counted
 from utils.common.options import Replaced, option, parse_options, run_script
+from utils.common.temp_rng import MAX_SEED
 from utils.data.buckets import bucket_size
-from utils.diffusion.flow import seeded_noise
+from utils.diffusion.flow import Predict, seeded_noise
 from utils.encoding.conditioning import Cond, encode_video, make_predict, replace_text, to_pixels, to_unit_range
 from utils.encoding.text import EMBEDDINGS, TextEncoding, check_embedding_shape, read_prompt
 from utils.encoding.text_cache import load_embedding
@@ -43,26 +45,28 @@ from wan.configs import Family, Grid
 from wan.text2video import Sampler
 from wan.utils.fm_solvers import SOLVERS
 
+BASE_RES = 624  # of the video that follows an input video, unless a size is given
+
 # ------------------------------------------------------------------------------------------------------------ options
 
 
 @dataclass(frozen=True)
-class Source:
-    """what to generate"""
+class Content:
+    """content"""
 
     replaced: ClassVar[Replaced] = TEST_SCRIPT
     lora_path: Path | None = option(
         None, "LoRA file: from training, converted, or in another tool's format", aliases=("lora",)
     )
     pretrained_model_name_or_path: str | None = option(None, "base model (default: the one the LoRA names)")
-    prompt: str | None = option(None, "what to show (default: nothing in particular)")
+    prompt: str | None = option(None, "what to generate (default: an empty prompt)")
     embedding: Path | None = option(None, "text embedding file to use instead of --prompt")
-    negative_prompt: str | None = option(None, "what not to show (default: the model's own)")
+    negative_prompt: str | None = option(None, "what to avoid (default: the model's own negative prompt)")
     negative_embedding: Path | None = option(None, "text embedding file to use instead of --negative_prompt")
     input_video: Path | None = option(None, "video or image that a control LoRA follows", aliases=("control_video",))
     control_type: str | None = option(
         None,
-        "how it becomes the control (default: as trained)",
+        "how the input becomes the control; file: it is the control (default: as trained)",
         choices=(*CONTROL_TYPES, FROM_FILE),
         requires="input_video",
     )
@@ -70,7 +74,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Sampling:
-    """how"""
+    """sampling"""
 
     width: int | None = option(None, "multiple of 16 (default: the model's, or near the input video's)", minimum=16)
     height: int | None = option(None, "multiple of 16", minimum=16)
@@ -80,16 +84,33 @@ class Sampling:
         None, "classifier-free guidance, 1: none (default: the model's)", minimum=0, aliases=("cfg",)
     )
     shift: float | None = option(None, "shift of the noise levels (default: the model's)", minimum=0.01)
-    solver: str = option("unipc", "how the steps are taken", choices=SOLVERS)
-    seed: int = option(42, "seed of the noise", minimum=0, maximum=2**32 - 1)
+    solver: str = option("unipc", "solver of the sampling steps", choices=SOLVERS)
+    seed: int = option(42, "seed of the noise", minimum=0, maximum=MAX_SEED)
     strength: float = option(1.0, "strength of the LoRA")
-    compare: bool = option(False, "generate without the LoRA too, from the same noise, side by side")
+    compare: bool = option(False, "also generate without the LoRA, from the same noise, side by side")
     output_dir: Path = option(Path("outputs/samples"), "where the mp4 and the contact sheet are written")
 
 
 @dataclass(frozen=True)
-class Options(Source, Sampling):
+class Options(Content, Sampling):
     """Generate a video with a LoRA."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is generated, with everything decided that the options left open."""
+
+    lora_path: Path
+    text: str | Path  # a prompt, or the file of its embedding
+    negative: str | Path
+    width: int
+    height: int
+    frames: int
+    sampler: Sampler
+    seed: int
+    strength: float
+    input_video: Path | None
+    control_type: str
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -102,67 +123,72 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{opts.lora_path} does not name its base model; pass --pretrained_model_name_or_path")
     with suggest_download():
         files = open_model(name)
-    opts = complete(opts, lora, files.family)
+    request = complete(opts, opts.lora_path, lora, files.family)
     check_writable(opts.output_dir)
-    # A rehearsal without weights: a LoRA that does not fit should not cost the minutes of loading.
+
+    # A rehearsal on a transformer without weights: a LoRA that does not fit should not cost the minutes of loading.
     fuse_lora(build_transformer(files.transformer), lora)
-    print(describe(opts))
+    say(describe(request))
     with explain_out_of_memory(), torch.no_grad():
-        generate(opts, lora, files)
+        videos = generate(request, lora, files, opts.compare)
+    write(opts.output_dir, f"{opts.lora_path.stem}_seed{opts.seed}", videos, files.family.fps)
 
 
 # --------------------------------------------------------------------------------------------------------- the request
 
 
-def complete(opts: Options, lora: LoraFile, config: Family) -> Options:
-    """Fills in what was left open: from the input video, from the LoRA's metadata, from the model's own settings."""
-    size, frames, grid = config.size, config.frames, config.grid
+def complete(opts: Options, lora_path: Path, lora: LoraFile, family: Family) -> Request:
+    """Decides what was left open: by the input video, by the LoRA's metadata, by the model's own settings.
+
+    Raises UserError for what contradicts itself or does not fit the model.
+    """
     if opts.prompt is not None and opts.embedding is not None:
-        raise UserError("--prompt and --embedding exclude each other: an embedding is a prompt that is encoded already")
+        raise UserError("--prompt and --embedding exclude each other: an embedding is an encoded prompt")
     if opts.negative_prompt is not None and opts.negative_embedding is not None:
         raise UserError("--negative_prompt and --negative_embedding exclude each other: give one of them")
-    if bool(lora.input_shapes) != (opts.input_video is not None):
-        raise UserError(
-            "this is a control LoRA: pass the video to follow as --input_video"
-            if lora.input_shapes
-            else f"{opts.lora_path} is not a control LoRA: it cannot follow --input_video"
-        )
-    if opts.input_video is not None:
-        info = probe(opts.input_video)
-        size, frames = bucket_size(info.width, info.height, 624, grid), min(frames, usable_frames(info, grid))
-    opts = replace(
-        opts,
-        width=opts.width or size[0],
-        height=opts.height or size[1],
+    if lora.input_shapes and opts.input_video is None:
+        raise UserError("this is a control LoRA: pass the video to follow as --input_video")
+    if opts.input_video is not None and not lora.input_shapes:
+        raise UserError(f"{lora_path} is not a control LoRA: it cannot follow --input_video")
+
+    # A control LoRA generates a video of the shape and the length of the one that it follows.
+    (width, height), frames = family.size, family.frames
+    info = None if opts.input_video is None else probe(opts.input_video)
+    if info is not None:
+        width, height = bucket_size(info.width, info.height, BASE_RES, family.grid)
+        frames = min(frames, usable_frames(info, family.grid))
+    guidance = family.guidance if opts.guidance is None else opts.guidance
+    negative: str | Path | None = opts.negative_embedding or opts.negative_prompt
+    request = Request(
+        lora_path=lora_path,
+        text=opts.embedding or opts.prompt or "",
+        negative=read_prompt(EMBEDDINGS / family.negative_prompt) if negative is None else negative,
+        width=opts.width or width,
+        height=opts.height or height,
         frames=opts.frames or frames,
-        steps=opts.steps or config.steps,
-        guidance=config.guidance if opts.guidance is None else opts.guidance,
-        shift=opts.shift or config.shift,
+        sampler=Sampler(opts.solver, opts.steps or family.steps, guidance, opts.shift or family.shift),
+        seed=opts.seed,
+        strength=opts.strength,
+        input_video=opts.input_video,
         control_type=opts.control_type or lora.metadata.get("control") or "tile",
-        negative_prompt=read_prompt(EMBEDDINGS / config.negative_prompt)
-        if opts.negative_prompt is None
-        else opts.negative_prompt,
     )
-    step, side = grid.frame, grid.side
-    if opts.width % side or opts.height % side:
-        raise UserError(f"--width {opts.width} and --height {opts.height} must be multiples of {side}")
-    if opts.control_type not in (*CONTROL_TYPES, FROM_FILE):
-        made = f"the LoRA follows {opts.control_type!r}, which cannot be made here"
+    check_request(request, family.grid, info)
+    return request
+
+
+def check_request(request: Request, grid: Grid, info: MediaInfo | None) -> None:
+    """Raises UserError for sizes that the model does not have, and for a control that cannot be made."""
+    if request.width % grid.side or request.height % grid.side:
+        sizes = f"--width {request.width} and --height {request.height}"
+        raise UserError(f"{sizes} must be multiples of {grid.side}")
+    if request.control_type not in (*CONTROL_TYPES, FROM_FILE):
+        made = f"the LoRA follows {request.control_type!r}, which cannot be made here"
         raise UserError(f"{made}; pass a video of it and --control_type {FROM_FILE}")
-    if opts.frames % step != 1:
-        raise UserError(f"--frames {opts.frames} must be {step}n + 1, like {opts.frames // step * step + 1}")
-    if opts.input_video is not None and opts.frames > usable_frames(info, grid):
-        raise UserError(f"{opts.input_video} has {info.frames} frames, too few for --frames {opts.frames}")
-    return opts
-
-
-def describe(opts: Options) -> str:
-    """What is about to be generated: what was left open is told too, because it decides the result."""
-    followed = f", following {opts.input_video} ({opts.control_type})" if opts.input_video else ""
-    return (
-        f"{opts.width}x{opts.height}, {counted(opts.frames, 'frame')}, {counted(opts.steps, 'step')} of {opts.solver}, "
-        f"guidance {opts.guidance:g}, shift {opts.shift:g}, seed {opts.seed}, strength {opts.strength:g}{followed}"
-    )
+    if request.frames % grid.frame != 1:
+        nearest = request.frames // grid.frame * grid.frame + 1
+        raise UserError(f"--frames {request.frames} must be {grid.frame}n + 1, like {nearest}")
+    if info is not None and request.frames > usable_frames(info, grid):
+        raise UserError(f"{request.input_video} has {info.frames} frames, too few for --frames {request.frames}")
 
 
 def usable_frames(info: MediaInfo, grid: Grid) -> int:
@@ -170,85 +196,97 @@ def usable_frames(info: MediaInfo, grid: Grid) -> int:
     return (info.frames - 1) // grid.frame * grid.frame + 1
 
 
+def describe(request: Request) -> str:
+    """What is about to be generated, including what was left open: it decides the result too."""
+    sampler = request.sampler
+    followed = f", following {request.input_video} ({request.control_type})" if request.input_video else ""
+    return (
+        f"{request.width}x{request.height}, {counted(request.frames, 'frame')}, {counted(sampler.steps, 'step')} of "
+        f"{sampler.solver}, guidance {sampler.guidance:g}, shift {sampler.shift:g}, seed {request.seed}, "
+        f"strength {request.strength:g}{followed}"
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------- generation
 
 
-def generate(opts: Options, lora: LoraFile, files: ModelFiles) -> None:
-    """From the request to files; models are loaded one after another, and only while they are needed."""
+def generate(request: Request, lora: LoraFile, files: ModelFiles, compare: bool) -> dict[str, Tensor]:
+    """Videos (F, 3, H, W) uint8 by label: the control if there is one, without the LoRA if asked for, and with it."""
+    # Models are loaded one after another, and only while they are needed: the text encoder alone takes 11 GB.
     device = pick_device()
-    text, negative = embed(opts, files, device)
+    text, negative = embed(request, files, device)
     vae = load_vae(files, device)
-    control = read_control(opts, device) if opts.input_video else None
+    control = read_control(request, request.input_video, device) if request.input_video else None
     cond = Cond(text[None], None if control is None else encode_video(control, vae)[None])
-    shape = (1, *vae.latent_shape(opts.frames, opts.height, opts.width))
-    noise = seeded_noise(shape, opts.seed).to(device)
+    noise = seeded_noise((1, *vae.latent_shape(request.frames, request.height, request.width)), request.seed).to(device)
 
+    # One model serves both: first as the base, then with the LoRA added to its weights. Noise and text stay the same,
+    # so every difference between the videos is the LoRA's.
     progress = partial(tqdm, desc="loading the transformer", unit="tensor", leave=False)
     model = load_transformer(files.transformer, compute_dtype(device), device, progress)
-    denoise = Sampler(opts.solver, opts.steps, opts.guidance, opts.shift).denoise
     latents = {}
-    if opts.compare:
-        free = replace(cond, channels=None)  # the base model has no channels for control
-        progress = partial(tqdm, desc="without the LoRA", unit="step")
-        uncond = None if negative is None else replace_text(free, negative)
-        latents["without the LoRA"] = denoise(make_predict(model), noise, free, uncond, progress)
-    fuse_lora(model, lora, opts.strength)
-    progress = partial(tqdm, desc="with the LoRA", unit="step")
-    uncond = None if negative is None else replace_text(cond, negative)
-    latents["with the LoRA"] = denoise(make_predict(model), noise, cond, uncond, progress)
+    if compare:
+        free = replace(cond, channels=None)  # the base model has no input channels for a control
+        latents["without the LoRA"] = sample(request, make_predict(model), noise, free, negative, "without the LoRA")
+    fuse_lora(model, lora, request.strength)
+    latents["with the LoRA"] = sample(request, make_predict(model), noise, cond, negative, "with the LoRA")
     del model
 
     videos = {} if control is None else {"control": to_pixels(control)}
     for label, result in latents.items():
-        print(f"decoding the video {label}")
+        say(f"decoding the video {label}")
         videos[label] = to_pixels(vae.decode(result)[0])
-    write(opts, videos, files.family.fps)
+    return videos
 
 
-def embed(opts: Options, files: ModelFiles, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The embeddings (T, E) of the prompt and, where there is guidance, of the negative prompt.
-
-    What has to be encoded for them is cached beside the script.
-    """
-    rows, prompts, wan = {}, {}, files.transformer.shape
-    if opts.embedding is not None:
-        rows["text"] = check_embedding_shape(load_embedding(opts.embedding), wan, str(opts.embedding))
-    else:
-        prompts["text"] = opts.prompt or ""
-    if opts.guidance != 1 and opts.negative_embedding is not None:
-        embedding = load_embedding(opts.negative_embedding)
-        rows["negative"] = check_embedding_shape(embedding, wan, str(opts.negative_embedding))
-    elif opts.guidance != 1:
-        prompts["negative"] = opts.negative_prompt
-    stage = TextEncoding(files, device)
-    cache = stage.cache(EMBEDDINGS)
-    stage.encode_missing({cache: list(prompts.values())})
-    rows |= {
-        role: check_embedding_shape(cache.load(prompt), wan, f"the {role} prompt") for role, prompt in prompts.items()
-    }
-    negative = rows["negative"].to(device) if "negative" in rows else None
-    return rows["text"].to(device), negative
+def sample(
+    request: Request, predict: Predict[Cond], noise: Tensor, cond: Cond, negative: Tensor | None, label: str
+) -> Tensor:
+    """Latents (1, C, F, H, W) from the noise. Raises RunError where they are not finite: they would decode to black."""
+    uncond = None if negative is None else replace_text(cond, negative)
+    latents = request.sampler.denoise(predict, noise, cond, uncond, partial(tqdm, desc=label, unit="step"))
+    if not latents.isfinite().all():
+        raise RunError(
+            f"the video {label} holds NaN or infinite values: the weights of the base model are damaged, or --strength "
+            f"{request.strength:g} or --guidance {request.sampler.guidance:g} is too large"
+        )
+    return latents
 
 
-def read_control(opts: Options, device: torch.device) -> Tensor:
+def embed(request: Request, files: ModelFiles, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The embeddings (T, E) of the prompt and, where there is guidance, of the negative prompt; new ones are cached."""
+    wanted = {"prompt": request.text}
+    if request.sampler.guidance != 1:
+        wanted["negative prompt"] = request.negative
+    encoding = TextEncoding(files, device)
+    cache = encoding.cache(EMBEDDINGS)
+    encoding.encode_missing({cache: [text for text in wanted.values() if isinstance(text, str)]})
+    rows = {}
+    for role, text in wanted.items():
+        embedding = cache.load(text) if isinstance(text, str) else load_embedding(text)
+        source = f"the {role}" if isinstance(text, str) else str(text)
+        rows[role] = check_embedding_shape(embedding, files.transformer.shape, source).to(device)
+    return rows["prompt"], rows.get("negative prompt")
+
+
+def read_control(request: Request, path: Path, device: torch.device) -> Tensor:
     """What to follow: (3, F, H, W) in -1..1, made from the beginning of the input video as it was in training."""
-    frames = read_frames(opts.input_video, range(opts.frames))
-    pixels = crop_and_resize(frames, opts.width, opts.height).transpose(0, 1)
-    return make_control(to_unit_range(pixels.to(device)), opts.control_type)
+    frames = read_frames(path, range(request.frames))
+    pixels = crop_and_resize(frames, request.width, request.height).transpose(0, 1)
+    return make_control(to_unit_range(pixels.to(device)), request.control_type)
 
 
-def write(opts: Options, videos: dict[str, Tensor], fps: int) -> None:
-    """One mp4, several videos side by side, and a contact sheet with a row for each."""
-    stem = f"{opts.lora_path.stem}_seed{opts.seed}"
-    taken = {path.stem for path in opts.output_dir.glob("*.mp4")}
+def write(folder: Path, stem: str, videos: dict[str, Tensor], fps: int) -> None:
+    """One mp4 with the videos side by side, and a contact sheet with a row for each. Existing files stay."""
+    taken = {path.stem for path in folder.glob("*.mp4")}
     name = next(name for name in (stem, *(f"{stem}_{n}" for n in range(2, 10_000))) if name not in taken)
     try:
-        opts.output_dir.mkdir(parents=True, exist_ok=True)
-        write_video(opts.output_dir / f"{name}.mp4", torch.cat(list(videos.values()), dim=3), fps)
-        save_image(opts.output_dir / f"{name}.png", contact_sheet(list(videos.items())))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_video(folder / f"{name}.mp4", torch.cat(list(videos.values()), dim=3), fps)
+        save_image(folder / f"{name}.png", contact_sheet(list(videos.items())))
     except OSError as error:
-        raise UserError(f"cannot write to {opts.output_dir}: {error.strerror}") from None
-    print(f"wrote {opts.output_dir / name}.mp4 ({' | '.join(videos)})\nwrote {opts.output_dir / name}.png")
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+    say(f"wrote {folder / name}.mp4 ({' | '.join(videos)})\nwrote {folder / name}.png")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from utils.common.options import option, parse_options, run_script, to_json, tra
 from utils.common.signals import Stop, stop_on_signals
 from utils.common.temp_rng import MAX_SEED
 from utils.data.dataset import Dataset, open_dataset
-from utils.data.folders import DatasetOptions, Rules, check_paired_files, resolve_folders
+from utils.data.folders import DatasetOptions, Folder, Rules, check_paired_files, resolve_folders
 from utils.data.plan import Batching, Plan, largest_window, make_plan, validation_windows
 from utils.data.tables import format_plan
 from utils.diffusion.flow import Predict, sample_noisy
@@ -147,11 +147,16 @@ class Session:
 # --------------------------------------------------------------------------------------------- before the first step
 
 
-def open_data(opts: Options, family: Family) -> Dataset:
-    """Finds the clips, checks every file, and prints a table of them, before anything that takes long."""
+def find_folders(opts: Options) -> list[Folder]:
+    """The folders to train on, each with its rules."""
     tables_only = opts.dataset_config != opts.config
     folders = resolve_folders(opts.dataset, opts.dataset_config, Rules.of(opts), tables_only)
     check_paired_files(folders, opts.control_lora, needs_masks=opts.mask_floor != Options.mask_floor)
+    return folders
+
+
+def open_data(opts: Options, folders: list[Folder], family: Family) -> Dataset:
+    """Finds the clips, checks every file, and prints a table of them, before anything that takes long."""
     limits = opts.limits(family.grid)
     data = open_dataset(folders, limits, family.fps, opts.cache_dir, opts.skip_bad_files)
     say(format_cache_size(data, limits, family.out_dim * (1 + opts.control_lora)))
@@ -301,22 +306,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = opts.pretrained_model_name_or_path
     if opts.doctor:
         print_findings()
-    elif opts.download_model:
+        return
+    if opts.download_model:
         download_model(name)
-    elif opts.check_dataset:  # a released model need not be downloaded for it
-        with suggest_download():
-            family = find_family(name)
-        open_data(opts, family)
-    else:
-        run_training(opts, name)
+        return
 
-
-def run_training(opts: Options, name: str) -> None:
     # Everything that can be wrong with options, files and states is found before a model is loaded.
-    check_writable(opts.output_dir)
+    folders = find_folders(opts)
     with suggest_download():
+        if opts.check_dataset:  # a released model need not be downloaded for it
+            open_data(opts, folders, find_family(name))
+            return
+        check_writable(opts.output_dir)
         files = open_model(name)
-    data = open_data(opts, files.family)
+    data = open_data(opts, folders, files.family)
     state = find_state(opts.resume_from_checkpoint, opts.output_dir) if opts.resume_from_checkpoint else None
     if state is not None:
         check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 import train_wan_lora
 from tests.media import image, video
@@ -194,19 +195,19 @@ CONFIGS = [
     ),
 ]
 STATES = [
-    (NOTHING, f"{AGAIN} nowhere", "there is no whole training state in nowhere"),
-    (lambda work: shutil.rmtree(work / "outputs"), f"{AGAIN} latest", "there is no whole training state in outputs"),
-    (cut(STATE), f"{AGAIN} {STATE}", "state-00000002.safetensors is no whole training state"),
-    (NOTHING, f"{AGAIN} clips/fox.mp4", "clips/fox.mp4 is no whole training state"),
+    (NOTHING, f"{AGAIN} nowhere", "there is no usable training state in nowhere"),
+    (lambda work: shutil.rmtree(work / "outputs"), f"{AGAIN} latest", "there is no usable training state in outputs"),
+    (cut(STATE), f"{AGAIN} {STATE}", "state-00000002.safetensors is not a whole training state"),
+    (NOTHING, f"{AGAIN} clips/fox.mp4", "clips/fox.mp4 is not a whole training state"),
     (
         NOTHING,
         f"{AGAIN} {LORA}",
-        "wan-lora-00000002.safetensors is no training state: those are the files",
+        "wan-lora-00000002.safetensors is not a training state (state-*.safetensors)",
     ),
     (
         lambda work: shutil.copy(work / STATE, work / "state-00000002.safetensors"),
         f"{AGAIN} state-00000002.safetensors",
-        "must lie in the checkpoints folder of its run",
+        "must be in the checkpoints folder of its run",
     ),
     (NOTHING, f"{AGAIN} latest --max_train_steps 1 --allow_changes", "is of step 2, past --max_train_steps 1"),
     (clip("clips/fox.mp4", frames=9, darkest=90, caption="a fox"), f"{AGAIN} latest", "clip clips/fox.mp4 has changed"),
@@ -235,25 +236,27 @@ def test_the_newest_complete_state_is_resumed_and_broken_ones_are_reported(work,
     cut(STATE)(work)
     train_wan_lora.main(f"{AGAIN} latest".split())
     said = capsys.readouterr().out
-    assert "passed over: " in said and "state-00000002.safetensors is no whole" in said
-    assert "going on in outputs/run" in said and (work / STATE).stat().st_size > 700
+    assert "skipped: " in said and "state-00000002.safetensors is not a whole" in said
+    assert "resuming outputs/run" in said and (work / STATE).stat().st_size > 700
 
 
 def test_changes_are_listed_and_applied_if_they_are_allowed(work, capsys):
     train_wan_lora.main(f"{AGAIN} latest --max_train_steps 3 --allow_changes".split())
     said = capsys.readouterr().out
-    assert "going on with changes:\n  --max_train_steps was 2, is 3" in said
+    assert "resuming with changes:\n  --max_train_steps was 2, is 3" in said
     assert (work / "outputs" / "run" / "checkpoints" / "wan-lora-00000003.safetensors").exists()
     assert json.loads((work / "outputs" / "run" / "command_args-00000002.json").read_text())["max_train_steps"] == 3
 
 
-@pytest.mark.parametrize("module", ["utils.runs.state", "utils.common.tensor_files"])
+@pytest.mark.parametrize("kind", ["state", "wan-lora"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
-def test_a_full_disk_while_saving_leaves_the_last_state_intact(work, capsys, monkeypatch, module, error):
-    def full(*_, **__) -> None:
-        raise error
+def test_a_full_disk_while_saving_leaves_the_last_state_intact(work, capsys, monkeypatch, kind, error):
+    def full(tensors: object, path: Path, **facts: object) -> None:
+        if kind in path.name:
+            raise error
+        save_file(tensors, path, **facts)
 
-    monkeypatch.setattr(f"{module}.save_file", full)
+    monkeypatch.setattr("utils.common.tensor_files.save_file", full)
     before = contents(work / "outputs")
     code = run_script(partial(train_wan_lora.main, f"{AGAIN} latest --max_train_steps 3 --allow_changes".split()))
     said = capsys.readouterr().err

@@ -150,7 +150,10 @@ def test_what_training_is_knows_no_tests_no_benchmarks_and_no_small_model():
 
 # Modules without a test file of their own name, and the file that tests them.
 TESTED_ELSEWHERE = {
-    "utils/adapters/attach.py": "tests/test_training.py",
+    "utils/common/errors.py": "tests/utils/common/test_options.py",
+    "wan/checkpoints/errors.py": "tests/wan/checkpoints/test_find.py",
+    "wan/configs/grid.py": "tests/wan/configs/test_family.py",
+    "wan/modules/attention.py": "tests/wan/modules/test_model.py",
 }
 
 

@@ -15,6 +15,7 @@ import torch
 
 from tests.tiny import write_clips, write_model
 from utils.common.signals import SIGNALS
+from utils.common.tensor_files import read_tensors
 from utils.runs.state import read_state
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -49,7 +50,7 @@ def finish(process: subprocess.Popen) -> str:
 
 def final(work: Path, output_dir: str) -> dict[str, torch.Tensor]:
     (path,) = (work / output_dir).glob("*/checkpoints/state-00000040.safetensors")
-    return read_state(path).tensors()
+    return read_tensors(path)[0]
 
 
 def states(folder: Path) -> set[Path]:
@@ -134,7 +135,7 @@ def test_a_run_that_is_asked_to_stop_finishes_its_step_saves_and_says_how_to_go_
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in output
-    (command,) = re.findall(r"go on with: python (.*)", output)
+    (command,) = re.findall(r"resume with: python (.*)", output)
     again = [sys.executable, *shlex.split(command)]
     result = subprocess.run(again, cwd=work, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr

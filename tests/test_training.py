@@ -1,16 +1,20 @@
 """Training teaches: what the whole machinery does to a small model, in one process."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import train_wan_lora
 from tests.limits import limits
 from tests.tiny import TINY_SHAPE, tiny_transformer, tiny_vae, write_clips, write_model, write_transformer
+from utils.adapters.attach import plan_adapter
 from utils.adapters.lora import add_lora, select_modules
 from utils.adapters.lora_reader import read_lora
+from utils.common.tensor_files import read_tensors
 from utils.data.folders import Folder, Rules
 from utils.data.loading import load_clip
 from utils.data.plan import validation_windows
@@ -19,11 +23,10 @@ from utils.diffusion.flow import add_noise
 from utils.diffusion.objectives import squared_error
 from utils.encoding.conditioning import Batch, Cond, collate, encode_clip, make_predict
 from utils.media.probing import probe
-from utils.runs.run import Run
-from utils.runs.state import read_state
-from utils.training.memory import checkpoint_blocks
-from utils.training.optim import OptimizerSpec, Updater
-from wan.checkpoints import load_transformer
+from utils.runs.metrics import Metrics
+from utils.training.memory import prepare
+from utils.training.optim import OptimizerSpec, ParameterGroup, Updater
+from wan.checkpoints import build_transformer, load_transformer
 from wan.checkpoints.headers import read_config, read_transformer
 from wan.modules.model import is_fp32
 
@@ -47,18 +50,22 @@ def batch(tmp_path_factory) -> Batch:
     return collate([encode_clip(load_clip(window), text, tiny_vae(), "tile")])
 
 
+def updater_of(parameters: Iterable[nn.Parameter], spec: OptimizerSpec) -> Updater:
+    return Updater([ParameterGroup({str(index): parameter for index, parameter in enumerate(parameters)})], spec)
+
+
 def test_the_loss_on_one_clip_with_fixed_noise_falls_by_at_least_half(batch):
     torch.manual_seed(0)
     model = tiny_transformer()
     names = select_modules(model, ["all-linear"])
-    updater = Updater(add_lora(model, names, rank=16, alpha=16), OptimizerSpec(1e-2, 0.0, "constant", 0, 120))
+    updater = updater_of(add_lora(model, names, rank=16, alpha=16), OptimizerSpec(1e-2, 0.0, "constant", 0, 120))
     predict, cond = make_predict(model), Cond(batch.cond.text)
     noisy = add_noise(batch.latents, torch.randn_like(batch.latents), torch.tensor([0.6]))
     losses = []
     for _ in range(120):
         loss = squared_error(predict(noisy.latents, noisy.timestep, cond), noisy.velocity)
         loss.backward()
-        updater.update(max_grad_norm=1.0)
+        updater.step(max_grad_norm=1.0)
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
 
@@ -67,14 +74,14 @@ def test_after_the_second_backward_every_matrix_has_a_finite_gradient_that_is_no
     torch.manual_seed(0)
     model = tiny_transformer()
     parameters = add_lora(model, select_modules(model, ["all-linear"]), rank=4, alpha=4)
-    updater = Updater(parameters, OptimizerSpec(1e-3, 0.0, "constant", 0, 2))
+    updater = updater_of(parameters, OptimizerSpec(1e-3, 0.0, "constant", 0, 2))
     predict, cond = make_predict(model), Cond(torch.randn(2, 6, model.shape.text_dim))
     for step in range(2):
         latents = torch.randn(2, 16, 2, 4, 4)
         noisy = add_noise(latents, torch.randn_like(latents), torch.tensor([0.3, 0.8]))
         squared_error(predict(noisy.latents, noisy.timestep, cond), noisy.velocity).backward()
         if step == 0:
-            updater.update(max_grad_norm=1.0)
+            updater.step(max_grad_norm=1.0)
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in parameters)
 
 
@@ -83,19 +90,19 @@ def test_after_the_second_backward_every_matrix_has_a_finite_gradient_that_is_no
 )
 def test_a_bf16_base_as_on_a_gpu_trains_fp32_adapters(tmp_path: Path, batch: Batch, flags: str):
     write_transformer(tmp_path, tiny_transformer())
-    model = load_transformer(read_transformer(tmp_path, read_config(tmp_path)), torch.bfloat16)
+    files = read_transformer(tmp_path, read_config(tmp_path))
+    model = load_transformer(files, torch.bfloat16)
     opts = train_wan_lora.parse_options(train_wan_lora.Options, ["--lora_target", "all-linear", *flags.split()])
     torch.manual_seed(0)
-    parameters = train_wan_lora.attach_adapter(opts, model).values()
-    if opts.gradient_checkpointing == "full":
-        checkpoint_blocks(model.blocks)
-    updater = Updater(parameters, OptimizerSpec(1e-3, 0.0, "constant", 0, 3))
+    adapter = prepare(model, opts.memory, plan_adapter(opts, build_transformer(files)).attach)
+    parameters = adapter.parameters.values()
+    updater = updater_of(parameters, OptimizerSpec(1e-3, 0.0, "constant", 0, 3))
     negative = torch.randn(3, TINY_SHAPE.text_dim) if opts.distill_cfg else None
     sample = batch if opts.control_lora else Batch(batch.latents, Cond(batch.cond.text))
     for _ in range(3):
         loss = train_wan_lora.training_loss(sample, opts, model, make_predict(model), negative)
         loss.backward()
-        assert loss.dtype == torch.float32 and updater.update(1.0).isfinite()
+        assert loss.dtype == torch.float32 and updater.step(1.0).isfinite()
     assert all(parameter.dtype == torch.float32 and parameter.abs().max() > 0 for parameter in parameters)
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
@@ -125,13 +132,13 @@ def test_previews_show_the_same_prompts_from_the_same_noise_until_the_lora_has_l
     flags += " --max_train_steps 3 --learning_rate 1e-2 --lora_target all-linear --num_workers 0"
     flags += " --sample_prompts prompts.txt --sample_every 2 --sample_steps 2 --sample_guidance 2"
     shown = []
-    log_previews = Run.log_previews
+    log_previews = Metrics.log_previews
 
-    def watched(run: Run, videos: list[tuple[str, torch.Tensor]], fps: float) -> None:
+    def watched(run: Metrics, videos: list[tuple[str, torch.Tensor]], fps: float) -> None:
         shown.append(videos)
         log_previews(run, videos, fps)
 
-    monkeypatch.setattr(Run, "log_previews", watched)
+    monkeypatch.setattr(Metrics, "log_previews", watched)
     train_wan_lora.main([*flags.split(), "--output_dir", "plain"])
     train_wan_lora.main([*flags.split(), "--output_dir", "again"])
     first, second, last, repeated = shown[:4]
@@ -162,7 +169,7 @@ def test_training_goes_on_where_a_preview_cannot_be_written(work, monkeypatch, c
     def refused(path: Path, *_: object) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("utils.runs.run.write_video", refused)
+    monkeypatch.setattr("utils.runs.metrics.write_video", refused)
     flags = "--dataset clips --pretrained_model_name_or_path model --base_res 64 --token_limit 60 --val_samples 0"
     flags += " --max_train_steps 1 --num_workers 0 --sample_prompts fox --sample_steps 1"
     train_wan_lora.main([*flags.split(), "--output_dir", "runs"])
@@ -187,7 +194,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does_bit_for_bit(work, more):
         path.unlink()
     train_wan_lora.main([*flags, "--output_dir", "broken", "--resume_from_checkpoint", "latest"])
     (straight,) = Path("straight").glob("*/checkpoints/state-*")
-    first, second = read_state(straight).tensors(), read_state(run / "checkpoints" / straight.name).tensors()
-    assert first.keys() == second.keys() and any(name.startswith("ema.") for name in first)
+    first, second = (read_tensors(path)[0] for path in (straight, run / "checkpoints" / straight.name))
+    assert first.keys() == second.keys() and any("/ema/" in name for name in first)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert len(list(Path("broken").iterdir())) == 1

@@ -33,13 +33,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         raise TensorFileError(str(error)) from error
 
 
-def is_complete(path: Path, key: str) -> bool:
-    """Whether a file has its full length, as its header states it, and holds a tensor of this name."""
+def tensor_names(path: Path) -> set[str]:
+    """The names of a file's tensors; none if it is missing, or shorter than its header says. Reads the header alone."""
     try:
         with _opened(path) as file:
-            return key in file.keys()  # noqa: SIM118
+            return set(file.keys())
     except TensorFileError:
-        return False
+        return set()
 
 
 def has_same_content(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:

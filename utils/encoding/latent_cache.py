@@ -12,14 +12,12 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from utils.common.digests import DIGESTS, Digests
 from utils.common.errors import RunError, UserError
-from utils.common.files import replacing
 from utils.common.formatting import counted, readable_size
+from utils.common.tensor_files import TensorFileError, read_tensors, tensor_names, write_tensors
 from utils.data.dataset import Dataset
 from utils.data.plan import Limits, Window, fixed_windows, flatten_windows
 
@@ -58,15 +56,14 @@ class LatentCache:
         """The windows that have to be encoded, each once, in order: a file that is incomplete counts as missing."""
         by_path = {self.path(window): window for window in windows}
         self._digests.save()
-        return [window for path, window in by_path.items() if _names(path) != self._expected(window)]
+        return [window for path, window in by_path.items() if tensor_names(path) != self._expected(window)]
 
     def load(self, window: Window) -> dict[str, Tensor]:
         """The parts stored for this window, on the CPU. Raises UserError if any is missing or unexpected."""
         path = self.path(window)
         try:
-            with safe_open(path, framework="pt") as file:
-                parts = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+            parts, _ = read_tensors(path)
+        except TensorFileError as error:
             raise UserError(f"{path} is missing or corrupted ({error}): run --cache_latents again") from None
         if parts.keys() != self._expected(window):
             found, expected = (", ".join(sorted(names)) or "nothing" for names in (parts, self._expected(window)))
@@ -81,10 +78,8 @@ class LatentCache:
     def store(self, window: Window, parts: Mapping[str, Tensor]) -> None:
         """Writes the parts atomically, so that an interrupted pass can be resumed. Raises RunError if it fails."""
         try:
-            with replacing(self.path(window)) as unfinished:
-                whole = {name: part.cpu().contiguous() for name, part in parts.items()}
-                save_file(whole, unfinished, metadata={"source": str(window.source.path)})
-        except (OSError, SafetensorError) as error:
+            write_tensors(self.path(window), parts, {"source": str(window.source.path)})
+        except TensorFileError as error:
             raise RunError(f"cannot write latents to {self.folder}: {error}; see --cache_dir") from None
 
     def check_disk_space(self, size: int) -> None:
@@ -125,12 +120,3 @@ def format_cache_size(data: Dataset, limits: Limits, channels: int) -> str:
     latents, texts = readable_size(latent_bytes(windows, channels)), len(set(data.captions))
     longest = readable_size(LONGEST_EMBEDDING)
     return f"on disk: --cache_latents N takes N times {latents}, each of {counted(texts, 'text')} at most {longest}"
-
-
-def _names(path: Path) -> set[str]:
-    """The tensors of a file; none if it is missing or incomplete: safetensors compares its length with its header."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return set(file.keys())
-    except (SafetensorError, OSError):
-        return set()

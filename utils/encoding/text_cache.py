@@ -9,13 +9,12 @@ import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from utils.common.errors import UserError
 from utils.common.files import replacing
+from utils.common.tensor_files import TensorFileError, read_tensors, tensor_names, write_tensors
 
 KEY = "context"
 CHUNK = 8
@@ -32,7 +31,7 @@ class TextCache:
 
     def missing(self, captions: Iterable[str]) -> list[str]:
         """The captions without a whole file here, each once, in order."""
-        return [caption for caption in dict.fromkeys(captions) if not _is_whole(self.path(caption))]
+        return [caption for caption in dict.fromkeys(captions) if KEY not in tensor_names(self.path(caption))]
 
     def load(self, caption: str) -> Tensor:
         """The rows (T, E) of a caption, on the CPU. Raises UserError where they are not cached."""
@@ -55,8 +54,8 @@ class TextCache:
             for start in tqdm(range(0, len(captions), CHUNK), desc="encoding captions", disable=len(captions) <= CHUNK):
                 chunk = captions[start : start + CHUNK]
                 for caption, embedding in zip(chunk, encode(chunk), strict=True):
-                    _write(self.path(caption), caption, embedding)
-        except (OSError, SafetensorError) as error:
+                    write_tensors(self.path(caption), {KEY: embedding}, {"caption": caption})
+        except TensorFileError as error:
             raise self._unwritable(error) from None
 
     def _unwritable(self, error: Exception) -> UserError:
@@ -67,23 +66,12 @@ class TextCache:
 def load_embedding(path: Path) -> Tensor:
     """The rows (T, E) of an embedding file, our own or the predecessor's. Raises UserError for any other file."""
     try:
-        with safe_open(path, framework="pt") as file:
-            embedding = file.get_tensor(KEY).clone()  # not a view of the file, which may be replaced
-    except (SafetensorError, OSError) as error:
+        embedding = read_tensors(path)[0][KEY]
+    except (TensorFileError, KeyError) as error:
         raise UserError(f"{path} is not a text embedding (safetensors with a tensor {KEY!r}): {error}") from None
-    if embedding.ndim != 2:
-        raise UserError(f"{path}: {KEY!r} has shape {tuple(embedding.shape)}, but (tokens, width) is needed")
+    if embedding.ndim != 2 or not embedding.is_floating_point():
+        found = f"{embedding.dtype} of shape {tuple(embedding.shape)}"
+        raise UserError(f"{path}: {KEY!r} is {found}, but real numbers (tokens, width) are needed")
+    if not embedding.isfinite().all():
+        raise UserError(f"{path}: {KEY!r} holds NaN or infinite values: the file is damaged, encode it again")
     return embedding
-
-
-def _write(path: Path, caption: str, embedding: Tensor) -> None:
-    with replacing(path) as unfinished:
-        save_file({KEY: embedding.cpu().contiguous()}, unfinished, metadata={"caption": caption})
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return KEY in file.keys()  # noqa: SIM118
-    except (SafetensorError, OSError):
-        return False

@@ -11,17 +11,14 @@ from tests.tiny import TINY_SHAPE, tiny_transformer
 from utils.adapters.lora import (
     add_lora,
     extract_lora,
-    is_plain,
     load_lora,
     parse_blocks,
     select_modules,
-    speaking,
 )
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
 from utils.common.errors import UserError
-from utils.training.memory import checkpoint_blocks
 from wan.modules.model import WanModel
 
 RANK, ALPHA = 4, 6.0
@@ -224,110 +221,6 @@ def test_after_the_second_step_every_matrix_has_a_finite_gradient_that_is_not_ze
         gradients = [parameter.grad.clone() for parameter in parameters]
         optimizer.step()
     assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
-
-
-# --------------------------------------------------------------------------------------------------------- the teacher
-
-
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_with_adapters_off_the_model_is_its_base_bit_for_bit(checkpointed):
-    with torch.no_grad():
-        expected = tiny_transformer()(*inputs())
-    model, parameters = adapted()
-    if checkpointed:
-        checkpoint_blocks(model.blocks)
-    with torch.no_grad():
-        before = model(*inputs())
-        with speaking(model, None):
-            assert torch.equal(model(*inputs()), expected)
-        assert torch.equal(model(*inputs()), before) and not torch.equal(before, expected)
-    assert all(parameter.requires_grad for parameter in parameters)
-
-
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_student_learns_the_same_with_its_teacher_asked_between_forward_and_backward(checkpointed):
-    gradients = []
-    for teacher_last in (False, True):
-        model, parameters = adapted()
-        if checkpointed:
-            checkpoint_blocks(model.blocks)
-        student = model(*inputs()) if teacher_last else None
-        with torch.no_grad(), speaking(model, None):
-            target = model(*inputs())
-        student = model(*inputs()) if student is None else student
-        (student - target).square().mean().backward()
-        gradients.append([parameter.grad for parameter in parameters])
-    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
-
-
-def test_an_exception_in_the_teacher_brings_the_adapters_back():
-    model, parameters = adapted()
-    with torch.no_grad():
-        expected = model(*inputs())
-        with pytest.raises(ZeroDivisionError), speaking(model, None):
-            raise ZeroDivisionError
-        assert torch.equal(model(*inputs()), expected)
-    assert all(parameter.requires_grad for parameter in parameters)
-
-
-def test_only_adapters_are_trainable_after_the_teacher_has_spoken():
-    model, parameters = adapted()
-    with speaking(model, None):
-        pass
-    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in parameters}
-
-
-def test_each_of_two_adapters_speaks_in_its_own_span_and_learns_from_it_alone():
-    model = tiny_transformer()
-    names = select_modules(model, ["attn"])
-    student, critic = (add_lora(model, names, RANK, ALPHA, adapter) for adapter in ("student", "critic"))
-    fill(student, seed=1)
-    fill(critic, seed=2)
-    checkpoint_blocks(model.blocks)
-    answers = {}
-    for adapter, own, other in (("student", student, critic), ("critic", critic, student)):
-        with speaking(model, adapter):
-            velocity = model(*inputs())
-            velocity.square().mean().backward()
-        answers[adapter] = velocity.detach()
-        assert all(parameter.grad is not None for parameter in own)
-        assert all(parameter.grad is None for parameter in other)
-        model.zero_grad()
-    for adapter, parameters in (("student", student), ("critic", critic)):
-        alone = tiny_transformer()
-        for mine, theirs in zip(add_lora(alone, names, RANK, ALPHA), parameters, strict=True):
-            mine.data = theirs.data.clone()
-        assert torch.equal(alone(*inputs()), answers[adapter])
-
-
-def test_a_checkpointed_block_recomputes_with_the_adapter_of_its_span():
-    gradients = []
-    for checkpointed in (False, True):
-        model = tiny_transformer()
-        names = select_modules(model, ["attn"])
-        student, critic = (add_lora(model, names, RANK, ALPHA, adapter) for adapter in ("student", "critic"))
-        fill(student, seed=1)
-        fill(critic, seed=2)
-        if checkpointed:
-            checkpoint_blocks(model.blocks)
-        with speaking(model, "student"):
-            loss = model(*inputs()).square().mean()
-            with torch.no_grad(), speaking(model, "critic"):
-                model(*inputs())
-            loss.backward()
-        gradients.append([parameter.grad for parameter in student])
-    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
-
-
-def test_an_adapter_that_is_not_plain_keeps_the_forward_of_peft():
-    from peft import LoraConfig, inject_adapter_in_model
-
-    for settings in ({"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}):
-        model = nn.Sequential(nn.Linear(8, 8))
-        inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"], **settings), model, "default")
-        assert not is_plain(model[0], "default"), settings
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), plain := nn.Sequential(nn.Linear(8, 8)), "default")
-    assert is_plain(plain[0], "default")
 
 
 # --------------------------------------------------------------------------------------------------- files and back

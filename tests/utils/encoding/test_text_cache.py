@@ -105,7 +105,7 @@ def test_a_file_that_cannot_be_written_is_told_and_leaves_no_debris(cache, monke
     def fail(*_, **__):
         raise SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr("utils.encoding.text_cache.save_file", fail)
+    monkeypatch.setattr("utils.common.tensor_files.save_file", fail)
     with pytest.raises(UserError, match=f"cannot write text embeddings to {cache.folder}: .*No space left"):
         cache.store(["a fox"], Encoder())
     assert not list(cache.folder.iterdir())
@@ -120,7 +120,7 @@ def test_an_embedding_that_is_not_there_is_told(cache):
     ("tensors", "message"),
     [
         ({"other": torch.ones(2, 8)}, "is not a text embedding .*'context'"),
-        ({"context": torch.ones(1, 2, 8)}, r"shape \(1, 2, 8\), but \(tokens, width\) is needed"),
+        ({"context": torch.ones(1, 2, 8)}, r"of shape \(1, 2, 8\), but real numbers \(tokens, width\) are needed"),
         ({"context": torch.ones(8)}, r"shape \(8,\)"),
     ],
 )

@@ -1,0 +1,216 @@
+"""Which adapter speaks, and what is decided about an adapter before the model's weights are loaded."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.tiny import TINY_SHAPE, tiny_transformer
+from utils.adapters.attach import AdapterOptions, plan_adapter
+from utils.adapters.lora import (
+    add_lora,
+    extract_lora,
+    is_plain,
+    select_modules,
+    speaking,
+)
+from utils.adapters.lora_file import LoraFile
+from utils.adapters.lora_reader import read_lora
+from utils.adapters.lora_writer import write_lora
+from utils.common.errors import UserError
+from utils.training.memory import checkpoint_blocks
+from wan.modules.model import WanModel
+
+RANK, ALPHA = 4, 6.0
+LAYERS = [f"{kind}_attn.{x}" for kind in ("self", "cross") for x in "qkvo"] + ["ffn.0", "ffn.2"]
+
+
+def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(batch, 16, 2, 4, 6, generator=generator)
+    text = torch.randn(batch, 5, TINY_SHAPE.text_dim, generator=generator)
+    return latents, torch.linspace(100, 900, batch), text
+
+
+def fill(parameters: list[nn.Parameter], seed: int = 1) -> None:
+    """Draws matrices, so that the adapter changes the answer."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+def adapted(targets: tuple[str, ...] = ("all-linear",), seed: int = 1) -> tuple[WanModel, list[nn.Parameter]]:
+    model = tiny_transformer()
+    parameters = add_lora(model, select_modules(model, targets), RANK, ALPHA)
+    fill(parameters, seed)
+    return model, parameters
+
+
+# --------------------------------------------------------------------------------------------------------- the teacher
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_with_adapters_off_the_model_is_its_base_bit_for_bit(checkpointed):
+    with torch.no_grad():
+        expected = tiny_transformer()(*inputs())
+    model, parameters = adapted()
+    if checkpointed:
+        checkpoint_blocks(model.blocks)
+    with torch.no_grad():
+        before = model(*inputs())
+        with speaking(model, None):
+            assert torch.equal(model(*inputs()), expected)
+        assert torch.equal(model(*inputs()), before) and not torch.equal(before, expected)
+    assert all(parameter.requires_grad for parameter in parameters)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_student_learns_the_same_with_its_teacher_asked_between_forward_and_backward(checkpointed):
+    gradients = []
+    for teacher_last in (False, True):
+        model, parameters = adapted()
+        if checkpointed:
+            checkpoint_blocks(model.blocks)
+        student = model(*inputs()) if teacher_last else None
+        with torch.no_grad(), speaking(model, None):
+            target = model(*inputs())
+        student = model(*inputs()) if student is None else student
+        (student - target).square().mean().backward()
+        gradients.append([parameter.grad for parameter in parameters])
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+
+
+def test_an_exception_in_the_teacher_brings_the_adapters_back():
+    model, parameters = adapted()
+    with torch.no_grad():
+        expected = model(*inputs())
+        with pytest.raises(ZeroDivisionError), speaking(model, None):
+            raise ZeroDivisionError
+        assert torch.equal(model(*inputs()), expected)
+    assert all(parameter.requires_grad for parameter in parameters)
+
+
+def test_only_adapters_are_trainable_after_the_teacher_has_spoken():
+    model, parameters = adapted()
+    with speaking(model, None):
+        pass
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in parameters}
+
+
+def test_each_of_two_adapters_speaks_in_its_own_span_and_learns_from_it_alone():
+    model = tiny_transformer()
+    names = select_modules(model, ["attn"])
+    student, critic = (add_lora(model, names, RANK, ALPHA, adapter) for adapter in ("student", "critic"))
+    fill(student, seed=1)
+    fill(critic, seed=2)
+    checkpoint_blocks(model.blocks)
+    answers = {}
+    for adapter, own, other in (("student", student, critic), ("critic", critic, student)):
+        with speaking(model, adapter):
+            velocity = model(*inputs())
+            velocity.square().mean().backward()
+        answers[adapter] = velocity.detach()
+        assert all(parameter.grad is not None for parameter in own)
+        assert all(parameter.grad is None for parameter in other)
+        model.zero_grad()
+    for adapter, parameters in (("student", student), ("critic", critic)):
+        alone = tiny_transformer()
+        for mine, theirs in zip(add_lora(alone, names, RANK, ALPHA), parameters, strict=True):
+            mine.data = theirs.data.clone()
+        assert torch.equal(alone(*inputs()), answers[adapter])
+
+
+def test_a_checkpointed_block_recomputes_with_the_adapter_of_its_span():
+    gradients = []
+    for checkpointed in (False, True):
+        model = tiny_transformer()
+        names = select_modules(model, ["attn"])
+        student, critic = (add_lora(model, names, RANK, ALPHA, adapter) for adapter in ("student", "critic"))
+        fill(student, seed=1)
+        fill(critic, seed=2)
+        if checkpointed:
+            checkpoint_blocks(model.blocks)
+        with speaking(model, "student"):
+            loss = model(*inputs()).square().mean()
+            with torch.no_grad(), speaking(model, "critic"):
+                model(*inputs())
+            loss.backward()
+        gradients.append([parameter.grad for parameter in student])
+    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+
+
+def test_an_adapter_that_is_not_plain_keeps_the_forward_of_peft():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    for settings in ({"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}):
+        model = nn.Sequential(nn.Linear(8, 8))
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"], **settings), model, "default")
+        assert not is_plain(model[0], "default"), settings
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), plain := nn.Sequential(nn.Linear(8, 8)), "default")
+    assert is_plain(plain[0], "default")
+
+
+# ------------------------------------------------------------------------------------------------------------ the plan
+
+
+def options(**changes) -> AdapterOptions:
+    return AdapterOptions(**{"lora_rank": 4} | changes)
+
+
+def layout() -> WanModel:
+    with torch.device("meta"):
+        return WanModel(TINY_SHAPE)
+
+
+def test_an_adapter_is_planned_without_weights_and_attached_to_a_model_that_has_them():
+    plan = plan_adapter(options(lora_target=("ffn.*",), lora_blocks="1"), layout())
+    adapter = plan.attach(tiny_transformer())
+    names = {f"blocks.1.ffn.{layer}.lora_{x}.default.weight" for layer in (0, 2) for x in "AB"}
+    assert adapter.parameters.keys() == names
+    assert adapter.describe() == "1,152 trainable parameters: rank 4, alpha 4"
+
+
+def test_a_control_lora_widens_the_input_by_the_latents_of_its_control():
+    adapter = plan_adapter(options(control_lora=True), layout()).attach(tiny_transformer())
+    assert adapter.model.patch_embedding.in_channels == 32
+    assert "patch_embedding.lora_A.default.weight" in adapter.parameters
+
+
+def test_a_fused_lora_is_added_while_loading_and_changes_the_answer_as_the_adapter_did(tmp_path):
+    trained, _ = adapted()
+    write_lora(tmp_path / "lora.safetensors", extract_lora(trained, {}))
+    plan = plan_adapter(options(fuse_lora=tmp_path / "lora.safetensors"), layout())
+    model = tiny_transformer()
+    place = plan.place(lambda name, tensor: tensor)
+    model.load_state_dict({name: place(name, tensor) for name, tensor in model.state_dict().items()})
+    torch.testing.assert_close(model(*inputs()), trained(*inputs()), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_target": ("attention",)}, "matches no layer"),
+        ({"lora_blocks": "7"}, "the model has blocks 0 to 1"),
+        ({"lora_rank": 8, "init_lora": "lora.safetensors"}, "--init_lora has rank 4"),
+        ({"init_lora": "lora.safetensors"}, "--init_lora adapts, unlike this run,"),
+        ({"init_lora": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"fuse_lora": "deep.safetensors"}, "blocks.7.self_attn.q.weight, which this model does not have"),
+    ],
+)
+def test_what_cannot_work_is_refused_without_weights(tmp_path, changes, message):
+    lora = extract_lora(adapted()[0], {})
+    write_lora(tmp_path / "lora.safetensors", lora)
+    pairs = {"blocks.7.self_attn.q": next(iter(lora.pairs.values()))}
+    write_lora(tmp_path / "deep.safetensors", LoraFile(pairs))
+    paths = {name: tmp_path / value for name, value in changes.items() if name.endswith("_lora")}
+    with pytest.raises(UserError, match=message):
+        plan_adapter(options(**changes | paths), layout())
+
+
+def test_an_exported_adapter_holds_the_values_that_it_is_given_and_says_what_it_is(tmp_path):
+    adapter = plan_adapter(options(lora_alpha=2.0), layout()).attach(tiny_transformer())
+    ones = {name: torch.ones_like(parameter) for name, parameter in adapter.parameters.items()}
+    adapter.export(tmp_path / "lora.safetensors", ones, {"base_model": "model"})
+    lora = read_lora(tmp_path / "lora.safetensors")
+    assert all(pair.down.eq(1).all() and pair.up.eq(1).all() and pair.alpha == 2 for pair in lora.pairs.values())
+    assert lora.metadata == {"rank": "4", "alpha": "2", "targets": "attn", "base_model": "model"}
+    assert not any(parameter.eq(1).all() for parameter in adapter.parameters.values())
