@@ -82,8 +82,8 @@ class LatentCache:
         """Writes the parts atomically, so that an interrupted pass can be resumed. Raises RunError if it fails."""
         try:
             with replacing(self.path(window)) as unfinished:
-                whole = {name: part.cpu().contiguous() for name, part in parts.items()}
-                save_file(whole, unfinished, metadata={"source": str(window.source.path)})
+                tensors = {name: part.cpu().contiguous() for name, part in parts.items()}
+                save_file(tensors, unfinished, metadata={"source": str(window.source.path)})
         except (OSError, SafetensorError) as error:
             raise RunError(f"cannot write latents to {self.folder}: {error}; see --cache_dir") from None
 
