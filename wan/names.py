@@ -2,7 +2,7 @@
 
 import re
 
-# Official name -> diffusers name. The norms trade numbers: norm3 here, before cross attention, is norm2 there.
+# Official name -> diffusers name. The norms are numbered differently: norm3 here, before cross attention, is norm2.
 _IN_BLOCK = {
     **{f"self_attn.{x}": f"attn1.to_{x}" for x in "qkv"},
     **{f"cross_attn.{x}": f"attn2.to_{x}" for x in "qkv"},

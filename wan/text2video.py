@@ -1,4 +1,4 @@
-"""Sampling as functions over a velocity field: from noise to latents along the field that the model predicts."""
+"""Sampling: from noise to latents along the velocity field that a model predicts."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,17 +11,16 @@ from wan.utils.fm_solvers import Solver, make_solver
 
 Condition = TypeVar("Condition")
 VelocityField = Callable[[Tensor, Tensor], Tensor]  # latents (B, C, F, H, W), timestep (B,) -> velocity
-Progress = Callable[[Tensor], Iterable[Tensor]]  # may wrap the timesteps in a bar
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How noise becomes latents; the shift moves the steps towards high noise."""
+    """The settings of sampling."""
 
     solver: str  # of SOLVERS
     steps: int
     guidance: float
-    shift: float
+    shift: float  # of the noise levels; above 1: more steps at high noise
 
     @torch.no_grad()
     def denoise(
@@ -30,11 +29,12 @@ class Sampler:
         noise: Tensor,
         cond: Condition,
         uncond: Condition | None,
-        progress: Progress = iter,
+        progress: Callable[[Tensor], Iterable[Tensor]] = iter,
     ) -> Tensor:
         """Latents (B, C, F, H, W) from noise of that shape, by `predict(latents, timestep, cond) -> velocity`.
 
-        With a condition `uncond`, and a guidance other than 1, the velocity is guided away from it.
+        With `uncond`, and a guidance other than 1, the velocity is guided away from that condition. `progress` may wrap
+        the timesteps in a bar.
         """
         velocity = _given(predict, cond)
         if uncond is not None:
@@ -58,10 +58,12 @@ def guided(cond: VelocityField, uncond: VelocityField, guidance: float) -> Veloc
     return velocity
 
 
-def sample(velocity: VelocityField, noise: Tensor, solver: Solver, progress: Progress = iter) -> Tensor:
+def sample(
+    velocity: VelocityField, noise: Tensor, solver: Solver, progress: Callable[[Tensor], Iterable[Tensor]] = iter
+) -> Tensor:
     """Integrates the field from noise (B, C, F, H, W) fp32 to latents of the same shape.
 
-    `solver` comes fresh from `make_solver`: it counts its steps.
+    `solver` must be new, because it counts its steps; `progress` may wrap its timesteps in a bar.
     """
     latents = noise
     for timestep in progress(solver.timesteps):

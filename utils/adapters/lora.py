@@ -57,7 +57,7 @@ def select_modules(model: WanModel, targets: Sequence[str], blocks: str | None =
         f"blocks.{index}.{name}": name
         for index in sorted(numbers)
         for name, module in model.blocks[index].named_modules()
-        if isinstance(module, nn.Linear)
+        if _is_linear(name, module)
     }
     chosen: set[str] = set()
     for target in targets:
@@ -276,6 +276,11 @@ def _diff_target(key: str, parameters: Mapping[str, nn.Parameter]) -> str:
     if role == "diff_b":
         return f"{name}.bias"
     return name if name in parameters else f"{name}.weight"
+
+
+def _is_linear(name: str, module: nn.Module) -> bool:
+    """Whether this is a linear layer of the base model, also one that has an adapter already."""
+    return isinstance(module, nn.Linear | LoraLinear) and not re.search(r"\.(base_layer|lora_[AB])\b", name)
 
 
 def _matches(name: str, full: str, pattern: str) -> bool:

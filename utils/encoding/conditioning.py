@@ -129,11 +129,12 @@ def collate(samples: Sequence[Encoded]) -> Batch:
     """
     length = max(len(sample.cond.text) for sample in samples)
     masked = any(sample.mask is not None for sample in samples)
-    whole = stack_tensors([_even_out(sample, length, masked) for sample in samples])
-    return Batch(whole.latents, whole.cond, whole.mask)
+    stacked = stack_tensors([_even_out(sample, length, masked) for sample in samples])
+    return Batch(stacked.latents, stacked.cond, stacked.mask)
 
 
 def _even_out(sample: Encoded, length: int, masked: bool) -> Encoded:
+    """The sample with a text of this length and, if `masked`, with a mask."""
     text = F.pad(sample.cond.text, (0, 0, 0, length - len(sample.cond.text)))
     mask = torch.ones_like(sample.latents[0]) if masked and sample.mask is None else sample.mask
     return replace(sample, cond=replace(sample.cond, text=text), mask=mask)

@@ -1,6 +1,6 @@
 """How planned windows become batches on the device: through the VAE at every step, or from the latent cache.
 
-`FreshSamples` and `CachedSamples` have the same face (`Samples`), so that a training loop cannot tell them apart.
+A training loop sees the same interface, `Samples`, in both cases.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -50,7 +50,7 @@ class Caches:
 
 
 class Samples(Protocol):
-    """What a training loop needs of `FreshSamples` and of `CachedSamples`."""
+    """What a training loop sees of `FreshSamples` and `CachedSamples`."""
 
     @property
     def vae(self) -> WanVAE:

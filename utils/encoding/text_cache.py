@@ -2,7 +2,7 @@
 
     <folder>/<encoder fingerprint>/<hash of the caption>.safetensors       key "context": (T, E)
 
-An edited caption has another name and is encoded again; an unchanged one never is; two encoders never share a file.
+Only new and edited captions are encoded, because the hash is that of the text. Two encoders never share a file.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ class TextCache:
         return self.folder / f"{hashlib.sha256(caption.encode()).hexdigest()[:32]}.safetensors"
 
     def missing(self, captions: Iterable[str]) -> list[str]:
-        """The captions without a whole file here, each once, in order."""
+        """The captions that have to be encoded, each once, in order: an incomplete file counts as missing."""
         return [caption for caption in dict.fromkeys(captions) if KEY not in tensor_names(self.path(caption))]
 
     def load(self, caption: str) -> Tensor:
-        """The rows (T, E) of a caption, on the CPU. Raises UserError where they are not cached."""
+        """The rows (T, E) of a caption, on the CPU. Raises UserError if they are not cached."""
         return load_embedding(self.path(caption))
 
     def prepare(self) -> None:
-        """Makes the folder. Raises UserError where it cannot be written."""
+        """Makes the folder. Raises UserError if it cannot be written."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(self.folder / "written"):
@@ -48,7 +48,7 @@ class TextCache:
             raise self._unwritable(error) from None
 
     def store(self, captions: list[str], encode: Callable[[list[str]], list[Tensor]]) -> None:
-        """Encodes captions a few at a time and writes each atomically: an interrupted pass goes on where it stopped."""
+        """Encodes a few captions at a time and writes each atomically, so that an interrupted pass can be resumed."""
         self.prepare()
         try:
             for start in tqdm(range(0, len(captions), CHUNK), desc="encoding captions", disable=len(captions) <= CHUNK):
@@ -59,12 +59,12 @@ class TextCache:
             raise self._unwritable(error) from None
 
     def _unwritable(self, error: Exception) -> UserError:
-        hint = "is its disk full, or is it not writable? the trainer keeps those of captions elsewhere with --cache_dir"
+        hint = "check its disk space and permissions; --cache_dir moves the cache of captions elsewhere"
         return UserError(f"cannot write text embeddings to {self.folder}: {error}\n{hint}")
 
 
 def load_embedding(path: Path) -> Tensor:
-    """The rows (T, E) of an embedding file, our own or the predecessor's. Raises UserError for any other file."""
+    """The rows (T, E) of an embedding file, ours or WanTraining's. Raises UserError for any other file."""
     try:
         embedding = read_tensors(path)[0][KEY]
     except (TensorFileError, KeyError) as error:

@@ -15,6 +15,7 @@ CONFIG = "config.json"
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
 INDEX = f"{TRANSFORMER}.index.json"
 WIDTHS = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "text_dim", "freq_dim", "patch_size")  # in the tensors
+LONGEST_TEXT = 2**16  # tokens; no Wan reads more than 512
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def read_config(folder: Path) -> Config:
     path = existing(folder / CONFIG)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a readable JSON file: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")
@@ -70,8 +71,8 @@ def existing(path: Path) -> Path:
 
 
 @contextmanager
-def official_layout(path: Path) -> Iterator[None]:
-    """Widths are read inside: a tensor that is missing or has too few axes becomes a CheckpointError that names it."""
+def reading_widths(path: Path) -> Iterator[None]:
+    """Inside, a tensor that is missing or has other axes than the official one becomes a CheckpointError."""
     try:
         yield
     except KeyError as error:
@@ -95,7 +96,7 @@ def _find_files(folder: Path) -> tuple[Path, list[Path]]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{index} is not a valid index of safetensors shards") from None
     # A name from a file's content is never followed out of the folder.
     if outside:
@@ -104,7 +105,7 @@ def _find_files(folder: Path) -> tuple[Path, list[Path]]:
 
 
 def _transformer_shape(path: Path, shapes: Mapping[str, Shape], config: Config) -> WanShape:
-    with official_layout(path):
+    with reading_widths(path):
         dim, in_dim, frames, height, width = shapes["patch_embedding.weight"]
         shape = WanShape(
             dim=dim,
@@ -120,19 +121,20 @@ def _transformer_shape(path: Path, shapes: Mapping[str, Shape], config: Config) 
         ours, theirs = getattr(shape, name), config.values.get(name)
         if name in config.values and theirs not in (ours, list(ours) if isinstance(ours, tuple) else ours):
             raise CheckpointError(f"{config.path} says {name} {theirs}, but the weights have {ours}")
-    num_heads, eps, text_len = _not_in_the_tensors(config)
-    if num_heads < 1 or dim % num_heads:
-        raise CheckpointError(f"{config.path}: {num_heads} heads do not divide the width {dim}")
-    return replace(shape, num_heads=num_heads, eps=eps, text_len=text_len)
+    return _complete(shape, config)
 
 
-def _not_in_the_tensors(config: Config) -> tuple[int, float, int]:
-    """The number of heads, eps and the text length."""
+def _complete(shape: WanShape, config: Config) -> WanShape:
+    """The shape with what no tensor tells: the number of heads, eps and the text length."""
     try:
         num_heads, eps = int(config.values["num_heads"]), float(config.values.get("eps", 1e-6))
     except (KeyError, TypeError, ValueError, OverflowError):
         raise CheckpointError(f"{config.path} lacks a valid num_heads or eps") from None
+    if num_heads < 1 or shape.dim % num_heads:
+        raise CheckpointError(f"{config.path}: {num_heads} heads do not divide the width {shape.dim}")
+    if not 0 < eps < 1:
+        raise CheckpointError(f"{config.path} lacks a valid num_heads or eps: eps is {eps}")
     text_len = config.values.get("text_len", 512)
-    if not isinstance(text_len, int) or text_len < 1:
+    if type(text_len) is not int or not 0 < text_len <= LONGEST_TEXT:
         raise CheckpointError(f"{config.path}: text_len must be a positive whole number, not {text_len!r}")
-    return num_heads, eps, text_len
+    return replace(shape, num_heads=num_heads, eps=eps, text_len=text_len)

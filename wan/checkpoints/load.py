@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from wan.checkpoints.errors import CheckpointError
 from wan.checkpoints.find import ModelFiles
-from wan.checkpoints.headers import TransformerFiles, count_blocks, official_layout
+from wan.checkpoints.headers import TransformerFiles, count_blocks, reading_widths
 from wan.checkpoints.tensors import open_tensors, read_pth
 from wan.modules.model import WanModel, is_fp32
 from wan.modules.t5 import TextEncoder, UMT5Encoder
@@ -23,7 +23,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def build_transformer(files: TransformerFiles) -> WanModel:
-    """The frozen transformer without its weights, on the meta device: cheap, and it has every name and shape."""
+    """The frozen transformer without weights, on the meta device: it has every name and shape, and costs nothing."""
     return _on_meta(lambda: WanModel(files.shape))
 
 
@@ -32,10 +32,10 @@ def load_weights(
 ) -> WanModel:
     """Gives a model from `build_transformer` its weights; returns it.
 
-    Each tensor is read straight to `device` and handed to `place` before the next one is read, so that host memory
-    never holds a second copy of the model. `place` returns what the model shall hold: the tensor in another dtype, on
-    another device, quantised, with a LoRA added, ... The model may have been changed before (widened, layers swapped):
-    its names must be those of the file, and its shapes those of what `place` returns. Raises CheckpointError otherwise.
+    Each tensor is read straight to `device` and passed to `place` before the next one is read, so that memory never
+    holds a second copy of the model. `place` returns what the model will hold: the tensor in another dtype, on another
+    device, quantised, with a LoRA added. The model may have been changed before, such as by wider inputs or layers of
+    another class. Raises CheckpointError unless its names are those of the file and its shapes those `place` returns.
     """
     _check_names(model, files.tensors, files.path)
     with open_tensors(files.tensors, device) as read:
@@ -44,8 +44,8 @@ def load_weights(
 
 
 def cast_to(dtype: torch.dtype, device: Device = "cpu") -> Place:
-    """A `place` for weights as stored: in `dtype`, except for the parameters that stay fp32 (`is_fp32`)."""
-    # Moved first and cast there: a GPU casts faster, and no second copy is made in host memory.
+    """A `place` that casts to `dtype` on `device`, except for the parameters that stay fp32 (`is_fp32`)."""
+    # Moved first, so that the cast runs on the device and makes no copy in host memory.
     return lambda name, tensor: tensor.to(device).to(torch.float32 if is_fp32(name) else dtype)
 
 
@@ -62,7 +62,7 @@ def load_transformer(
 def load_vae(files: ModelFiles, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
     """The frozen VAE, fp32 as in official use. Raises CheckpointError as `load_transformer` does."""
     path, state = files.vae, read_pth(files.vae)
-    with official_layout(path):
+    with reading_widths(path):
         base, z_dim = len(state["encoder.conv1.weight"]), len(state["conv2.weight"])
         vae = _on_meta(lambda: WanVAE(dim=base, z_dim=z_dim))
     return _fill(vae, state, path).to(device, dtype)
@@ -75,7 +75,7 @@ def load_text_encoder(files: ModelFiles, dtype: torch.dtype, device: Device) -> 
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{files.tokenizer} is not a tokenizer: {error}") from None
     path, state = files.text_encoder, read_pth(files.text_encoder)
-    with official_layout(path):
+    with reading_widths(path):
         vocab_size, dim = state["token_embedding.weight"].shape
         num_buckets, num_heads = state["blocks.0.pos_embedding.embedding.weight"].shape
         dim_attn, dim_ffn = (len(state[f"blocks.0.{name}.weight"]) for name in ("attn.q", "ffn.fc1"))

@@ -60,7 +60,7 @@ def rotary_table(grid: tuple[int, int, int], head_dim: int, device: torch.device
     from base 10000 over its own share. Angles are float64, the table is complex64.
     """
     side = 2 * (head_dim // 6)
-    # A caller may sample in inference mode; the remembered table must serve training too.
+    # The first call may come from sampling in inference mode; the cached table must serve training too.
     with torch.inference_mode(False):
         axes = []
         for axis, (length, share) in enumerate(zip(grid, (head_dim - 2 * side, side, side), strict=True)):
@@ -75,7 +75,7 @@ def rotary_table(grid: tuple[int, int, int], head_dim: int, device: torch.device
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turns the adjacent pairs of x (B, L, N, K) by `rotary` (L, 1, K/2), in fp32."""
+    """Rotates the adjacent pairs of x (B, L, N, K) by `rotary` (L, 1, K/2), in fp32."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotary).flatten(-2)
 
@@ -97,7 +97,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with normalised queries and keys; what is attended to decides self or cross."""
+    """Multi-head attention with normalised queries and keys: what self and cross attention share."""
 
     def __init__(self, shape: WanShape) -> None:
         super().__init__()
@@ -189,11 +189,11 @@ class WanModel(nn.Module):
         return self.get_parameter("text_embedding.0.bias").dtype
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        """The velocity (noise - latents) that the model sees in noisy latents.
+        """The velocity (noise - latents) that the model predicts for noisy latents.
 
         latents (B, C, F, H, W), H and W even; timestep (B,) or per token (B, L), 0..1000, not rounded;
         text (B, T, E) rows of the text encoder, T <= text_len: shorter ones are padded with zero rows, which the
-        model attends to, as it was trained. Returns (B, out_dim, F, H, W) fp32.
+        model attends to, as in its training. Returns (B, out_dim, F, H, W) fp32.
         """
         dtype = self.compute_dtype
         x = self.patch_embedding(latents.to(dtype))

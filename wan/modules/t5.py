@@ -101,7 +101,7 @@ class RelativePositions(nn.Module):
 
 
 class Block(nn.Module):
-    """One encoder layer: attention, then feed-forward, each behind a norm and added to its input."""
+    """One encoder layer: attention, then feed-forward, each after a norm and added to its input."""
 
     def __init__(self, dim: int, dim_attn: int, dim_ffn: int, num_heads: int, num_buckets: int) -> None:
         super().__init__()
@@ -147,16 +147,16 @@ class UMT5Encoder(nn.Module):
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Prompts in, text rows out: an encoder and the tokenizer that belongs to it."""
+    """An encoder with its tokenizer: from prompts to text rows."""
 
     encoder: UMT5Encoder
     tokenizer: Tokenizer
 
     def encode(self, prompts: list[str]) -> list[Tensor]:
-        """Per prompt its rows (S, D), S its own number of tokens with </s>, on the encoder's device, without gradient.
+        """The rows (S, D) of each prompt, without gradient, on the encoder's device; S counts its tokens with </s>.
 
-        Prompts with the same tokens share one tensor. Raises ValueError if different tokens give the same rows, as
-        happens when the token embedding of a damaged checkpoint is zero.
+        Prompts with the same tokens share one tensor. Raises ValueError if different tokens give the same rows, as with
+        a damaged checkpoint whose token embedding is zero.
         """
         ids_of_prompts = [tuple(ids) for ids in self.tokenizer(prompts)]
         rows_of_ids = {ids: self._rows(ids) for ids in dict.fromkeys(ids_of_prompts)}
@@ -166,7 +166,7 @@ class TextEncoder:
     def _rows(self, ids: tuple[int, ...]) -> Tensor:
         with torch.inference_mode():
             rows = self.encoder(torch.tensor([ids], device=self.encoder.token_embedding.weight.device))[0]
-        # A tensor made in inference mode may not enter autograd, a copy made outside it may.
+        # A tensor made in inference mode cannot be used in autograd; a copy made outside of it can.
         with torch.inference_mode(False):
             return rows.clone()
 

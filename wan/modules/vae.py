@@ -1,8 +1,8 @@
 """The causal video VAE of Wan 2.1: video (B, 3, F, H, W) in [-1, 1] <-> normalised latents (B, 16, f, h, w).
 
-Frame n never sees frame n+1, so a video is passed through in chunks: one frame, then as many as make one latent frame,
-or several of them where frames are small.
-`Past` carries what the temporal convolutions still need of earlier chunks; memory does not grow with the length.
+Frame n does not depend on frame n+1, so a video is processed in chunks: one frame, then as many as make one latent
+frame, or several latent frames if the frames are small. `Past` holds what the temporal convolutions still need of
+earlier chunks, so that memory does not grow with the length.
 
 B batch, C channels, F frames, H height, W width; f, h, w the same counts after compression by 4, 8, 8.
 """
@@ -26,15 +26,15 @@ LATENT_STD = (
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916,
 )  # fmt: skip
 
-# A chunk is one latent frame of 832x480 pixels, or more where they are smaller: small videos are not worth cutting up.
+# A chunk is one latent frame of 832x480 pixels, or several if they are smaller: small videos are not worth cutting up.
 MAX_PIXELS_AT_ONCE = 4 * 832 * 480
 
 
 class Past:
-    """What one pass over a video remembers of the chunks behind it: the last input frames of each temporal convolution.
+    """The state of one pass over a video: the last input frames of each temporal convolution.
 
-    Every pass makes its own, so the modules hold no state and passes may interleave. `first_chunk` is True until the
-    first chunk has gone through; `frames` holds (B, C, num_past, H, W) per convolution.
+    Every pass has its own, so the modules hold no state and passes may interleave. `first_chunk` is True until the
+    first chunk has been processed; `frames` holds (B, C, num_past, H, W) per convolution.
     """
 
     def __init__(self) -> None:
@@ -42,12 +42,12 @@ class Past:
         self.frames: dict[nn.Module, Tensor] = {}
 
     def remember(self, conv: "CausalConv3d", x: Tensor) -> None:
-        """Keep the last `conv.num_past` frames of x (B, C, F, H, W) for the next chunk."""
+        """Keeps the last `conv.num_past` frames of x (B, C, F, H, W) for the next chunk."""
         # A slice would keep all of x alive.
         self.frames[conv] = x[:, :, -conv.num_past :].clone()
 
     def prepend(self, conv: "CausalConv3d", x: Tensor) -> Tensor:
-        """x (B, C, F, H, W) behind the `conv.num_past` frames before it: those remembered, or zeros at the start."""
+        """x (B, C, F, H, W) after the `conv.num_past` frames before it: those kept, or zeros at the start."""
         before = self.frames.get(conv)
         if before is None:
             before = torch.zeros_like(x[:, :, :1]).expand(-1, -1, conv.num_past, -1, -1)
@@ -57,11 +57,11 @@ class Past:
 
 
 class Causal:
-    """Marks the layers that look back in time: their forward takes (x, past)."""
+    """Marks the layers that depend on earlier frames: their forward takes (x, past)."""
 
 
 class Chain(Causal, nn.Module):
-    """Layers in a row, numbered or named, of which only the causal ones are given the past."""
+    """Layers in sequence, numbered or named; the causal ones are given the past."""
 
     def __init__(self, *layers: nn.Module, **named: nn.Module) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Chain(Causal, nn.Module):
 class CausalConv3d(Causal, nn.Module):
     """A convolution over (F, H, W) that is centred in space and ends at the current frame in time.
 
-    In time it is padded on the left only, by `num_past` = kernel - stride frames of the past: a chunk of F frames gives
+    In time it is padded on the left only, with the last `num_past` = kernel - stride frames: a chunk of F frames gives
     F / stride frames.
     """
 
@@ -109,7 +109,7 @@ def _needs_onednn(x: Tensor) -> bool:
 
 
 class RMSNorm(nn.Module):
-    """Scales the channel vector at each place to length sqrt(C), times gamma: x / ||x|| * sqrt(C) * gamma.
+    """Scales the channel vector at each position to length sqrt(C), times gamma: x / ||x|| * sqrt(C) * gamma.
 
     `num_axes` counts the axes behind the channels: 3 for video, 2 for frames. Half precision is normalised in fp32 and
     rounded once.
@@ -126,7 +126,7 @@ class RMSNorm(nn.Module):
 
 
 class ResidualBlock(Causal, nn.Module):
-    """Twice norm, SiLU and causal convolution, added to the input (projected where the width changes)."""
+    """Norm, SiLU and causal convolution, twice, added to the input (projected if the width changes)."""
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class ResidualBlock(Causal, nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self attention among the places of each frame."""
+    """Single-head self attention over the positions of each frame."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class AttentionBlock(nn.Module):
 
     def attend(self, frames: Tensor) -> Tensor:
         """(N, C, H, W) frames, each on its own -> the same shape."""
-        # Contiguous, or no fused kernel would take them and the scores of all pairs of places would be stored.
+        # Contiguous, because fused kernels need it: else the scores of all pairs of positions would be stored.
         q, k, v = rearrange(self.to_qkv(self.norm(frames)), "n (qkv c) h w -> qkv n (h w) 1 c", qkv=3).contiguous()
         return self.proj(rearrange(attention(q, k, v), "n (h w) 1 c -> n c h w", h=frames.shape[2]))
 
@@ -185,7 +185,7 @@ class Downsample(Causal, nn.Module):
 class Upsample(Causal, nn.Module):
     """Doubles height and width and, if `temporal`, the frames; the first chunk keeps its one frame.
 
-    The temporal convolution never sees that first frame: for it, time begins with zeros at the second chunk.
+    The temporal convolution is not applied to that first frame: for it, time begins with zeros at the second chunk.
     """
 
     def __init__(self, dim: int, out_dim: int, temporal: bool) -> None:
@@ -202,18 +202,18 @@ class Upsample(Causal, nn.Module):
 
 
 def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Run a layer for images (N, C, H, W) on every frame of x (B, C, F, H, W)."""
+    """Runs a layer for images (N, C, H, W) on every frame of x (B, C, F, H, W)."""
     frames = layer(rearrange(x, "b c f h w -> (b f) c h w"))
     return rearrange(frames, "(b f) c h w -> b c f h w", b=x.shape[0])
 
 
 def first_and_rest(x: Tensor, step: int) -> list[Tensor]:
-    """x (B, C, F, H, W) cut along time: the first frame, which the VAE treats apart, then `step` frames at a time."""
+    """x (B, C, F, H, W) split along time: the first frame, which the VAE treats differently, then `step` at a time."""
     return [x[:, :, :1], *x[:, :, 1:].split(step, dim=2)] if x.shape[2] > 1 else [x]
 
 
 def in_chunks(layer: Callable[[Tensor, Past], Tensor], chunks: Iterable[Tensor]) -> Tensor:
-    """Run a causal layer over the chunks of a video (B, C, F, H, W) in order; the outputs joined along time."""
+    """Runs a causal layer over the chunks of a video (B, C, F, H, W) in order; the outputs are joined along time."""
     past, outputs = Past(), []
     for chunk in chunks:
         outputs.append(layer(chunk, past))
@@ -296,7 +296,7 @@ class WanVAE(nn.Module):
         self.conv1 = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
         self.conv2 = nn.Conv3d(z_dim, z_dim, 1)
         self.decoder = decoder(z_dim, widths[::-1], num_res_blocks, temporal_downsample[::-1])
-        # Not in the checkpoint: real numbers even when the module is built on the meta device.
+        # Not in the checkpoint, so they have values even if the module is built on the meta device.
         for name, values in (("latent_mean", LATENT_MEAN), ("latent_std", LATENT_STD)):
             self.register_buffer(name, torch.tensor(values, device="cpu").view(-1, 1, 1, 1), persistent=False)
 
@@ -334,7 +334,7 @@ class WanVAE(nn.Module):
         return self.generate(latents * self.latent_std + self.latent_mean).clamp(-1, 1)
 
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """What the encoder says of a video as `encode` takes it: mean and log-variance, each (B, z_dim, f, h, w)."""
+        """The encoder's answer to a video as `encode` takes it: mean and log-variance, each (B, z_dim, f, h, w)."""
         step = self.stride[0] * self._latent_frames_at_once(video[:, 0, 0].numel())
         mu, log_variance = in_chunks(self._encode_chunk, first_and_rest(video, step)).chunk(2, dim=1)
         return mu, log_variance
@@ -345,7 +345,7 @@ class WanVAE(nn.Module):
         return in_chunks(self._decode_chunk, first_and_rest(z, step))
 
     def _latent_frames_at_once(self, pixels: int) -> int:
-        """How many latent frames go through together, for frames of so many pixels in the whole batch."""
+        """How many latent frames are processed together, for frames of so many pixels in the whole batch."""
         return max(1, MAX_PIXELS_AT_ONCE // (self.stride[0] * pixels))
 
     def _encode_chunk(self, video: Tensor, past: Past) -> Tensor:

@@ -171,7 +171,7 @@ def test_an_adapter_is_planned_without_weights_and_attached_to_a_model_that_has_
 
 def test_a_control_lora_widens_the_input_by_the_latents_of_its_control():
     adapter = plan_adapter(options(control_lora=True), layout()).attach(tiny_transformer())
-    assert adapter.model.patch_embedding.in_channels == 32
+    assert adapter.model.patch_embedding.base_layer.in_channels == 32
     assert "patch_embedding.lora_A.default.weight" in adapter.parameters
 
 
@@ -190,7 +190,7 @@ def test_a_fused_lora_is_added_while_loading_and_changes_the_answer_as_the_adapt
     [
         ({"lora_target": ("attention",)}, "matches no layer"),
         ({"lora_blocks": "7"}, "the model has blocks 0 to 1"),
-        ({"lora_rank": 8, "init_lora": "lora.safetensors"}, "--init_lora has rank 4"),
+        ({"lora_rank": 8, "lora_target": ("all-linear",), "init_lora": "lora.safetensors"}, "--init_lora has rank 4"),
         ({"init_lora": "lora.safetensors"}, "--init_lora adapts, unlike this run,"),
         ({"init_lora": "nowhere.safetensors"}, "nowhere.safetensors"),
         ({"fuse_lora": "deep.safetensors"}, "blocks.7.self_attn.q.weight, which this model does not have"),

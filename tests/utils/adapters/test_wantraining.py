@@ -10,9 +10,11 @@ import test_wan_control_lora
 import train_wan_lora
 from tests.tiny import TINY_SHAPE, tiny_transformer, write_model
 from utils.adapters.lora import select_modules
+from utils.adapters.lora_file import LoraFile
 from utils.common.errors import UserError
 from utils.common.options import parse_options
 from utils.training.validation import SIGMAS
+from wan.checkpoints import open_model
 
 TRAINER, TEST_SCRIPT = train_wan_lora.Options, test_wan_control_lora.Options
 
@@ -45,8 +47,9 @@ def test_a_negative_embedding_is_used_in_place_of_the_negative_prompt(tmp_path, 
     save_file({"context": rows}, tmp_path / "n.safetensors")
     flags = ["--prompt", "a fox", "--cfg", "6", "--negative_embedding", str(tmp_path / "n.safetensors")]
     opts = parse_options(TEST_SCRIPT, flags)
-    folder = write_model(tmp_path / "model")
-    _, negative = test_wan_control_lora.embed(opts, folder, torch.device("cpu"), TINY_SHAPE)
+    files = open_model(write_model(tmp_path / "model"))
+    request = test_wan_control_lora.complete(opts, tmp_path / "lora.safetensors", LoraFile({}), files.family)
+    _, negative = test_wan_control_lora.embed(request, files, torch.device("cpu"))
     assert torch.equal(negative, rows)
 
 

@@ -33,7 +33,7 @@ def cache(tmp_path: Path, fingerprint: str = "vae", control: str | None = None) 
 PARTS = {"latents": torch.randn(16, 3, 4, 4), "mask": torch.rand(3, 4, 4)}
 
 
-def test_what_is_stored_comes_back_to_the_bit_and_is_missing_no_more(tmp_path, window):
+def test_what_is_stored_is_loaded_bit_for_bit_and_no_longer_missing(tmp_path, window):
     store = cache(tmp_path)
     assert store.missing([window, window]) == [window]
     with pytest.raises(UserError, match="--cache_latents again"):
@@ -87,7 +87,7 @@ def test_a_file_with_other_parts_than_the_window_needs_is_missing_and_never_load
         store.load(window)
 
 
-def test_a_run_goes_on_from_the_cache_when_the_clip_has_vanished(tmp_path, window):
+def test_a_run_continues_from_the_cache_if_the_clip_was_deleted(tmp_path, window):
     store = cache(tmp_path)
     store.store(window, PARTS)
     window.source.path.unlink()
@@ -106,7 +106,7 @@ def test_pruning_removes_what_no_window_needs_also_of_other_vaes(tmp_path, windo
     assert store.missing([window, other]) == [other] and not list(old.folder.iterdir())
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda path: FullDisk)
     with pytest.raises(UserError, match=r"the latents take 5\.00 GB, and .* has 1\.00 GB free"):
         LatentCache(tmp_path / "cache", "vae", None).check_disk_space(5_000_000_000)
@@ -116,7 +116,7 @@ class FullDisk:
     free = 1_000_000_000
 
 
-def test_a_folder_that_cannot_be_made_or_written_is_told(tmp_path, window):
+def test_a_folder_that_cannot_be_made_or_written_is_reported(tmp_path, window):
     (tmp_path / "cache").write_text("in the way")
     with pytest.raises(UserError, match="--cache_dir"):
         LatentCache(tmp_path / "cache", "vae", None).check_disk_space(0)
@@ -124,7 +124,7 @@ def test_a_folder_that_cannot_be_made_or_written_is_told(tmp_path, window):
         LatentCache(tmp_path / "nowhere", "vae", None).store(window, PARTS)
 
 
-def test_the_size_that_is_told_is_that_of_the_files(tmp_path, window):
+def test_the_size_that_is_printed_is_that_of_the_files(tmp_path, window):
     store = cache(tmp_path)
     window = replace(window, source=replace(window.source, mask=None))
     store.store(window, {name: torch.zeros(16, *shape(window)) for name in ("latents", "channels")})

@@ -1,4 +1,4 @@
-"""Text embeddings on disk: each caption once, each encoder for itself, and no half-written file is believed."""
+"""Text embeddings on disk: each caption once per encoder, and no incomplete file is used."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def test_captions_are_encoded_a_few_at_a_time_and_all_of_them(cache):
     assert encoder.asked == captions and encoder.calls == 3 and cache.missing(captions) == []
 
 
-def test_an_interrupted_pass_goes_on_where_it_stopped(cache):
+def test_an_interrupted_pass_can_be_resumed(cache):
     captions, encoder = [f"caption {i}" for i in range(2 * CHUNK)], Encoder()
 
     def interrupted(chunk: list[str]) -> list[Tensor]:
@@ -76,7 +76,7 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(cache):
 
 
 @pytest.mark.parametrize("content", ["cut", "empty", "text", "other key"])
-def test_a_damaged_file_counts_as_missing_and_is_written_anew(cache, content):
+def test_a_damaged_file_counts_as_missing_and_is_written_again(cache, content):
     cache.store(["a fox"], Encoder(1))
     path = cache.path("a fox")
     if content == "other key":
@@ -95,13 +95,13 @@ def test_a_finished_pass_leaves_only_whole_files_that_name_their_caption(cache):
         assert file.metadata()["caption"] == "a fox"
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=f"cannot write text embeddings to {tmp_path}/file/encoder-a: "):
         TextCache(tmp_path / "file", "encoder-a").store(["a fox"], Encoder())
 
 
-def test_a_file_that_cannot_be_written_is_told_and_leaves_no_debris(cache, monkeypatch):
+def test_a_file_that_cannot_be_written_is_reported_and_leaves_nothing_behind(cache, monkeypatch):
     def fail(*_, **__):
         raise SafetensorError("I/O error: No space left on device")
 
@@ -111,7 +111,7 @@ def test_a_file_that_cannot_be_written_is_told_and_leaves_no_debris(cache, monke
     assert not list(cache.folder.iterdir())
 
 
-def test_an_embedding_that_is_not_there_is_told(cache):
+def test_an_embedding_that_is_not_there_is_reported(cache):
     with pytest.raises(UserError, match="is not a text embedding"):
         cache.load("never seen")
 

@@ -11,12 +11,12 @@ from tests.tiny import FAMILY, TINY_SHAPE, tiny_transformer, tiny_vae, write_tra
 from wan.checkpoints import (
     INDEX,
     TRANSFORMER,
-    ModelNotFoundError,
     find,
     find_family,
     find_model,
     open_model,
 )
+from wan.checkpoints.errors import ModelNotFoundError
 from wan.configs import FAMILIES, Expert
 
 TOKENIZER_FILE = f"{FAMILY.tokenizer}/tokenizer.json"

@@ -76,8 +76,12 @@ def test_tensors_that_have_no_widths_are_named(folder, edit, message):
         ({"num_heads": None}, "lacks a valid num_heads"),
         ({"num_heads": float("inf")}, "lacks a valid num_heads"),
         ({"eps": "small"}, "lacks a valid num_heads or eps"),
+        ({"eps": float("nan")}, "lacks a valid num_heads or eps: eps is nan"),
+        ({"eps": -1e-6}, "lacks a valid num_heads or eps"),
         ({"text_len": 0}, "text_len must be a positive whole number, not 0"),
         ({"text_len": "512"}, "text_len must be a positive whole number"),
+        ({"text_len": True}, "text_len must be a positive whole number"),
+        ({"text_len": 10**9}, "text_len must be a positive whole number"),
     ],
 )
 def test_a_config_that_disagrees_is_refused(folder, changes, message):
@@ -85,7 +89,7 @@ def test_a_config_that_disagrees_is_refused(folder, changes, message):
     assert str(folder) in refused(message, read, folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
 def test_a_config_that_is_no_json_object_is_refused(folder, content):
     (folder / "config.json").write_bytes(content)
     assert "config.json" in refused("not a readable JSON file|not hold a JSON object", read_config, folder)
@@ -101,7 +105,9 @@ def test_an_index_never_leads_out_of_its_folder(folder, name):
     refused("names a shard outside its folder|is not a complete safetensors file", read, folder)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 7}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", "[" * 100_000, '{"weight_map": ["a"]}', '{"weight_map": {"a": 7}}']
+)
 def test_an_index_that_is_none_is_refused(folder, content):
     (folder / TRANSFORMER).unlink()
     (folder / INDEX).write_text(content)
