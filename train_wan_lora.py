@@ -31,16 +31,16 @@ from utils.common.files import check_writable
 from utils.common.options import option, parse_options, run_script, to_json, training_table
 from utils.common.signals import Stop, stop_on_signals
 from utils.common.temp_rng import MAX_SEED
-from utils.data.dataset import Dataset, open_dataset
-from utils.data.folders import DatasetOptions, Folder, Rules, check_paired_files, resolve_folders
-from utils.data.plan import Batching, Plan, largest_window, make_plan, validation_windows
+from utils.data.dataset import DataOptions, Dataset, open_dataset
+from utils.data.folders import Folder, Rules, check_paired_files, resolve_folders
+from utils.data.plan import Plan, largest_window, make_plan, validation_windows
 from utils.data.tables import format_plan
 from utils.diffusion.flow import Predict, sample_noisy
-from utils.diffusion.objectives import Objective, guided_target, squared_error
+from utils.diffusion.objectives import guided_target, squared_error
 from utils.encoding.conditioning import Batch, Cond, inject_noise, make_predict, replace_text
 from utils.encoding.latent_cache import format_cache_size
 from utils.encoding.samples import Caches, LatentEncoding, Samples, open_samples
-from utils.encoding.text import EMBEDDINGS, TextEncoding, Texts, check_embedding_shape, encode_texts
+from utils.encoding.text import EMBEDDINGS, TextEncoding, Texts, encode_texts
 from utils.media.controls import FROM_FILE
 from utils.runs.ending import save_on_exit
 from utils.runs.run import Run, RunOptions, RunPlan, open_run
@@ -48,11 +48,10 @@ from utils.runs.state import Facts, State, check_resume_compatible, find_state
 from utils.setup.doctor import print_findings
 from utils.setup.download import SetupOptions, download_model, suggest_download
 from utils.training.learner import Learner, Trainable
-from utils.training.memory import MemoryOptions, prepare
-from utils.training.optim import Optimization
-from utils.training.phases import Phase
-from utils.training.preview import Preview, Previews, make_preview, read_prompts
-from utils.training.validation import SIGMAS, Validation, validation_loss
+from utils.training.memory import prepare
+from utils.training.phases import Phase, TrainingOptions
+from utils.training.preview import Preview, make_preview, read_prompts
+from utils.training.validation import SIGMAS, validation_loss
 from wan.checkpoints import (
     CheckpointError,
     ModelFiles,
@@ -81,21 +80,7 @@ class General:
 
 
 @dataclass(frozen=True)
-class Options(
-    General,
-    SetupOptions,
-    DatasetOptions,
-    Rules,
-    Batching,
-    Caches,
-    AdapterOptions,
-    Objective,
-    Optimization,
-    MemoryOptions,
-    Validation,
-    Previews,
-    RunOptions,
-):
+class Options(General, SetupOptions, DataOptions, Caches, AdapterOptions, TrainingOptions, RunOptions):
     """Train a LoRA for a Wan video model on your own clips."""
 
     def __post_init__(self) -> None:
@@ -135,8 +120,8 @@ class Session:
 
     learner: Learner
     phases: list[Phase]  # the updates of a step; ordinary training has one
+    model: WanModel
     predict: Predict[Cond]
-    patch_size: tuple[int, int, int]
     samples: Samples
     plan: Plan
     steps_per_epoch: int
@@ -165,6 +150,7 @@ def open_data(opts: Options, folders: list[Folder], family: Family) -> Dataset:
 
 def load_texts(opts: Options, encoding: TextEncoding, data: Dataset) -> Texts:
     """The embeddings of all captions and prompts; what is not cached yet is encoded."""
+    # A negative prompt is needed where guidance is: for distillation, and for previews unless theirs is 1.
     prompts = [] if opts.sample_prompts is None else read_prompts(opts.sample_prompts)
     sampler = opts.preview_sampler(encoding.files.family, bool(opts.distill_cfg))
     guided = bool(opts.distill_cfg) or (bool(prompts) and sampler.guidance != 1)
@@ -189,14 +175,10 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     """Encodes and loads what the loop needs, one model after another; None where caches were all that was wanted."""
     # First a rehearsal on a transformer without weights: a misspelled layer, or a LoRA file that does not fit, should
     # not cost the minutes of loading.
-    layout = build_transformer(files.transformer)
-    adapter_plan = plan_adapter(opts, layout)
+    adapter_plan = plan_adapter(opts, build_transformer(files.transformer))
 
     # The text encoder takes 11 GB. It is loaded only if an embedding is missing, and freed before the next model.
     texts = load_texts(opts, TextEncoding(files, device), data)
-    check_embedding_shape(texts.captions(data.captions[0]), layout.shape, "the captions")
-    if texts.negative is not None:
-        check_embedding_shape(texts.negative, layout.shape, "the negative prompt")
 
     # Everything random about the data is decided by the plan, from the seed and the number of the epoch alone. So the
     # order does not depend on worker processes, and a resumed run continues in it.
@@ -211,6 +193,9 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     # From here on everything random follows the seed: the LoRA's first values, then noise and noise levels.
     torch.manual_seed(opts.seed)
     adapter = load_model(opts, files, adapter_plan, device)
+
+    # The LoRA alone is learned, the base model is frozen. A step is one phase: the LoRA speaks, forward and backward,
+    # and its optimizer updates it. Training with several learners would list several phases.
     learner = Learner([Trainable("lora", adapter, opts.optimizer, opts.ema_decay)])
     predict = make_predict(adapter.model)
     loss = partial(training_loss, opts=opts, model=adapter.model, predict=predict, negative=texts.negative)
@@ -222,14 +207,14 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
 
     encoding = tqdm(watched, "encoding validation clips", leave=False)
     validation = [samples.load_batch([window]).to(CPU) for window in encoding]
-    preview, patch_size = None, layout.shape.patch_size
+    preview = None
     if texts.previews:
         # Previews are as large as the largest clip. Those of a control LoRA follow clips, of validation if possible.
         longest = largest_window(chain(*plan.epoch(0)))
         followed = (validation or [samples.load_batch([longest]).to(CPU)]) if opts.control_lora else []
         sampler, size = opts.preview_sampler(files.family, bool(opts.distill_cfg)), largest_window(data.windows)
         preview = make_preview(texts, sampler, files.family, opts.seed, samples.vae, size, followed)
-    return Session(learner, [phase], predict, patch_size, samples, plan, steps_per_epoch, validation, preview)
+    return Session(learner, [phase], adapter.model, predict, samples, plan, steps_per_epoch, validation, preview)
 
 
 def start_run(opts: Options, data: Dataset, learner: Learner, state: State | None) -> Run:
@@ -249,6 +234,7 @@ def train(opts: Options, device: torch.device, session: Session, run: Run, resum
     metrics, preview = run.metrics, session.preview
     val_seed = opts.seed if opts.val_seed is None else opts.val_seed
     save_every = opts.checkpointing_steps, opts.save_every_epochs * session.steps_per_epoch
+    # The stream has no end: epoch after epoch. A resumed run skips the batches that it has already had.
     stream = session.samples.stream(session.plan, run.step * opts.gradient_accumulation)
     with closing(stream), run, stop_on_signals() as stop, save_on_exit(run, stop):
         while True:
@@ -276,6 +262,8 @@ def train(opts: Options, device: torch.device, session: Session, run: Run, resum
             if last:
                 metrics.say(f"look at it: python test_wan_control_lora.py --lora_path {run.last_saved} --prompt ...")
                 return
+
+            # Everything else is training.
             take_step(opts, session, run, stream, stop)
 
 
@@ -292,7 +280,7 @@ def take_step(opts: Options, session: Session, run: Run, stream: Iterator[Batch]
                 share = phase.loss(batch) / opts.gradient_accumulation
                 share.backward()
                 loss = loss + share.detach()
-                tokens += batch.tokens(session.patch_size)
+                tokens += batch.tokens(session.model.shape.patch_size)
 
         # The optimizer step. A second Ctrl-C waits for its end: half an update could not be saved.
         with stop.held():
@@ -320,6 +308,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_writable(opts.output_dir)
         files = open_model(name)
     data = open_data(opts, folders, files.family)
+
+    # A run can be resumed exactly if its options and its clips are still the same; what differs is listed.
     state = find_state(opts.resume_from_checkpoint, opts.output_dir) if opts.resume_from_checkpoint else None
     if state is not None:
         check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes)

@@ -13,10 +13,15 @@ from utils.common.console import say
 from utils.common.digests import DIGESTS, LATENTS, Digests
 from utils.common.errors import UserError
 from utils.common.formatting import counted
-from utils.data.folders import Folder
-from utils.data.plan import Limits, Plan, Window, full_length_windows
+from utils.data.folders import DatasetOptions, Folder, Rules
+from utils.data.plan import Batching, Limits, Plan, Window, full_length_windows
 from utils.data.scan import Problem, Source, scan, split_folders
 from utils.data.tables import format_buckets, format_clips
+
+
+@dataclass(frozen=True)
+class DataOptions(DatasetOptions, Rules, Batching):
+    """data"""
 
 
 @dataclass(frozen=True)

@@ -131,13 +131,18 @@ def encode_texts(
     """Encodes what the caches lack of a run's texts, with one load of the encoder, and returns what the run reads.
 
     Captions and prompts are cached in `folder`. The negative prompt, at most one, is a text or an embedding file; it is
-    cached in EMBEDDINGS, as are the prompts in the files `others`. Raises UserError as `encode_missing` does.
+    cached in EMBEDDINGS, as are the prompts in the files `others`. Raises UserError as `encode_missing` does, and for
+    embeddings that the transformer does not read.
     """
     own, shared = encoding.cache(folder), encoding.cache(EMBEDDINGS)
     texts = [read_prompt(path) for path in (*others, *negatives) if not is_embedding(path)]
     encoding.encode_missing({own: [*captions, *prompts], shared: texts})
     previews = [(prompt, own.load(prompt)) for prompt in prompts]
     negative = load_prompt(negatives[0], shared).to(encoding.device) if negatives else None
+    shape = encoding.files.transformer.shape
+    check_embedding_shape(own.load(captions[0]), shape, "the captions")
+    if negative is not None:
+        check_embedding_shape(negative, shape, "the negative prompt")
     return Texts(own.load, previews, negative)
 
 

@@ -1,4 +1,4 @@
-"""What the training loop runs."""
+"""What the training loop runs, and all that its options decide."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -6,8 +6,18 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from utils.diffusion.objectives import Objective
 from utils.encoding.conditioning import Batch
 from utils.training.learner import Update
+from utils.training.memory import MemoryOptions
+from utils.training.optim import Optimization
+from utils.training.preview import Previews
+from utils.training.validation import Validation
+
+
+@dataclass(frozen=True)
+class TrainingOptions(Objective, Optimization, MemoryOptions, Validation, Previews):
+    """training"""
 
 
 @dataclass(frozen=True)
