@@ -97,7 +97,7 @@ def ends(main: Callable, arguments: str, capsys: pytest.CaptureFixture) -> str:
         (f"{TRAIN} --output_dir clips/fox.txt", "clips/fox.txt is a file"),
     ],
 )
-def test_a_mistaken_call_of_the_trainer_is_told(work, capsys, arguments, message):
+def test_a_mistaken_call_of_the_trainer_is_reported(work, capsys, arguments, message):
     assert message in ends(train_wan_lora.main, arguments, capsys)
     assert not (work / "outputs").exists()
 
@@ -124,12 +124,12 @@ def test_a_mistaken_call_of_the_trainer_is_told(work, capsys, arguments, message
         (f"--lora_path fitting.safetensors {MODEL} --embedding narrow.safetensors", "3 embedding rows of width 5"),
     ],
 )
-def test_a_mistaken_call_of_the_test_script_is_told(work, capsys, arguments, message):
+def test_a_mistaken_call_of_the_test_script_is_reported(work, capsys, arguments, message):
     assert message in ends(test_wan_control_lora.main, arguments, capsys)
     assert not (work / "outputs").exists()
 
 
-def test_all_bad_files_are_told_together_before_a_model_loads(work, capsys, monkeypatch):
+def test_all_bad_files_are_reported_together_before_a_model_loads(work, capsys, monkeypatch):
     monkeypatch.setattr(train_wan_lora, "build_transformer", None)  # whoever calls it fails
     (work / "clips" / "broken.mp4").write_bytes((work / "clips" / "fox.mp4").read_bytes()[:700])
     (work / "clips" / "broken.txt").write_text("broken", encoding="utf-8")

@@ -126,7 +126,7 @@ def test_stopping_all_processes_of_a_run_at_once_saves_it_too(work, straight):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_run_that_is_asked_to_stop_finishes_its_step_saves_and_says_how_to_go_on(work, straight, number):
+def test_a_run_that_is_asked_to_stop_finishes_its_step_saves_and_says_how_to_resume(work, straight, number):
     if number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
         pytest.skip("these tests run under nohup")
     name = f"stopped-{number.name}"

@@ -126,7 +126,7 @@ def test_the_same_seed_gives_the_same_lora_whatever_the_workers_and_the_previews
     assert not any(torch.equal(first[name].down, other[name].down) for name in first)
 
 
-def test_previews_show_the_same_prompts_from_the_same_noise_until_the_lora_has_learnt(work, monkeypatch):
+def test_previews_show_the_same_prompts_from_the_same_noise_until_the_lora_has_learned(work, monkeypatch):
     Path("prompts.txt").write_text("a red fox\n\na blue house\n", encoding="utf-8")
     flags = "--dataset clips --pretrained_model_name_or_path model --base_res 64 --token_limit 60 --val_samples 0"
     flags += " --max_train_steps 3 --learning_rate 1e-2 --lora_target all-linear --num_workers 0"
@@ -165,7 +165,7 @@ def test_the_previews_of_a_control_lora_follow_the_validation_clips(work):
     assert len(EventAccumulator(str(folder)).Reload().Images("samples")) == 2
 
 
-def test_training_goes_on_where_a_preview_cannot_be_written(work, monkeypatch, capsys):
+def test_training_continues_where_a_preview_cannot_be_written(work, monkeypatch, capsys):
     def refused(path: Path, *_: object) -> None:
         raise OSError(28, "No space left on device", str(path))
 

@@ -57,7 +57,7 @@ def test_the_demo_teaches_its_style_and_leaves_other_prompts_alone(tmp_path, cap
 
 
 def test_a_control_lora_follows_its_control_video(work):
-    # Most captions are dropped: they say everything that the control shows, and it would be learnt from them instead.
+    # Most captions are dropped: they say everything that the control shows, and it would be learned from them instead.
     lora = trained(work, f"--control_lora --caption_dropout 0.8 --max_train_steps 500 --learning_rate 2e-3 {RANK}")
     rng = random.Random("control")
     model, vae, encoder = load(MODEL, pick_device())

@@ -1,6 +1,6 @@
 """What the files of a run are called: the one place that knows.
 
-wan-lora-00000100.safetensors         what a trainable named "lora" has learnt after 100 steps
+wan-lora-00000100.safetensors         what a trainable named "lora" has learned after 100 steps
 wan-lora-00000100-ema.safetensors     its exponential moving average
 state-00000100.safetensors            the state from which the run can be resumed
 """
@@ -16,7 +16,7 @@ _NAME = re.compile(r"(?:(?P<state>state)|wan-(?P<trainable>[a-z_]+))-(?P<step>\d
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file of a run: of which step, and of which trainable (None: the state), as it is or averaged."""
+    """A file of a run: its step, its trainable (None: the state), and whether it holds the average."""
 
     step: int
     trainable: str | None = None

@@ -10,4 +10,4 @@ class RunError(Exception):
 
 
 class LoaderError(RunError):
-    """The processes that load clips have died or hang. Everything learnt up to then is sound."""
+    """The processes that load clips have died or hang. Everything learned up to then is sound."""

@@ -54,7 +54,7 @@ class Facts(TypedDict, total=False):
     minimum: float | None
     maximum: float | None
     requires: str | None  # the option without which this one would be ignored
-    affects_training: bool  # whether it affects what is learnt, so that a resumed run must have the same value
+    affects_training: bool  # whether it affects what is learned, so that a resumed run must have the same value
     aliases: tuple[str, ...]  # other names that are accepted for it
 
 
@@ -131,7 +131,7 @@ def to_table(options: Any) -> dict[str, Any]:
 
 
 def training_table(options: Any) -> dict[str, Any]:
-    """Of `to_table` the options that affect what is learnt: what a saved state keeps."""
+    """Of `to_table` the options that affect what is learned: what a saved state keeps."""
     specs = {spec.name: spec for spec in fields(options)}
     return {name: value for name, value in to_table(options).items() if specs[name].metadata["affects_training"]}
 

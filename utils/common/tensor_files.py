@@ -19,7 +19,7 @@ class TensorFileError(Exception):
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a file, copied into memory, and its metadata. Raises TensorFileError."""
     with _opened(path) as file:
-        # Copies: a tensor as it is loaded is a view of the file, which may be replaced.
+        # Copies: a loaded tensor is a view of the file, which may be replaced.
         tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118, safe_open is no mapping
         return tensors, dict(file.metadata() or {})
 

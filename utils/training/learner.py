@@ -61,7 +61,7 @@ class Trainable:
         return Update(norm, learning_rate)
 
     def export(self, path: Path, facts: Mapping[str, str], average: bool = False) -> None:
-        """Writes what has been learnt, or its average. Reads copies: the parameters keep their values throughout."""
+        """Writes what has been learned, or its average. Reads copies: the parameters keep their values throughout."""
         if average and self.ema is None:
             raise ValueError(f"{self.name} has no average")
         values = self.ema.values if average and self.ema is not None else self.adapter.parameters

@@ -261,7 +261,7 @@ def test_an_extracted_adapter_is_a_copy():
     assert all(not pair.up.requires_grad and pair.alpha == ALPHA for pair in lora.pairs.values())
 
 
-def test_a_loaded_adapter_goes_on_training():
+def test_a_loaded_adapter_can_be_trained_further():
     model, parameters = adapted()
     lora = extract_lora(model, {})
     fill(parameters, seed=5)

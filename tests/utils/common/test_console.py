@@ -1,4 +1,4 @@
-"""A run goes on without its console, and its exit code stays the same. Real processes, pipes and terminals."""
+"""A run continues without its console, and its exit code stays the same. Real processes, pipes and terminals."""
 
 import os
 import subprocess

@@ -56,7 +56,7 @@ def test_a_lora_that_stays_zero_ends_the_run_and_is_not_saved(run):
     assert "no checkpoint was written yet" in str(caught.value) and not list(run.checkpoints.iterdir())
 
 
-def test_an_interrupted_run_saves_what_it_has_learnt(tmp_path):
+def test_an_interrupted_run_saves_what_it_has_learned(tmp_path):
     with (
         pytest.raises(KeyboardInterrupt),
         open_a_run(tmp_path) as run,
@@ -86,7 +86,7 @@ def test_a_clip_that_became_unreadable_ends_the_run_with_what_is_left(run):
     assert str(caught.value) == f"clips/fox.mp4: not a readable video\nthe last checkpoint is {path}"
 
 
-def test_a_gpu_that_fills_up_in_mid_run_costs_nothing_of_what_was_learnt(run):
+def test_a_gpu_that_fills_up_in_mid_run_costs_nothing_of_what_was_learned(run):
     log(run, 1.0)
     with pytest.raises(RunError, match="fewer tokens") as caught, save_on_exit(run, Stop()):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -94,7 +94,7 @@ def test_a_gpu_that_fills_up_in_mid_run_costs_nothing_of_what_was_learnt(run):
     assert str(path) in str(caught.value)
 
 
-def test_a_loading_process_that_dies_in_the_middle_of_a_step_costs_nothing_of_what_was_learnt(run):
+def test_a_loading_process_that_dies_in_the_middle_of_a_step_costs_nothing_of_what_was_learned(run):
     log(run, 1.0)
     with (
         pytest.raises(RunError, match="loading the next clips failed: DataLoader worker") as caught,
@@ -132,7 +132,7 @@ def test_what_is_interrupted_in_the_middle_of_an_update_is_not_saved(run, capsys
     assert "in the middle of an update, which is not saved" in said and "resume with" not in said
 
 
-def test_saving_what_is_learnt_is_not_interrupted_again(run, monkeypatch):
+def test_saving_what_is_learned_is_not_interrupted_again(run, monkeypatch):
     log(run, 1.0)
     save = run.save
 

@@ -33,7 +33,7 @@ def test_runs_of_the_same_second_get_a_number(tmp_path, frozen_clock):
     assert names == ["2026-01-02_03-04-05", "2026-01-02_03-04-05-2", "2026-01-02_03-04-05-3"]
 
 
-def test_an_output_folder_that_is_a_file_is_told(tmp_path):
+def test_an_output_folder_that_is_a_file_is_reported(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for output_dir in (tmp_path / "file", tmp_path / "file" / "deeper"):
         with pytest.raises(UserError, match="output_dir") as caught:

@@ -80,7 +80,7 @@ def test_validation_writes_each_sigma_and_the_mean(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("loss", "grad_norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
-def test_one_step_that_is_not_finite_is_told_counted_and_left_out(tmp_path, capsys, loss, grad_norm):
+def test_one_step_that_is_not_finite_is_reported_counted_and_left_out(tmp_path, capsys, loss, grad_norm):
     with open_a_run(tmp_path) as run:
         log(run, 4.0)
         log(run, loss, grad_norm)
@@ -108,7 +108,7 @@ def test_the_share_of_clipped_steps_is_logged(tmp_path):
     assert shares[1] == 0 and 0.45 < shares[4] < 0.55
 
 
-def test_events_that_cannot_be_written_are_told_once_and_the_run_goes_on(run, monkeypatch, capsys):
+def test_events_that_cannot_be_written_are_reported_once_and_the_run_continues(run, monkeypatch, capsys):
     def full(*_) -> None:
         raise OSError(28, "No space left on device")
 

@@ -47,7 +47,7 @@ def test_a_checkpoint_is_named_by_its_step_and_holds_the_lora(run):
     assert torch.equal(lora.pairs["blocks.0.self_attn.q"].down, torch.ones(2, 4))
 
 
-def test_a_run_that_goes_on_from_an_earlier_state_sets_later_files_aside(tmp_path, capsys):
+def test_a_run_that_resumes_from_an_earlier_state_archives_later_files(tmp_path, capsys):
     with open_a_run(tmp_path) as run:
         for _ in range(3):
             log(run, 1.0)
@@ -62,7 +62,7 @@ def test_a_run_that_goes_on_from_an_earlier_state_sets_later_files_aside(tmp_pat
     assert "moved 4 files of later steps to" in capsys.readouterr().out
 
 
-def test_a_run_folder_on_a_full_disk_is_told(tmp_path, monkeypatch):
+def test_a_run_folder_on_a_full_disk_is_reported(tmp_path, monkeypatch):
     def full(*_, **__) -> None:
         raise OSError(28, "No space left on device")
 

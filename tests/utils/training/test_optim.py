@@ -124,7 +124,7 @@ def test_a_gradient_that_is_not_finite_leaves_parameters_and_moments_untouched(b
     assert all(parameter.grad is None for parameter in updater.parameters)
 
 
-def test_after_a_skipped_update_training_goes_on_as_if_it_had_not_been():
+def test_after_a_skipped_update_training_continues_as_if_it_had_not_been():
     updater = make_updater()
     give_gradients(updater.parameters, seed=0)
     updater.step(1.0)

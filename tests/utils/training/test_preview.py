@@ -77,7 +77,7 @@ def test_prompts_are_a_text_or_the_lines_of_a_text_file(tmp_path):
     ("given", "message"),
     [("", "is empty"), ("  ", "is empty"), ("{}/nowhere.txt", "nowhere.txt"), ("{}/list.md", "not a .txt file")],
 )
-def test_what_is_no_prompt_is_told(tmp_path, given, message):
+def test_what_is_no_prompt_is_reported(tmp_path, given, message):
     (tmp_path / "list.md").write_text("a fox")
     with pytest.raises(UserError, match=message):
         read_prompts(given.format(tmp_path))
