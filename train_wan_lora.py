@@ -5,9 +5,9 @@
     python train_wan_lora.py --cache_embeddings --dataset clips    once per change of captions (optional)
     python train_wan_lora.py --dataset clips                       train
 
-The story, from top to bottom: the options; what is learned; what happens before the first step; the loop. Where to read
-on: how clips become samples: utils/data, utils/encoding; what a LoRA does to the model: utils/adapters; what learns:
-utils/training; what a run writes: utils/runs; what Wan is: wan/.
+The story, from top to bottom: the options; what is learned; what happens before the first step; the loop; main. Read on
+in utils/media and utils/data (files to samples), utils/encoding (samples to latents), utils/diffusion (noise and loss),
+utils/adapters (LoRA on the model), utils/training (what learns), utils/runs (what a run writes) and wan/ (the models).
 """
 
 import sys
@@ -43,7 +43,7 @@ from utils.encoding.samples import Caches, LatentEncoding, Samples, open_samples
 from utils.encoding.text import EMBEDDINGS, TextEncoding, Texts, encode_texts
 from utils.media.controls import FROM_FILE
 from utils.runs.ending import save_on_exit
-from utils.runs.run import Run, RunOptions, RunPlan, open_run
+from utils.runs.run import Run, RunOptions, RunSettings, open_run
 from utils.runs.state import Facts, State, check_resume_compatible, find_state
 from utils.setup.doctor import print_findings
 from utils.setup.download import SetupOptions, download_model, suggest_download
@@ -85,9 +85,9 @@ class Options(General, SetupOptions, DataOptions, Caches, AdapterOptions, Traini
 
     def __post_init__(self) -> None:
         if self.lr_warmup_steps >= self.max_train_steps:
-            raise UserError(f"--lr_warmup_steps {self.lr_warmup_steps} leaves none of {self.max_train_steps} steps")
+            raise UserError(f"--lr_warmup_steps {self.lr_warmup_steps} must be below the {self.max_train_steps} steps")
         if self.cache_embeddings and self.cache_latents:
-            raise UserError("--cache_embeddings stops before it comes to --cache_latents: give one of them")
+            raise UserError("--cache_embeddings stops after the texts, before --cache_latents: give one of them")
 
 
 # ---------------------------------------------------------------------------------------------------- what is learned
@@ -102,21 +102,21 @@ def training_loss(
     cond = inject_noise(batch.cond, opts.control_inject_noise)
     noisy = sample_noisy(batch.latents, opts.shift)
 
-    # The target is the velocity of that line, noise - latents. Distillation moves it by what guidance would have added
-    # to the answer of the base model, which speaks here without the LoRA. So sampling needs no guidance afterwards.
+    # The target is the velocity of that line, noise - latents. Distillation adds what guidance would add to the answer
+    # of the base model, which is asked here without the LoRA and without gradients. Sampling then needs no guidance.
     target = noisy.velocity
     if opts.distill_cfg and negative is not None:
         with speaking(model, None):
             target = guided_target(noisy, predict, cond, replace_text(cond, negative), opts.distill_cfg)
 
-    # Black regions of a mask still count a little, or what happens in them would be arbitrary.
+    # Black regions of a mask count a little too. With weight zero the LoRA could do anything to them.
     weight = None if batch.mask is None else opts.mask_floor + (1 - opts.mask_floor) * batch.mask
     return squared_error(predict(noisy.latents, noisy.timestep, cond), target, weight)
 
 
 @dataclass(frozen=True)
 class Session:
-    """What the loop needs: who learns, in which phases, from which samples, and what is measured on the way."""
+    """What the loop needs: who learns, in which phases, from which samples, and what is measured in between."""
 
     learner: Learner
     phases: list[Phase]  # the updates of a step; ordinary training has one
@@ -134,6 +134,7 @@ class Session:
 
 def find_folders(opts: Options) -> list[Folder]:
     """The folders to train on, each with its rules."""
+    # A dataset config holds nothing but [[dataset]] tables, unless it is the file of --config too.
     tables_only = opts.dataset_config != opts.config
     folders = resolve_folders(opts.dataset, opts.dataset_config, Rules.of(opts), tables_only)
     check_paired_files(folders, opts.control_lora, needs_masks=opts.mask_floor != Options.mask_floor)
@@ -150,7 +151,7 @@ def open_data(opts: Options, folders: list[Folder], family: Family) -> Dataset:
 
 def load_texts(opts: Options, encoding: TextEncoding, data: Dataset) -> Texts:
     """The embeddings of all captions and prompts; what is not cached yet is encoded."""
-    # A negative prompt is needed where guidance is: for distillation, and for previews unless theirs is 1.
+    # Distillation and guided previews also need a negative prompt. --cache_embeddings encodes all that ship with us.
     prompts = [] if opts.sample_prompts is None else read_prompts(opts.sample_prompts)
     sampler = opts.preview_sampler(encoding.files.family, bool(opts.distill_cfg))
     guided = bool(opts.distill_cfg) or (bool(prompts) and sampler.guidance != 1)
@@ -161,8 +162,8 @@ def load_texts(opts: Options, encoding: TextEncoding, data: Dataset) -> Texts:
 
 def load_model(opts: Options, files: ModelFiles, plan: AdapterPlan, device: torch.device) -> LoraAdapter:
     """The frozen transformer on the device, with the adapter that is trained on it."""
-    # Each tensor goes through `place` when it is read: it is cast to the compute dtype, and a fused LoRA is added. So
-    # memory never holds a second copy of the weights.
+    # Each tensor goes through `place` when it is read: it is cast to the compute dtype, and a fused LoRA is added. This
+    # way memory never holds a second copy of the weights.
     model = build_transformer(files.transformer)
     plan.widen(model)
     place = plan.place(cast_to(compute_dtype(device), device))
@@ -172,7 +173,7 @@ def load_model(opts: Options, files: ModelFiles, plan: AdapterPlan, device: torc
 
 
 def open_session(opts: Options, files: ModelFiles, device: torch.device, data: Dataset) -> Session | None:
-    """Encodes and loads what the loop needs, one model after another; None where caches were all that was wanted."""
+    """Encodes and loads what the loop needs, one model after another; None with --cache_only."""
     # First a rehearsal on a transformer without weights: a misspelled layer, or a LoRA file that does not fit, should
     # not cost the minutes of loading.
     adapter_plan = plan_adapter(opts, build_transformer(files.transformer))
@@ -180,8 +181,9 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     # The text encoder takes 11 GB. It is loaded only if an embedding is missing, and freed before the next model.
     texts = load_texts(opts, TextEncoding(files, device), data)
 
-    # Everything random about the data is decided by the plan, from the seed and the number of the epoch alone. So the
-    # order does not depend on worker processes, and a resumed run continues in it.
+    # The plan draws everything random about the data, from the seed and the number of the epoch alone. The order of
+    # samples therefore does not depend on worker processes, and a resumed run continues in it. Without held-out clips
+    # validation uses training clips.
     limits, latents = opts.limits(files.family.grid), LatentEncoding(files, device, opts.generated_control)
     plan = make_plan(data.train, limits, opts.seed, opts.cache_latents)
     watched = validation_windows(data.val or data.train, limits, opts.val_samples)
@@ -190,12 +192,12 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     if opts.cache_only:
         return None
 
-    # From here on everything random follows the seed: the LoRA's first values, then noise and noise levels.
+    # The other random numbers come from torch's generator: the LoRA's first values, then noise and noise levels.
     torch.manual_seed(opts.seed)
     adapter = load_model(opts, files, adapter_plan, device)
 
-    # The LoRA alone is learned, the base model is frozen. A step is one phase: the LoRA speaks, forward and backward,
-    # and its optimizer updates it. Training with several learners would list several phases.
+    # Only the LoRA is trained; the base model is frozen. A step is one phase: the LoRA speaks, forward and backward,
+    # and is updated by its optimizer. Two experts, or a student and its critic, would be two phases.
     learner = Learner([Trainable("lora", adapter, opts.optimizer, opts.ema_decay)])
     predict = make_predict(adapter.model)
     loss = partial(training_loss, opts=opts, model=adapter.model, predict=predict, negative=texts.negative)
@@ -209,7 +211,8 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     validation = [samples.load_batch([window]).to(CPU) for window in encoding]
     preview = None
     if texts.previews:
-        # Previews are as large as the largest clip. Those of a control LoRA follow clips, of validation if possible.
+        # Previews have the size of the largest clip. Those of a control LoRA follow validation clips, or the largest
+        # sample of the first epoch.
         longest = largest_window(chain(*plan.epoch(0)))
         followed = (validation or [samples.load_batch([longest]).to(CPU)]) if opts.control_lora else []
         sampler, size = opts.preview_sampler(files.family, bool(opts.distill_cfg)), largest_window(data.windows)
@@ -218,59 +221,58 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
 
 
 def start_run(opts: Options, data: Dataset, learner: Learner, state: State | None) -> Run:
-    """The run's folder, and what its files say about how they were made. The learner is restored from a saved state."""
+    """Creates the run's folder, or restores the learner from a saved state and continues in that run's folder."""
     control = FROM_FILE if any(source.control for source in data.train) else opts.generated_control or ""
     about = {"base_model": opts.pretrained_model_name_or_path, "control": control, "shift": f"{opts.shift:g}"}
     options, facts = to_json(opts), Facts(training_table(opts), data.fingerprint)
-    plan = RunPlan(opts.output_dir, opts.max_train_steps, opts.max_grad_norm, options, facts, about)
-    return open_run(plan, learner, state)
+    settings = RunSettings(opts.output_dir, opts.max_train_steps, opts.max_grad_norm, options, facts, about)
+    return open_run(settings, learner, state)
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
-def train(opts: Options, device: torch.device, session: Session, run: Run, resumed_at: int | None) -> None:
-    """Takes steps until the last one, and measures, saves and previews in between."""
+def train(opts: Options, device: torch.device, session: Session, run: Run) -> None:
+    """Trains until the last step; validates, saves and previews in between."""
     metrics, preview = run.metrics, session.preview
     val_seed = opts.seed if opts.val_seed is None else opts.val_seed
     save_every = opts.checkpointing_steps, opts.save_every_epochs * session.steps_per_epoch
-    # The stream has no end: epoch after epoch. A resumed run skips the batches that it has already had.
-    stream = session.samples.stream(session.plan, run.step * opts.gradient_accumulation)
+    # The stream has no end: epoch after epoch. A resumed run skips the batches that it has already used.
+    used = run.step * opts.gradient_accumulation * len(session.phases)
+    stream = session.samples.stream(session.plan, used)
     with closing(stream), run, stop_on_signals() as stop, save_on_exit(run, stop):
         while True:
-            # What was due at the step of a resumed state was done before the state was saved.
-            last, fresh = run.step == opts.max_train_steps, run.step != resumed_at
+            # The first Ctrl-C, SIGTERM or SIGHUP ends the run here, between two steps. `save_on_exit` saves it first.
+            last = run.step == opts.max_train_steps
             if stop.requested and not last:
                 raise KeyboardInterrupt
 
-            # Once in a while: the loss on the same clips with the same noise, for the first time before step 1.
-            if session.validation and fresh and (last or run.step % opts.val_steps == 0):
-                metrics.flush()  # what follows is not training time
+            # Validation: always the same clips, noise and noise levels, so that the numbers can be compared.
+            if session.validation and run.is_due(opts.val_steps) and not metrics.is_validated:
+                metrics.flush()  # what follows does not count as training time
                 encoded = (batch.to(device) for batch in tqdm(session.validation, desc="validating", leave=False))
                 metrics.log_validation(validation_loss(session.predict, encoded, val_seed), SIGMAS)
 
-            # Once in a while, and at the end: the LoRA, its average, and the state to resume from are written.
-            if last or (fresh and run.saving_is_due(*save_every, minutes=opts.save_every_minutes)):
+            # A checkpoint: the LoRA, its average, and the state from which the run can be resumed.
+            if run.saving_is_due(*save_every, minutes=opts.save_every_minutes):
                 run.save()
                 run.prune(opts.keep_checkpoints)
 
-            # Once in a while: the same prompts from the same noise, so that only the LoRA makes a difference.
-            if preview and fresh and (last or run.step % opts.sample_every == 0):
+            # Previews: always the same prompts from the same noise, so that only the LoRA makes a difference.
+            if preview and run.is_due(opts.sample_every) and not metrics.has_previews:
                 metrics.flush()
                 metrics.log_previews(preview.generate(session.predict), preview.fps)
 
             if last:
                 metrics.say(f"look at it: python test_wan_control_lora.py --lora_path {run.last_saved} --prompt ...")
                 return
-
-            # Everything else is training.
             take_step(opts, session, run, stream, stop)
 
 
 def take_step(opts: Options, session: Session, run: Run, stream: Iterator[Batch], stop: Stop) -> None:
     """One step: each phase accumulates the gradients of its batches, then updates what it trains."""
-    # Meanwhile worker processes load the next clips. The host never waits for the device: losses stay there until they
-    # have been copied, and the optimizer itself skips a gradient that is not finite.
+    # Worker processes load the next clips meanwhile, and the host does not wait for the device: losses are copied in
+    # the background, and the optimizer skips a gradient that is not finite. A step counts once all phases are updated.
     session.learner.begin_step(len(session.phases))
     tokens = 0
     for phase in session.phases:
@@ -282,7 +284,7 @@ def take_step(opts: Options, session: Session, run: Run, stream: Iterator[Batch]
                 loss = loss + share.detach()
                 tokens += batch.tokens(session.model.shape.patch_size)
 
-        # The optimizer step. A second Ctrl-C waits for its end: half an update could not be saved.
+        # The optimizer step. A second Ctrl-C ends the run at once, but not in here: half an update cannot be saved.
         with stop.held():
             update = phase.step()
         run.metrics.log(phase.name, loss, update)
@@ -299,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         download_model(name)
         return
 
-    # Everything that can be wrong with options, files and states is found before a model is loaded.
+    # What is wrong with options, clips or a state is found here, before anything takes long.
     folders = find_folders(opts)
     with suggest_download():
         if opts.check_dataset:  # a released model need not be downloaded for it
@@ -309,7 +311,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         files = open_model(name)
     data = open_data(opts, folders, files.family)
 
-    # A run can be resumed exactly if its options and its clips are still the same; what differs is listed.
+    # A resumed run must have the options and clips of the saved one. Differences are listed, and are an error without
+    # --allow_changes.
     state = find_state(opts.resume_from_checkpoint, opts.output_dir) if opts.resume_from_checkpoint else None
     if state is not None:
         check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes)
@@ -319,8 +322,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if opts.cache_embeddings:
             load_texts(opts, TextEncoding(files, device), data)
         elif (session := open_session(opts, files, device, data)) is not None:
-            run = start_run(opts, data, session.learner, state)
-            train(opts, device, session, run, resumed_at=None if state is None else state.step)
+            train(opts, device, session, start_run(opts, data, session.learner, state))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_writer import write_lora
-from utils.runs.run import Run, RunPlan, open_run
+from utils.runs.run import Run, RunSettings, open_run
 from utils.runs.state import Facts, State
 from utils.training.learner import Learner, Trainable, Update
 from utils.training.optim import OptimizerSpec
@@ -46,12 +46,12 @@ def take_step(learner: Learner, seed: int = 0) -> None:
         learner.update(name, max_grad_norm=1.0)
 
 
-def plan(output_dir: Path, max_grad_norm: float = 0.0) -> RunPlan:
-    return RunPlan(output_dir, 10, max_grad_norm, '{"seed": 42}', FACTS, {"base_model": "model"})
+def settings(output_dir: Path, max_grad_norm: float = 0.0) -> RunSettings:
+    return RunSettings(output_dir, 10, max_grad_norm, '{"seed": 42}', FACTS, {"base_model": "model"})
 
 
 def open_a_run(output_dir: Path, state: State | None = None, max_grad_norm: float = 0.0) -> Run:
-    return open_run(plan(output_dir, max_grad_norm), small_learner(), state)
+    return open_run(settings(output_dir, max_grad_norm), small_learner(), state)
 
 
 def log(run: Run, loss: float, grad_norm: float = 1.0) -> None:

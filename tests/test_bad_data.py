@@ -187,7 +187,7 @@ CONFIGS = [
         f"{RUN} --captions filename --caption_per_line",
         "--caption_per_line has no effect with --captions filename",
     ),
-    (NOTHING, f"{RUN} --cache_embeddings --cache_latents", "stops before it comes to --cache_latents"),
+    (NOTHING, f"{RUN} --cache_embeddings --cache_latents", "stops after the texts, before --cache_latents"),
     (
         config('[[dataset]]\npath = "clips"\nmin_ar = 0.7'),
         SETS,

@@ -3,6 +3,7 @@
 wan-lora-00000100.safetensors         what a trainable named "lora" has learned after 100 steps
 wan-lora-00000100-ema.safetensors     its exponential moving average
 state-00000100.safetensors            the state from which the run can be resumed
+00000100.png, 00000100-01.mp4         the previews of this step: a contact sheet, and a video per prompt
 """
 
 import re
@@ -12,6 +13,8 @@ from pathlib import Path
 STATES = "state-*.safetensors"
 
 _NAME = re.compile(r"(?:(?P<state>state)|wan-(?P<trainable>[a-z_]+))-(?P<step>\d{8})(?P<average>-ema)?\.safetensors")
+
+_PREVIEW = re.compile(r"(\d{8})(?:-\d+)?\.(?:png|mp4)")
 
 
 @dataclass(frozen=True)
@@ -41,3 +44,19 @@ def list_checkpoints(folder: Path) -> dict[Path, Checkpoint]:
     """The files in a folder that a run has written there; other people's files are left out."""
     found = {path: parse_name(path.name) for path in folder.iterdir()}
     return {path: checkpoint for path, checkpoint in found.items() if checkpoint is not None}
+
+
+def sheet_name(step: int) -> str:
+    """The contact sheet of a step's previews."""
+    return f"{step:08d}.png"
+
+
+def preview_name(step: int, number: int) -> str:
+    """The video of one of a step's previews, counted from 1."""
+    return f"{step:08d}-{number:02d}.mp4"
+
+
+def list_previews(folder: Path) -> dict[Path, int]:
+    """The previews in a folder, which need not exist, and the step of each."""
+    found = {path: _PREVIEW.fullmatch(path.name) for path in (folder.iterdir() if folder.is_dir() else ())}
+    return {path: int(match[1]) for path, match in found.items() if match is not None}

@@ -14,15 +14,17 @@ T = TypeVar("T", bound="DataclassInstance")
 
 
 def map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:
-    """A copy of a dataclass with `function` applied to each of its tensors, nested ones too; the rest is unchanged."""
-    changes: dict[str, object] = {}
-    for spec in fields(value):
-        part = getattr(value, spec.name)
-        if isinstance(part, Tensor):
-            changes[spec.name] = function(part)
-        elif is_dataclass(part) and not isinstance(part, type):
-            changes[spec.name] = map_tensors(part, function)
-    return replace(value, **changes)
+    """A copy of a dataclass with `function` applied to each of its tensors, nested ones too; the rest is unchanged.
+
+    Raises TypeError for anything but a dataclass instance, and for a field that a copy could not be given.
+    """
+    return replace(value, **{spec.name: _mapped(getattr(value, spec.name), function) for spec in fields(value)})
+
+
+def _mapped(part: object, function: Callable[[Tensor], Tensor]) -> object:
+    if isinstance(part, Tensor):
+        return function(part)
+    return map_tensors(part, function) if is_dataclass(part) and not isinstance(part, type) else part
 
 
 def stack_tensors(values: Sequence[T]) -> T:

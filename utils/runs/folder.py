@@ -4,7 +4,7 @@ import itertools
 from datetime import datetime
 from pathlib import Path
 
-from utils.common.checkpoint_names import list_checkpoints
+from utils.common.checkpoint_names import list_checkpoints, list_previews
 from utils.common.console import say
 from utils.common.errors import UserError
 from utils.common.files import UNFINISHED
@@ -28,14 +28,15 @@ def new_folder(output_dir: Path) -> Path:
     raise UserError(f"{output_dir} has too many runs of the same second")
 
 
-def archive_later_checkpoints(checkpoints: Path, step: int) -> None:
-    """Moves the files of later steps than `step` into a folder of their own: a resumed run writes these steps again.
+def archive_later_files(checkpoints: Path, samples: Path, step: int) -> None:
+    """Moves checkpoints and previews of later steps than `step` aside: a resumed run writes these steps again.
 
     Removes what a crash has left unfinished. Raises OSError.
     """
-    for path in checkpoints.glob(UNFINISHED):
+    for path in (*checkpoints.glob(UNFINISHED), *samples.glob(UNFINISHED)):
         path.unlink()
     later = [path for path, checkpoint in list_checkpoints(checkpoints).items() if checkpoint.step > step]
+    later += [path for path, its_step in list_previews(samples).items() if its_step > step]
     if later:
         names = (checkpoints / f"aside-{number}" for number in itertools.count(1))
         aside = next(folder for folder in names if not folder.exists())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.common.checkpoint_names import preview_name, sheet_name
 from utils.common.errors import RunError
 from utils.media.contact_sheet import contact_sheet
 from utils.media.frames import save_image, write_video
@@ -23,6 +24,7 @@ LOG_SECONDS = 1.0
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
 SMOOTHING = 0.98
 MAX_BAD_STEPS = 3
+SAMPLES = "samples"  # the folder of previews
 
 
 @dataclass(frozen=True)
@@ -73,16 +75,27 @@ class Metrics:
         self._pending: deque[_Numbers] = deque()
         self._smooth = self._weight = self._clipped = 0.0
         self._bad_steps = 0
+        self._validated_at = -1
         self.restart_clock()
 
     def state_dict(self) -> dict[str, float]:
-        """The running means, and how many steps in a row were not finite."""
+        """The running means, how many steps in a row were not finite, and the step of the last validation."""
         means = {"smooth": self._smooth, "weight": self._weight, "clipped": self._clipped}
-        return {"bad_steps": self._bad_steps, **means}
+        return {"bad_steps": self._bad_steps, "validated_at": self._validated_at, **means}
 
     def load_state_dict(self, saved: Mapping[str, float]) -> None:
         self._smooth, self._weight, self._clipped = saved["smooth"], saved["weight"], saved["clipped"]
-        self._bad_steps = int(saved["bad_steps"])
+        self._bad_steps, self._validated_at = int(saved["bad_steps"]), int(saved["validated_at"])
+
+    @property
+    def is_validated(self) -> bool:
+        """Whether this step has been validated, perhaps before the run was interrupted."""
+        return self._validated_at == self.step
+
+    @property
+    def has_previews(self) -> bool:
+        """Whether this step has its previews, perhaps from before the run was interrupted."""
+        return (self.folder / SAMPLES / sheet_name(self.step)).exists()
 
     def log(self, phase: str, loss: Tensor, update: Update) -> None:
         """Notes an update of the step that is being taken."""
@@ -151,6 +164,7 @@ class Metrics:
     def log_validation(self, losses: Tensor, sigmas: Sequence[float]) -> None:
         """Writes one loss per noise level and their mean."""
         values = losses.tolist()
+        self._validated_at = self.step
         mean = sum(values) / len(values)
         self.board.scalar("val/loss", mean, self.step)
         for sigma, value in zip(sigmas, values, strict=True):
@@ -164,11 +178,11 @@ class Metrics:
 
         A failure is reported and does not end the training: nothing that is learned depends on previews.
         """
-        path, sheet = self.folder / "samples" / f"{self.step:08d}.png", contact_sheet(list(videos))
+        path, sheet = self.folder / SAMPLES / sheet_name(self.step), contact_sheet(list(videos))
         try:
             path.parent.mkdir(exist_ok=True)
             for number, (_, frames) in enumerate(videos, 1):
-                write_video(path.with_name(f"{path.stem}-{number:02d}.mp4"), frames, fps)
+                write_video(path.with_name(preview_name(self.step, number)), frames, fps)
             save_image(path, sheet)
         except (OSError, ValueError) as error:  # PyAV's errors are of these kinds
             self.say(f"step {self.step}: cannot write previews to {path.parent}: {error}")

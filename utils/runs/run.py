@@ -11,8 +11,8 @@ from utils.common.console import say
 from utils.common.errors import RunError
 from utils.common.options import option
 from utils.common.tensor_files import TensorFileError
-from utils.runs.folder import archive_later_checkpoints, new_folder, prune
-from utils.runs.metrics import Metrics
+from utils.runs.folder import archive_later_files, new_folder, prune
+from utils.runs.metrics import SAMPLES, Metrics
 from utils.runs.state import Facts, State, write_state
 from utils.training.learner import Learner
 
@@ -48,33 +48,35 @@ class RunOptions:
 
 
 class Run:
-    """A folder, a learner, and the metrics of what it does. `facts` go into states, `about` into exported files."""
+    """A folder, a learner, and the metrics of what it does."""
 
-    def __init__(
-        self, folder: Path, learner: Learner, metrics: Metrics, facts: Facts, about: Mapping[str, str]
-    ) -> None:
+    def __init__(self, folder: Path, learner: Learner, metrics: Metrics, settings: "RunSettings") -> None:
         self.folder = folder
         self.learner = learner
         self.metrics = metrics
-        self.facts = facts
-        self.about = about
+        self.settings = settings
         self.checkpoints = folder / "checkpoints"
-        self._saved_at = time.monotonic()
         first = self.checkpoints / Checkpoint(self.step, next(iter(learner.trainables))).name
         self.last_saved = first if first.exists() else None
+        self._saved_step = self.step if self.last_saved else None
+        self._saved_at = time.monotonic()
 
     @property
     def step(self) -> int:
         """The number of whole steps that the learner has taken."""
         return self.learner.step
 
-    def saving_is_due(self, *every: int, minutes: float) -> bool:
-        """Whether this step is a multiple of one of the numbers of steps `every`, or so many minutes have passed.
+    def is_due(self, every: int) -> bool:
+        """Whether this step is the last one or a multiple of `every`, 0 included; an `every` of 0 means never."""
+        return self.step == self.settings.total_steps or (every > 0 and self.step % every == 0)
 
-        A 0 stands for never.
+    def saving_is_due(self, *every: int, minutes: float) -> bool:
+        """Whether this step is not saved yet, and is due by one of the periods, or so many minutes have passed.
+
+        0 minutes mean never.
         """
         late = minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
-        return self.step > 0 and (late or any(steps and self.step % steps == 0 for steps in every))
+        return self.step not in (0, self._saved_step) and (late or any(map(self.is_due, every)))
 
     def save(self) -> Path:
         """Writes what each trainable has learned, its average, and the state from which the run can be resumed.
@@ -83,7 +85,7 @@ class Run:
         values that are not finite.
         """
         self.metrics.flush()  # the state holds what is known of the loss
-        about = {"steps": str(self.step), **self.about}
+        about = {"steps": str(self.step), **self.settings.about, "options": self.settings.options_json}
         try:
             written = []
             for name, trainable in self.learner.trainables.items():
@@ -92,12 +94,12 @@ class Run:
                     trainable.export(path, about, average)
                     written.append(path)
             state = self.checkpoints / Checkpoint(self.step).name
-            write_state(state, self.learner.state_dict(), self.facts, self.metrics.state_dict())
+            write_state(state, self.learner.state_dict(), self.settings.facts, self.metrics.state_dict())
         except (TensorFileError, LoraError) as error:
             raise RunError(f"cannot write a checkpoint to {self.checkpoints}: {error}") from None
         self.last_saved = written[0]
         self.metrics.say(f"step {self.step}: saved {written[0]}")
-        self._saved_at = time.monotonic()
+        self._saved_step, self._saved_at = self.step, time.monotonic()
         self.metrics.restart_clock()
         return written[0]
 
@@ -120,8 +122,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class RunPlan:
-    """What is decided of a run before it begins: where, how long, and what its files say of it."""
+class RunSettings:
+    """What is decided before a run begins. `facts` go into its states, `about` into the metadata of exported files."""
 
     output_dir: Path
     total_steps: int
@@ -131,25 +133,25 @@ class RunPlan:
     about: Mapping[str, str]
 
 
-def open_run(plan: RunPlan, learner: Learner, state: State | None = None) -> Run:
+def open_run(settings: RunSettings, learner: Learner, state: State | None = None) -> Run:
     """A new run in a dated folder of its own, or the one that `state` belongs to; the learner is restored from it.
 
     Raises UserError, before a file is touched, where the state does not fit, and RunError for a full disk.
     """
     if state is not None:
         state.restore(learner)
-    folder = new_folder(plan.output_dir) if state is None else state.run_folder
+    folder = new_folder(settings.output_dir) if state is None else state.run_folder
     step = learner.step
     name = "command_args.json" if state is None else f"command_args-{step:08d}.json"
     try:
         (folder / "checkpoints").mkdir(exist_ok=True)
         if state is not None:
-            archive_later_checkpoints(folder / "checkpoints", step)
-        (folder / name).write_text(plan.options_json + "\n", encoding="utf-8")
+            archive_later_files(folder / "checkpoints", folder / SAMPLES, step)
+        (folder / name).write_text(settings.options_json + "\n", encoding="utf-8")
         say(f"{'resuming' if state else 'writing to'} {folder}")
-        metrics = Metrics(folder, plan.total_steps, step, plan.max_grad_norm)
+        metrics = Metrics(folder, settings.total_steps, step, settings.max_grad_norm)
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {error.strerror}") from None
     if state is not None:
         metrics.load_state_dict(state.metrics)
-    return Run(folder, learner, metrics, plan.facts, {**plan.about, "options": plan.options_json})
+    return Run(folder, learner, metrics, settings)

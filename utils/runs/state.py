@@ -30,7 +30,7 @@ from utils.training.learner import Learner, StateDict
 
 FACTS, CHECKSUM = "facts", "sha256"
 FORMAT = 2
-METRICS = ("bad_steps", "smooth", "weight", "clipped")
+METRICS = ("bad_steps", "validated_at", "smooth", "weight", "clipped")
 CHANGES_SHOWN = 20
 
 
@@ -201,6 +201,8 @@ def _check_facts(content: Mapping[str, Any], step: object) -> None:
     metrics = content["metrics"]
     if metrics.keys() != set(METRICS) or not _is_count(metrics["bad_steps"]):
         raise ValueError("metrics")
+    if not isinstance(metrics["validated_at"], int):
+        raise TypeError("metrics")
     if not all(isinstance(metrics[name], int | float) and math.isfinite(metrics[name]) for name in METRICS):
         raise ValueError("metrics")
 
@@ -210,7 +212,8 @@ def _is_count(value: object) -> bool:
 
 
 def _facts_of_0_1(content: Mapping[str, Any]) -> dict[str, Any]:
-    metrics = {name: content[name] for name in METRICS}
+    metrics = {name: content[name] for name in METRICS if name != "validated_at"}
+    metrics["validated_at"] = content["step"]  # whatever was due came before the state
     facts = {name: content[name] for name in ("step", "options", "data")}
     return facts | {"metrics": metrics, "learner": None}
 

@@ -7,6 +7,7 @@ import torch
 
 import utils.runs.metrics
 from tests.runs import log, open_a_run, scalars
+from utils.runs.metrics import Metrics
 
 
 @pytest.fixture
@@ -118,3 +119,27 @@ def test_events_that_cannot_be_written_are_reported_once_and_the_run_continues(r
         run.metrics.flush()
     assert run.save().exists()
     assert capsys.readouterr().out.count("the run continues without them: [Errno 28] No space left on device") == 1
+
+
+def test_a_step_is_validated_once_also_after_a_resume(run):
+    log(run, 1.0)
+    assert not run.metrics.is_validated
+    run.metrics.log_validation(torch.ones(2), (0.1, 0.9))
+    assert run.metrics.is_validated
+    saved = run.metrics.state_dict()
+    again = Metrics(run.folder, total_steps=10, step=1)
+    assert not again.is_validated
+    again.load_state_dict(saved)
+    assert again.is_validated
+    again.end_step(tokens=1)
+    assert not again.is_validated
+    again.close()
+
+
+def test_a_step_has_previews_once_their_sheet_is_written(run):
+    log(run, 1.0)
+    assert not run.metrics.has_previews
+    run.metrics.log_previews([("a fox", torch.zeros(1, 3, 16, 16, dtype=torch.uint8))], fps=16)
+    assert run.metrics.has_previews
+    log(run, 1.0)
+    assert not run.metrics.has_previews

@@ -80,3 +80,36 @@ def test_matrices_that_are_not_finite_are_not_saved(run, bad):
     with pytest.raises(RunError, match="not finite") as caught, save_on_exit(run, Stop()):
         run.save()
     assert list(run.checkpoints.glob("wan-lora-*")) == [good] and str(good) in str(caught.value)
+
+
+def test_a_period_is_due_at_its_multiples_and_at_the_last_step(run):
+    assert run.is_due(3) and not run.is_due(0)
+    due = []
+    for step in range(1, 11):
+        run.learner.step = step
+        due.append((run.is_due(4), run.is_due(0)))
+    assert [step for step, (periodic, _) in enumerate(due, 1) if periodic] == [4, 8, 10]
+    assert [step for step, (_, never) in enumerate(due, 1) if never] == [10]
+
+
+def test_a_step_is_saved_once_when_it_is_due(run):
+    assert not run.saving_is_due(1, minutes=0)  # there is nothing at step 0
+    log(run, 1.0)
+    assert run.saving_is_due(1, minutes=0) and not run.saving_is_due(2, 0, minutes=0)
+    run.save()
+    assert not run.saving_is_due(1, minutes=0)
+    with open_a_run(run.folder.parent, read_state(run.checkpoints / "state-00000001.safetensors")) as again:
+        assert not again.saving_is_due(1, minutes=0)
+
+
+def test_previews_of_later_steps_are_archived_with_the_checkpoints(tmp_path):
+    with open_a_run(tmp_path) as run:
+        for _ in range(2):
+            log(run, 1.0)
+            run.save()
+            run.metrics.log_previews([("a fox", torch.zeros(1, 3, 16, 16, dtype=torch.uint8))], fps=16)
+    (run.folder / "samples" / "notes.txt").touch()
+    with open_a_run(tmp_path, read_state(run.checkpoints / "state-00000001.safetensors")) as again:
+        names = {path.name for path in (again.folder / "samples").iterdir()}
+    assert names == {"00000001.png", "00000001-01.mp4", "notes.txt"}
+    assert {"00000002.png", "00000002-01.mp4"} < {path.name for path in (run.checkpoints / "aside-1").iterdir()}

@@ -15,7 +15,7 @@ from utils.common.errors import UserError
 from utils.runs.state import CHECKSUM, read_state, write_state
 from utils.runs.state import FACTS as KEY
 
-METRICS = {"bad_steps": 0, "smooth": 0.5, "weight": 0.1, "clipped": 0.0}
+METRICS = {"bad_steps": 0, "validated_at": 1, "smooth": 0.5, "weight": 0.1, "clipped": 0.0}
 
 
 def saved(folder: Path, names: tuple[str, ...] = ("lora",)) -> Path:
