@@ -1,9 +1,10 @@
-"""How fast clips become samples, against the least that it can take.
+"""The speed at which clips become samples.
 
     python benchmarks/data.py --clips FOLDER        a folder of clips, one of them 1280x720
 
-Three ratios: one window decoded, cut and resized, against decord and uint8 resizing alone on the same core; looking at
-a dataset before a run; samples per second from a warm latent cache. A table for benchmarks/RECORDS.md goes to stdout.
+Measures the decoding, cropping and resizing of one window, compared with decord and uint8 resizing alone on the same
+core; the check of a dataset before a run; and samples per second from a warm latent cache. Prints a table for
+benchmarks/RECORDS.md.
 """
 
 import os
@@ -40,11 +41,12 @@ GRID = FAMILIES["wan2.1-t2v-1.3B"].grid
 TOKENS = (WIDTH // 16) * (HEIGHT // 16) * ((FRAMES - 1) // 4 + 1)
 REPEATS = 7
 CACHED_CLIPS, SAMPLES = 64, 400
+TableRow = tuple[str, float, str, str]  # what, value, unit, limit
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure the way from clips to samples."""
+    """Measure the speed at which clips become samples."""
 
     clips: Path | None = option(None, "folder with clips and captions, one of them 1280x720")
 
@@ -57,15 +59,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(format_table(("what", "value", "unit", "limit"), rows))
 
 
-def measure_window(clips: Path) -> list[tuple]:
-    """One window of a 720p clip on one core, ours and the least there is, taking turns."""
+def measure_window(clips: Path) -> list[TableRow]:
+    """One window of a 720p clip on one core: our loader and the minimum, in turns. Raises UserError without a clip."""
     torch.set_num_threads(1)
     sources, _ = scan(Folder(clips, Rules()), 16.0)
     source = next((s for s in sources if (s.info.width, s.info.height) == (1280, 720) and not is_image(s.path)), None)
     if source is None:
         raise UserError(f"{clips} has no usable clip of 1280x720")
     window = Window(source, "", WIDTH, HEIGHT, tuple(range(FRAMES)), (0.5, 0.5), GRID)
-    ours, least = taking_turns(lambda: load_clip(window), lambda: decord_and_resize(source.path))
+    ours, least = median_seconds_in_turns(lambda: load_clip(window), lambda: decord_and_resize(source.path))
     torch.set_num_threads(os.cpu_count() or 1)
     return [
         ("window, ours", round(1000 * ours, 1), "ms", ""),
@@ -75,7 +77,7 @@ def measure_window(clips: Path) -> list[tuple]:
 
 
 def decord_and_resize(path: Path) -> torch.Tensor:
-    """No cutting, no checks: the frames at their rate of decoding, made smaller as they are."""
+    """The minimum: decodes the first frames and resizes them, without cropping or checks."""
     import decord
 
     reader = decord.VideoReader(str(path), num_threads=1)
@@ -84,18 +86,18 @@ def decord_and_resize(path: Path) -> torch.Tensor:
     return functional.resize(frames, [HEIGHT, WIDTH], interpolation, antialias=True)
 
 
-def measure_preflight(clips: Path) -> tuple:
-    """Everything before the table, by clip."""
+def measure_preflight(clips: Path) -> TableRow:
+    """The check of a dataset before a run, per clip."""
     times = []
     for _ in range(3):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         sources, problems = scan(Folder(clips, Rules()), 16.0)
-        times.append((time.perf_counter() - begun) / (len(sources) + len(problems)))
+        times.append((time.perf_counter() - started) / (len(sources) + len(problems)))
     return "preflight", round(median(times), 3), "s per clip", "0.3"
 
 
-def measure_cache() -> list[tuple]:
-    """Samples per second from cached latents of random content."""
+def measure_cache() -> list[TableRow]:
+    """Samples per second from a cache of random latents."""
     folder = Path(tempfile.mkdtemp(prefix="latents-"))
     try:
         limits = Limits(TOKENS, batch_size=4, grid=GRID)
@@ -106,7 +108,7 @@ def measure_cache() -> list[tuple]:
         fixed = fixed_windows(sources, limits, 1)
         for window in flatten_windows(fixed):
             cache.store(window, {"latents": torch.randn(16, (FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8)})
-        samples = CachedSamples(cache, texts.load, torch.device("cpu"), WanVAE)  # which nothing asks for
+        samples = CachedSamples(cache, texts.load, torch.device("cpu"), WanVAE)  # the VAE is never used
         plan = Plan(sources, limits, 0, fixed)
         return [
             (f"warm cache, {workers} workers", round(speed(samples, plan, workers)), "samples per second", "200")
@@ -117,6 +119,7 @@ def measure_cache() -> list[tuple]:
 
 
 def made_up_source(folder: Path, number: int) -> Source:
+    """A source with a small file of its own, so that its latents have their own cache entry."""
     path = folder / f"{number}.mp4"
     path.write_bytes(number.to_bytes(4, "big"))
     info = MediaInfo(WIDTH, HEIGHT, FRAMES, 16.0)
@@ -124,24 +127,25 @@ def made_up_source(folder: Path, number: int) -> Source:
 
 
 def speed(samples: CachedSamples, plan: Plan, num_workers: int) -> float:
+    """Samples per second, in batches of the plan, after one epoch."""
     stream = batches(plan, samples.load, num_workers=num_workers)
-    for _ in range(CACHED_CLIPS // 4):  # the first epoch warms the cache of the disk
+    for _ in range(CACHED_CLIPS // 4):  # the first epoch warms the disk cache
         samples.batch(next(stream))
-    begun, count = time.perf_counter(), 0
+    started, count = time.perf_counter(), 0
     while count < SAMPLES:
         count += len(samples.batch(next(stream)).latents)
     stream.close()
-    return count / (time.perf_counter() - begun)
+    return count / (time.perf_counter() - started)
 
 
-def taking_turns(*sides: Callable[[], object]) -> list[float]:
-    """The median seconds of each side."""
-    times: list[list[float]] = [[] for _ in sides]
+def median_seconds_in_turns(*actions: Callable[[], object]) -> list[float]:
+    """The median duration of each action; they take turns. The first round is a warm-up."""
+    times: list[list[float]] = [[] for _ in actions]
     for _ in range(REPEATS + 1):
-        for side, taken in zip(sides, times, strict=True):
-            begun = time.perf_counter()
-            side()
-            taken.append(time.perf_counter() - begun)
+        for action, taken in zip(actions, times, strict=True):
+            started = time.perf_counter()
+            action()
+            taken.append(time.perf_counter() - started)
     return [median(taken[1:]) for taken in times]
 
 

@@ -1,11 +1,11 @@
-"""The one call to make when a GPU is at hand: are the numbers right, how fast is a step, and what does it take?
+"""Checks the accuracy, speed and memory of training on a GPU, in one command.
 
     python benchmarks/gpu_check.py            at most eight minutes on one GPU
-    python benchmarks/gpu_check.py --quick    at most two
+    python benchmarks/gpu_check.py --quick    at most two minutes
 
-Random weights of the 1.3B model's shape: no download, no installation, no network. Progress goes to stderr, one table
-for benchmarks/RECORDS.md to stdout. A check whose package is missing is skipped, and the others go on. Exit code 1 if a
-check missed its limit or raised, else 0, also without a GPU.
+Uses random weights with the shape of the 1.3B model, so nothing is downloaded. Progress is printed to stderr, and one
+table for benchmarks/RECORDS.md to stdout. A check is skipped if a package that it needs is not installed. The exit code
+is 1 if a check misses its limit or raises an exception, and 0 otherwise, also without a GPU.
 """
 
 import gc
@@ -30,7 +30,7 @@ from utils.common.options import option, parse_options, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Each is a function (sizes, device, clock) -> rows, imported when its turn comes.
+# Module and function of each check: (sizes, device, clock) -> rows. It is imported just before it runs.
 CHECKS = {
     "environment": ("environment", "check"),
     "numbers": ("numbers", "check"),
@@ -49,7 +49,7 @@ HEADER = ("check", "measured", "value", "unit", "limit or comparison", "verdict"
 class Options:
     """Check numbers, speed and memory of training on this machine's GPU."""
 
-    quick: bool = option(False, "two minutes: fewer steps, and the numbers at less depth")
+    quick: bool = option(False, "two minutes: fewer steps, and the accuracy of a shallower model")
     only: tuple[str, ...] = option((), "the checks to run (default: all)", choices=tuple(CHECKS))
 
 
@@ -58,7 +58,7 @@ class OutOfTime(Exception):
 
 
 def run_checks(names: Sequence[str], sizes: Sizes, device: torch.device, clock: Clock) -> list[tuple[str, Row]]:
-    """The rows of these checks, each with its check's name. Nothing that a check raises stops the others."""
+    """The rows of these checks, each with the name of its check. An exception in one check does not stop the others."""
     rows: list[tuple[str, Row]] = []
     for name in names:
 
@@ -74,14 +74,14 @@ def run_checks(names: Sequence[str], sizes: Sizes, device: torch.device, clock: 
 
 
 def _run_check(name: str, sizes: Sizes, device: torch.device, clock: Clock, report: Callable[[Row], None]) -> None:
-    """Reports a check's rows as they come, and as a last one why it ended early, if it did."""
+    """Reports the rows of a check one by one; if it ends early, the last row gives the reason."""
     module, function = CHECKS[name]
     try:
         with _time_limit(clock):
             for row in getattr(import_module(f"benchmarks.checks.{module}"), function)(sizes, device, clock):
                 report(row)
     except OutOfTime:
-        report(skipped(name, f"the {clock.limit:.0f} s are over"))
+        report(skipped(name, f"the time limit of {clock.limit:.0f} s has passed"))
     except torch.OutOfMemoryError:
         report(skipped(name, "out of memory"))
     except Exception as error:
@@ -96,7 +96,7 @@ def _run_check(name: str, sizes: Sizes, device: torch.device, clock: Clock, repo
 
 @contextmanager
 def _time_limit(clock: Clock) -> Iterator[None]:
-    """Raises OutOfTime in the body once the clock has run out, at the latest when the device answers."""
+    """Raises OutOfTime in the block after the time limit: at once, or as soon as a wait for the device ends."""
     if clock.left() <= 0:
         raise OutOfTime
     if not hasattr(signal, "setitimer"):
@@ -116,7 +116,7 @@ def _time_limit(clock: Clock) -> Iterator[None]:
 
 
 def format_record(rows: Sequence[tuple[str, Row]], where: str, command: str) -> str:
-    """Heading and table in Markdown: date, machine, commit and exact command, then a line per row."""
+    """A record in Markdown: a heading with date, machine and commit, the exact command, and a table of the rows."""
     lines = [HEADER, ("---",) * len(HEADER), *(_cells(name, row) for name, row in rows)]
     table = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
     return f"### {date.today().isoformat()}, {where}, commit {commit(ROOT)}\n\n`{command}`\n\n{table}\n"
@@ -128,7 +128,7 @@ def _cells(name: str, row: Row) -> tuple[str, ...]:
 
 
 def commit(folder: Path) -> str:
-    """The commit of a checkout, and whether its files differ from it; "unknown" without git."""
+    """The commit of a checkout, with a note if there are local changes; "unknown" without git."""
     try:
         head, changes = (
             subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True, timeout=20).stdout

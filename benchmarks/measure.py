@@ -1,12 +1,14 @@
-"""What every check shares: rows of the table, sizes, the clock, and how time and memory are taken. Needs torch only."""
+"""What all checks share: the rows of the table, the sizes, the clock, and the measuring of time and memory."""
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+
+from wan.modules.model import WanShape
 
 FAILED = "failed"
 SKIPPED = "skipped"
@@ -14,7 +16,7 @@ SKIPPED = "skipped"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. Only a verdict that begins with `FAILED` makes the whole run fail."""
+    """One line of the table. Only a verdict that begins with FAILED makes the whole run fail."""
 
     name: str
     value: float | str = ""
@@ -32,7 +34,7 @@ def skipped(name: str, reason: str) -> Row:
 
 
 def at_least(name: str, value: float, limit: float) -> Row:
-    """A row that fails below its limit, and for NaN."""
+    """A row that fails if its value is below the limit or NaN."""
     return Row(name, value, comparison=f"limit >= {limit:g}", verdict="ok" if value >= limit else FAILED)
 
 
@@ -40,11 +42,11 @@ def at_least(name: str, value: float, limit: float) -> Row:
 class Sizes:
     """What is measured, and how often. The defaults are Wan2.1-T2V-1.3B at the trainer's default token limit."""
 
-    shape: Mapping[str, int] = field(default_factory=dict)  # what differs from WanShape's defaults, the 1.3B model
-    reference_layers: int = 30  # depth of the comparison with fp32
+    shape: WanShape = WanShape()
+    reference_layers: int = 30  # blocks of the comparison with fp32
     vae_dim: int = 96
     rank: int = 16
-    text_tokens: int = 128  # rows of a long caption; the model pads them to its text length
+    text_tokens: int = 128  # rows of a long caption; zero rows follow up to the model's text length
     video: tuple[int, int, int] = (6, 60, 104)  # latents F, H, W: 21 frames of 832x480, 9,360 tokens
     image: tuple[int, int, int] = (1, 64, 64)  # 512x512, 1,024 tokens
     clip: tuple[int, int, int] = (25, 480, 832)  # pixels F, H, W for the VAE
@@ -54,28 +56,29 @@ class Sizes:
 
 
 class Clock:
-    """Seconds that are left of a limit, counted from its making."""
+    """A time limit in seconds, which starts when the clock is made."""
 
     def __init__(self, limit: float) -> None:
         self.limit = limit
         self._end = time.monotonic() + limit
 
     def left(self) -> float:
+        """The seconds that are left; negative after the limit."""
         return self._end - time.monotonic()
 
 
 def count_tokens(grid: tuple[int, int, int]) -> int:
-    """Tokens of latents F, H, W, in patches of 1 x 2 x 2."""
+    """The number of tokens of latents F, H, W, in patches of 1 x 2 x 2."""
     frames, height, width = grid
     return frames * (height // 2) * (width // 2)
 
 
 def seconds(action: Callable[[], object], device: torch.device) -> float:
-    """How long an action takes from an idle device until the device has finished it, by the device's own events."""
+    """The duration of an action, from an idle device until the device has finished. On a GPU measured by its events."""
     if device.type != "cuda":
-        start = time.perf_counter()
+        started = time.perf_counter()
         action()
-        return time.perf_counter() - start
+        return time.perf_counter() - started
     torch.cuda.synchronize(device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -86,17 +89,19 @@ def seconds(action: Callable[[], object], device: torch.device) -> float:
 
 
 def median_seconds(action: Callable[[], object], device: torch.device, warmups: int = 3, repeats: int = 10) -> float:
+    """The median duration of an action, after the warm-ups."""
     for _ in range(warmups):
         action()
     return statistics.median(seconds(action, device) for _ in range(repeats))
 
 
 def p90(values: list[float]) -> float:
+    """The 90th percentile of at least two values."""
     return statistics.quantiles(values, n=10, method="inclusive")[-1]
 
 
 def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
-    """The most memory allocated while an action runs, less what was allocated before it; 0 on the CPU."""
+    """The peak of allocated memory during an action, minus what was allocated before; 0 on the CPU."""
     if device.type != "cuda":
         action()
         return 0
@@ -108,6 +113,6 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
 
 @lru_cache
 def gemm_rate(side: int, device: torch.device) -> float:
-    """FLOP/s of a square bf16 matrix product of random numbers: what this device reaches, not what it is sold as."""
+    """FLOP/s of a square bf16 matrix product of random numbers: the device's real peak, not that of its data sheet."""
     a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
     return 2 * side**3 / median_seconds(lambda: a @ b, device)

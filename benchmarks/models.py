@@ -1,7 +1,8 @@
-"""The two trainers that are compared, with the same random weights, adapters and inputs; and what a step costs."""
+"""The two trainers that are compared, with the same random weights, adapters and inputs; the FLOPs of a step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,34 +16,42 @@ from utils.training.memory import Memory, prepare
 from wan.modules.model import WanModel, WanShape
 from wan.names import diffusers_name, is_parameter
 
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+Model = TypeVar("Model", bound=nn.Module, covariant=True)
+
 SIGMA = 0.6
 TARGETS = ("attn",)
-# Large enough that the adapter changes the output by about a tenth, so that both its matrices have gradients.
+# Large enough that the adapter changes the output by about a tenth, so that both of its matrices have gradients.
 ADAPTER_STD = 0.05
 
 
 @dataclass(frozen=True)
 class Inputs:
+    """What a training step is given."""
+
     noisy: Noisy  # latents (1, C, F, H, W) fp32
-    text: Tensor  # (1, text_len, E) fp32, zero rows behind the caption
+    text: Tensor  # (1, text_len, E) fp32, zero rows after the caption
 
 
 @dataclass(frozen=True)
-class Trainee:
-    """A frozen transformer with an adapter in training."""
+class Trainee(Generic[Model]):
+    """A frozen transformer with an adapter to train."""
 
-    model: nn.Module
+    model: Model
     parameters: list[nn.Parameter]  # A, B, A, B, ... fp32, in the order of our modules
     velocity: Callable[[Tensor, Tensor, Tensor], Tensor]  # latents, timestep, text -> (B, C, F, H, W)
 
     def loss(self, inputs: Inputs) -> Tensor:
+        """The squared error of the velocity: a scalar, fp32."""
         noisy = inputs.noisy
         return squared_error(self.velocity(noisy.latents, noisy.timestep, inputs.text), noisy.velocity)
 
 
 def random_inputs(sizes: Sizes, grid: tuple[int, int, int], device: torch.device) -> Inputs:
-    """Latents of `grid` (F, H, W) on the way to noise, and the rows of one caption."""
-    shape = WanShape(**sizes.shape)
+    """Noisy latents of `grid` (F, H, W), and the rows of one caption."""
+    shape = sizes.shape
     generator = torch.Generator(device).manual_seed(SEED)
     clean, noise = (torch.randn(1, shape.in_dim, *grid, device=device, generator=generator) for _ in range(2))
     text = torch.randn(1, shape.text_len, shape.text_dim, device=device, generator=generator)
@@ -50,10 +59,10 @@ def random_inputs(sizes: Sizes, grid: tuple[int, int, int], device: torch.device
     return Inputs(add_noise(clean, noise, torch.full((1,), SIGMA, device=device)), text)
 
 
-def random_diffusers(shape: WanShape, device: torch.device) -> nn.Module:
-    """Diffusers' transformer with the weights of `random_transformer`, frozen, in bf16 as `from_pretrained` makes it.
+def random_diffusers(shape: WanShape, device: torch.device) -> "WanTransformer3DModel":
+    """The diffusers transformer with the weights of `random_transformer`, frozen, in bf16.
 
-    It keeps the modules that the class itself names in fp32. Raises ModuleNotFoundError without diffusers.
+    As with `from_pretrained`, the modules that the class lists stay fp32. Raises ModuleNotFoundError without diffusers.
     """
     from diffusers import WanTransformer3DModel
 
@@ -86,8 +95,8 @@ def _diffusers_parameter(name: str) -> str:
 
 def our_trainee(
     shape: WanShape, sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.bfloat16, checkpointing: bool = True
-) -> Trainee:
-    """Our transformer with our adapter, as the trainer builds them."""
+) -> Trainee[WanModel]:
+    """Our transformer with our adapter, prepared by the code of the trainer."""
     model = random_transformer(shape, device)
     if dtype == torch.bfloat16:
         model = to_bf16(model)
@@ -98,16 +107,16 @@ def our_trainee(
     return Trainee(model, parameters, model)
 
 
-def rounded_trainee(shape: WanShape, sizes: Sizes, device: torch.device) -> Trainee:
-    """Ours, with the residual stream rounded to bf16 between the blocks, and its gradient with it."""
+def rounded_trainee(shape: WanShape, sizes: Sizes, device: torch.device) -> Trainee[WanModel]:
+    """Our transformer, with the residual stream and its gradient rounded to bf16 between blocks."""
     trainee = our_trainee(shape, sizes, device)
     for block in trainee.model.blocks:
         block.register_forward_hook(lambda _block, _args, x: x.bfloat16().float())
     return trainee
 
 
-def diffusers_trainee(shape: WanShape, sizes: Sizes, device: torch.device) -> Trainee:
-    """Diffusers' transformer with PEFT's adapter in fp32 and gradient checkpointing.
+def diffusers_trainee(shape: WanShape, sizes: Sizes, device: torch.device) -> Trainee[nn.Module]:
+    """The diffusers transformer with a PEFT adapter in fp32 and gradient checkpointing.
 
     Raises ModuleNotFoundError without diffusers or PEFT.
     """
@@ -125,7 +134,7 @@ def diffusers_trainee(shape: WanShape, sizes: Sizes, device: torch.device) -> Tr
     model.enable_gradient_checkpointing()
 
     def velocity(latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        # As diffusers is trained: without autocast PEFT's fp32 matrices would be multiplied in fp32.
+        # The usual way to train with diffusers. Without autocast, PEFT's fp32 matrices would be multiplied in fp32.
         with torch.autocast(latents.device.type, torch.bfloat16):
             return model(latents.bfloat16(), timestep, text.bfloat16(), return_dict=False)[0]
 
@@ -141,12 +150,12 @@ def _draw_adapter(parameters: list[nn.Parameter]) -> None:
 
 
 def step_flops(shape: WanShape, tokens: int, rank: int) -> float:
-    """Useful floating point operations of one training step with LoRA on attention: no block is computed twice.
+    """The floating-point operations of one training step with LoRA on attention, without recomputation.
 
-    Per block, T tokens, S text rows, width d, feed-forward width f, rank r, in multiply-adds counted as two:
-    linears 12 T d^2 + 4 T d f for the video and 4 S d^2 for the text; attention 4 T^2 d and 4 T S d; LoRA 24 T d r
-    and 8 S d r. The backward pass computes the gradient of the video's frozen linears once more (their weights and
-    the text need none), attention 2.5 times, LoRA twice. Embeddings and head are left out: below 1 percent.
+    A multiply-add counts as two. The forward pass of a block, with T tokens, S text rows, width d, feed-forward width
+    f and rank r: linear layers 12 T d^2 + 4 T d f for the video and 4 S d^2 for the text; attention 4 T^2 d and
+    4 T S d; LoRA 24 T d r and 8 S d r. The backward pass adds the linear layers of the video once (frozen weights and
+    the text need no gradient), attention 2.5 times and LoRA twice. Embeddings and head, below 1 percent, are left out.
     """
     d, text = shape.dim, shape.text_len
     linears = 12 * tokens * d**2 + 4 * tokens * d * shape.ffn_dim

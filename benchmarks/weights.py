@@ -1,4 +1,4 @@
-"""Random weights, drawn on the device itself under a seed, scaled so that activations keep their size through depth."""
+"""Random weights, drawn on the device with a fixed seed, and scaled so that activations keep their size with depth."""
 
 import math
 
@@ -14,7 +14,7 @@ SEED = 0
 
 @torch.no_grad()
 def draw(module: nn.Module, device: torch.device) -> None:
-    """Fills every parameter: weights by their fan-in, norms around 1, biases and modulation small."""
+    """Draws every parameter: weights scaled by their fan-in, norms around 1, small biases and modulation."""
     generator = torch.Generator(device).manual_seed(SEED)
     for name, parameter in module.named_parameters():
         parameter.normal_(generator=generator)
@@ -27,7 +27,7 @@ def draw(module: nn.Module, device: torch.device) -> None:
 
 
 def random_transformer(shape: WanShape, device: torch.device) -> WanModel:
-    """Our transformer in fp32, frozen."""
+    """Our transformer with random weights, in fp32, frozen."""
     with torch.device("meta"):
         model = WanModel(shape)
     model.to_empty(device=device).requires_grad_(False)
@@ -36,14 +36,14 @@ def random_transformer(shape: WanShape, device: torch.device) -> WanModel:
 
 
 def to_bf16(model: WanModel) -> WanModel:
-    """As the trainer loads it on a GPU: bf16, but for the fp32 islands."""
+    """Casts the model to bf16 in place, except the parameters that stay fp32, as the trainer does on a GPU."""
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data if is_fp32(name) else parameter.data.bfloat16()
     return model
 
 
 def random_vae(dim: int, device: torch.device) -> WanVAE:
-    """The VAE in fp32, frozen."""
+    """The VAE with random weights, in fp32, frozen."""
     with torch.device(device):
         vae = WanVAE(dim)
     draw(vae, device)

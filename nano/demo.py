@@ -1,10 +1,10 @@
-"""A LoRA taught and shown in minutes on two CPU cores: what this project does, from beginning to end.
+"""The whole project on two CPU cores in minutes: a dataset, a LoRA trained on it, and videos that show its effect.
 
     python -m nano.demo [--output_dir outputs/nano_demo]
 
-A dataset is written in a style that Wan-Nano has never seen; the trainer caches its captions and trains a LoRA; the
-same prompts are generated from the same noise without and with it; the probe says how often it finds the style, and
-whether prompts without the trigger word are still followed.
+Writes a dataset in a style that Wan-Nano has never seen, caches its captions and trains a LoRA, with the command line
+of the trainer. Then generates the same prompts from the same noise without and with the LoRA. The probe measures how
+often the videos show the style, and whether prompts without the trigger word are still followed.
 """
 
 import json
@@ -26,6 +26,7 @@ from nano.sampling import SAMPLER, generate, load, noise_of
 from nano.world import FPS, STYLES, Scene, caption, split, write_dataset
 from utils.adapters.lora import fuse_lora
 from utils.adapters.lora_reader import read_lora
+from utils.common.checkpoint_names import list_checkpoints
 from utils.common.device import pick_device
 from utils.common.errors import RunError
 from utils.common.files import check_writable
@@ -48,16 +49,16 @@ TRAINING = (
 
 @dataclass(frozen=True)
 class Options:
-    """Teach Wan-Nano a new style, and show it."""
+    """Teach Wan-Nano a new style, and show the result."""
 
-    output_dir: Path = option(Path("outputs/nano_demo"), "where everything is written, in a folder of its own")
-    samples: int = option(32, "prompts on which the figures are taken", minimum=1)
+    output_dir: Path = option(Path("outputs/nano_demo"), "where everything is written, in a new folder")
+    samples: int = option(32, "number of prompts that are measured", minimum=1)
     seed: int = option(0, "seed of the dataset, the training and the prompts", minimum=0, maximum=2**31)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One scene, asked for with and without the trigger word, and the seed of the noise of all its videos."""
+    """One scene, its prompts without and with the trigger word, and the seed of the noise that all its videos share."""
 
     scene: Scene
     plain: str
@@ -65,7 +66,7 @@ class Trial:
     seed: int
 
 
-# For each kind of prompt ("styled" asks for the style, "plain" does not) a video (F, 3, H, W) per trial.
+# For each kind of prompt, "plain" and "styled" (with the trigger word), a video (F, 3, H, W) uint8 per trial.
 Videos = dict[str, list[Tensor]]
 
 
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(folder: Path, seed: int) -> Path:
-    """Writes the dataset, trains on it by the command line, and returns the LoRA."""
+    """Writes the dataset, trains on it with the trainer's command line, and returns the file of the LoRA."""
     write_dataset(folder / "clips" / "train", CLIPS, seed, STYLE)
     write_dataset(folder / "clips" / "val", HELD_OUT, seed + 1, STYLE)
     print(f"wrote {CLIPS + HELD_OUT} clips to {folder / 'clips'}")
@@ -104,11 +105,22 @@ def train(folder: Path, seed: int) -> Path:
     common = ["--dataset", folder / "clips", "--pretrained_model_name_or_path", MODEL, *watching]
     run("train_wan_lora.py", *common, "--cache_embeddings")
     run("train_wan_lora.py", *common, *TRAINING, "--output_dir", folder / "runs", "--seed", seed)
-    return max(folder.glob("runs/*/checkpoints/wan-lora-*.safetensors"))
+    return newest_lora(folder / "runs")
+
+
+def newest_lora(output_dir: Path) -> Path:
+    """The LoRA of the highest step that the runs in this folder have saved; averages do not count."""
+    steps = {
+        path: checkpoint.step
+        for folder in output_dir.glob("*/checkpoints")
+        for path, checkpoint in list_checkpoints(folder).items()
+        if checkpoint.trainable == "lora" and not checkpoint.average
+    }
+    return max(steps, key=steps.__getitem__)
 
 
 def run(script: str, *arguments: object) -> None:
-    """One of the project's scripts, as a user would call it. Raises RunError where it fails."""
+    """Runs one of the project's scripts as a user would. Raises RunError if it fails."""
     given = [str(argument) for argument in arguments]
     shown = subprocess.list2cmdline(given) if os.name == "nt" else shlex.join(given)
     print(f"\n$ python {script} {shown}", flush=True)
@@ -117,7 +129,7 @@ def run(script: str, *arguments: object) -> None:
 
 
 def make_trials(count: int, seed: int) -> list[Trial]:
-    """Scenes that were withheld from the base model, and are not in the dataset."""
+    """Trials of scenes that were withheld from the base model and are not in the dataset."""
     rng = random.Random(f"trials {seed}")
     _, withheld = split()
     trials = []
@@ -129,7 +141,7 @@ def make_trials(count: int, seed: int) -> list[Trial]:
 
 
 def show(trials: Sequence[Trial], lora: Path) -> tuple[Videos, Videos]:
-    """The videos of all trials without the LoRA, and those with it, from the same noise."""
+    """Generates the videos of all trials from the same noise: those without the LoRA, and those with it."""
     model, vae, encoder = load(MODEL, pick_device())
     noise = noise_of(vae, [trial.seed for trial in trials])
     texts = {kind: encoder.encode([getattr(trial, kind) for trial in trials]) for kind in ("styled", "plain")}
@@ -141,9 +153,9 @@ def show(trials: Sequence[Trial], lora: Path) -> tuple[Videos, Videos]:
 
 
 def measure(trials: Sequence[Trial], *moments: Videos) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-    """What the probe finds at each moment of what prompts with the trigger word asked for, and those without it.
+    """The probe's figures before and after: for prompts with the trigger word, and for prompts without it.
 
-    Those without ask for shape, colours and motion, and that there is no style.
+    Prompts without the trigger word ask for shape, colours, motion, and no style.
     """
     scenes = [trial.scene for trial in trials]
     styled = [adherence(videos["styled"], scenes, STYLE) for videos in moments]
@@ -151,17 +163,17 @@ def measure(trials: Sequence[Trial], *moments: Videos) -> tuple[list[dict[str, f
 
 
 def print_table(styled: Sequence[dict[str, float]], plain: Sequence[dict[str, float]]) -> None:
-    """Every figure of the probe, without and with the LoRA."""
+    """Prints every figure of the probe without and with the LoRA."""
     rows = [
         (f"{kind}: {name}", *(f"{shares[name]:.0%}" for shares in moments))
         for kind, moments in (("with the trigger word", styled), ("without it", plain))
         for name in moments[0]
     ]
-    print("\n" + format_table(("what the probe finds as asked", "without the LoRA", "with it"), rows))
+    print("\n" + format_table(("videos that show what was asked", "without the LoRA", "with the LoRA"), rows))
 
 
 def write(folder: Path, trials: Sequence[Trial], before: Videos, after: Videos) -> None:
-    """The picture, and both videos of each of its rows; every third row is without the trigger word."""
+    """Writes the picture and both videos of each of its rows. Every third row is a prompt without the trigger word."""
     rows = []
     for index, trial in enumerate(trials[:SHOWN]):
         kind = "plain" if index % 3 == 2 else "styled"

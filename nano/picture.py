@@ -1,4 +1,4 @@
-"""The demo's picture: prompts down the side, without and with the LoRA across."""
+"""The demo's picture: a row per prompt, a column without the LoRA and one with it."""
 
 import textwrap
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ HEADER = 34
 
 
 def comparison(rows: Sequence[tuple[str, Sequence[Tensor]]], titles: Sequence[str]) -> Image.Image:
-    """A row per prompt with one strip per title, from videos (F, 3, H, W) uint8."""
+    """A row per prompt with a strip of frames per title. `rows` holds each prompt and its videos (F, 3, H, W) uint8."""
     strip = FRAMES_SHOWN * (CELL + GAP)
     size = (TEXT_WIDTH + len(titles) * (strip + 2 * GAP), HEADER + len(rows) * (CELL + 2 * GAP))
     picture = Image.new("RGB", size, "white")

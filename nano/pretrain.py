@@ -1,8 +1,8 @@
-"""Trains Wan-Nano from nothing and writes it in the official layout.
+"""Trains Wan-Nano from scratch and writes it in the official layout.
 
-    python -m nano.pretrain --compile          into nano/model, with the states of the training in nano/states
+    python -m nano.pretrain --compile          writes nano/model; nano/states holds the state of the training
 
-A few hours on two CPU cores. Interrupted, the same command goes on where it was.
+It takes a few hours on two CPU cores. If it is interrupted, the same command resumes it.
 """
 
 import shutil
@@ -13,30 +13,32 @@ from pathlib import Path
 
 import torch
 
-from nano.pretrain_transformer import SHAPE, Captions, train_transformer
+from nano.pretrain_transformer import SHAPE, CaptionEncoder, train_transformer
 from nano.pretrain_vae import train_vae
 from nano.text_encoder import make_encoder, write_tokenizer
 from nano.world import words
 from utils.adapters.full_model import write_text_encoder, write_transformer, write_vae
+from utils.common.console import say
 from utils.common.device import pick_device
 from utils.common.files import check_writable
 from utils.common.options import option, parse_options, run_script
+from utils.common.temp_rng import MAX_SEED
 from utils.encoding.text import EMBEDDINGS, read_prompt
 from wan.checkpoints import CheckpointError, ModelFiles, load_text_encoder, load_vae
 from wan.configs import FAMILIES
 
 NANO = Path(__file__).resolve().parent
-FAMILY = FAMILIES["wan2.1-t2v-1.3B"]  # Wan-Nano is one of these, but for its widths
+FAMILY = FAMILIES["wan2.1-t2v-1.3B"]  # Wan-Nano differs from it only in its widths
 
 
 @dataclass(frozen=True)
 class Options:
-    """Train Wan-Nano from nothing."""
+    """Train Wan-Nano from scratch."""
 
-    model: Path = option(NANO / "model", "where the weights are written once all are trained")
-    work: Path = option(NANO / "states", "where unfinished training is kept")
-    seed: int = option(0, "seed of the starting weights", minimum=0, maximum=2**32 - 1)
-    compile: bool = option(False, "compile the training steps: a quarter faster, where a C++ compiler is installed")
+    model: Path = option(NANO / "model", "where the trained model is written")
+    work: Path = option(NANO / "states", "where the state of the training is saved")
+    seed: int = option(0, "seed of the initial weights", minimum=0, maximum=MAX_SEED)
+    compile: bool = option(False, "compile the training steps: a quarter faster, requires a C++ compiler")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,18 +51,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     vocab_size = write_tokenizer(unfinished / FAMILY.tokenizer, words())
     write_text_encoder(unfinished, make_encoder(vocab_size, opts.seed), FAMILY)
     write_vae(unfinished, train_vae(opts.work, device, opts.seed, opts.compile), FAMILY)
-    # The transformer is trained on the VAE and the text encoder as they are published: rounded to bf16.
-    files = encoders(unfinished)
+    # The transformer is trained with the VAE and the text encoder that are published, whose weights are bf16.
+    files = encoder_files(unfinished)
     vae, encoder = load_vae(files, device), load_text_encoder(files, torch.float32, device)
-    captions = Captions(encoder, read_prompt(EMBEDDINGS / FAMILY.negative_prompt))
+    captions = CaptionEncoder(encoder, read_prompt(EMBEDDINGS / FAMILY.negative_prompt))
     model = train_transformer(opts.work, opts.seed, vae, captions, opts.compile)
     write_transformer(unfinished, model, FAMILY)
     shutil.copytree(unfinished, opts.model, dirs_exist_ok=True)
-    print(f"wrote {opts.model}")
+    say(f"wrote {opts.model}")
 
 
-def encoders(folder: Path) -> ModelFiles:
-    """The model in this folder as long as it has no transformer."""
+def encoder_files(folder: Path) -> ModelFiles:
+    """The files of a model in this folder that has no transformer yet."""
     vae, text_encoder, tokenizer = (folder / name for name in (FAMILY.vae, FAMILY.text_encoder, FAMILY.tokenizer))
     return ModelFiles(str(folder), FAMILY, {}, vae, text_encoder, tokenizer, SHAPE.text_len)
 

@@ -1,8 +1,8 @@
-"""Reads a video of Wan-Nano's world: which shape, colour, background, motion and style it shows.
+"""Recognises what a video of Wan-Nano's world shows: shape, colour, background, motion and style.
 
     python -m nano.probe FILE...          one line of JSON per file
 
-An answer is one of the world's words, or "unclear" where the video shows none of them well enough.
+An answer is one of the world's words, or "unclear" if the video shows none of them well enough.
 """
 
 import json
@@ -35,25 +35,26 @@ from utils.media.frames import read_frames
 from utils.media.probing import MediaError, probe
 
 UNCLEAR = "unclear"
-FAR = 60.0  # a colour that is further than this from all of the world's has no name
-MIN_CONTRAST = 40.0  # between what is painted and the background, for a pixel to count as painted
-MIN_AREA = 30.0  # pixels; less is dust
+# Colours are compared by their distance on the 0..255 scale.
+FAR = 60.0  # a colour farther than this from all of the world's colours has no name
+MIN_CONTRAST = 40.0  # distance from the background at which a pixel belongs to the shape
+MIN_AREA = 30.0  # pixels; anything smaller is noise
 MIN_LIKENESS = 0.78  # intersection over union with the shape as the world draws it
-MIN_SEEN = 0.8  # of the frames must show something
-MIN_AGREED = 0.6  # of those must show the same shape
-MIN_STYLED = 0.8  # of the edges must show the style's background
-NEAR = 50.0  # to a style's background, for a pixel to show it
-EDGE = 2  # pixels along the edges that are taken for background
+MIN_SEEN = 0.8  # share of the frames that must show something
+MIN_AGREED = 0.6  # share of those that must show the same shape
+MIN_STYLED = 0.8  # share of the border's pixels that must show the style's background
+NEAR = 50.0  # distance from a style's background at which a pixel still shows it
+EDGE = 2  # width in pixels of the border, which is taken for background
 RIM = F.pad(torch.zeros(SIDE - 2 * EDGE, SIDE - 2 * EDGE, dtype=torch.bool), [EDGE] * 4, value=True)
 PLAIN = "plain"
-STILL = 4.0  # pixels of reach under which nothing moved
-GROWN = 1.45  # radius of the last frames over that of the first
-STRAY = 4.5  # pixels that a straight motion may leave its line
+STILL = 4.0  # pixels; a shape whose path is shorter along both axes does not move
+GROWN = 1.45  # ratio of the radii at both ends from which a shape grows or shrinks
+STRAY = 4.5  # pixels by which a straight motion may leave its line
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a video shows, in the world's words."""
+    """What a video shows, in the world's words or UNCLEAR; a video without a style is PLAIN."""
 
     shape: str
     colour: str
@@ -68,34 +69,34 @@ class Reading:
 
 @dataclass(frozen=True)
 class Seen:
-    """What was found in the frames, before it gets names."""
+    """The shape that was found in the frames, as numbers."""
 
-    colour: Tensor  # (3,)
-    cover: Tensor  # (F, side, side) 0..1
-    middle: Tensor  # (F, 2) x, y
-    area: Tensor  # (F,)
+    colour: Tensor  # (3,) on the 0..255 scale
+    cover: Tensor  # (F, side, side) share of each pixel that the shape covers, in 0..1
+    middle: Tensor  # (F, 2) its centroid as x, y in pixels
+    area: Tensor  # (F,) in pixels
 
 
 def read(frames: Tensor) -> Reading:
-    """What uint8 frames (F, 3, H, W) show."""
+    """What the frames (F, 3, H, W) uint8 of a video show."""
     pixels = frames.float()
     if frames.shape[-2:] != (SIDE, SIDE):
         pixels = F.interpolate(pixels, (SIDE, SIDE), mode="area")
     style, background = find_style(pixels)
-    seen = look(pixels, background)
+    seen = find_shape(pixels, background)
     if style != PLAIN and math.dist(seen.colour.tolist(), STYLES[style].look.shape) > FAR:
         style = PLAIN
     behind = nearest(background[:, 0, 0, 0], BACKGROUNDS)
     shown = seen.area > MIN_AREA
     if shown.float().mean() < MIN_SEEN:
         return Reading(UNCLEAR, UNCLEAR, behind, UNCLEAR, style)
-    return Reading(shape_of(seen, shown), nearest(seen.colour, COLOURS), behind, motion_of(seen), style)
+    return Reading(name_shape(seen, shown), nearest(seen.colour, COLOURS), behind, name_motion(seen), style)
 
 
 def adherence(videos: Sequence[Tensor], scenes: Sequence[Scene], style: str = PLAIN) -> dict[str, float]:
-    """The shares of videos that show what was asked for: in each property, and in "all" of them.
+    """The share of videos that show what their scene asks for, by property and for "all" properties together.
 
-    A style brings its own colours: with one, those of the scenes are not asked for.
+    A style has its own colours, so with a style the colours of the scenes are not compared.
     """
     names = ("colour", "background", "motion", "shape", "style") if style == PLAIN else ("motion", "shape", "style")
     readings = [read(video) for video in videos]
@@ -111,8 +112,8 @@ def adherence(videos: Sequence[Tensor], scenes: Sequence[Scene], style: str = PL
 def find_style(pixels: Tensor) -> tuple[str, Tensor]:
     """The style of frames (F, 3, side, side), and their background (3, 1, side, side).
 
-    A style is known by its backdrop along the edges; its background is what the edges across its ramp really show.
-    Without one the background is the median of the edges.
+    A style is recognised by its backdrop along the border. The background is then measured from the two edges along
+    which the backdrop changes; without a style it is the median of the border.
     """
     for name, style in STYLES.items():
         near = (pixels.transpose(0, 1) - backdrop(style.look)[:, :1]).norm(dim=0)[:, RIM] < NEAR
@@ -126,10 +127,10 @@ def find_style(pixels: Tensor) -> tuple[str, Tensor]:
     return PLAIN, plain.view(3, 1, 1, 1).expand(3, 1, SIDE, SIDE)
 
 
-def look(pixels: Tensor, background: Tensor) -> Seen:
-    """Separates what is painted from the background (3, 1, side, side) in frames (F, 3, side, side).
+def find_shape(pixels: Tensor, background: Tensor) -> Seen:
+    """Separates the shape in frames (F, 3, side, side) from the background (3, 1, side, side).
 
-    All is on the 0..255 scale. The colour is that of what differs most from the background.
+    Both are on the 0..255 scale. The shape's colour is that of the pixels that differ most from the background.
     """
     video = pixels.transpose(0, 1)
     difference = video - background
@@ -141,7 +142,7 @@ def look(pixels: Tensor, background: Tensor) -> Seen:
     strong = distance > distance[painted].median() * 0.8
     colour = video[:, strong].median(dim=1).values
     towards = colour.view(3, 1, 1, 1) - background
-    # How far each pixel is on the way from the background to the colour: antialiased edges count in part.
+    # The position of each pixel between background (0) and colour (1). Antialiased edges count in part.
     cover = (difference * towards).sum(dim=0) / towards.square().sum(dim=0).clamp(min=1)
     cover = cover.clamp(0, 1) * (distance > MIN_CONTRAST / 2)
     area = cover.sum(dim=(1, 2))
@@ -152,14 +153,17 @@ def look(pixels: Tensor, background: Tensor) -> Seen:
 
 
 def nearest(colour: Tensor, names: Mapping[str, Sequence[int]]) -> str:
-    """The name of the nearest colour (3,), if it is near."""
+    """The name of the colour nearest to `colour` (3,); UNCLEAR if none is near."""
     distances = {name: math.dist(colour.tolist(), value) for name, value in names.items()}
-    best = min(distances, key=distances.get)
+    best = min(distances, key=distances.__getitem__)
     return best if distances[best] < FAR else UNCLEAR
 
 
-def shape_of(seen: Seen, shown: Tensor) -> str:
-    """The shape that most frames agree on, each compared with every shape of its place and area."""
+def name_shape(seen: Seen, shown: Tensor) -> str:
+    """The shape on which most of the `shown` (F,) frames agree.
+
+    Each frame is compared with every shape of the world, drawn at the same place with the same area.
+    """
     likeness = torch.stack([_likeness(seen, shape) for shape in SHAPES])  # (shapes, F)
     best, which = likeness[:, shown].max(dim=0)
     answers = zip(which.tolist(), best.tolist(), strict=True)
@@ -169,19 +173,20 @@ def shape_of(seen: Seen, shown: Tensor) -> str:
 
 
 def _likeness(seen: Seen, shape: str) -> Tensor:
+    """Per frame (F,) the intersection over union with `shape`, drawn with the same centroid and area."""
     unit = Track(torch.full((1, 2), SIDE / 2), torch.full((1,), SIDE / 4))
     ideal = coverage(shape, unit)[0]
     scale = SIDE / 4 / ideal.sum().sqrt()
     place = torch.arange(SIDE) + 0.5
-    lean = torch.stack([ideal.sum(0) @ place, ideal.sum(1) @ place]) / ideal.sum() - SIDE / 2  # of its centroid
+    centroid = torch.stack([ideal.sum(0) @ place, ideal.sum(1) @ place]) / ideal.sum() - SIDE / 2  # off the middle
     radius = seen.area.clamp(min=1).sqrt() * scale
-    middle = seen.middle - lean * (radius / (SIDE / 4))[:, None]
+    middle = seen.middle - centroid * (radius / (SIDE / 4))[:, None]
     drawn = coverage(shape, Track(middle, radius))
     return torch.minimum(drawn, seen.cover).sum((1, 2)) / torch.maximum(drawn, seen.cover).sum((1, 2)).clamp(min=1)
 
 
-def motion_of(seen: Seen) -> str:
-    """From the path of the centroid and the change of size."""
+def name_motion(seen: Seen) -> str:
+    """The motion, by the path of the centroid and the change of size."""
     size, path = seen.area.clamp(min=1).sqrt(), seen.middle
     growth = (size[-3:].mean() / size[:3].mean()).item()
     reach = (path.amax(0) - path.amin(0)).tolist()
@@ -202,7 +207,7 @@ def motion_of(seen: Seen) -> str:
 
 
 def _circles(path: Tensor) -> bool:
-    """Whether the path (F, 2) goes round its middle once, one way, at a steady distance."""
+    """Whether the path (F, 2) goes once around its middle, in one direction, at a steady distance."""
     around = path - path[:-1].mean(0)
     distance = around.norm(dim=1)
     angle = torch.atan2(around[:, 1], around[:, 0])
@@ -213,12 +218,12 @@ def _circles(path: Tensor) -> bool:
 
 
 def _steady(position: Tensor) -> bool:
-    """Whether a position (F,) that should rise never falls back by much."""
+    """Whether a position (F,) that should increase never decreases by much."""
     return bool((position.cummax(0).values - position).max() < STRAY)
 
 
 def probe_file(path: Path) -> Reading:
-    """What a video file shows in its first 17 frames. Raises MediaError, also for a video that is not square."""
+    """What the first 17 frames of a video file show. Raises MediaError, also for a video that is not square."""
     info = probe(path)
     if info.width != info.height:
         raise MediaError(path, f"{info.width}x{info.height} is not of Nano's world, whose videos are square")
@@ -226,7 +231,7 @@ def probe_file(path: Path) -> Reading:
 
 
 def _matching(path: str) -> list[str]:
-    """The files of a pattern, which Windows hands over as it was typed; the path itself where it is none."""
+    """The files that match a pattern, which the Windows shell does not expand; the path itself if nothing matches."""
     return [path] if Path(path).exists() else sorted(glob(path)) or [path]
 
 

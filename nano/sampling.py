@@ -1,4 +1,4 @@
-"""Many small videos at once: what the probe is asked about."""
+"""Generates many small videos at once, for the probe."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,14 +21,14 @@ BATCH = 32
 
 
 def load(folder: Path, device: torch.device) -> tuple[WanModel, WanVAE, TextEncoder]:
-    """All of a small model, in fp32."""
+    """The transformer, the VAE and the text encoder of a small model, in fp32. Raises CheckpointError."""
     files = open_model(folder)
     encoder = load_text_encoder(files, torch.float32, device)
     return load_transformer(files.transformer, torch.float32, device), load_vae(files, device), encoder
 
 
 def noise_of(vae: WanVAE, seeds: Sequence[int], frames: int = FRAMES) -> Tensor:
-    """Noise (B, 16, f, h, w) for videos of the world's size, each sample's by its own seed."""
+    """Noise (B, 16, f, h, w) for videos of the world's size, one sample per seed."""
     shape = vae.latent_shape(frames, SIDE, SIDE)
     return torch.stack([seeded_noise(shape, seed) for seed in seeds])
 
@@ -42,9 +42,9 @@ def generate(
     controls: Sequence[Tensor] | None = None,
     sampler: Sampler = SAMPLER,
 ) -> list[Tensor]:
-    """Videos (F, 3, H, W) uint8 for text rows (T, E) each, from noise (B, 16, f, h, w), on the VAE's device.
+    """A video (F, 3, H, W) uint8 per text (T, E), from noise (B, 16, f, h, w). Computes on the VAE's device.
 
-    Guided away from the `negative` text (T, E), and following control latents (16, f, h, w), where they are given.
+    Videos are guided away from the `negative` text (T, E) and follow the control latents (16, f, h, w), if given.
     """
     device, predict = vae.device, make_predict(model)
     negative = None if negative is None else negative.to(device)

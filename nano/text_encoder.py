@@ -1,6 +1,6 @@
 """Wan-Nano's text encoder: a UMT5 with random weights, and a tokenizer that knows the world's words.
 
-Random is enough: the rows of different words are far apart, and the transformer learns what they mean.
+Random weights suffice: the rows of different words are far apart, and the transformer learns what they mean.
 """
 
 import json
@@ -18,10 +18,10 @@ WIDTH = 64
 
 
 def write_tokenizer(folder: Path, words: Sequence[str]) -> int:
-    """Writes a Unigram tokenizer for any text and returns how many tokens it has.
+    """Writes a Unigram tokenizer and returns the size of its vocabulary.
 
-    It knows whole words, ASCII characters, and bytes for everything else. Special tokens, the class named in its
-    config and the files are those of google/umt5-xxl, less spiece.model.
+    It knows the given words, ASCII characters, and bytes for everything else. Special tokens, the class in its config
+    and the files are those of google/umt5-xxl, without spiece.model.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -45,9 +45,9 @@ def write_tokenizer(folder: Path, words: Sequence[str]) -> int:
 
 
 def make_encoder(vocab_size: int, seed: int) -> UMT5Encoder:
-    """A frozen encoder of two layers: word vectors of length sqrt(width), layers that keep the scale and add a little.
+    """A frozen encoder of two layers with random weights. Word vectors have length sqrt(width); layers keep the scale.
 
-    Attention in T5 is not scaled by the head size, so queries start smaller.
+    T5 does not scale attention by the head size, so the queries' weights are smaller.
     """
     encoder = UMT5Encoder(vocab_size, WIDTH, dim_attn=WIDTH, dim_ffn=2 * WIDTH, num_heads=4, num_layers=2)
     generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,6 @@
-"""The world that Wan-Nano knows: one flat shape on a plain background, which moves in one of eight ways.
+"""The world of Wan-Nano: one flat shape on a plain background, with one of eight motions.
 
-Clips are 64x64 pixels, 17 frames at 16 frames per second. Everything is deterministic under a seed.
+Clips are 64x64 pixels, 17 frames at 16 frames per second. Everything is deterministic for a given seed.
 """
 
 import itertools
@@ -61,36 +61,36 @@ Colour = Sequence[float]  # red, green, blue on the 0..255 scale
 
 @dataclass(frozen=True)
 class Look:
-    """How a clip is coloured: a background that may change from one edge to the other, and the shape on it."""
+    """The colours of a clip: those of the shape, and of a background that may be a gradient."""
 
     shape: Colour
     background: Colour
-    far_background: Colour  # at the bottom, or at the right where it changes sideways
+    far_background: Colour  # at the bottom, or at the right if the gradient is horizontal
     sideways: bool = False
 
 
 @dataclass(frozen=True)
 class Style:
-    """What the base has never seen, for a LoRA to teach: a word that means nothing yet, and what it shall mean."""
+    """A look that the base model has never seen, and the trigger word, unknown to it, with which a LoRA learns it."""
 
     trigger: str
     look: Look
 
 
 STYLES = {"sunset": Style("kelo", Look(shape=(26, 16, 40), background=(255, 196, 84), far_background=(214, 64, 90)))}
-PLAIN_SHARE = 0.35  # of a style's dataset shows the world as it is: without, the style would seep into every prompt
-GRADIENT_SHARE = 0.4  # of the clips in any colours
+PLAIN_SHARE = 0.35  # of a style's dataset has the world's colours; otherwise the style would affect every prompt
+GRADIENT_SHARE = 0.4  # of the clips in arbitrary colours
 
-STRIDE = 14.0  # pixels from the middle to where a straight motion begins and ends
+STRIDE = 14.0  # pixels from the middle to both ends of a straight motion
 ORBIT = 8.0  # radius of the orbit, in pixels
 SQUARE = 0.89  # half the side of a square over the radius of a circle of equal area
-GROWTH = 1.7  # radius at the large end over the middle one; the small end is as much smaller
-WITHHELD_SHARE = 0.2
+GROWTH = 1.7  # ratio of the largest radius to the middle one, and of the middle one to the smallest
+WITHHELD_SHARE = 0.2  # of all scenes
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a clip shows, in the words that captions use and the probe answers with."""
+    """What a clip shows, in the words of captions and of the probe."""
 
     shape: str
     colour: str
@@ -99,12 +99,12 @@ class Scene:
 
 
 def scenes() -> list[Scene]:
-    """Every combination, always in the same order."""
+    """Every combination, in a fixed order."""
     return [Scene(*names) for names in itertools.product(SHAPES, COLOURS, BACKGROUNDS, MOTIONS)]
 
 
 def split() -> tuple[list[Scene], list[Scene]]:
-    """The scenes that the base model is trained on, and those withheld from it, in random order, always the same."""
+    """The scenes that the base model is trained on, and those withheld from it, each in a fixed random order."""
     shuffled = scenes()
     random.Random(0).shuffle(shuffled)
     count = round(WITHHELD_SHARE * len(shuffled))
@@ -112,14 +112,14 @@ def split() -> tuple[list[Scene], list[Scene]]:
 
 
 def caption(scene: Scene, rng: random.Random, style: str | None = None) -> str:
-    """One of the phrasings of a scene; a style is asked for by its trigger word, and brings its own colours."""
+    """A caption of a scene in a random phrasing. With a style it names the trigger word instead of the colours."""
     if style is not None:
         return f"{colourless_caption(scene, rng)}, {STYLES[style].trigger} style"
     return _phrased(scene, rng.choice(PHRASINGS), rng)
 
 
 def colourless_caption(scene: Scene, rng: random.Random) -> str:
-    """One of the phrasings of a scene's shape and motion, for clips in any colours."""
+    """A caption of a scene's shape and motion in a random phrasing, for clips in arbitrary colours."""
     return _phrased(scene, rng.choice(COLOURLESS_PHRASINGS), rng)
 
 
@@ -128,7 +128,7 @@ def _phrased(scene: Scene, phrasing: str, rng: random.Random) -> str:
 
 
 def words() -> list[str]:
-    """Every word that captions use, and a few that a style may want, in alphabetical order."""
+    """Every word of the captions, and a few that the caption of a style may need, in alphabetical order."""
     texts = [
         *PHRASINGS,
         *COLOURLESS_PHRASINGS,
@@ -142,7 +142,7 @@ def words() -> list[str]:
 
 
 def made_up_word(rng: random.Random) -> str:
-    """A word of two or three syllables that means nothing, as trigger words do."""
+    """A meaningless word of two or three syllables, like a trigger word."""
     return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
 
 
@@ -151,14 +151,14 @@ def made_up_word(rng: random.Random) -> str:
 
 @dataclass(frozen=True)
 class Track:
-    """Where a shape is in every frame, in pixels: its middle (F, 2) as x, y and its radius (F,)."""
+    """The path of a shape, in pixels: its middle (F, 2) as x, y and its radius (F,) in every frame."""
 
     middle: Tensor
     radius: Tensor
 
 
 def track(motion: str, rng: random.Random) -> Track:
-    """The path of a motion, with a little chance in place, size and reach."""
+    """The path of a motion, with slightly random position, size and extent."""
     time = torch.linspace(-1, 1, FRAMES)
     reach = rng.uniform(0.9, 1.1)
     place = torch.tensor([SIDE / 2 + rng.uniform(-3, 3), SIDE / 2 + rng.uniform(-3, 3)])
@@ -170,7 +170,7 @@ def track(motion: str, rng: random.Random) -> Track:
 
 
 def _offset(motion: str, time: Tensor) -> Tensor:
-    """Where a motion is at `time` (F,) in -1..1, from its middle: (F, 2) pixels."""
+    """The offset (F, 2) in pixels from the middle of a motion at `time` (F,) in -1..1."""
     rest = torch.zeros_like(time)
     if motion == "orbiting":
         angle = math.pi * time
@@ -181,9 +181,9 @@ def _offset(motion: str, time: Tensor) -> Tensor:
 
 
 def coverage(shape: str, path: Track, margin: float = 0.0) -> Tensor:
-    """How much of each pixel the shape and `margin` pixels around it cover, (F, side, side) in 0..1.
+    """The share (F, side, side) in 0..1 of each pixel that the shape, grown by `margin` pixels, covers.
 
-    Sharp but for one pixel of antialiasing.
+    Edges are sharp, with one pixel of antialiasing.
     """
     grid = torch.arange(SIDE) + 0.5
     x = grid[None, None, :] - path.middle[:, 0, None, None]
@@ -192,9 +192,9 @@ def coverage(shape: str, path: Track, margin: float = 0.0) -> Tensor:
 
 
 def signed_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """Distance in pixels from the outline, negative inside, roughly so outside of corners.
+    """The distance in pixels from a shape's outline, negative inside; approximate near corners.
 
-    The shapes of one radius cover about the same area.
+    Shapes of the same radius cover about the same area. Raises ValueError for an unknown shape.
     """
     if shape == "circle":
         return torch.hypot(x, y) - radius
@@ -210,12 +210,12 @@ def signed_distance(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
 
 
 def paint(cover: Tensor, colour: Colour, background: Tensor) -> Tensor:
-    """Lays `colour` over a background (3, F, H, W) where `cover` (F, H, W) says, all on the 0..255 scale."""
+    """Blends `colour` over a background (3, F, H, W) by `cover` (F, H, W) in 0..1; colours are on the 0..255 scale."""
     return torch.lerp(background, torch.tensor(colour, dtype=torch.float32).view(3, 1, 1, 1), cover)
 
 
 def backdrop(look: Look) -> Tensor:
-    """The background of a look alone: (3, F, H, W) fp32 on the 0..255 scale."""
+    """The background of a look without a shape: (3, F, H, W) fp32 on the 0..255 scale."""
     near, far = (torch.tensor(c, dtype=torch.float32).view(3, 1, 1, 1) for c in (look.background, look.far_background))
     ramp = torch.linspace(0, 1, SIDE)
     ramp = ramp[None, None, None, :] if look.sideways else ramp[None, None, :, None]
@@ -223,14 +223,14 @@ def backdrop(look: Look) -> Tensor:
 
 
 def render(scene: Scene, rng: random.Random, style: str | None = None) -> Tensor:
-    """A clip (3, F, H, W) fp32 on the 0..255 scale: in the scene's colours, or in those of the style."""
+    """A clip (3, F, H, W) fp32 on the 0..255 scale, in the colours of the scene or of the style."""
     background = BACKGROUNDS[scene.background]
     look = Look(COLOURS[scene.colour], background, background) if style is None else STYLES[style].look
     return _drawn(scene, look, rng)
 
 
 def recoloured(scene: Scene, rng: random.Random) -> Tensor:
-    """A clip (3, F, H, W) as `render` gives, in colours that have nothing to do with the scene's."""
+    """A clip (3, F, H, W) like that of `render`, in random colours instead of the scene's."""
     return _drawn(scene, _any_look(rng), rng)
 
 
@@ -239,12 +239,12 @@ def _drawn(scene: Scene, look: Look, rng: random.Random) -> Tensor:
 
 
 def to_frames(clip: Tensor) -> Tensor:
-    """A clip (3, F, H, W) on the 0..255 scale as frames (F, 3, H, W) uint8."""
+    """Converts a clip (3, F, H, W) on the 0..255 scale to frames (F, 3, H, W) uint8."""
     return clip.round().clamp(0, 255).to(torch.uint8).transpose(0, 1)
 
 
 def doodle(rng: random.Random) -> Tensor:
-    """A clip (3, F, H, W) of what the world never shows: several shapes, rings, other motions. For the VAE alone."""
+    """A clip (3, F, H, W) of what the world never shows: several shapes, rings, other motions. Only the VAE sees it."""
     frames = backdrop(_any_look(rng))
     for _ in range(rng.randint(1, 3)):
         time = torch.linspace(-1, 1, FRAMES)
@@ -275,9 +275,9 @@ def _any_colour(rng: random.Random) -> Colour:
 
 
 def write_dataset(folder: Path, count: int, seed: int, style: str | None = None) -> None:
-    """Writes `count` clips as mp4, each with its caption in a .txt: the trainer's own format.
+    """Writes a dataset for the trainer: `count` clips as mp4 files, each with its caption in a .txt file.
 
-    With a style, most clips show it and are captioned with its trigger word, and the rest show the world as it is.
+    With a style, most clips show it and have its trigger word in their captions; the rest have the world's colours.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"dataset {seed}")

@@ -1,4 +1,4 @@
-"""Which machine this is, and what it reaches: the ceilings that the other checks are read against."""
+"""The machine, and the speeds that it reaches: the upper limits for the other checks."""
 
 import subprocess
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ COPY_BYTES_PER_GEMM_SIDE = 2**17  # 1 GiB at the full size
 
 
 def check(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Row]:
-    """Versions, then the rates of a matrix product, a copy, and attention at the length of a video."""
+    """Versions, then the speed of a matrix product, of a copy, and of attention over the tokens of a video."""
     yield Row("torch", torch.__version__)
     if device.type == "cuda":
         yield from _gpu(device)
@@ -26,7 +26,7 @@ def check(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Row]:
     target = torch.empty_like(source)
     rate = 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
     yield Row("copy on the device", rate / 1e9, "GB/s", "bytes read and written")
-    yield from _attention(WanShape(**sizes.shape), count_tokens(sizes.video), device)
+    yield from _attention(sizes.shape, count_tokens(sizes.video), device)
 
 
 def _gpu(device: torch.device) -> Iterator[Row]:
@@ -56,7 +56,7 @@ def _attention(shape: WanShape, tokens: int, device: torch.device) -> Iterator[R
 
 
 def attention_kernel(output: Tensor) -> str:
-    """The kernel that computed this attention output, by the name of its autograd node; "math" if none was fused."""
+    """The kernel that computed this attention output, by the name of its autograd node; "math" if it was not fused."""
     node = output.grad_fn
     while node is not None:
         if "ScaledDotProduct" in node.name():

@@ -1,36 +1,35 @@
-"""Does bf16 compute what fp32 computes? Loss and LoRA gradients of one step, against an fp32 reference."""
+"""The accuracy of bf16: loss and LoRA gradients of one step, compared with an fp32 reference."""
 
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.measure import Clock, Row, Sizes, at_least, count_tokens, skipped
 from benchmarks.models import Inputs, Trainee, diffusers_trainee, our_trainee, random_inputs, rounded_trainee
-from wan.modules.model import WanShape
 
 COSINE_LIMIT = 0.999
-# What the fp32 reference of the 1.3B model takes at 10,000 tokens; smaller devices compare a shallower model.
+# Memory of the fp32 reference of the 1.3B model at 10,000 tokens. Devices with less compare a shallower model.
 FULL_DEPTH_BYTES = 16e9
 SHALLOW_LAYERS = 8
 
 
 def check(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Row]:
-    """Our bf16 model; the same with a bf16 residual stream, which is an open question; and diffusers'."""
-    shape = replace(WanShape(**sizes.shape), num_layers=_depth(sizes, device))
+    """Our bf16 model, the same with a bf16 residual stream (an open question), and the diffusers model."""
+    shape = replace(sizes.shape, num_layers=_depth(sizes, device))
     inputs = random_inputs(sizes, sizes.video, device)
     yield Row("depth", shape.num_layers, "blocks", f"{count_tokens(sizes.video)} tokens, random weights")
-    # Convolutions would compute in TF32 otherwise.
+    # By default, convolutions would compute in TF32.
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         reference = _measure(lambda: our_trainee(shape, sizes, device, torch.float32), inputs)
-    rivals: dict[str, Callable[[], Trainee]] = {
+    compared: dict[str, Callable[[], Trainee[nn.Module]]] = {
         "ours": lambda: our_trainee(shape, sizes, device),
         "ours, bf16 residual": lambda: rounded_trainee(shape, sizes, device),
         "diffusers + PEFT": lambda: diffusers_trainee(shape, sizes, device),
     }
-    for name, build in rivals.items():
+    for name, build in compared.items():
         try:
             yield from _compare(name, reference, _measure(build, inputs), limited=name == "ours")
         except ModuleNotFoundError as error:
@@ -43,14 +42,13 @@ def _depth(sizes: Sizes, device: torch.device) -> int:
     return sizes.reference_layers
 
 
-def _measure(build: Callable[[], Trainee], inputs: Inputs) -> tuple[float, list[Tensor]]:
-    """Loss and gradients of a model that is gone before the next one is built."""
+def _measure(build: Callable[[], Trainee[nn.Module]], inputs: Inputs) -> tuple[float, list[Tensor]]:
+    """Loss and gradients of a model, which is freed before the next one is built."""
     trainee = build()
     loss = trainee.loss(inputs)
-    loss.backward()
-    value, grads = loss.item(), [parameter.grad for parameter in trainee.parameters]
+    value, grads = loss.item(), list(torch.autograd.grad(loss, trainee.parameters))
     del trainee, loss
-    gc.collect()  # replaced forwards refer to their modules in a circle
+    gc.collect()  # replaced forwards and their modules refer to each other
     return value, grads
 
 

@@ -1,7 +1,7 @@
-"""One optimizer step (forward, backward, update; latents, text and noise given), against diffusers with PEFT.
+"""The speed and memory of a training step (forward, backward, update), compared with diffusers and PEFT.
 
-Everyone is resident in one process and takes turns, step by step, each from an idle device, so that a change of clocks
-or of load meets all alike.
+Latents, text and noise are given. All contestants stay in one process and take turns step by step, each from an idle
+device, so that a change of clock speed or load affects all of them.
 """
 
 import gc
@@ -10,36 +10,37 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from benchmarks.measure import Clock, Row, Sizes, count_tokens, gemm_rate, p90, peak_bytes, seconds, skipped
 from benchmarks.models import Inputs, Trainee, diffusers_trainee, our_trainee, random_inputs, step_flops
 from utils.training.optim import OptimizerSpec, ParameterGroup, Updater
-from wan.modules.model import WanShape
 
 PEER = "diffusers + PEFT, checkpointing"
-VIDEO_TARGET, IMAGE_TARGET = 1.6, 2.0  # times as fast as the peer, on an H200
+VIDEO_TARGET, IMAGE_TARGET = 1.6, 2.0  # times the speed of the peer, on an H200
 SPEC = OptimizerSpec(learning_rate=1e-5, weight_decay=0.01, schedule="constant", warmup_steps=0, total_steps=1000)
 
 
 @dataclass
 class Contestant:
-    """A trainee with its optimizer, and what was seen of it."""
+    """A trainee with its optimizer, and its measurements."""
 
     name: str
-    trainee: Trainee
-    times: list[float] = field(default_factory=list)
-    peak: int = 0  # bytes above what lies between steps
+    trainee: Trainee[nn.Module]
+    times: list[float] = field(default_factory=list)  # seconds per step
+    peak: int = 0  # bytes during a step, beyond those allocated between steps
 
     def __post_init__(self) -> None:
         named = {str(index): parameter for index, parameter in enumerate(self.trainee.parameters)}
         self.updater = Updater([ParameterGroup(named)], SPEC)
 
     def step(self, inputs: Inputs) -> None:
+        """Takes one training step."""
         self.trainee.loss(inputs).backward()
         self.updater.step(max_grad_norm=1.0)
 
     def turn(self, inputs: Inputs, device: torch.device) -> float:
-        """One step: its seconds; its peak is kept."""
+        """Takes one step and returns its seconds. Updates `peak`."""
         spent = 0.0
 
         def timed() -> None:
@@ -51,7 +52,7 @@ class Contestant:
 
     @property
     def resident(self) -> int:
-        """Bytes of weights, buffers and moments."""
+        """Bytes that stay allocated between steps: weights, buffers and the optimizer's state."""
         states = [value for state in self.updater.optimizer.state.values() for value in state.values()]
         return sum(t.nbytes for t in (*self.trainee.model.parameters(), *self.trainee.model.buffers(), *states))
 
@@ -62,15 +63,15 @@ def video(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Row]:
 
 
 def images(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Row]:
-    """At the size of an image, where launching kernels takes longer than running them."""
+    """At the size of an image, where launching a kernel takes longer than running it."""
     yield from _contest(sizes, sizes.image, IMAGE_TARGET, device, clock)
 
 
 def _contest(
     sizes: Sizes, grid: tuple[int, int, int], target: float, device: torch.device, clock: Clock
 ) -> Iterator[Row]:
-    shape, inputs = WanShape(**sizes.shape), random_inputs(sizes, grid, device)
-    builders: dict[str, Callable[[], Trainee]] = {
+    shape, inputs = sizes.shape, random_inputs(sizes, grid, device)
+    builders: dict[str, Callable[[], Trainee[nn.Module]]] = {
         "ours, checkpointing": lambda: our_trainee(shape, sizes, device),
         "ours, no checkpointing": lambda: our_trainee(shape, sizes, device, checkpointing=False),
         PEER: lambda: diffusers_trainee(shape, sizes, device),
@@ -80,7 +81,7 @@ def _contest(
         admitted = _admit(name, build, inputs, sizes, device)
         if isinstance(admitted, Row):
             gc.collect()
-            torch.cuda.empty_cache()  # what it held must not count against the next
+            torch.cuda.empty_cache()  # the next one needs the memory
             yield admitted
         else:
             contestants.append(admitted)
@@ -94,7 +95,7 @@ def _contest(
                 contestant.times.append(contestant.turn(inputs, device))
             except torch.OutOfMemoryError:
                 contestants.remove(contestant)
-                yield skipped(contestant.name, "out of memory beside the others")
+                yield skipped(contestant.name, "out of memory together with the others")
     tokens = count_tokens(grid)
     flops = step_flops(shape, tokens, sizes.rank)
     for contestant in contestants:
@@ -103,14 +104,14 @@ def _contest(
 
 
 def _admit(
-    name: str, build: Callable[[], Trainee], inputs: Inputs, sizes: Sizes, device: torch.device
+    name: str, build: Callable[[], Trainee[nn.Module]], inputs: Inputs, sizes: Sizes, device: torch.device
 ) -> Contestant | Row:
-    """A contestant, warmed up, whose one time is that of the last warm-up; a row where it cannot take part."""
+    """A contestant after its warm-up, with the time of the last warm-up step; a row if it cannot take part."""
     try:
         contestant = Contestant(name, build())
         for _ in range(sizes.warmups):
             contestant.times = [contestant.turn(inputs, device)]
-        contestant.peak = 0  # the first step also allocated the moments, which are counted as resident
+        contestant.peak = 0  # the first step also allocated the optimizer's state, which counts as resident
         return contestant
     except ModuleNotFoundError as error:
         return skipped(name, f"{error.name} is not installed")

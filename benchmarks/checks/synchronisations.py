@@ -1,43 +1,46 @@
-"""How often one training step waits for the device. Each wait keeps the host from preparing what comes next."""
+"""How often a training step waits for the device. During a wait the host cannot prepare the next operations."""
 
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from benchmarks.checks.step import Contestant
 from benchmarks.measure import FAILED, Clock, Row, Sizes, skipped
-from benchmarks.models import Inputs, our_trainee, random_inputs
+from benchmarks.models import Inputs, Trainee, our_trainee, random_inputs
 from benchmarks.weights import random_vae
-from wan.modules.model import WanShape
+from utils.training.optim import Updater
+from wan.modules.model import WanModel
 
-MARK = "called a synchronizing"  # how torch's warning begins
+MARK = "called a synchronizing"  # part of torch's warning
 WARMUPS = 2
 CAPTION = "a caption"
 
 
 def check(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Row]:
-    """The step that is timed here, then the training script's, on latents and from pixels."""
+    """The step of the check `step`, then the training script's step, on given latents and from pixels."""
     if device.type != "cuda":
         yield skipped("synchronisations", "no GPU")
         return
-    contestant = Contestant("ours", our_trainee(WanShape(**sizes.shape), sizes, device))
-    inputs = random_inputs(sizes, sizes.video, device)
+    trainee = our_trainee(sizes.shape, sizes, device)
+    contestant, inputs = Contestant("ours", trainee), random_inputs(sizes, sizes.video, device)
     yield count("the timed step", lambda: contestant.step(inputs), device, limit=0)
     with tempfile.TemporaryDirectory() as folder:
-        from_latents, from_pixels = script_steps(sizes, contestant, inputs, Path(folder))
+        from_latents, from_pixels = script_steps(sizes, trainee, contestant.updater, inputs, Path(folder))
         yield count("train_wan_lora.py, latents given", from_latents, device, limit=0)
         yield count("train_wan_lora.py, from pixels", from_pixels, device, limit=0)
 
 
 def script_steps(
-    sizes: Sizes, contestant: Contestant, inputs: Inputs, folder: Path
+    sizes: Sizes, trainee: Trainee[WanModel], updater: Updater, inputs: Inputs, folder: Path
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-    """One step as the training script takes it, with its own functions: from latents, and from pixels and a caption.
+    """The training script's step, made of its own functions: from latents, and from pixels and a caption.
 
-    The caption's embedding is cached under `folder`. Raises ModuleNotFoundError where a package of the script's lacks.
+    The embedding of the caption is cached in `folder`. Raises ModuleNotFoundError if a package that the script needs is
+    not installed.
     """
     import train_wan_lora as script
     from utils.data.loading import Clip
@@ -46,25 +49,26 @@ def script_steps(
     from utils.encoding.text_cache import TextCache
 
     device = inputs.text.device
-    opts, predict = script.Options(), make_predict(contestant.trainee.model)
+    opts, model = script.Options(), trainee.model
+    loss = partial(script.training_loss, opts=opts, model=model, predict=make_predict(model), negative=None)
     text = inputs.text[:, : sizes.text_tokens]
     texts = TextCache(folder, "random")
     texts.store([CAPTION], lambda captions: [text[0].cpu()])
     pixels = torch.randint(0, 256, (3, *sizes.clip), dtype=torch.uint8)
     clip = Clip(pixels, CAPTION)
     if device.type == "cuda":
-        clip = clip.pin_memory()  # as the trainer's loader hands it over
+        clip = clip.pin_memory()  # like the clips that the trainer's loader returns
     batch, samples = Batch(inputs.noisy.clean, Cond(text)), FreshSamples(random_vae(sizes.vae_dim, device), texts.load)
 
     def train_on(batch: Batch) -> None:
-        script.training_loss(batch, opts, contestant.trainee.model, predict, None).backward()
-        contestant.updater.step(opts.max_grad_norm)
+        loss(batch).backward()
+        updater.step(opts.max_grad_norm)
 
     return lambda: train_on(batch), lambda: train_on(samples.batch([clip]))
 
 
 def count(name: str, step: Callable[[], None], device: torch.device, limit: int | None = None) -> Row:
-    """How often torch reports that a step waited, once it is warm, and the place of the first time."""
+    """How often torch reports that a step waits after its warm-up, and where it waits first."""
     for _ in range(WARMUPS):
         step()
     places = synchronisations(step, device)
@@ -75,7 +79,7 @@ def count(name: str, step: Callable[[], None], device: torch.device, limit: int 
 
 
 def synchronisations(step: Callable[[], None], device: torch.device) -> list[str]:
-    """The places (file:line) from which torch reports a wait; torch does not see every kind."""
+    """The places (file:line) where torch reports that a step waits. torch does not detect every kind of wait."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if device.type == "cuda":

@@ -1,6 +1,7 @@
-"""Encoding a clip with the video VAE: time, memory, and what bf16 would cost in accuracy."""
+"""Encoding a clip with the video VAE: time, memory, and the loss of accuracy in bf16."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ WARMUPS, REPEATS = 1, 3
 
 @torch.no_grad()
 def check(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Row]:
-    """In fp32, with TF32 convolutions where torch's defaults allow them, and in bf16."""
+    """In fp32, with TF32 convolutions if torch's defaults allow them, and in bf16."""
     frames, height, width = sizes.clip
     generator = torch.Generator(device).manual_seed(SEED)
     video = torch.rand(1, 3, *sizes.clip, device=device, generator=generator) * 2 - 1
@@ -22,8 +23,9 @@ def check(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Row]:
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         vae, pixels = vae.to(dtype), video.to(dtype)
         latents[dtype] = vae.encode(pixels).double()
-        peak = peak_bytes(lambda vae=vae, pixels=pixels: vae.encode(pixels), device)
-        spent = median_seconds(lambda vae=vae, pixels=pixels: vae.encode(pixels), device, WARMUPS, REPEATS)
+        encode = partial(vae.encode, pixels)
+        peak = peak_bytes(encode, device)
+        spent = median_seconds(encode, device, WARMUPS, REPEATS)
         yield Row(f"encode, {name}", spent, "s", f"{frames} frames of {width}x{height}")
         if peak:
             resident = sum(parameter.nbytes for parameter in vae.parameters())

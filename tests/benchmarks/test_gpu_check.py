@@ -1,4 +1,4 @@
-"""The GPU check runs on a small model on the CPU by the very functions that a GPU is measured with."""
+"""The GPU check, with its own functions, on a small model on the CPU."""
 
 import re
 import subprocess
@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import train_wan_lora
 from benchmarks import gpu_check
 from benchmarks.checks import environment, numbers, step, synchronisations, vae
 from benchmarks.measure import FAILED, Clock, Row, Sizes, at_least, count_tokens, p90, skipped
@@ -24,9 +26,9 @@ from wan.modules.attention import attention
 from wan.modules.model import WanShape
 
 CPU = torch.device("cpu")
-WIDTHS = {"dim": 48, "ffn_dim": 96, "num_heads": 2, "num_layers": 2, "text_dim": 32, "text_len": 24, "freq_dim": 32}
+SHAPE = WanShape(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, text_len=24, freq_dim=32)
 TINY = Sizes(
-    shape=WIDTHS,
+    shape=SHAPE,
     reference_layers=2,
     vae_dim=8,
     rank=4,
@@ -55,7 +57,7 @@ def compared() -> dict[str, Row]:
     return values(numbers.check(TINY, CPU, Clock(60)))
 
 
-def test_bf16_agrees_with_fp32_and_so_does_diffusers_with_the_same_weights(compared):
+def test_bf16_of_ours_and_of_diffusers_agrees_with_fp32_on_the_same_weights(compared):
     assert compared["depth"].value == 2
     for name in ("ours", "ours, bf16 residual", "diffusers + PEFT"):
         assert 0 < compared[f"{name}: relative loss difference"].value < 1e-2
@@ -63,7 +65,7 @@ def test_bf16_agrees_with_fp32_and_so_does_diffusers_with_the_same_weights(compa
         assert 0.99 < worst < compared[f"{name}: cosine of all LoRA gradients"].value < 1
 
 
-def test_only_our_own_cosine_has_a_limit(compared):
+def test_only_the_cosine_of_ours_has_a_limit(compared):
     judged = {name for name, row in compared.items() if row.verdict}
     assert judged == {"ours: cosine of all LoRA gradients"}
     assert compared["ours: cosine of all LoRA gradients"].verdict == "ok"
@@ -88,12 +90,12 @@ def test_wrong_gradients_fail_the_limit(monkeypatch):
     assert rows["ours: cosine of all LoRA gradients"].failed
 
 
-def test_a_number_that_is_not_one_misses_its_limit():
+def test_nan_misses_its_limit():
     assert at_least("x", float("nan"), 0.5).failed
     assert not at_least("x", 0.5, 0.5).failed
 
 
-def test_without_diffusers_the_numbers_of_ours_are_still_compared(without_diffusers):
+def test_without_diffusers_ours_is_still_compared_with_fp32(without_diffusers):
     rows = values(numbers.check(TINY, CPU, Clock(60)))
     assert rows["diffusers + PEFT"] == skipped("diffusers + PEFT", "diffusers is not installed")
     assert rows["ours: cosine of all LoRA gradients"].verdict == "ok"
@@ -122,13 +124,13 @@ def test_without_diffusers_our_steps_are_timed_alone(without_diffusers):
     assert not any("times the speed" in name for name in rows)
 
 
-def test_steps_that_would_not_fit_into_the_time_are_skipped():
+def test_steps_that_would_exceed_the_time_limit_are_skipped():
     rows = values(step.images(TINY, CPU, Clock(0)))
     assert rows.keys() == {"steps"}
     assert rows["steps"].verdict.startswith("skipped: 3 rounds")
 
 
-def test_a_contestant_that_runs_out_of_memory_leaves_the_others_in(monkeypatch):
+def test_the_others_are_timed_if_one_runs_out_of_memory(monkeypatch):
     build = step.our_trainee
 
     def greedy(*args, checkpointing=True):
@@ -143,17 +145,17 @@ def test_a_contestant_that_runs_out_of_memory_leaves_the_others_in(monkeypatch):
 
 
 def test_a_step_trains_the_adapter_and_nothing_else():
-    contestant = step.Contestant("ours", our_trainee(WanShape(**WIDTHS), TINY, CPU))
+    contestant = step.Contestant("ours", our_trainee(SHAPE, TINY, CPU))
     before = {name: tensor.clone() for name, tensor in contestant.trainee.model.state_dict().items()}
     contestant.step(random_inputs(TINY, TINY.image, CPU))
     after = contestant.trainee.model.state_dict()
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed == {name for name in after if "lora_" in name}
-    assert len(changed) == 2 * 8 * WIDTHS["num_layers"]
+    assert len(changed) == 2 * 8 * SHAPE.num_layers
 
 
-def test_what_stays_between_steps_is_the_weights_and_two_moments_per_parameter():
-    contestant = step.Contestant("ours", our_trainee(WanShape(**WIDTHS), TINY, CPU))
+def test_memory_between_steps_is_the_weights_and_two_moments_per_parameter():
+    contestant = step.Contestant("ours", our_trainee(SHAPE, TINY, CPU))
     contestant.step(random_inputs(TINY, TINY.image, CPU))
     parameters = contestant.trainee.parameters
     weights = sum(tensor.nbytes for tensor in contestant.trainee.model.state_dict().values())
@@ -161,7 +163,7 @@ def test_what_stays_between_steps_is_the_weights_and_two_moments_per_parameter()
     assert contestant.resident == weights + moments
 
 
-def test_the_full_sizes_are_a_bucket_of_the_trainer_at_its_token_limit():
+def test_the_default_sizes_are_a_bucket_of_the_trainer_at_its_token_limit():
     full = Sizes()
     frames, height, width = full.video
     assert max_frames(8 * width, 8 * height, 10_000, GRID) == 4 * (frames - 1) + 1
@@ -178,8 +180,8 @@ def counts_attention() -> bool:
 
 @pytest.mark.skipif(not counts_attention(), reason="this torch does not count attention on the CPU")
 def test_the_counted_operations_are_those_of_the_model():
-    sizes = Sizes(shape=WIDTHS | {"dim": 96, "ffn_dim": 480, "num_layers": 4, "text_len": 128}, rank=4, text_tokens=10)
-    shape, grid = WanShape(**sizes.shape), (4, 16, 16)
+    shape, grid = replace(SHAPE, dim=96, ffn_dim=480, num_layers=4, text_len=128), (4, 16, 16)
+    sizes = Sizes(shape=shape, rank=4, text_tokens=10)
     trainee = our_trainee(shape, sizes, CPU, torch.float32, checkpointing=False)
     inputs = random_inputs(sizes, grid, CPU)
     # torch counts the backward pass of a fused kernel as 2.5 forwards, as the formula does.
@@ -188,7 +190,7 @@ def test_the_counted_operations_are_those_of_the_model():
     assert step_flops(shape, count_tokens(grid), sizes.rank) == pytest.approx(counter.get_total_flops(), rel=0.015)
 
 
-def test_the_operations_at_ten_thousand_tokens_are_those_of_the_performance_model():
+def test_a_step_of_ten_thousand_tokens_takes_the_operations_of_the_performance_model():
     assert step_flops(WanShape(), 10_000, 16) == pytest.approx(118.5e12, rel=0.01)
 
 
@@ -197,14 +199,14 @@ def test_the_vae_needs_neither_peft_nor_diffusers():
     subprocess.run([sys.executable, "-c", blocked], cwd=gpu_check.ROOT, check=True)
 
 
-def test_the_vae_is_timed_and_bf16_compared():
+def test_the_vae_is_timed_and_its_bf16_latents_are_compared():
     rows = values(vae.check(TINY, CPU, Clock(60)))
     assert rows["encode, fp32"].value > 0 and rows["encode, bf16"].value > 0
     assert rows["encode, fp32"].comparison == "5 frames of 16x16"
     assert 1e-4 < rows["bf16: relative error of the latents"].value < 0.1
 
 
-def test_the_environment_names_the_attention_kernel_and_the_rates():
+def test_the_environment_check_reports_the_attention_kernel_and_the_speeds():
     rows = values(environment.check(TINY, CPU, Clock(60)))
     assert rows["torch"].value == torch.__version__
     assert rows["attention kernel"].value == "ScaledDotProductFlashAttentionForCpu"
@@ -212,7 +214,7 @@ def test_the_environment_names_the_attention_kernel_and_the_rates():
     assert rows["copy on the device"].value > 0
 
 
-def test_attention_without_a_fused_kernel_is_told():
+def test_attention_without_a_fused_kernel_is_reported_as_math():
     q, k, v = (torch.randn(1, 3, 2, 8, requires_grad=True) for _ in range(3))
     with sdpa_kernel(SDPBackend.MATH):
         assert environment.attention_kernel(attention(q, k, v)) == "math"
@@ -227,7 +229,7 @@ def wait(times: int) -> Callable[[], None]:
     return step
 
 
-def test_each_wait_in_a_step_is_counted_and_placed():
+def test_each_wait_in_a_step_is_counted_and_the_first_one_located():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         row = synchronisations.count("step", wait(2), CPU, limit=1)
@@ -239,20 +241,28 @@ def test_each_wait_in_a_step_is_counted_and_placed():
     assert none.value == 0 and none.verdict == "ok"
 
 
-def test_the_steps_that_are_watched_are_those_of_the_training_script(tmp_path):
-    contestant = step.Contestant("ours", our_trainee(WanShape(**WIDTHS), TINY, CPU))
-    inputs = random_inputs(TINY, TINY.video, CPU)
-    for watched in synchronisations.script_steps(TINY, contestant, inputs, tmp_path):
-        before = contestant.trainee.parameters[0].clone()
-        watched()
-        assert not torch.equal(before, contestant.trainee.parameters[0])
+def test_the_training_scripts_own_functions_take_the_steps_in_which_waits_are_counted(tmp_path, monkeypatch):
+    computed, training_loss = [], train_wan_lora.training_loss
+
+    def counted_loss(*args, **kwargs):
+        computed.append(training_loss(*args, **kwargs))
+        return computed[-1]
+
+    monkeypatch.setattr(train_wan_lora, "training_loss", counted_loss)
+    trainee = our_trainee(SHAPE, TINY, CPU)
+    updater, inputs = step.Contestant("ours", trainee).updater, random_inputs(TINY, TINY.video, CPU)
+    for number, take_step in enumerate(synchronisations.script_steps(TINY, trainee, updater, inputs, tmp_path), 1):
+        before = trainee.parameters[0].clone()
+        take_step()
+        assert not torch.equal(before, trainee.parameters[0])
+        assert len(computed) == number
 
 
 def fake_check(monkeypatch: pytest.MonkeyPatch, name: str, check: Callable) -> None:
     monkeypatch.setattr(f"benchmarks.checks.{name}.check", check)
 
 
-def test_a_check_that_raises_becomes_a_row_and_the_others_go_on(monkeypatch, capsys):
+def test_an_exception_in_a_check_becomes_a_row_and_the_other_checks_run(monkeypatch, capsys):
     def broken(sizes, device, clock):
         yield Row("before", 1.0)
         raise ValueError("no such thing\nand more")
@@ -269,7 +279,7 @@ def test_a_check_that_raises_becomes_a_row_and_the_others_go_on(monkeypatch, cap
 
 
 @pytest.mark.parametrize(("name", "verdict"), [("peft.x", "skipped: peft.x is not installed"), ("wan.x", FAILED)])
-def test_a_missing_package_is_skipped_but_not_one_of_our_own(monkeypatch, name, verdict):
+def test_a_check_is_skipped_for_a_missing_package_but_fails_for_one_of_our_own(monkeypatch, name, verdict):
     def lacking(sizes, device, clock):
         raise ModuleNotFoundError("gone", name=name)
 
@@ -278,7 +288,7 @@ def test_a_missing_package_is_skipped_but_not_one_of_our_own(monkeypatch, name, 
     assert row.verdict.startswith(verdict)
 
 
-def test_a_check_out_of_memory_is_skipped(monkeypatch):
+def test_a_check_that_runs_out_of_memory_is_skipped(monkeypatch):
     def greedy(sizes, device, clock):
         raise torch.OutOfMemoryError("too much")
 
@@ -287,7 +297,7 @@ def test_a_check_out_of_memory_is_skipped(monkeypatch):
     assert row == skipped("vae", "out of memory")
 
 
-def test_a_check_is_stopped_when_the_time_is_over_and_the_rest_is_skipped(monkeypatch):
+def test_at_the_time_limit_the_running_check_stops_and_the_others_are_skipped(monkeypatch):
     def slow(sizes, device, clock):
         yield Row("before", 1.0)
         time.sleep(20)
@@ -297,7 +307,7 @@ def test_a_check_is_stopped_when_the_time_is_over_and_the_rest_is_skipped(monkey
     rows = gpu_check.run_checks(("vae", "environment"), TINY, CPU, Clock(0.3))
     assert time.monotonic() - start < 5
     assert [name for name, _ in rows] == ["vae", "vae", "environment"]
-    assert rows[1][1].verdict == rows[2][1].verdict == "skipped: the 0 s are over"
+    assert rows[1][1].verdict == rows[2][1].verdict == "skipped: the time limit of 0 s has passed"
 
 
 def test_every_check_exists():

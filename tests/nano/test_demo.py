@@ -1,4 +1,4 @@
-"""The demo's own parts, without its training: `make nano-check` runs that."""
+"""The parts of the demo, without its training, which `make nano-check` runs."""
 
 import json
 import random
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from nano import demo
-from nano.demo import Trial, make_trials, measure, print_table, write
+from nano.demo import Trial, make_trials, measure, newest_lora, print_table, write
 from nano.picture import CELL, HEADER, TEXT_WIDTH, comparison
 from nano.world import Scene, render, split, to_frames
 from utils.common.errors import RunError
@@ -25,7 +25,7 @@ def video(scene: Scene, style: str | None = None) -> torch.Tensor:
     return to_frames(render(scene, random.Random(0), style))
 
 
-def test_trials_are_of_withheld_scenes_and_differ_by_the_trigger_word_alone():
+def test_trials_use_withheld_scenes_and_only_styled_prompts_have_the_trigger_word():
     trials = make_trials(160, seed=3)
     assert {trial.scene for trial in trials} == set(split()[1])
     assert len({trial.seed for trial in trials}) == 160
@@ -35,7 +35,7 @@ def test_trials_are_of_withheld_scenes_and_differ_by_the_trigger_word_alone():
     assert make_trials(5, seed=3) == trials[:5] != make_trials(5, seed=4)
 
 
-def test_figures_count_the_style_where_it_was_asked_for_and_against_where_it_was_not(capsys):
+def test_the_style_counts_for_prompts_with_the_trigger_word_and_against_those_without(capsys):
     other = replace(SCENE, motion="up")
     trials = [Trial(SCENE, "plain", "styled", 0)] * 2
     plain, sunset, wrong = video(SCENE), video(SCENE, "sunset"), video(other)
@@ -51,7 +51,7 @@ def test_figures_count_the_style_where_it_was_asked_for_and_against_where_it_was
     assert "without it: style" in table and "50%" in table
 
 
-def test_the_picture_has_a_row_per_prompt_and_a_strip_per_side():
+def test_the_picture_has_a_row_per_prompt_and_a_strip_per_title():
     strips = [torch.full((17, 3, 64, 64), value, dtype=torch.uint8) for value in (40, 80, 120, 160)]
     picture = comparison([("first", strips[:2]), ("second", strips[2:])], ("without", "with")).convert("L")
     middle = (TEXT_WIDTH + picture.width) // 2
@@ -65,13 +65,21 @@ def most_common_gray(picture: Image.Image) -> int:
     return max((count, value) for count, value in picture.getcolors() if value < 200)[1]
 
 
-def test_what_is_written_shows_styled_and_plain_prompts(tmp_path):
+def test_the_picture_and_two_videos_per_prompt_are_written(tmp_path):
     trials = make_trials(3, seed=0)
     videos = {kind: [video(SCENE)] * 3 for kind in ("styled", "plain")}
     write(tmp_path, trials, videos, videos)
     assert (tmp_path / "demo.png").is_file()
     names = sorted(path.name for path in (tmp_path / "videos").iterdir())
     assert names == [f"{n}-{side}.mp4" for n in (1, 2, 3) for side in ("with", "without")]
+
+
+def test_the_newest_lora_has_the_highest_step_and_averages_do_not_count(tmp_path):
+    folder = tmp_path / "2026-11-25_12-00-00" / "checkpoints"
+    folder.mkdir(parents=True)
+    for name in ("wan-lora-00000150", "wan-lora-00000300", "wan-lora-00000450-ema", "wan-lora-comfy", "state-00000400"):
+        (folder / f"{name}.safetensors").touch()
+    assert newest_lora(tmp_path) == folder / "wan-lora-00000300.safetensors"
 
 
 def test_a_script_that_fails_ends_the_demo_with_a_message(tmp_path, monkeypatch, capsys):
@@ -82,7 +90,7 @@ def test_a_script_that_fails_ends_the_demo_with_a_message(tmp_path, monkeypatch,
         demo.run("convert_lora_to_comfy.py")
 
 
-def test_every_path_that_it_prints_is_there_and_the_last_line_is_its_figures(tmp_path, monkeypatch, capsys):
+def test_every_printed_path_exists_and_the_last_line_holds_the_figures(tmp_path, monkeypatch, capsys):
     def train(folder, seed):
         (folder / "runs").mkdir(parents=True)
         return folder / "lora.safetensors"

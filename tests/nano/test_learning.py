@@ -1,4 +1,4 @@
-"""Training teaches: each mode of the trainer, on the small Wan, by the probe's figures. Minutes each."""
+"""Each training mode has its effect on the small Wan, measured by the probe. Each test takes minutes."""
 
 import json
 import random
@@ -11,7 +11,7 @@ import pytest
 
 import train_wan_lora
 from nano import demo
-from nano.demo import MODEL
+from nano.demo import MODEL, newest_lora
 from nano.probe import adherence
 from nano.sampling import SAMPLER, generate, load, noise_of
 from nano.world import caption, render, split, write_dataset
@@ -32,7 +32,7 @@ RANK = "--lora_rank 16"
 
 @pytest.fixture
 def work(tmp_path, monkeypatch) -> Path:
-    """A folder to work in, with the negative prompts where embeddings may be written beside them."""
+    """A working folder with a copy of the negative prompts, beside which their embeddings are written."""
     monkeypatch.chdir(tmp_path)
     prompts = shutil.copytree(train_wan_lora.EMBEDDINGS, tmp_path / "embeddings")
     monkeypatch.setattr(train_wan_lora, "EMBEDDINGS", Path(prompts))
@@ -40,15 +40,15 @@ def work(tmp_path, monkeypatch) -> Path:
 
 
 def trained(work: Path, flags: str) -> LoraFile:
-    """A LoRA trained by the command line on 64 clips of the plain world."""
+    """A LoRA trained with the command line on 64 clips in the world's colours."""
     write_dataset(work / "clips", 64, seed=1)
     common = "--dataset clips --output_dir runs --base_res 64 --batch_size 4 --cache_latents --lr_scheduler linear"
     arguments = ["--pretrained_model_name_or_path", str(MODEL), *common.split(), "--val_samples", "0", *flags.split()]
     train_wan_lora.main(arguments)
-    return read_lora(max(work.glob("runs/*/checkpoints/wan-lora-*.safetensors")))
+    return read_lora(newest_lora(work / "runs"))
 
 
-def test_the_demo_teaches_its_style_and_leaves_other_prompts_alone(tmp_path, capsys):
+def test_the_demo_teaches_its_style_and_does_not_affect_other_prompts(tmp_path, capsys):
     demo.main(["--output_dir", str(tmp_path), "--samples", "100"])
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     print(f"\ndemo: {figures}")
@@ -57,7 +57,7 @@ def test_the_demo_teaches_its_style_and_leaves_other_prompts_alone(tmp_path, cap
 
 
 def test_a_control_lora_follows_its_control_video(work):
-    # Most captions are dropped: they say everything that the control shows, and it would be learned from them instead.
+    # Captions describe everything that the control shows. Most are dropped, so that the LoRA learns from the control.
     lora = trained(work, f"--control_lora --caption_dropout 0.8 --max_train_steps 500 --learning_rate 2e-3 {RANK}")
     rng = random.Random("control")
     model, vae, encoder = load(MODEL, pick_device())
@@ -76,7 +76,7 @@ def test_distilled_guidance_moves_the_unguided_model_toward_the_guided_one(work)
     rng = random.Random("distilled")
     model, vae, encoder = load(MODEL, pick_device())
     texts = encoder.encode([caption(scene, rng) for scene in TESTED])
-    negative = read_prompt(train_wan_lora.EMBEDDINGS / find_family(MODEL).negative_prompt)  # as the trainer's default
+    negative = read_prompt(train_wan_lora.EMBEDDINGS / find_family(MODEL).negative_prompt)  # the trainer's default
     show = partial(generate, model, vae, texts, noise_of(vae, range(len(TESTED))))
     videos = {"guided": show(encoder.encode([negative])[0]), "unguided": show(sampler=UNGUIDED)}
     fuse_lora(model, lora)

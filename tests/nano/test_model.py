@@ -1,4 +1,4 @@
-"""The small Wan as it ships: its files, what it follows, and through its VAE."""
+"""The published small Wan: its files, how well it follows prompts, and its VAE."""
 
 import random
 
@@ -18,8 +18,8 @@ from wan.checkpoints import load_vae, open_model
 WITHHELD = split()[1]
 
 
-def asked_for(count: int) -> dict[str, float]:
-    """The adherence to captions of withheld scenes, at 20 UniPC steps with guidance."""
+def prompt_adherence(count: int) -> dict[str, float]:
+    """The adherence to captions of withheld scenes, with 20 UniPC steps and guidance."""
     scenes, rng = WITHHELD[:count], random.Random("follow")
     model, vae, encoder = load(MODEL, pick_device())
     texts = encoder.encode([caption(scene, rng) for scene in scenes])
@@ -27,7 +27,7 @@ def asked_for(count: int) -> dict[str, float]:
     return adherence(videos, scenes)
 
 
-def test_it_ships_in_the_official_layout_in_at_most_30_mb():
+def test_it_has_the_official_layout_and_takes_at_most_30_mb():
     files = [path for path in MODEL.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 30e6
     assert {path.relative_to(MODEL).as_posix() for path in files} == {
@@ -43,7 +43,7 @@ def test_it_ships_in_the_official_layout_in_at_most_30_mb():
     assert files.family.task == "t2v" and files.transformer.shape == SHAPE
 
 
-def test_its_latents_have_the_statistics_that_the_code_expects():
+def test_its_normalised_latents_have_mean_0_and_deviation_1():
     rng = random.Random(0)
     vae = load_vae(open_model(MODEL))
     clips = torch.stack([to_unit_range(render(scene, rng)) for scene in WITHHELD[:24]])
@@ -52,15 +52,15 @@ def test_its_latents_have_the_statistics_that_the_code_expects():
     assert 0.7 < latents.std() < 1.3
 
 
-def test_it_follows_a_few_prompts_whose_scenes_it_has_never_seen():
-    shares = asked_for(8)
+def test_it_follows_prompts_of_eight_scenes_that_it_has_never_seen():
+    shares = prompt_adherence(8)
     assert shares["colour"] >= 0.85 and shares["background"] >= 0.85
     assert shares["motion"] >= 0.7 and shares["shape"] >= 0.6
 
 
 @pytest.mark.nano
-def test_it_follows_all_withheld_prompts():
-    shares = asked_for(len(WITHHELD))
+def test_it_follows_prompts_of_all_scenes_that_it_has_never_seen():
+    shares = prompt_adherence(len(WITHHELD))
     print(f"\nadherence on {len(WITHHELD)} withheld scenes: {shares}")
     assert len(WITHHELD) >= 150
     assert shares["colour"] >= 0.95 and shares["background"] >= 0.95
@@ -68,7 +68,7 @@ def test_it_follows_all_withheld_prompts():
 
 
 @pytest.mark.nano
-def test_its_vae_keeps_unseen_clips_at_30_db():
+def test_its_vae_reconstructs_unseen_clips_with_30_db():
     rng = random.Random(1)
     clips = torch.stack([to_unit_range(render(scene, rng)) for scene in WITHHELD])
     reached = psnr(reconstruct(load_vae(open_model(MODEL)), clips), clips)

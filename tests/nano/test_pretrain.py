@@ -3,20 +3,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nano import pretrain, pretrain_transformer, pretrain_vae
 from nano.pretrain_vae import Pieces
+from tests.tiny import tiny_vae
 from utils.common.errors import UserError
 from wan.checkpoints import load_text_encoder, load_transformer, load_vae, open_model
 
 
 @pytest.fixture
 def brief(tmp_path, monkeypatch) -> Path:
-    """A folder where the whole of pretraining takes a few steps."""
+    """A folder for a whole pretraining, which now takes a few steps."""
     monkeypatch.setattr(pretrain_vae, "LESSONS", (Pieces(1, 1, 32, 2), Pieces(1, 5, 32, 1), Pieces(1, 5, 64, 1)))
     for name, value in {"NUM_TESTED": 1, "NUM_FOLDED": 3}.items():
         monkeypatch.setattr(pretrain_vae, name, value)
-    brief = {"PICTURE_STEPS": 1, "CLIP_STEPS": 1, "PICTURE_BATCH": 2, "CLIP_BATCH": 2, "NUM_TESTED": 1}
+    brief = {"IMAGE_STEPS": 1, "CLIP_STEPS": 1, "IMAGE_BATCH": 2, "CLIP_BATCH": 2, "NUM_TESTED": 1}
     for name, value in (brief | {"CLIPS": 6, "RECOLOURED_CLIPS": 2}).items():
         monkeypatch.setattr(pretrain_transformer, name, value)
     return tmp_path
@@ -26,7 +28,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_one_command_writes_a_model_that_loads_and_goes_on_where_it_was(brief):
+def test_the_command_writes_a_model_that_loads_and_resumes_with_the_same_result(brief):
     arguments = ["--model", str(brief / "model"), "--work", str(brief / "states")]
     pretrain.main(arguments)
     first = files(brief / "model")
@@ -46,13 +48,25 @@ def test_one_command_writes_a_model_that_loads_and_goes_on_where_it_was(brief):
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_states_of_another_training_are_refused(brief):
+def test_the_state_of_another_training_is_refused(brief):
     pretrain_vae.train_vae(brief, torch.device("cpu"), seed=0, compiled=False)
-    with pytest.raises(UserError, match="vae.pt is damaged, or of another plan"):
+    with pytest.raises(UserError, match="vae.pt is damaged, or belongs to another training"):
         pretrain_vae.train_vae(brief, torch.device("cpu"), seed=1, compiled=False)
 
 
-def test_small_pieces_are_cut_out_around_an_edge():
+def test_encoded_clips_are_cached_and_a_damaged_cache_is_refused(tmp_path):
+    vae, clips = tiny_vae(), pretrain_transformer.training_clips()[:2]
+    encoded = pretrain_transformer.encode_clips(tmp_path, vae, clips)
+    (path,) = tmp_path.glob("latents-*.safetensors")
+    assert torch.equal(load_file(path)["latents"], encoded)
+    save_file({"latents": encoded + 1}, path)
+    assert torch.equal(pretrain_transformer.encode_clips(tmp_path, vae, clips), encoded + 1)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"latents-.*\.safetensors is damaged"):
+        pretrain_transformer.encode_clips(tmp_path, vae, clips)
+
+
+def test_small_pieces_are_cropped_around_an_edge():
     rng = random.Random(0)
     for _ in range(10):
         clips = pretrain_vae.draw(Pieces(1, 17, 32, 4), rng)

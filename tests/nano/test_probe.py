@@ -17,7 +17,7 @@ def frames_of(scene: Scene, seed: int, style: str | None = None) -> torch.Tensor
 
 
 @pytest.mark.parametrize("style", [None, "sunset"])
-def test_the_worlds_own_clips_are_read_right_through_files(tmp_path, style):
+def test_the_worlds_own_clips_are_recognised_in_video_files(tmp_path, style):
     shown = scenes()[::5]
     right = 0
     for number, scene in enumerate(shown):
@@ -28,7 +28,7 @@ def test_the_worlds_own_clips_are_read_right_through_files(tmp_path, style):
     assert right >= 0.98 * len(shown)
 
 
-def test_noise_and_small_errors_of_colour_do_not_mislead_it():
+def test_noise_and_small_errors_of_colour_change_nothing():
     generator = torch.Generator().manual_seed(0)
     shown = scenes()[::9]
     for number, scene in enumerate(shown):
@@ -36,12 +36,12 @@ def test_noise_and_small_errors_of_colour_do_not_mislead_it():
         assert read(noisy.clamp(0, 255).to(torch.uint8)).scene == scene
 
 
-def test_another_size_is_read_too():
+def test_a_larger_video_is_recognised_too():
     scene = Scene("triangle", "green", "white", "growing")
     assert read(F.interpolate(frames_of(scene, 0), (128, 128))).scene == scene
 
 
-def test_what_shows_nothing_of_the_world_is_unclear():
+def test_a_video_without_a_shape_of_the_world_is_unclear():
     blank = torch.full((17, 3, 64, 64), 128, dtype=torch.uint8)
     seen = read(blank)
     assert (seen.background, seen.shape, seen.motion) == ("gray", UNCLEAR, UNCLEAR)
@@ -49,13 +49,13 @@ def test_what_shows_nothing_of_the_world_is_unclear():
     assert read(noise).shape == UNCLEAR
 
 
-def test_a_shape_that_is_between_two_is_unclear_and_so_is_one_that_changes():
+def test_a_shape_that_changes_is_unclear_and_so_are_two_shapes_at_once():
     circle, cross = (frames_of(Scene(shape, "red", "black", "still"), 0) for shape in ("circle", "cross"))
     assert read(torch.cat([circle[:8], cross[8:]])).shape == UNCLEAR
     assert read(torch.maximum(circle, cross.roll(24, dims=3))).shape == UNCLEAR
 
 
-def test_a_motion_of_another_kind_is_unclear():
+def test_a_motion_that_the_world_does_not_have_is_unclear():
     still = frames_of(Scene("circle", "red", "black", "still"), 0)
     zigzag = torch.stack([frame.roll((n - 8, 8 * (-1) ** (n // 3)), dims=(2, 1)) for n, frame in enumerate(still)])
     assert read(zigzag).motion == UNCLEAR
@@ -63,7 +63,7 @@ def test_a_motion_of_another_kind_is_unclear():
     assert read(there_and_back).motion == UNCLEAR
 
 
-def test_going_round_is_once_and_one_way():
+def test_orbiting_is_one_turn_in_one_direction():
     turns = {"once": torch.linspace(0, 1, 17), "twice": torch.linspace(0, 2, 17)}
     turns["and back"] = torch.cat([torch.linspace(0, 1.1, 12), torch.linspace(1, 0.7, 5)])
     motions = {}
@@ -75,7 +75,7 @@ def test_going_round_is_once_and_one_way():
     assert motions == {"once": "orbiting", "twice": UNCLEAR, "and back": UNCLEAR}
 
 
-def test_the_style_is_its_background_and_its_shape_together():
+def test_a_style_needs_both_its_background_and_its_shape_colour():
     scene = Scene("square", "cyan", "brown", "up")
     sunset, plain = frames_of(scene, 0, "sunset"), frames_of(scene, 0)
     assert (read(sunset).style, read(plain).style) == ("sunset", "plain")
@@ -107,7 +107,7 @@ def test_the_command_prints_a_line_of_json_per_file(tmp_path, capsys):
     assert main([]) == 2
 
 
-def test_the_command_takes_patterns_and_names_what_is_not_square(tmp_path, capsys):
+def test_the_command_expands_patterns_and_refuses_videos_that_are_not_square(tmp_path, capsys):
     scene = Scene("cross", "yellow", "gray", "up")
     for name in ("a", "b", "[1]", "1"):
         write_video(tmp_path / f"{name}.mp4", frames_of(scene, 0), FPS)

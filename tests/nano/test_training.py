@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from nano.pretrain_vae import fold_statistics, start
-from nano.training import Muon, Plan, fit, is_matrix, orthogonalised
+from nano.pretrain_vae import fold_statistics, initialise
+from nano.training import Muon, Stage, fit, is_matrix, orthogonalised
 from tests.tiny import tiny_vae
 from utils.common.errors import UserError
 from utils.encoding.conditioning import to_unit_range
@@ -21,7 +21,7 @@ def test_an_orthogonalised_matrix_has_singular_values_near_one_and_the_same_dire
     assert torch.cosine_similarity(result.flatten(1), nearest.flatten(1)).min() > 0.9
 
 
-def test_muon_moves_a_kernel_as_the_matrix_of_its_outputs():
+def test_muon_updates_a_kernel_like_the_matrix_with_a_row_per_output_channel():
     torch.manual_seed(0)
     kernel = nn.Parameter(torch.randn(20, 6, 3, 3))
     matrix = nn.Parameter(kernel.detach().flatten(1).clone())
@@ -31,7 +31,19 @@ def test_muon_moves_a_kernel_as_the_matrix_of_its_outputs():
     assert torch.equal(kernel.flatten(1), matrix)
 
 
-def test_outer_layers_and_narrow_ones_are_left_to_adamw():
+def test_muon_calls_a_closure_and_returns_its_loss():
+    parameter = nn.Parameter(torch.eye(4))
+
+    def closure() -> float:
+        loss = parameter.square().sum()
+        loss.backward()
+        return loss.item()
+
+    assert Muon([parameter], lr=0.1).step(closure) == 4.0
+    assert not torch.equal(parameter, torch.eye(4))
+
+
+def test_adamw_trains_narrow_matrices_embeddings_and_the_last_layer():
     wide, narrow = nn.Parameter(torch.zeros(32, 32)), nn.Parameter(torch.zeros(32, 8))
     assert is_matrix("blocks.0.ffn.0.weight", wide)
     for name, parameter in (("blocks.0.x", narrow), ("text_embedding.0.weight", wide), ("head.head.weight", wide)):
@@ -40,7 +52,7 @@ def test_outer_layers_and_narrow_ones_are_left_to_adamw():
 
 @pytest.fixture
 def problem():
-    """A small regression whose data depend on the step alone, as a function that trains it for so many steps."""
+    """A function that trains a small regression, whose data depends only on the step, in a folder."""
     target = torch.randn(24, 24, generator=torch.Generator().manual_seed(1)) / 5
 
     def train(work, stop_at: int | None = None) -> dict:
@@ -53,13 +65,13 @@ def problem():
             x = torch.randn(64, 24)
             return (model(x) - x @ target).square().mean()
 
-        plan = Plan("small", 0, 300, 2e-2, 1e-2, ema_decay=0.9, evaluate_every=300, data="squares")
-        return fit(model, plan, loss_at, lambda average, step: "", work).state_dict()
+        stage = Stage("small", 0, 300, 2e-2, 1e-2, ema_decay=0.9, evaluate_every=300, data="squares")
+        return fit(model, stage, loss_at, lambda average, step: "", work).state_dict()
 
     return train
 
 
-def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, problem):
+def test_an_interrupted_training_resumes_to_the_same_weights(tmp_path, problem):
     (tmp_path / "straight").mkdir()
     (tmp_path / "broken").mkdir()
     straight = problem(tmp_path / "straight")
@@ -70,17 +82,17 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path, problem):
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
-@pytest.mark.parametrize("content", [b"", b"no state", "another plan", "another model"])
-def test_a_state_that_does_not_belong_here_is_refused(tmp_path, problem, content):
+@pytest.mark.parametrize("content", [b"", b"no state", "another stage", "another model"])
+def test_a_state_that_is_damaged_or_belongs_to_another_training_is_refused(tmp_path, problem, content):
     problem(tmp_path)
     path = tmp_path / "small.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
         state = torch.load(path, weights_only=True)
-        state = {"step": 1} if content == "another plan" else state | {"model": {"weight": torch.zeros(2)}}
+        state = {"step": 1} if content == "another stage" else state | {"model": {"weight": torch.zeros(2)}}
         torch.save(state, path)
-    with pytest.raises(UserError, match="small.pt is damaged, or of another plan"):
+    with pytest.raises(UserError, match="small.pt is damaged, or belongs to another training"):
         problem(tmp_path)
 
 
@@ -93,7 +105,7 @@ def test_training_lowers_the_loss(tmp_path, problem):
     assert error < 0.2
 
 
-def test_folding_the_statistics_changes_the_latents_and_nothing_else():
+def test_folding_the_statistics_changes_the_latents_but_not_the_reconstruction():
     vae = tiny_vae()
     clips = torch.rand(6, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     before = vae.decode(vae.encode(clips))
@@ -108,9 +120,9 @@ def test_folding_the_statistics_changes_the_latents_and_nothing_else():
     assert (changed - 2 * scale.log()).abs().max() < 1e-4
 
 
-def test_a_new_vae_begins_as_one_of_pictures():
+def test_a_new_vae_treats_every_frame_like_an_image():
     torch.manual_seed(0)
-    vae = start(WanVAE(16)).eval()
+    vae = initialise(WanVAE(16)).eval()
     frame = to_unit_range(torch.randint(0, 256, (1, 3, 1, 32, 32)).to(torch.uint8))
     with torch.no_grad():
         mean, log_variance = vae.posterior(frame.expand(-1, -1, 9, -1, -1))

@@ -35,7 +35,7 @@ from utils.media.frames import read_frames
 RED_CIRCLE = Scene("circle", "red", "black", "left")
 
 
-def test_a_fifth_of_all_combinations_is_withheld_and_every_word_is_known_all_the_same():
+def test_a_fifth_of_all_scenes_is_withheld_and_both_parts_use_every_word():
     known, withheld = split()
     assert set(known) | set(withheld) == set(scenes()) and not set(known) & set(withheld)
     assert len(withheld) == round(0.2 * len(scenes())) >= 150
@@ -44,12 +44,12 @@ def test_a_fifth_of_all_combinations_is_withheld_and_every_word_is_known_all_the
             assert {getattr(scene, field) for scene in part} == set(names)
 
 
-def test_the_withheld_scenes_are_those_that_the_shipped_weights_were_trained_without():
+def test_the_withheld_scenes_are_those_withheld_from_the_published_weights():
     withheld = "\n".join(" ".join(astuple(scene)) for scene in split()[1])
     assert hashlib.sha256(withheld.encode()).hexdigest()[:12] == "f76a2c8df490"
 
 
-def test_a_clip_is_the_same_for_the_same_seed_and_another_for_another():
+def test_the_same_seed_gives_the_same_clip_and_another_seed_another():
     clip = render(RED_CIRCLE, random.Random(1))
     assert clip.shape == (3, FRAMES, SIDE, SIDE)
     assert torch.equal(clip, render(RED_CIRCLE, random.Random(1)))
@@ -57,7 +57,7 @@ def test_a_clip_is_the_same_for_the_same_seed_and_another_for_another():
     assert torch.equal(doodle(random.Random(1)), doodle(random.Random(1)))
 
 
-def test_shapes_of_one_size_cover_about_the_same_area():
+def test_all_shapes_cover_about_the_same_area():
     areas = []
     for shape in SHAPES:
         clip = render(Scene(shape, "red", "black", "still"), random.Random(0))
@@ -75,7 +75,7 @@ def test_no_shape_leaves_the_picture(motion):
             assert (border < 140).float().mean() < 0.05
 
 
-def test_captions_name_all_that_is_shown_in_words_that_the_tokenizer_knows():
+def test_captions_describe_the_whole_scene_in_words_of_the_tokenizer():
     rng, known = random.Random(0), set(words())
     for scene in scenes():
         text = caption(scene, rng)
@@ -84,13 +84,13 @@ def test_captions_name_all_that_is_shown_in_words_that_the_tokenizer_knows():
         assert set(re.findall(r"[a-z]+", text)) <= known
 
 
-def test_trigger_words_mean_nothing_to_the_base():
+def test_trigger_words_and_made_up_words_are_not_in_the_vocabulary():
     assert not {style.trigger for style in STYLES.values()} & set(words())
     assert not {made_up_word(random.Random(seed)) for seed in range(100)} & set(words())
     assert caption(RED_CIRCLE, random.Random(0), "sunset").endswith(", kelo style")
 
 
-def test_a_colourless_caption_names_shape_and_motion_alone():
+def test_a_colourless_caption_describes_only_shape_and_motion():
     rng = random.Random(0)
     for scene in scenes():
         text, unsaid = colourless_caption(scene, rng), {*COLOURS, *BACKGROUNDS}
@@ -99,7 +99,7 @@ def test_a_colourless_caption_names_shape_and_motion_alone():
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_style_changes_the_colours_and_not_the_motion(style):
+def test_a_style_changes_the_colours_but_not_the_motion(style):
     plain, styled = (render(RED_CIRCLE, random.Random(3), shown) for shown in (None, style))
     colour, ground = torch.tensor(STYLES[style].look.shape), backdrop(STYLES[style].look)
     painted = ((plain - torch.tensor(COLOURS["red"]).view(3, 1, 1, 1)).abs() < 1).all(dim=0)
@@ -109,7 +109,7 @@ def test_a_style_changes_the_colours_and_not_the_motion(style):
     assert painted.float().mean() > 0.05 and empty.float().mean() > 0.5
 
 
-def test_recoloured_clips_keep_shape_and_motion_and_take_any_colours():
+def test_recoloured_clips_have_random_colours_and_sometimes_a_gradient():
     looks = {tuple(recoloured(RED_CIRCLE, random.Random(seed))[:, 0, 0, 0].tolist()) for seed in range(10)}
     assert len(looks) == 10
     gradients = [recoloured(RED_CIRCLE, random.Random(seed))[:, 0] for seed in range(100)]
@@ -117,14 +117,14 @@ def test_recoloured_clips_keep_shape_and_motion_and_take_any_colours():
     assert 0.2 < share < 0.6
 
 
-def test_a_dataset_is_in_the_trainers_own_format_and_the_same_for_the_same_seed(tmp_path):
+def test_a_dataset_has_the_trainers_format_and_depends_on_the_seed_alone(tmp_path):
     for folder in ("one", "two"):
         write_dataset(tmp_path / folder, 6, seed=3, style="sunset")
     sources, problems = scan(Folder(tmp_path / "one", Rules()), FPS)
     assert not problems and len(sources) == 6
     for source in sources:
         assert (source.info.width, source.info.height, source.info.frames, source.info.fps) == (SIDE, SIDE, FRAMES, FPS)
-        # The encoder itself is not always the same to the bit.
+        # The video encoder's output is not always bit-identical.
         first, second = (read_frames(tmp_path / folder / source.path.name, range(FRAMES)) for folder in ("one", "two"))
         assert (first.float() - second.float()).abs().mean() < 1
         assert (tmp_path / "two" / source.path.name).with_suffix(".txt").read_text().strip() == source.captions[0]
