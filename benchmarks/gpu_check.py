@@ -47,7 +47,7 @@ HEADER = ("check", "measured", "value", "unit", "limit or comparison", "verdict"
 
 @dataclass(frozen=True)
 class Options:
-    """Check numbers, speed and memory of training on this machine's GPU."""
+    """Check the accuracy, speed and memory of training on this machine's GPU."""
 
     quick: bool = option(False, "two minutes: fewer steps, and the accuracy of a shallower model")
     only: tuple[str, ...] = option((), "the checks to run (default: all)", choices=tuple(CHECKS))

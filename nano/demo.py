@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write(folder, trials, before, after)
     styled, plain = measure(trials, before, after)
     print_table(styled, plain)
-    print(f"\nthe trigger word is {STYLES[STYLE].trigger!r}; {time.perf_counter() - started:.0f} seconds in all")
+    print(f"\nfinished in {time.perf_counter() - started:.0f} seconds; the trigger word is {STYLES[STYLE].trigger!r}")
     print(f"  picture       {folder / 'demo.png'}")
     print(f"  videos        {folder / 'videos'}")
     print(f"  LoRA          {lora}")
@@ -146,7 +146,8 @@ def show(trials: Sequence[Trial], lora: Path) -> tuple[Videos, Videos]:
     noise = noise_of(vae, [trial.seed for trial in trials])
     texts = {kind: encoder.encode([getattr(trial, kind) for trial in trials]) for kind in ("styled", "plain")}
     (negative,) = encoder.encode([""])
-    print(f"\ngenerating {len(trials)} videos with the trigger word and without it, before and after", flush=True)
+    kinds = "with and without the trigger word, with and without the LoRA"
+    print(f"\ngenerating {4 * len(trials)} videos: {kinds}", flush=True)
     before = {kind: generate(model, vae, rows, noise, negative) for kind, rows in texts.items()}
     fuse_lora(model, read_lora(lora))
     return before, {kind: generate(model, vae, rows, noise, negative) for kind, rows in texts.items()}

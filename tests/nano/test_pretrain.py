@@ -14,7 +14,7 @@ from wan.checkpoints import load_text_encoder, load_transformer, load_vae, open_
 
 @pytest.fixture
 def brief(tmp_path, monkeypatch) -> Path:
-    """A folder for a whole pretraining, which now takes a few steps."""
+    """A working folder; pretraining is shortened to a few steps."""
     monkeypatch.setattr(pretrain_vae, "LESSONS", (Pieces(1, 1, 32, 2), Pieces(1, 5, 32, 1), Pieces(1, 5, 64, 1)))
     for name, value in {"NUM_TESTED": 1, "NUM_FOLDED": 3}.items():
         monkeypatch.setattr(pretrain_vae, name, value)
