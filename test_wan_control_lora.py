@@ -33,7 +33,7 @@ from utils.common.temp_rng import MAX_SEED
 from utils.data.buckets import bucket_size
 from utils.diffusion.flow import Predict, seeded_noise
 from utils.encoding.conditioning import Cond, encode_video, make_predict, replace_text, to_pixels, to_unit_range
-from utils.encoding.text import EMBEDDINGS, TextEncoding, check_embedding_shape, read_prompt
+from utils.encoding.text import TextEncoding, check_embedding_shape, negative_prompt_file, read_prompt
 from utils.encoding.text_cache import load_embedding
 from utils.media.contact_sheet import contact_sheet
 from utils.media.controls import CONTROL_TYPES, FROM_FILE, make_control
@@ -162,7 +162,7 @@ def complete(opts: Options, lora_path: Path, lora: LoraFile, family: Family) -> 
     request = Request(
         lora_path=lora_path,
         text=opts.embedding or opts.prompt or "",
-        negative=read_prompt(EMBEDDINGS / family.negative_prompt) if negative is None else negative,
+        negative=read_prompt(negative_prompt_file(family)) if negative is None else negative,
         width=opts.width or width,
         height=opts.height or height,
         frames=opts.frames or frames,
@@ -259,7 +259,7 @@ def embed(request: Request, files: ModelFiles, device: torch.device) -> tuple[Te
     if request.sampler.guidance != 1:
         wanted["negative prompt"] = request.negative
     encoding = TextEncoding(files, device)
-    cache = encoding.cache(EMBEDDINGS)
+    cache = encoding.shared_cache()
     encoding.encode_missing({cache: [text for text in wanted.values() if isinstance(text, str)]})
     rows = {}
     for role, text in wanted.items():

@@ -40,7 +40,7 @@ from utils.diffusion.objectives import guided_target, squared_error
 from utils.encoding.conditioning import Batch, Cond, inject_noise, make_predict, replace_text
 from utils.encoding.latent_cache import format_cache_size
 from utils.encoding.samples import Caches, LatentEncoding, Samples, open_samples
-from utils.encoding.text import EMBEDDINGS, TextEncoding, Texts, encode_texts
+from utils.encoding.text import TextEncoding, Texts, encode_texts, negative_prompt_file, shipped_prompts
 from utils.media.controls import FROM_FILE
 from utils.runs.ending import save_on_exit
 from utils.runs.run import Run, RunOptions, RunSettings, open_run
@@ -155,8 +155,8 @@ def load_texts(opts: Options, encoding: TextEncoding, data: Dataset) -> Texts:
     prompts = [] if opts.sample_prompts is None else read_prompts(opts.sample_prompts)
     sampler = opts.preview_sampler(encoding.files.family, bool(opts.distill_cfg))
     guided = bool(opts.distill_cfg) or (bool(prompts) and sampler.guidance != 1)
-    negatives = [opts.distill_negative or EMBEDDINGS / encoding.files.family.negative_prompt] if guided else []
-    others = sorted(EMBEDDINGS.glob("*.txt")) if opts.cache_embeddings else []
+    negatives = [opts.distill_negative or negative_prompt_file(encoding.files.family)] if guided else []
+    others = shipped_prompts() if opts.cache_embeddings else []
     return encode_texts(encoding, data.captions, prompts, data.cache_folder, negatives, others)
 
 

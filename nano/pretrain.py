@@ -23,7 +23,7 @@ from utils.common.device import pick_device
 from utils.common.files import check_writable
 from utils.common.options import option, parse_options, run_script
 from utils.common.temp_rng import MAX_SEED
-from utils.encoding.text import EMBEDDINGS, read_prompt
+from utils.encoding.text import negative_prompt_file, read_prompt
 from wan.checkpoints import CheckpointError, ModelFiles, load_text_encoder, load_vae
 from wan.configs import FAMILIES
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The transformer is trained with the VAE and the text encoder that are published, whose weights are bf16.
     files = encoder_files(unfinished)
     vae, encoder = load_vae(files, device), load_text_encoder(files, torch.float32, device)
-    captions = CaptionEncoder(encoder, read_prompt(EMBEDDINGS / FAMILY.negative_prompt))
+    captions = CaptionEncoder(encoder, read_prompt(negative_prompt_file(FAMILY)))
     model = train_transformer(opts.work, opts.seed, vae, captions, opts.compile)
     write_transformer(unfinished, model, FAMILY)
     shutil.copytree(unfinished, opts.model, dirs_exist_ok=True)

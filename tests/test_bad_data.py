@@ -19,6 +19,7 @@ from tests.media import image, video
 from tests.tiny import write_model
 from utils.common.digests import DIGESTS
 from utils.common.options import run_script
+from utils.encoding.text import EMBEDDINGS
 from wan.checkpoints import CheckpointError
 
 MODEL = "--pretrained_model_name_or_path model --base_res 64 --token_limit 60 --num_workers 0 --val_samples 0"
@@ -33,10 +34,10 @@ def template(tmp_path_factory) -> Path:
     write_model(folder / "model")
     for name in ("fox", "hare"):
         video(folder / "clips" / f"{name}.mp4", frames=9, caption=f"a {name}")
-    shutil.copytree(train_wan_lora.EMBEDDINGS, folder / "embeddings")
+    shutil.copytree(EMBEDDINGS, folder / "embeddings")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(train_wan_lora, "EMBEDDINGS", folder / "embeddings")
+        patch.setattr("utils.encoding.text.EMBEDDINGS", folder / "embeddings")
         train_wan_lora.main(f"{RUN} --checkpointing_steps 1".split())
     (run,) = (folder / "outputs").iterdir()
     run.rename(folder / "outputs" / "run")
@@ -47,7 +48,7 @@ def template(tmp_path_factory) -> Path:
 def work(template, tmp_path, monkeypatch) -> Path:
     shutil.copytree(template, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr(train_wan_lora, "EMBEDDINGS", tmp_path / "work" / "embeddings")
+    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", tmp_path / "work" / "embeddings")
     return tmp_path / "work"
 
 

@@ -15,6 +15,7 @@ from tests.tiny import TINY_SHAPE, write_model
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_writer import write_lora
 from utils.common.options import run_script
+from utils.encoding.text import EMBEDDINGS
 from utils.media.frames import write_video
 from wan.checkpoints import CheckpointError
 
@@ -47,10 +48,9 @@ def work(template, tmp_path, monkeypatch) -> Path:
     shutil.copytree(template, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
     (tmp_path / "embeddings").mkdir()
-    for prompt in train_wan_lora.EMBEDDINGS.glob("*.txt"):
+    for prompt in EMBEDDINGS.glob("*.txt"):
         shutil.copy(prompt, tmp_path / "embeddings")
-    for script in (train_wan_lora, test_wan_control_lora):
-        monkeypatch.setattr(script, "EMBEDDINGS", tmp_path / "embeddings")
+    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", tmp_path / "embeddings")
     return tmp_path / "work"
 
 

@@ -53,12 +53,12 @@ def test_the_full_size_vae_equals_that_of_diffusers(frames):
 
 def test_a_run_at_the_default_resolution_lowers_the_validation_loss(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_wan_lora, "EMBEDDINGS", tmp_path)
+    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", tmp_path)
     write_model(Path("model"))
     write_clips(Path("clips"))
     flags = "--dataset clips --pretrained_model_name_or_path model --token_limit 3200 --max_train_steps 8"
     train_wan_lora.main(f"{flags} --learning_rate 3e-3 --lora_target all-linear --val_samples 1".split())
     first, last = (float(loss) for loss in re.findall(r"validation loss (\S+)", capsys.readouterr().out))
     assert last < first
-    (lora,) = Path("outputs").glob("*/checkpoints/*.safetensors")
+    (lora,) = Path("outputs").glob("*/checkpoints/wan-lora-*.safetensors")
     assert json.loads(read_lora(lora).metadata["options"])["base_res"] == [624]

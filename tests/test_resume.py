@@ -20,10 +20,11 @@ from utils.runs.state import read_state
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 ROOT = Path(__file__).resolve().parents[1]
+STEPS = 60
 LONGEST_LIFE = 0.5  # seconds from the first new state to a kill: several steps, each with a save
 FLAGS = (
     "--dataset clips --pretrained_model_name_or_path model --base_res 64 --token_limit 60 --random_frame_length "
-    "--max_train_steps 40 --learning_rate 1e-3 --lr_scheduler cosine --gradient_accumulation 2 --val_samples 0 "
+    f"--max_train_steps {STEPS} --learning_rate 1e-3 --lr_scheduler cosine --gradient_accumulation 2 --val_samples 0 "
     "--checkpointing_steps 1 --ema_decay 0.9 --num_workers 1"
 ).split()
 
@@ -49,7 +50,7 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def final(work: Path, output_dir: str) -> dict[str, torch.Tensor]:
-    (path,) = (work / output_dir).glob("*/checkpoints/state-00000040.safetensors")
+    (path,) = (work / output_dir).glob(f"*/checkpoints/state-{STEPS:08d}.safetensors")
     return read_tensors(path)[0]
 
 

@@ -22,6 +22,7 @@ from utils.data.scan import scan
 from utils.diffusion.flow import add_noise
 from utils.diffusion.objectives import squared_error
 from utils.encoding.conditioning import Batch, Cond, collate, encode_clip, make_predict
+from utils.encoding.text import EMBEDDINGS
 from utils.media.probing import probe
 from utils.runs.metrics import Metrics
 from utils.training.memory import prepare
@@ -35,8 +36,8 @@ from wan.modules.model import is_fp32
 def work(tmp_path: Path, monkeypatch) -> None:
     """In a folder with a small model, clips, and the negative prompts where embeddings may be written beside them."""
     monkeypatch.chdir(tmp_path)
-    prompts = shutil.copytree(train_wan_lora.EMBEDDINGS, tmp_path / "embeddings")
-    monkeypatch.setattr(train_wan_lora, "EMBEDDINGS", Path(prompts))
+    prompts = shutil.copytree(EMBEDDINGS, tmp_path / "embeddings")
+    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", Path(prompts))
     write_model(Path("model"))
     write_clips(Path("clips"))
 

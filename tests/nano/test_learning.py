@@ -20,7 +20,7 @@ from utils.adapters.lora_file import LoraFile
 from utils.adapters.lora_reader import read_lora
 from utils.common.device import pick_device
 from utils.encoding.conditioning import encode_video, to_unit_range
-from utils.encoding.text import read_prompt
+from utils.encoding.text import EMBEDDINGS, read_prompt
 from utils.media.controls import tile
 from wan.checkpoints import find_family
 
@@ -34,8 +34,8 @@ RANK = "--lora_rank 16"
 def work(tmp_path, monkeypatch) -> Path:
     """A working folder with a copy of the negative prompts, beside which their embeddings are written."""
     monkeypatch.chdir(tmp_path)
-    prompts = shutil.copytree(train_wan_lora.EMBEDDINGS, tmp_path / "embeddings")
-    monkeypatch.setattr(train_wan_lora, "EMBEDDINGS", Path(prompts))
+    prompts = shutil.copytree(EMBEDDINGS, tmp_path / "embeddings")
+    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", Path(prompts))
     return tmp_path
 
 
@@ -76,7 +76,7 @@ def test_distilled_guidance_moves_the_unguided_model_toward_the_guided_one(work)
     rng = random.Random("distilled")
     model, vae, encoder = load(MODEL, pick_device())
     texts = encoder.encode([caption(scene, rng) for scene in TESTED])
-    negative = read_prompt(train_wan_lora.EMBEDDINGS / find_family(MODEL).negative_prompt)  # the trainer's default
+    negative = read_prompt(EMBEDDINGS / find_family(MODEL).negative_prompt)  # the trainer's default
     show = partial(generate, model, vae, texts, noise_of(vae, range(len(TESTED))))
     videos = {"guided": show(encoder.encode([negative])[0]), "unguided": show(sampler=UNGUIDED)}
     fuse_lora(model, lora)

@@ -15,9 +15,10 @@ from utils.common.errors import UserError
 from utils.common.formatting import readable_size
 from utils.encoding.text_cache import TextCache, load_embedding
 from wan.checkpoints import ModelFiles, load_text_encoder, text_encoder_fingerprint
+from wan.configs import Family
 from wan.modules.model import WanShape
 
-# The negative prompts of the project, and the cache of their embeddings.
+# The prompts that ship with the project, and the cache of their embeddings.
 EMBEDDINGS = Path(__file__).resolve().parents[2] / "embeddings"
 # The memory a loaded encoder needs, as a multiple of its weights.
 HEADROOM = 1.1
@@ -50,6 +51,10 @@ class TextEncoding:
     def cache(self, root: Path) -> TextCache:
         """The cache of this encoder's embeddings under `root`."""
         return TextCache(root, self.fingerprint)
+
+    def shared_cache(self) -> TextCache:
+        """The cache for prompts that belong to no dataset."""
+        return self.cache(EMBEDDINGS)
 
     def encode_missing(self, wanted: Mapping[TextCache, Sequence[str]]) -> None:
         """Encodes the texts that a cache lacks, and prints how many; loads the encoder once, and only if there are any.
@@ -131,10 +136,10 @@ def encode_texts(
     """Encodes what the caches lack of a run's texts, with one load of the encoder, and returns what the run reads.
 
     Captions and prompts are cached in `folder`. The negative prompt, at most one, is a text or an embedding file; it is
-    cached in EMBEDDINGS, as are the prompts in the files `others`. Raises UserError as `encode_missing` does, and for
-    embeddings that the transformer does not read.
+    cached for all datasets, as are the prompts in the files `others`. Raises UserError as `encode_missing` does, and
+    for embeddings that the transformer does not read.
     """
-    own, shared = encoding.cache(folder), encoding.cache(EMBEDDINGS)
+    own, shared = encoding.cache(folder), encoding.shared_cache()
     texts = [read_prompt(path) for path in (*others, *negatives) if not is_embedding(path)]
     encoding.encode_missing({own: [*captions, *prompts], shared: texts})
     previews = [(prompt, own.load(prompt)) for prompt in prompts]
@@ -144,6 +149,16 @@ def encode_texts(
     if negative is not None:
         check_embedding_shape(negative, shape, "the negative prompt")
     return Texts(own.load, previews, negative)
+
+
+def negative_prompt_file(family: Family) -> Path:
+    """The negative prompt that a family is sampled with unless another one is given."""
+    return EMBEDDINGS / family.negative_prompt
+
+
+def shipped_prompts() -> list[Path]:
+    """All prompts that ship with the project."""
+    return sorted(EMBEDDINGS.glob("*.txt"))
 
 
 def check_embedding_shape(embedding: Tensor, shape: WanShape, source: str) -> Tensor:

@@ -42,7 +42,7 @@ def test_a_spelling_arrives_as_the_value_that_it_means(tmp_path, cls, flag, valu
 
 
 def test_a_negative_embedding_is_used_in_place_of_the_negative_prompt(tmp_path, monkeypatch):
-    monkeypatch.setattr(test_wan_control_lora, "EMBEDDINGS", tmp_path)
+    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", tmp_path)
     rows = torch.rand(3, TINY_SHAPE.text_dim)
     save_file({"context": rows}, tmp_path / "n.safetensors")
     flags = ["--prompt", "a fox", "--cfg", "6", "--negative_embedding", str(tmp_path / "n.safetensors")]
