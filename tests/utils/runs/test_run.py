@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import log, open_a_run
+from tests.runs import log, open_a_run, settings, small_learner, take_step
 from utils.adapters.lora_reader import read_lora
 from utils.common.errors import RunError
 from utils.common.signals import Stop
 from utils.runs.ending import save_on_exit
+from utils.runs.run import open_run
 from utils.runs.state import read_state
 
 NAMES = ["state-00000001.safetensors", "wan-lora-00000001.safetensors"]
@@ -113,3 +114,27 @@ def test_previews_of_later_steps_are_archived_with_the_checkpoints(tmp_path):
         names = {path.name for path in (again.folder / "samples").iterdir()}
     assert names == {"00000001.png", "00000001-01.mp4", "notes.txt"}
     assert {"00000002.png", "00000002-01.mp4"} < {path.name for path in (run.checkpoints / "aside-1").iterdir()}
+
+
+def test_a_checkpoint_has_the_average_of_each_trainable_and_its_own_values(tmp_path):
+    learner = small_learner(("lora", "critic"), ema_decay=0.9)
+    take_step(learner)
+    with open_run(settings(tmp_path), learner) as run:
+        run.save()
+        names = {path.name for path in run.checkpoints.iterdir()}
+    kinds = {f"wan-{name}-00000001{average}.safetensors" for name in ("lora", "critic") for average in ("", "-ema")}
+    assert names == {*kinds, "state-00000001.safetensors"}
+    for name, trainable in learner.trainables.items():
+        values = {"": trainable.adapter.parameters, "-ema": trainable.ema.values}
+        for average, expected in values.items():
+            (pair,) = read_lora(run.checkpoints / f"wan-{name}-00000001{average}.safetensors").pairs.values()
+            assert torch.equal(pair.down, expected["down"]) and torch.equal(pair.up, expected["up"])
+        assert not torch.equal(trainable.ema.values["down"], trainable.adapter.parameters["down"])
+
+
+def test_a_resumed_run_continues_the_means_of_the_saved_one(run):
+    for loss in (4.0, 2.0):
+        log(run, loss)
+    run.save()
+    with open_a_run(run.folder.parent, read_state(run.checkpoints / "state-00000002.safetensors")) as again:
+        assert again.metrics.smooth_loss == run.metrics.smooth_loss and again.metrics.step == 2

@@ -172,3 +172,40 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changes(damage):
     with pytest.raises(UserError):
         learner.load_state_dict(saved)
     assert equal(values_of(learner), before) and torch.equal(torch.get_rng_state(), random)
+
+
+def test_the_average_of_a_trainable_follows_its_number_of_updates():
+    learner = small_learner(ema_decay=0.9)
+    trainable = learner.trainables["lora"]
+    expected = {name: parameter.detach().clone() for name, parameter in trainable.adapter.parameters.items()}
+    for step in range(1, 4):
+        take_step(learner, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        for name, parameter in trainable.adapter.parameters.items():
+            expected[name] = decay * expected[name] + (1 - decay) * parameter.detach()
+    assert all(torch.allclose(trainable.ema.values[name], value) for name, value in expected.items())
+
+
+def test_the_random_state_of_a_whole_step_is_the_one_after_it():
+    learner = small_learner()
+    learner.begin_step()
+    torch.rand(7)
+    take_step_without_begin(learner)
+    assert torch.equal(learner.state_dict()["random"]["cpu"], torch.get_rng_state())
+
+
+def take_step_without_begin(learner: Learner) -> None:
+    for parameter in learner.trainables["lora"].adapter.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    learner.update("lora", 1.0)
+
+
+def test_a_restored_learner_is_between_steps():
+    source = small_learner()
+    take_step(source)
+    learner = small_learner()
+    learner.begin_step(num_updates=2)
+    take_step_without_begin(learner)
+    assert not learner.is_whole
+    learner.load_state_dict(source.state_dict())
+    assert learner.is_whole and learner.step == 1

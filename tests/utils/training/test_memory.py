@@ -5,7 +5,8 @@ from torch import Tensor
 
 from tests.tiny import TINY_SHAPE, tiny_transformer
 from utils.adapters.lora import add_lora, select_modules
-from utils.training.memory import checkpoint_blocks
+from utils.training import memory
+from utils.training.memory import Memory, checkpoint_blocks, prepare
 from wan.modules.model import WanModel
 
 
@@ -75,3 +76,14 @@ def test_less_is_saved_for_the_backward_pass():
 def test_without_gradients_the_answer_is_the_same():
     with torch.no_grad():
         assert torch.equal(adapted(True)[0](*inputs()), adapted(False)[0](*inputs()))
+
+
+def test_strategies_are_applied_after_the_adapter_and_in_their_order(monkeypatch):
+    order = []
+    monkeypatch.setattr(memory, "checkpoint_blocks", lambda blocks: order.append("checkpoint"))
+    monkeypatch.setattr(memory, "compile_blocks", lambda blocks: order.append("compile"))
+    attached = prepare(tiny_transformer(), Memory("full", compile=True), lambda model: order.append("attach") or "it")
+    assert attached == "it" and order == ["attach", "checkpoint", "compile"]
+    order.clear()
+    prepare(tiny_transformer(), Memory(), lambda model: order.append("attach"))
+    assert order == ["attach"]

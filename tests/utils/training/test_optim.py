@@ -157,3 +157,16 @@ def test_a_parameter_without_a_gradient_stays_and_gradients_are_cleared():
     assert torch.equal(updater.parameters[2], make_parameters()[2])
     assert not torch.equal(updater.parameters[0], make_parameters()[0])
     assert all(parameter.grad is None for parameter in updater.parameters)
+
+
+def test_a_group_learns_at_its_share_of_the_base_rate_also_after_a_restore():
+    first, second = make_parameters()[:2]
+    groups = [ParameterGroup({"a": first}), ParameterGroup({"b": second}, lr_scale=0.1)]
+    updater = Updater(groups, make_spec(warmup_steps=1))
+    assert [group["lr"] for group in updater.optimizer.param_groups] == pytest.approx([0.005, 0.0005])
+    give_gradients(updater.parameters, seed=0)
+    updater.step(0.0)
+    again = Updater(groups, make_spec(warmup_steps=1))
+    again.load_state_dict(updater.state_dict())
+    assert [group["lr"] for group in again.optimizer.param_groups] == pytest.approx([0.01, 0.001])
+    assert again.schedule.get_last_lr() == pytest.approx([0.01, 0.001])
