@@ -85,7 +85,7 @@ def add_lora(model: nn.Module, names: list[str], rank: int, alpha: float, adapte
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), model, adapter)
     parameters = []
-    for layer in _layers(model).values():
+    for layer in _layers(model, adapter).values():
         for parameter in (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight):
             parameter.data = parameter.data.float()
             parameters.append(parameter)
@@ -107,7 +107,7 @@ def speaking(model: nn.Module, adapter: str | None) -> Iterator[None]:
     """
     before = [(layer, layer.disable_adapters, list(layer.active_adapters)) for layer in _layers(model).values()]
     for layer, disabled, active in before:
-        if adapter is None:
+        if adapter is None or adapter not in layer.lora_A:
             _switch(layer, True, active)
         elif disabled or active != [adapter]:
             _switch(layer, False, [adapter])
@@ -131,7 +131,7 @@ def extract_lora(
     """An adapter as the content of a LoRA file: copies on the CPU, of the `values` by parameter name where given."""
     values = adapter_parameters(model, adapter) if values is None else values
     pairs, input_shapes = {}, {}
-    for name, layer in _layers(model).items():
+    for name, layer in _layers(model, adapter).items():
         down, up = (
             values[f"{name}.{matrix}.{adapter}.weight"].detach().cpu().clone() for matrix in ("lora_A", "lora_B")
         )
@@ -147,7 +147,7 @@ def load_lora(model: nn.Module, lora: LoraFile, adapter: str = ADAPTER) -> None:
 
     Raises UserError, before anything changes, where they differ.
     """
-    layers = _layers(model)
+    layers = _layers(model, adapter)
     faults = {"lacks": [name for name in layers if name not in lora.pairs]}
     faults["adapts, unlike this run,"] = [name for name in lora.pairs if name not in layers]
     for fault, names in faults.items():
@@ -257,6 +257,8 @@ def widen_patch_embedding(model: WanModel, in_dim: int) -> None:
     Raises UserError where it already has more.
     """
     old = model.patch_embedding
+    if isinstance(old, LoraLayer) and old.get_base_layer().in_channels == in_dim:
+        return  # another adapter of this model has widened it
     if in_dim < old.in_channels:
         raise UserError(f"the patch embedding has {old.in_channels} input channels, more than the {in_dim} asked for")
     wide = nn.Conv3d(in_dim, old.out_channels, model.shape.patch_size, model.shape.patch_size, device="meta")
@@ -287,8 +289,10 @@ def _matches(name: str, full: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(full, pattern)
 
 
-def _layers(model: nn.Module) -> dict[str, LoraLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+def _layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLayer]:
+    """The adapted layers by name: of one adapter, or of any."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {name: layer for name, layer in layers.items() if adapter is None or adapter in layer.lora_A}
 
 
 def _forward_in_place(layer: LoraLinear, x: Tensor) -> Tensor:

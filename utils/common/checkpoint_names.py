@@ -12,7 +12,9 @@ from pathlib import Path
 
 STATES = "state-*.safetensors"
 
-_NAME = re.compile(r"(?:(?P<state>state)|wan-(?P<trainable>[a-z_]+))-(?P<step>\d{8})(?P<average>-ema)?\.safetensors")
+_NAME = re.compile(
+    r"(?:(?P<state>state)|wan-(?P<trainable>[a-z][a-z0-9_]*))-(?P<step>\d{8})(?P<average>-ema)?\.safetensors"
+)
 
 _PREVIEW = re.compile(r"(\d{8})(?:-\d+)?\.(?:png|mp4)")
 

@@ -95,6 +95,27 @@ def test_each_of_two_adapters_speaks_in_its_own_span_and_learns_from_it_alone():
         assert torch.equal(alone(*inputs()), answers[adapter])
 
 
+def test_adapters_of_one_model_may_adapt_different_layers():
+    model = tiny_transformer()
+    few, many = select_modules(model, ["self_attn.q"]), select_modules(model, ["attn"])
+    fill(add_lora(model, many, RANK, ALPHA, adapter="student"), seed=1)
+    critic = add_lora(model, few, RANK, ALPHA, adapter="critic")
+    fill(critic, seed=2)
+    alone = tiny_transformer()
+    for mine, theirs in zip(add_lora(alone, few, RANK, ALPHA), critic, strict=True):
+        mine.data = theirs.data.clone()
+    with torch.no_grad(), speaking(model, "critic"):
+        assert torch.equal(model(*inputs()), alone(*inputs()))
+    assert extract_lora(model, {}, adapter="critic").pairs.keys() == set(few)
+    assert extract_lora(model, {}, adapter="student").pairs.keys() == set(many)
+
+
+def test_two_control_adapters_share_the_widened_input():
+    plan, model = plan_adapter(options(control_lora=True), layout()), tiny_transformer()
+    for name in ("student", "critic"):
+        assert f"patch_embedding.lora_A.{name}.weight" in plan.attach(model, name).parameters
+
+
 def test_a_checkpointed_block_recomputes_with_the_adapter_of_its_span():
     gradients = []
     for checkpointed in (False, True):

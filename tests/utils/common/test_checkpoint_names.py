@@ -8,6 +8,7 @@ NAMES = {
     "wan-lora-00000100.safetensors": Checkpoint(100, "lora"),
     "wan-lora-00000100-ema.safetensors": Checkpoint(100, "lora", average=True),
     "wan-lora_high_noise-00000002.safetensors": Checkpoint(2, "lora_high_noise"),
+    "wan-expert2-00000003.safetensors": Checkpoint(3, "expert2"),
     "state-00000100.safetensors": Checkpoint(100),
 }
 
