@@ -80,8 +80,11 @@ class Sampling:
     height: int | None = option(None, "multiple of 16", minimum=16)
     frames: int | None = option(None, "4n + 1 (default: the model's, or what the input video has)", minimum=1)
     steps: int | None = option(None, "sampling steps (default: the model's)", minimum=1)
-    guidance: float | None = option(
-        None, "classifier-free guidance, 1: none (default: the model's)", minimum=0, aliases=("cfg",)
+    guidance: tuple[float, ...] = option(
+        (),
+        "classifier-free guidance, 1: none; two: of the high and the low expert (default: the model's)",
+        minimum=0,
+        aliases=("cfg",),
     )
     shift: float | None = option(None, "shift of the noise levels (default: the model's)", minimum=0.01)
     solver: str = option("unipc", "solver of the sampling steps", choices=SOLVERS)
@@ -157,7 +160,11 @@ def complete(opts: Options, lora_path: Path, lora: LoraFile, family: Family) -> 
     if info is not None:
         width, height = bucket_size(info.width, info.height, BASE_RES, family.grid)
         frames = min(frames, usable_frames(info, family.grid))
-    guidance = family.guidance if opts.guidance is None else opts.guidance
+    guidance = opts.guidance or family.guidance
+    if len(guidance) not in (1, len(family.experts)):
+        raise UserError(
+            f"--guidance has {len(guidance)} values, but the model {counted(len(family.experts), 'expert')}"
+        )
     negative: str | Path | None = opts.negative_embedding or opts.negative_prompt
     request = Request(
         lora_path=lora_path,
@@ -166,7 +173,9 @@ def complete(opts: Options, lora_path: Path, lora: LoraFile, family: Family) -> 
         width=opts.width or width,
         height=opts.height or height,
         frames=opts.frames or frames,
-        sampler=Sampler(opts.solver, opts.steps or family.steps, guidance, opts.shift or family.shift),
+        sampler=Sampler(
+            opts.solver, opts.steps or family.steps, guidance, opts.shift or family.shift, family.boundaries
+        ),
         seed=opts.seed,
         strength=opts.strength,
         input_video=opts.input_video,
@@ -199,10 +208,11 @@ def usable_frames(info: MediaInfo, grid: Grid) -> int:
 def describe(request: Request) -> str:
     """What is about to be generated, including what was left open: it decides the result too."""
     sampler = request.sampler
+    guidance = " and ".join(f"{value:g}" for value in sampler.guidance)
     followed = f", following {request.input_video} ({request.control_type})" if request.input_video else ""
     return (
         f"{request.width}x{request.height}, {counted(request.frames, 'frame')}, {counted(sampler.steps, 'step')} of "
-        f"{sampler.solver}, guidance {sampler.guidance:g}, shift {sampler.shift:g}, seed {request.seed}, "
+        f"{sampler.solver}, guidance {guidance}, shift {sampler.shift:g}, seed {request.seed}, "
         f"strength {request.strength:g}{followed}"
     )
 
@@ -248,7 +258,7 @@ def sample(
     if not latents.isfinite().all():
         raise RunError(
             f"the video {label} holds NaN or infinite values: the weights of the base model are damaged, or --strength "
-            f"{request.strength:g} or --guidance {request.sampler.guidance:g} is too large"
+            f"{request.strength:g} or --guidance is too large"
         )
     return latents
 
@@ -256,7 +266,7 @@ def sample(
 def embed(request: Request, files: ModelFiles, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """The embeddings (T, E) of the prompt and, where there is guidance, of the negative prompt; new ones are cached."""
     wanted = {"prompt": request.text}
-    if request.sampler.guidance != 1:
+    if request.sampler.is_guided:
         wanted["negative prompt"] = request.negative
     encoding = TextEncoding(files, device)
     cache = encoding.shared_cache()

@@ -154,7 +154,7 @@ def load_texts(opts: Options, encoding: TextEncoding, data: Dataset) -> Texts:
     # Distillation and guided previews also need a negative prompt. --cache_embeddings encodes all that ship with us.
     prompts = [] if opts.sample_prompts is None else read_prompts(opts.sample_prompts)
     sampler = opts.preview_sampler(encoding.files.family, bool(opts.distill_cfg))
-    guided = bool(opts.distill_cfg) or (bool(prompts) and sampler.guidance != 1)
+    guided = bool(opts.distill_cfg) or (bool(prompts) and sampler.is_guided)
     negatives = [opts.distill_negative or negative_prompt_file(encoding.files.family)] if guided else []
     others = shipped_prompts() if opts.cache_embeddings else []
     return encode_texts(encoding, data.captions, prompts, data.cache_folder, negatives, others)

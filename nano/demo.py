@@ -101,7 +101,7 @@ def train(folder: Path, seed: int) -> Path:
     write_dataset(folder / "clips" / "val", HELD_OUT, seed + 1, STYLE)
     print(f"wrote {CLIPS + HELD_OUT} clips to {folder / 'clips'}")
     preview = caption(split()[0][0], random.Random(seed), STYLE)
-    watching = ["--sample_prompts", preview, "--sample_every", 150, "--sample_guidance", SAMPLER.guidance]
+    watching = ["--sample_prompts", preview, "--sample_every", 150, "--sample_guidance", *SAMPLER.guidance]
     common = ["--dataset", folder / "clips", "--pretrained_model_name_or_path", MODEL, *watching]
     run("train_wan_lora.py", *common, "--cache_embeddings")
     run("train_wan_lora.py", *common, *TRAINING, "--output_dir", folder / "runs", "--seed", seed)

@@ -16,7 +16,7 @@ from wan.modules.t5 import TextEncoder
 from wan.modules.vae import WanVAE
 from wan.text2video import Sampler
 
-SAMPLER = Sampler("unipc", steps=20, guidance=2.5, shift=5.0)
+SAMPLER = Sampler("unipc", steps=20, guidance=(2.5,), shift=5.0)
 BATCH = 32
 
 

@@ -1,7 +1,8 @@
 """Sampling: from noise to latents along the velocity field that a model predicts."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -10,17 +11,24 @@ from torch import Tensor
 from wan.utils.fm_solvers import Solver, make_solver
 
 Condition = TypeVar("Condition")
+NUM_TIMESTEPS = 1000
 VelocityField = Callable[[Tensor, Tensor], Tensor]  # latents (B, C, F, H, W), timestep (B,) -> velocity
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """The settings of sampling."""
+    """The settings of sampling. A model with several experts has a guidance for each."""
 
     solver: str  # of SOLVERS
     steps: int
-    guidance: float
+    guidance: tuple[float, ...]  # from high noise to low
     shift: float  # of the noise levels; above 1: more steps at high noise
+    boundaries: tuple[float, ...] = ()  # noise levels at and above which a guidance holds, for all but the last
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether any step asks for the unconditional answer too."""
+        return any(guidance != 1 for guidance in self.guidance)
 
     @torch.no_grad()
     def denoise(
@@ -36,26 +44,33 @@ class Sampler:
         With `uncond`, and a guidance other than 1, the velocity is guided away from that condition. `progress` may wrap
         the timesteps in a bar.
         """
-        velocity = _given(predict, cond)
-        if uncond is not None:
-            velocity = guided(velocity, _given(predict, uncond), self.guidance)
+
+        def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
+            answer = partial(predict, latents, timestep)
+            return answer(cond) if uncond is None else guided(answer, cond, uncond, self.guidance_at(timestep))
+
         return sample(velocity, noise, make_solver(self.solver, self.steps, self.shift, noise.device), progress)
 
+    def guidance_at(self, timestep: Tensor) -> float:
+        """The guidance at a timestep (B,), which all samples share."""
+        return self.guidance[part_at(self.boundaries, timestep) if len(self.guidance) > 1 else 0]
 
-def _given(predict: Callable[[Tensor, Tensor, Condition], Tensor], cond: Condition) -> VelocityField:
-    return lambda latents, timestep: predict(latents, timestep, cond)
+
+def part_at(boundaries: Sequence[float], timestep: Tensor) -> int:
+    """The number of the expert, counted from high noise, that answers at a timestep (B,), which all samples share.
+
+    `boundaries` are the lowest noise levels of all experts but the last, descending. As in the official code, an expert
+    answers at its boundary itself.
+    """
+    return sum(timestep[0].item() < boundary * NUM_TIMESTEPS for boundary in boundaries)
 
 
-def guided(cond: VelocityField, uncond: VelocityField, guidance: float) -> VelocityField:
+def guided(answer: Callable[[Condition], Tensor], cond: Condition, uncond: Condition, guidance: float) -> Tensor:
     """Classifier-free guidance: uncond + guidance * (cond - uncond); guidance 1 needs no second forward pass."""
     if guidance == 1.0:
-        return cond
-
-    def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
-        without = uncond(latents, timestep)
-        return without + guidance * (cond(latents, timestep) - without)
-
-    return velocity
+        return answer(cond)
+    without = answer(uncond)
+    return without + guidance * (answer(cond) - without)
 
 
 def sample(

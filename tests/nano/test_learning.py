@@ -26,7 +26,7 @@ from wan.checkpoints import find_family
 
 pytestmark = pytest.mark.nano
 TESTED = split()[1][:100]
-UNGUIDED = replace(SAMPLER, guidance=1.0)
+UNGUIDED = replace(SAMPLER, guidance=(1.0,))
 RANK = "--lora_rank 16"
 
 
@@ -72,7 +72,7 @@ def test_a_control_lora_follows_its_control_video(work):
 
 
 def test_distilled_guidance_moves_the_unguided_model_toward_the_guided_one(work):
-    lora = trained(work, f"--distill_cfg {SAMPLER.guidance - 1} --max_train_steps 400 --learning_rate 2e-3 {RANK}")
+    lora = trained(work, f"--distill_cfg {SAMPLER.guidance[0] - 1} --max_train_steps 400 --learning_rate 2e-3 {RANK}")
     rng = random.Random("distilled")
     model, vae, encoder = load(MODEL, pick_device())
     texts = encoder.encode([caption(scene, rng) for scene in TESTED])

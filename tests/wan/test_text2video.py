@@ -6,7 +6,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
-from wan.text2video import Sampler, guided, sample
+from wan.text2video import Sampler, guided, part_at, sample
 from wan.utils.fm_solvers import SOLVERS, make_solver, sigma_grid
 
 CPU = torch.device("cpu")
@@ -106,24 +106,30 @@ def test_sampling_keeps_the_noise_and_lets_progress_watch_every_step():
 
 def test_guidance_moves_away_from_the_unconditional_answer():
     cond, uncond = draw(2), draw(3)
-    predict = guided(lambda *_: cond, lambda *_: uncond, 5.0)
-    torch.testing.assert_close(predict(draw(1), torch.ones(2)), 5.0 * cond - 4.0 * uncond, rtol=1e-5, atol=1e-5)
-    assert torch.equal(guided(lambda *_: cond, lambda *_: uncond, 0.0)(draw(1), torch.ones(2)), uncond)
+    answer = {"yes": cond, "no": uncond}.__getitem__
+    torch.testing.assert_close(guided(answer, "yes", "no", 5.0), 5.0 * cond - 4.0 * uncond, rtol=1e-5, atol=1e-5)
+    assert torch.equal(guided(answer, "yes", "no", 0.0), uncond)
 
 
-@pytest.mark.parametrize(("guidance", "calls"), [(1.0, (6, 0)), (5.0, (6, 6))])
-def test_guidance_1_makes_one_call_per_step_and_any_other_two(guidance, calls):
-    counts = [0, 0]
+@pytest.mark.parametrize(("guidance", "asked"), [(1.0, ["yes"]), (5.0, ["no", "yes"])])
+def test_guidance_1_asks_once_and_any_other_twice(guidance, asked):
+    questions = []
+    guided(lambda cond: questions.append(cond) or draw(1), "yes", "no", guidance)
+    assert questions == asked
 
-    def counting(side: int):
-        def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-            counts[side] += 1
-            return curved(latents, timestep)
 
-        return predict
+def test_each_expert_has_its_own_guidance_and_answers_at_its_boundary():
+    sampler = Sampler("unipc", 40, (4.0, 3.0), 12.0, boundaries=(0.875,))
+    steps = make_solver("unipc", 40, 12.0, CPU).timesteps
+    assert [sampler.guidance_at(step[None]) for step in steps] == [4.0] * 26 + [3.0] * 14
+    assert [part_at((0.875,), torch.tensor([t])) for t in (1000, 875.0, 874.99, 0)] == [0, 0, 1, 1]
+    assert sum(part_at((0.9,), step[None]) == 0 for step in make_solver("unipc", 40, 5.0, CPU).timesteps) == 15
 
-    sample(guided(counting(0), counting(1), guidance), draw(1), make_solver("unipc", 6, 5.0, CPU))
-    assert tuple(counts) == calls
+
+def test_one_guidance_may_serve_all_experts():
+    sampler = Sampler("unipc", 40, (2.0,), 12.0, boundaries=(0.875,))
+    assert {sampler.guidance_at(torch.tensor([t])) for t in (1000, 0)} == {2.0} and sampler.is_guided
+    assert not Sampler("unipc", 40, (1.0, 1.0), 12.0, boundaries=(0.875,)).is_guided
 
 
 # ---------------------------------------------------------------------------------------------------------- settings
@@ -144,25 +150,25 @@ class Model:
 
 def test_guidance_asks_twice_a_step_and_leads_away_from_the_unconditional_condition():
     plain, guided = Model(), Model()
-    once = Sampler("euler", 3, 1.0, 5.0).denoise(plain, draw(1), 1.0, None)
-    away = Sampler("euler", 3, 4.0, 5.0).denoise(guided, draw(1), 1.0, 0.5)
+    once = Sampler("euler", 3, (1.0,), 5.0).denoise(plain, draw(1), 1.0, None)
+    away = Sampler("euler", 3, (4.0,), 5.0).denoise(guided, draw(1), 1.0, 0.5)
     assert [word for _, word in plain.asked] == [1.0] * 3
     assert [word for _, word in guided.asked] == [0.5, 1.0] * 3
     # The answer moves with the word, so guidance 4 answers as to the word 0.5 + 4 * (1 - 0.5).
-    other = Sampler("euler", 3, 1.0, 5.0).denoise(Model(), draw(1), 0.5 + 4 * 0.5, None)
+    other = Sampler("euler", 3, (1.0,), 5.0).denoise(Model(), draw(1), 0.5 + 4 * 0.5, None)
     assert torch.allclose(away, other, atol=1e-4) and not torch.allclose(away, once, atol=1e-2)
 
 
 def test_without_an_unconditional_condition_or_at_guidance_1_a_step_asks_once():
     for guidance, uncond in ((4.0, None), (1.0, 0.5)):
         model = Model()
-        Sampler("unipc", 3, guidance, 5.0).denoise(model, draw(1), 1.0, uncond)
+        Sampler("unipc", 3, (guidance,), 5.0).denoise(model, draw(1), 1.0, uncond)
         assert [word for _, word in model.asked] == [1.0] * 3 and not model.with_gradient
 
 
 def test_the_shift_moves_the_steps_towards_noise():
     low, high = Model(), Model()
     for model, shift in ((low, 1.0), (high, 8.0)):
-        Sampler("unipc", 4, 1.0, shift).denoise(model, draw(1), 1.0, None)
+        Sampler("unipc", 4, (1.0,), shift).denoise(model, draw(1), 1.0, None)
     assert len(low.asked) == len(high.asked) == 4
     assert all(more > less for (more, _), (less, _) in list(zip(high.asked, low.asked, strict=True))[1:])

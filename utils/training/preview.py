@@ -48,9 +48,9 @@ class Previews:
 
     def preview_sampler(self, family: Family, distilled: bool) -> Sampler:
         """As the family is sampled; without guidance where a LoRA has it distilled into it. Options override both."""
-        usual = 1.0 if distilled else family.guidance
-        guidance = usual if self.sample_guidance is None else self.sample_guidance
-        return Sampler("unipc", self.sample_steps, guidance, family.shift)
+        usual = (1.0,) if distilled else family.guidance
+        guidance = usual if self.sample_guidance is None else (self.sample_guidance,)
+        return Sampler("unipc", self.sample_steps, guidance, family.shift, family.boundaries)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ class Expert:
     name: str
     folder: str  # where its config.json and weights are, relative to the model's folder
     sigmas: tuple[float, float]  # from the lowest to the highest noise level, in 0..1, after the shift
+    guidance: float  # of classifier-free guidance at these levels
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,20 @@ class Family:
 
     task: str  # "model_type" in config.json
     shape: WanShape  # of the released transformers; a checkpoint with other widths is used in the same way
-    experts: tuple[Expert, ...]  # their intervals cover 0..1
+    experts: tuple[Expert, ...]  # from high noise to low; their intervals cover 0..1
     stride: tuple[int, int, int]  # frames, rows and columns of pixels per latent
     vae: str  # file
     text_encoder: str  # file
     tokenizer: str  # folder
     shift: float
     steps: int
-    guidance: float
     fps: int
     frames: int
     size: tuple[int, int]  # (width, height) in pixels
     negative_prompt: str  # file in embeddings/
+    given: tuple[int, ...] = ()  # the frames of a clip that the model is given: 0 is the first, -1 the last
+    given_as: str = ""  # "channels": encoded in extra input channels; "latents": they replace noisy latents
+    clip: str = ""  # file of the vision encoder that the model reads given frames through; none for most
 
     @property
     def in_dim(self) -> int:
@@ -44,6 +47,16 @@ class Family:
     def out_dim(self) -> int:
         """The channels of the latents."""
         return self.shape.out_dim
+
+    @property
+    def guidance(self) -> tuple[float, ...]:
+        """The guidance of each expert, from high noise to low."""
+        return tuple(expert.guidance for expert in self.experts)
+
+    @property
+    def boundaries(self) -> tuple[float, ...]:
+        """The noise levels at and above which an expert answers, for all but the last; none for a single one."""
+        return tuple(expert.sigmas[0] for expert in self.experts[:-1])
 
     @property
     def grid(self) -> Grid:
@@ -60,4 +73,5 @@ class Family:
     def hub_patterns(self) -> tuple[str, ...]:
         """Patterns over the file names of the release's hub repository: everything that training needs."""
         weights = (str(PurePosixPath(expert.folder, "diffusion_pytorch_model*")) for expert in self.experts)
-        return (*self.config_files, *weights, self.vae, self.text_encoder, f"{self.tokenizer}/*")
+        clip = (self.clip,) if self.clip else ()
+        return (*self.config_files, *weights, self.vae, self.text_encoder, f"{self.tokenizer}/*", *clip)

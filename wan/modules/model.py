@@ -37,6 +37,8 @@ class WanShape:
     freq_dim: int = 256
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
+    image_dim: int = 0  # width of the vision tokens that cross attention reads beside the text; 0: it reads none
+    image_positions: int = 0  # learned positions of these tokens; 0: they have none
 
 
 def is_fp32(name: str) -> bool:

@@ -60,7 +60,7 @@ def test_a_preview_leaves_the_random_state_and_no_gradient(vae):
     requests = make_requests([("fox", text(1).requires_grad_())], SHAPE, 0, vae)
     state = torch.get_rng_state()
     model = Model()
-    ((prompt, frames),) = Preview(requests, text(0.2), Sampler("unipc", 2, 3.0, 5.0), 16, vae).generate(model)
+    ((prompt, frames),) = Preview(requests, text(0.2), Sampler("unipc", 2, (3.0,), 5.0), 16, vae).generate(model)
     assert prompt == "fox" and frames.shape == (5, 3, 32, 32) and frames.dtype == torch.uint8
     assert torch.equal(state, torch.get_rng_state()) and model.asked and not model.with_gradient
 

@@ -9,13 +9,16 @@ from wan.configs.grid import Grid
 ALONE = ("transformer",)
 
 
-def test_a_token_of_wan_2_1_covers_4_frames_of_16_pixels_squared():
-    assert {family.grid for family in FAMILIES.values()} == {Grid(frame=4, side=16)}
+def test_a_token_covers_4_frames_of_16_pixels_squared_or_of_32_where_the_vae_halves_once_more():
+    coarse = FAMILIES["wan2.2-ti2v-5B"]
+    assert coarse.grid == Grid(frame=4, side=32)
+    assert {row.grid for row in FAMILIES.values() if row is not coarse} == {Grid(frame=4, side=16)}
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 def test_the_experts_of_a_release_share_all_noise_levels(family):
     intervals = sorted(expert.sigmas for expert in family.experts)
+    assert [expert.sigmas for expert in family.experts] == intervals[::-1]
     assert (intervals[0][0], intervals[-1][1]) == (0.0, 1.0)
     assert all(first[1] == second[0] for first, second in zip(intervals, intervals[1:], strict=False))
     assert len({expert.name for expert in family.experts}) == len(family.experts)
