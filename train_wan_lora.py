@@ -11,7 +11,7 @@ utils/adapters (LoRA on the model), utils/training (what learns), utils/runs (wh
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -33,11 +33,19 @@ from utils.common.signals import Stop, stop_on_signals
 from utils.common.temp_rng import MAX_SEED
 from utils.data.dataset import DataOptions, Dataset, open_dataset
 from utils.data.folders import Folder, Rules, check_paired_files, resolve_folders
-from utils.data.plan import Plan, largest_window, make_plan, validation_windows
+from utils.data.plan import Plan, full_length_windows, largest_window, make_plan, validation_windows
 from utils.data.tables import format_plan
-from utils.diffusion.flow import Predict, sample_noisy
+from utils.diffusion.flow import sample_noisy
 from utils.diffusion.objectives import guided_target, squared_error
-from utils.encoding.conditioning import Batch, Cond, inject_noise, make_predict, replace_text
+from utils.encoding.conditioning import (
+    Batch,
+    GivenFrames,
+    draw_held,
+    inject_noise,
+    loss_weight,
+    make_predict,
+    replace_text,
+)
 from utils.encoding.latent_cache import format_cache_size
 from utils.encoding.samples import Caches, LatentEncoding, Samples, open_samples
 from utils.encoding.text import TextEncoding, Texts, encode_texts, negative_prompt_file, shipped_prompts
@@ -47,22 +55,25 @@ from utils.runs.run import Run, RunOptions, RunSettings, open_run
 from utils.runs.state import Facts, State, check_resume_compatible, find_state
 from utils.setup.doctor import print_findings
 from utils.setup.download import SetupOptions, download_model, suggest_download
+from utils.training.conditions import check_conditions
+from utils.training.experts import Experts, Role
 from utils.training.learner import Learner, Trainable
 from utils.training.memory import prepare
-from utils.training.phases import Phase, TrainingOptions
-from utils.training.preview import Preview, make_preview, read_prompts
-from utils.training.validation import SIGMAS, validation_loss
+from utils.training.phases import Phase, Schedule, TrainingOptions
+from utils.training.preview import Preview, Scenes, make_preview
+from utils.training.validation import hold_share, quantiles, validation_loss
 from wan.checkpoints import (
     CheckpointError,
     ModelFiles,
+    TransformerFiles,
     build_transformer,
     cast_to,
     find_family,
+    load_transformer,
     load_weights,
     open_model,
 )
 from wan.configs import Family
-from wan.modules.model import WanModel
 
 CPU = torch.device("cpu")
 
@@ -80,7 +91,7 @@ class General:
 
 
 @dataclass(frozen=True)
-class Options(General, SetupOptions, DataOptions, Caches, AdapterOptions, TrainingOptions, RunOptions):
+class Options(General, SetupOptions, DataOptions, Caches, GivenFrames, AdapterOptions, TrainingOptions, RunOptions):
     """Train a LoRA for a Wan video model on your own clips."""
 
     def __post_init__(self) -> None:
@@ -94,23 +105,27 @@ class Options(General, SetupOptions, DataOptions, Caches, AdapterOptions, Traini
 
 
 def training_loss(
-    batch: Batch, opts: Options, model: WanModel, predict: Predict[Cond], negative: Tensor | None
+    batch: Batch, opts: Options, sigmas: tuple[float, float], adapter: LoraAdapter, negative: Tensor | None
 ) -> Tensor:
     """How far the model's velocity is from its target: a scalar, fp32."""
     # Flow matching. Latents move in a straight line to Gaussian noise, and each clip is shown at a noise level of its
-    # own: uniform in 0..1, then shifted towards noise, where the layout of a video is decided.
-    cond = inject_noise(batch.cond, opts.control_inject_noise)
-    noisy = sample_noisy(batch.latents, opts.shift)
+    # own: uniform in 0..1, then shifted towards noise, where the layout of a video is decided. One of several experts
+    # sees only the levels that it is responsible for.
+    predict = make_predict(adapter.model)
+    cond = inject_noise(batch.cond, opts.control_inject_noise, batch.latents.shape[1])
+    cond = draw_held(cond, opts.held_share)
+    noisy = sample_noisy(batch.latents, opts.shift, sigmas)
 
     # The target is the velocity of that line, noise - latents. Distillation adds what guidance would add to the answer
     # of the base model, which is asked here without the LoRA and without gradients. Sampling then needs no guidance.
     target = noisy.velocity
     if opts.distill_cfg and negative is not None:
-        with speaking(model, None):
+        with speaking(adapter.model, None):
             target = guided_target(noisy, predict, cond, replace_text(cond, negative), opts.distill_cfg)
 
-    # Black regions of a mask count a little too. With weight zero the LoRA could do anything to them.
-    weight = None if batch.mask is None else opts.mask_floor + (1 - opts.mask_floor) * batch.mask
+    # Black regions of a mask count a little too: with weight zero the LoRA could do anything to them. A first frame
+    # that the model is given counts nothing.
+    weight = loss_weight(batch, cond, opts.mask_floor)
     return squared_error(predict(noisy.latents, noisy.timestep, cond), target, weight)
 
 
@@ -119,9 +134,8 @@ class Session:
     """What the loop needs: who learns, in which phases, from which samples, and what is measured in between."""
 
     learner: Learner
-    phases: list[Phase]  # the updates of a step; ordinary training has one
-    model: WanModel
-    predict: Predict[Cond]
+    schedule: Schedule  # which update a step has; ordinary training has always the same
+    experts: Experts  # the transformers; most models have one
     samples: Samples
     plan: Plan
     steps_per_epoch: int
@@ -143,16 +157,17 @@ def find_folders(opts: Options) -> list[Folder]:
 
 def open_data(opts: Options, folders: list[Folder], family: Family) -> Dataset:
     """Finds the clips, checks every file, and prints a table of them, before anything that takes long."""
+    opts.check_given(family, any(folder.rules.reads_first for folder in folders))
     limits = opts.limits(family.grid)
     data = open_dataset(folders, limits, family.fps, opts.cache_dir, opts.skip_bad_files)
-    say(format_cache_size(data, limits, family.out_dim * (1 + opts.control_lora)))
+    say(format_cache_size(data, limits, family, opts.control_lora))
     return data
 
 
 def load_texts(opts: Options, encoding: TextEncoding, data: Dataset) -> Texts:
     """The embeddings of all captions and prompts; what is not cached yet is encoded."""
     # Distillation and guided previews also need a negative prompt. --cache_embeddings encodes all that ship with us.
-    prompts = [] if opts.sample_prompts is None else read_prompts(opts.sample_prompts)
+    prompts = opts.preview_prompts
     sampler = opts.preview_sampler(encoding.files.family, bool(opts.distill_cfg))
     guided = bool(opts.distill_cfg) or (bool(prompts) and sampler.is_guided)
     negatives = [opts.distill_negative or negative_prompt_file(encoding.files.family)] if guided else []
@@ -160,73 +175,115 @@ def load_texts(opts: Options, encoding: TextEncoding, data: Dataset) -> Texts:
     return encode_texts(encoding, data.captions, prompts, data.cache_folder, negatives, others)
 
 
-def load_model(opts: Options, files: ModelFiles, plan: AdapterPlan, device: torch.device) -> LoraAdapter:
-    """The frozen transformer on the device, with the adapter that is trained on it."""
+def load_model(opts: Options, files: TransformerFiles, plan: AdapterPlan, device: torch.device) -> LoraAdapter:
+    """A frozen transformer on the device, with the adapter that is trained on it."""
     # Each tensor goes through `place` when it is read: it is cast to the compute dtype, and a fused LoRA is added. This
     # way memory never holds a second copy of the weights.
-    model = build_transformer(files.transformer)
+    model = build_transformer(files)
     plan.widen(model)
-    place = plan.place(cast_to(compute_dtype(device), device))
-    progress = partial(tqdm, desc="loading the transformer", unit="tensor", leave=False)
-    load_weights(model, files.transformer, place, progress)
+    place = plan.place(cast_to(compute_dtype(pick_device()), device))
+    load_weights(model, files, place, partial(tqdm, desc="loading the transformer", unit="tensor", leave=False))
     return prepare(model, opts.memory, plan.attach)
 
 
-def open_session(opts: Options, files: ModelFiles, device: torch.device, data: Dataset) -> Session | None:
+def load_experts(
+    roles: Sequence[Role[Options]], files: ModelFiles, plans: Mapping[str, AdapterPlan], device: torch.device
+) -> tuple[Experts, dict[str, LoraAdapter]]:
+    """The transformers, and the adapters of those that are trained, both by name."""
+    # Most models have one. Of two experts only the one that speaks is on the device. One that is not trained serves
+    # previews alone, where it answers as it is.
+    models, adapters = {}, {}
+    trained, previews = {role.name: role.opts for role in roles}, roles[0].opts.sample_prompts is not None
+    for expert in files.family.experts:
+        name, where = expert.name, CPU if models else device
+        if name in trained:
+            adapters[name] = load_model(trained[name], files.transformers[name], plans[name], where)
+            models[name] = adapters[name].model
+        elif previews:
+            models[name] = load_transformer(files.transformers[name], compute_dtype(device), where)
+    return Experts(models, files.family.boundaries, device), adapters
+
+
+def make_phase(role: Role[Options], adapter: LoraAdapter, experts: Experts, learner: Learner, texts: Texts) -> Phase:
+    """The update of one LoRA: it speaks, forward and backward, and its optimizer follows."""
+    loss = partial(training_loss, opts=role.opts, sigmas=role.expert.sigmas, adapter=adapter, negative=texts.negative)
+    update = partial(learner.update, role.trainable, role.opts.max_grad_norm)
+    span = partial(experts.speaking, role.name, adapter.speaking)
+    return Phase(role.phase, span, make_predict(adapter.model), loss, update, quantiles(*role.expert.sigmas))
+
+
+def open_session(opts: Options, files: ModelFiles, device: torch.device, data: Dataset, plan: Plan) -> Session | None:
     """Encodes and loads what the loop needs, one model after another; None with --cache_only."""
-    # First a rehearsal on a transformer without weights: a misspelled layer, or a LoRA file that does not fit, should
+    # First a rehearsal on transformers without weights: a misspelled layer, or a LoRA file that does not fit, should
     # not cost the minutes of loading.
-    adapter_plan = plan_adapter(opts, build_transformer(files.transformer))
+    roles = opts.roles(files.family)
+    plans = {role.name: plan_adapter(role.opts, build_transformer(files.transformers[role.name])) for role in roles}
+    opts.preview_images(files.family)
 
     # The text encoder takes 11 GB. It is loaded only if an embedding is missing, and freed before the next model.
     texts = load_texts(opts, TextEncoding(files, device), data)
 
-    # The plan draws everything random about the data, from the seed and the number of the epoch alone. The order of
-    # samples therefore does not depend on worker processes, and a resumed run continues in it. Without held-out clips
-    # validation uses training clips.
-    limits, latents = opts.limits(files.family.grid), LatentEncoding(files, device, opts.generated_control)
-    plan = make_plan(data.train, limits, opts.seed, opts.cache_latents)
-    watched = validation_windows(data.val or data.train, limits, opts.val_samples)
-    windows = [*plan.fixed_windows, *watched]
-    samples = open_samples(opts, latents, windows, texts.captions, data.cache_folder, opts.num_workers)
+    # Clips go through the VAE at every step, or once, to the cache; frames that the model is given through a vision
+    # encoder too. Without held-out clips validation uses training clips.
+    watched = validation_windows(data.val or data.train, plan.limits, opts.val_samples)
+    encoding, windows = LatentEncoding(files, device, opts.control_signal), [*plan.fixed_windows, *watched]
+    samples = open_samples(opts, encoding, windows, texts.captions, data.cache_folder, opts.num_workers)
     if opts.cache_only:
         return None
 
     # The other random numbers come from torch's generator: the LoRA's first values, then noise and noise levels.
     torch.manual_seed(opts.seed)
-    adapter = load_model(opts, files, adapter_plan, device)
+    experts, adapters = load_experts(roles, files, plans, device)
 
-    # Only the LoRA is trained; the base model is frozen. A step is one phase: the LoRA speaks, forward and backward,
-    # and is updated by its optimizer. Two experts, or a student and its critic, would be two phases.
-    learner = Learner([Trainable("lora", adapter, opts.optimizer, opts.ema_decay)])
-    predict = make_predict(adapter.model)
-    loss = partial(training_loss, opts=opts, model=adapter.model, predict=predict, negative=texts.negative)
-    phase = Phase("train", adapter.speaking, loss, partial(learner.update, "lora", opts.max_grad_norm))
+    # Only LoRAs are trained; base models are frozen. A step is one phase, and two experts take turns. A student and its
+    # critic would be two phases of one step.
+    trainables = [Trainable(r.trainable, adapters[r.name], r.opts.optimizer, opts.ema_decay) for r in roles]
+    learner = Learner(trainables)
+    phases = [make_phase(role, adapters[role.name], experts, learner, texts) for role in roles]
+    schedule = Schedule(phases, [role.opts.max_train_steps for role in roles], opts.expert_phase_steps)
     steps_per_epoch = plan.steps_per_epoch(opts.gradient_accumulation)
+    say(f"\n{format_plan(plan, steps_per_epoch, schedule.total_steps)} on {describe(device)}")
     distilled = f", guidance {1 + opts.distill_cfg:g} distilled" if opts.distill_cfg else ""
-    say(f"\n{format_plan(plan, steps_per_epoch, opts.max_train_steps)} on {describe(device)}")
-    say(f"{adapter.describe()}, learning rate {opts.learning_rate:g}, shift {opts.shift:g}{distilled}")
+    for role in roles:
+        rate = f"learning rate {role.opts.learning_rate:g}, shift {opts.shift:g}{distilled}"
+        say(f"{role.label}{adapters[role.name].describe()}, {rate}")
 
-    encoding = tqdm(watched, "encoding validation clips", leave=False)
-    validation = [samples.load_batch([window]).to(CPU) for window in encoding]
-    preview = None
-    if texts.previews:
-        # Previews have the size of the largest clip. Those of a control LoRA follow validation clips, or the largest
-        # sample of the first epoch.
-        longest = largest_window(chain(*plan.epoch(0)))
-        followed = (validation or [samples.load_batch([longest]).to(CPU)]) if opts.control_lora else []
-        sampler, size = opts.preview_sampler(files.family, bool(opts.distill_cfg)), largest_window(data.windows)
-        preview = make_preview(texts, sampler, files.family, opts.seed, samples.vae, size, followed)
-    return Session(learner, [phase], adapter.model, predict, samples, plan, steps_per_epoch, validation, preview)
+    # A condition that is lost on its way to the model costs hours, and shows only in the result.
+    batch = samples.load_batch(plan.epoch(0)[0])
+    for phase, adapter in zip(phases, adapters.values(), strict=True):
+        with phase.speaking():
+            check_conditions(adapter, batch, phase.sigmas[2], opts.control_lora)
+
+    clips = tqdm(watched, "encoding validation clips", leave=False)
+    validation = [samples.load_batch([window]).to(CPU) for window in clips]
+    preview = open_preview(opts, files.family, texts, samples, plan, validation) if texts.previews else None
+    validation = hold_share(validation, opts.held_share)
+    return Session(learner, schedule, experts, samples, plan, steps_per_epoch, validation, preview)
 
 
-def start_run(opts: Options, data: Dataset, learner: Learner, state: State | None) -> Run:
+def open_preview(
+    opts: Options, family: Family, texts: Texts, samples: Samples, plan: Plan, validation: list[Batch]
+) -> Preview:
+    """What previews show: prompts, and for some models the controls and the given frames of validation clips."""
+    # Previews have the size of the largest clip, or of those that they follow. Without validation clips they follow the
+    # largest sample of the first epoch.
+    images, size = opts.preview_images(family), largest_window(full_length_windows(plan.sources, plan.limits))
+    if not (opts.control_lora or (family.given and opts.held_share and not images)):
+        validation = []
+    elif not validation:
+        validation = [samples.load_batch([largest_window(chain(*plan.epoch(0)))]).to(CPU)]
+    sampler = opts.preview_sampler(family, bool(opts.distill_cfg))
+    return make_preview(texts, sampler, opts.seed, samples.open_encoders(), Scenes(size, validation, images))
+
+
+def start_run(opts: Options, data: Dataset, session: Session, state: State | None) -> Run:
     """Creates the run's folder, or restores the learner from a saved state and continues in that run's folder."""
-    control = FROM_FILE if any(source.control for source in data.train) else opts.generated_control or ""
+    control = FROM_FILE if any(source.control for source in data.train) else opts.control_type * opts.control_lora
     about = {"base_model": opts.pretrained_model_name_or_path, "control": control, "shift": f"{opts.shift:g}"}
     options, facts = to_json(opts), Facts(training_table(opts), data.fingerprint)
-    settings = RunSettings(opts.output_dir, opts.max_train_steps, opts.max_grad_norm, options, facts, about)
-    return open_run(settings, learner, state)
+    total_steps = session.schedule.total_steps
+    settings = RunSettings(opts.output_dir, total_steps, opts.max_grad_norm, options, facts, about)
+    return open_run(settings, session.learner, state)
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -234,24 +291,23 @@ def start_run(opts: Options, data: Dataset, learner: Learner, state: State | Non
 
 def train(opts: Options, device: torch.device, session: Session, run: Run) -> None:
     """Trains until the last step; validates, saves and previews in between."""
-    metrics, preview = run.metrics, session.preview
+    metrics, preview, phases = run.metrics, session.preview, session.schedule.phases
     val_seed = opts.seed if opts.val_seed is None else opts.val_seed
     save_every = opts.checkpointing_steps, opts.save_every_epochs * session.steps_per_epoch
     # The stream has no end: epoch after epoch. A resumed run skips the batches that it has already used.
-    used = run.step * opts.gradient_accumulation * len(session.phases)
+    used = session.schedule.updates_before(run.step) * opts.gradient_accumulation
     stream = session.samples.stream(session.plan, used)
     with closing(stream), run, stop_on_signals() as stop, save_on_exit(run, stop):
         while True:
             # The first Ctrl-C, SIGTERM or SIGHUP ends the run here, between two steps. `save_on_exit` saves it first.
-            last = run.step == opts.max_train_steps
+            last = run.step == session.schedule.total_steps
             if stop.requested and not last:
                 raise KeyboardInterrupt
 
             # Validation: always the same clips, noise and noise levels, so that the numbers can be compared.
             if session.validation and run.is_due(opts.val_steps) and not metrics.is_validated:
                 metrics.flush()  # what follows does not count as training time
-                encoded = (batch.to(device) for batch in tqdm(session.validation, desc="validating", leave=False))
-                metrics.log_validation(validation_loss(session.predict, encoded, val_seed), SIGMAS)
+                metrics.log_validation({phase.name: validate(phase, session, device, val_seed) for phase in phases})
 
             # A checkpoint: the LoRA, its average, and the state from which the run can be resumed.
             if run.saving_is_due(*save_every, minutes=opts.save_every_minutes):
@@ -261,7 +317,7 @@ def train(opts: Options, device: torch.device, session: Session, run: Run) -> No
             # Previews: always the same prompts from the same noise, so that only the LoRA makes a difference.
             if preview and run.is_due(opts.sample_every) and not metrics.has_previews:
                 metrics.flush()
-                metrics.log_previews(preview.generate(session.predict), preview.fps)
+                metrics.log_previews(preview.generate(session.experts.predict), preview.fps)
 
             if last:
                 metrics.say(f"look at it: python test_wan_control_lora.py --lora_path {run.last_saved} --prompt ...")
@@ -269,20 +325,27 @@ def train(opts: Options, device: torch.device, session: Session, run: Run) -> No
             take_step(opts, session, run, stream, stop)
 
 
+def validate(phase: Phase, session: Session, device: torch.device, seed: int) -> tuple[Tensor, Sequence[float]]:
+    """The losses of a phase's model at the noise levels that it is measured at, and these."""
+    encoded = (batch.to(device) for batch in tqdm(session.validation, desc="validating", leave=False))
+    with phase.speaking():
+        return validation_loss(phase.predict, encoded, seed, phase.sigmas), phase.sigmas
+
+
 def take_step(opts: Options, session: Session, run: Run, stream: Iterator[Batch], stop: Stop) -> None:
     """One step: each phase accumulates the gradients of its batches, then updates what it trains."""
     # Worker processes load the next clips meanwhile, and the host does not wait for the device: losses are copied in
     # the background, and the optimizer skips a gradient that is not finite. A step counts once all phases are updated.
-    session.learner.begin_step(len(session.phases))
-    tokens = 0
-    for phase in session.phases:
+    due, tokens = session.schedule.due(run.step), 0
+    session.learner.begin_step(len(due))
+    for phase in due:
         loss = torch.zeros(())
         with phase.speaking():
             for batch in islice(stream, opts.gradient_accumulation):
                 share = phase.loss(batch) / opts.gradient_accumulation
                 share.backward()
                 loss = loss + share.detach()
-                tokens += batch.tokens(session.model.shape.patch_size)
+                tokens += batch.tokens(session.experts.patch_size)
 
         # The optimizer step. A second Ctrl-C ends the run at once, but not in here: half an update cannot be saved.
         with stop.held():
@@ -311,6 +374,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         files = open_model(name)
     data = open_data(opts, folders, files.family)
 
+    # The plan draws everything random about the data, from the seed and the number of the epoch alone. The order of
+    # samples therefore does not depend on worker processes, and a resumed run continues in it.
+    plan = make_plan(data.train, opts.limits(files.family.grid), opts.seed, opts.cache_latents)
+
     # A resumed run must have the options and clips of the saved one. Differences are listed, and are an error without
     # --allow_changes.
     state = find_state(opts.resume_from_checkpoint, opts.output_dir) if opts.resume_from_checkpoint else None
@@ -321,8 +388,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with explain_out_of_memory():
         if opts.cache_embeddings:
             load_texts(opts, TextEncoding(files, device), data)
-        elif (session := open_session(opts, files, device, data)) is not None:
-            train(opts, device, session, start_run(opts, data, session.learner, state))
+        elif (session := open_session(opts, files, device, data, plan)) is not None:
+            train(opts, device, session, start_run(opts, data, session, state))
 
 
 if __name__ == "__main__":

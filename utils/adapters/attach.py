@@ -25,7 +25,7 @@ from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
 from utils.adapters.wantraining import TRAINER
 from utils.common.options import Replaced, option
-from utils.media.controls import CONTROL_TYPES
+from utils.media.controls import CONTROL_TYPES, ControlSignal
 from wan.modules.model import WanModel
 
 Place = Callable[[str, Tensor], Tensor]
@@ -60,11 +60,16 @@ class Control:
         minimum=0,
         requires="control_lora",
     )
+    control_i2v: bool = option(
+        False,
+        "the first frame of the control is that of the clip, so that the LoRA starts from a picture",
+        requires="control_lora",
+    )
 
     @property
-    def generated_control(self) -> str | None:
-        """The control that is made from clips, for a control LoRA."""
-        return self.control_type if self.control_lora else None
+    def control_signal(self) -> ControlSignal | None:
+        """What a control LoRA is trained to follow."""
+        return ControlSignal(self.control_type, self.control_i2v) if self.control_lora else None
 
 
 @dataclass(frozen=True)

@@ -50,14 +50,23 @@ def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def sample_sigma(count: int, shift: float, device: torch.device) -> Tensor:
-    """Noise levels (count,) for training: uniform in 0..1, then shifted. Drawn from torch's global random state."""
-    return shift_sigma(torch.rand(count, device=device), shift)
+def unshift_sigma(sigma: float, shift: float) -> float:
+    """The noise level that `shift_sigma` moves to this one; 0 and 1 stay where they are, exactly."""
+    return sigma if sigma in (0, 1) else sigma / (shift - (shift - 1) * sigma)
 
 
-def sample_noisy(clean: Tensor, shift: float) -> Noisy:
+def sample_sigma(count: int, shift: float, device: torch.device, interval: tuple[float, float] = (0, 1)) -> Tensor:
+    """Noise levels (count,) for training: uniform in 0..1, then shifted. Drawn from torch's global random state.
+
+    Of this distribution only the part in `interval` is drawn: the noise levels, after the shift, of one expert.
+    """
+    low, high = (unshift_sigma(sigma, shift) for sigma in interval)
+    return shift_sigma(low + (high - low) * torch.rand(count, device=device), shift)
+
+
+def sample_noisy(clean: Tensor, shift: float, interval: tuple[float, float] = (0, 1)) -> Noisy:
     """Latents for training, each sample at its own random noise level. Drawn from torch's global random state."""
-    sigma = sample_sigma(len(clean), shift, clean.device)
+    sigma = sample_sigma(len(clean), shift, clean.device, interval)
     return add_noise(clean, torch.randn_like(clean), sigma)
 
 

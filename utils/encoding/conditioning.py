@@ -2,12 +2,14 @@
 
     Clip --encode_clip--> Encoded --collate--> Batch --predict--> velocity
 
+The only file that knows how families differ in what the model reads besides noisy latents and text.
+
 Shape letters: B batch, C latent channels, K extra input channels, F H W latent frames, height and width,
-T text tokens, E text width. Of one sample instead of a batch there is no B.
+T text tokens, E text width, V vision tokens, I vision width. Of one sample instead of a batch there is no B.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
@@ -16,12 +18,43 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from utils.common.errors import UserError
+from utils.common.options import option
 from utils.common.tensors import map_tensors, stack_tensors
 from utils.data.loading import Clip
 from utils.diffusion.flow import Predict
-from utils.media.controls import make_control
+from utils.media.controls import ControlSignal, make_control
+from wan.configs import Family
+from wan.image2video import frame_channels, hold_first, timestep_rows
+from wan.modules.clip import VisionEncoder
 from wan.modules.model import WanModel
 from wan.modules.vae import WanVAE
+from wan.text2video import Sampler
+
+
+@dataclass(frozen=True)
+class GivenFrames:
+    """given frames"""
+
+    i2v_probability: float | None = option(
+        None,
+        "share of samples that are given their first frame, for Wan 2.2 TI2V-5B (default: 0.5)",
+        minimum=0,
+        maximum=1,
+    )
+
+    @property
+    def held_share(self) -> float:
+        """The share of samples whose first latent frame is held, of those where it can be."""
+        return 0.5 if self.i2v_probability is None else self.i2v_probability
+
+    def check_given(self, family: Family, reads_first: bool) -> None:
+        """Raises UserError for a family where the option, or start pictures of clips, would have no effect."""
+        if self.i2v_probability is not None and family.given_as != "latents":
+            always = "is always given its frames" if family.given else "is given no frames"
+            raise UserError(f"--i2v_probability has no effect: this model {always}")
+        if reads_first and not family.given:
+            raise UserError("--load_first_frame has no effect: this model is given no frames")
 
 
 @dataclass(frozen=True)
@@ -29,7 +62,10 @@ class Cond:
     """What the model is conditioned on besides the noisy latents. A new condition is a field here."""
 
     text: Tensor  # (B, T, E), zero rows where a caption is shorter
-    channels: Tensor | None = None  # (B, K, F, H, W) latents concatenated after the noisy ones, such as a control's
+    channels: Tensor | None = None  # (B, K, F, H, W) after the noisy latents: those of given frames, then a control's
+    image: Tensor | None = None  # (B, V, I) vision tokens of the given frames
+    first: Tensor | None = None  # (B, C, 1, H, W) the first latent frame, where it is given clean
+    held: Tensor | None = None  # (B,) bool: which samples are given `first`; all of them without
 
 
 @dataclass(frozen=True)
@@ -49,7 +85,7 @@ class Encoded:
         return map_tensors(self, Tensor.pin_memory)
 
     def parts(self) -> dict[str, Tensor]:
-        """What is kept in the latent cache: all tensors but the text, by field name."""
+        """What is kept in the latent cache: all tensors that encoders made but the text, by field name."""
         named = {"latents": self.latents, "mask": self.mask, **vars(self.cond)}
         return {name: part for name, part in named.items() if part is not None and name != "text"}
 
@@ -87,21 +123,61 @@ def to_pixels(video: Tensor) -> Tensor:
     return video.float().add(1.0).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8).transpose(0, 1).cpu()
 
 
-@torch.no_grad()
-def encode_clip(clip: Clip, text: Tensor, vae: WanVAE, control_type: str | None = None) -> Encoded:
-    """Encodes a clip, and with a control type its control, on the VAE's device; `text` (T, E) is the clip's caption.
+@dataclass(frozen=True)
+class Encoders:
+    """The encoders of a family, loaded, and what they make of its clips."""
 
-    A clip that comes with a control keeps it; for any other the control is made.
-    """
-    video = to_unit_range(clip.pixels.to(vae.device, non_blocking=True))
-    latents, channels, mask = encode_video(video, vae), None, None
-    if control_type is not None and clip.control is None:
-        channels = encode_video(make_control(video, control_type), vae)
-    elif control_type is not None and clip.control is not None:
-        channels = encode_video(to_unit_range(clip.control.to(vae.device, non_blocking=True)), vae)
-    if clip.mask is not None:
-        mask = pool_mask(clip.mask.to(vae.device, non_blocking=True), vae.stride)
-    return Encoded(latents, Cond(_to_device(text, vae.device), channels), mask)
+    family: Family
+    vae: WanVAE
+    vision: VisionEncoder | None = None
+    control: ControlSignal | None = None
+
+    @torch.no_grad()
+    def encode(self, clip: Clip, text: Tensor) -> Encoded:
+        """Encodes a clip and what the model is conditioned on; `text` (T, E) is the clip's caption."""
+        video, mask = self._load(clip.pixels), None
+        cond = self.condition(text, self._given_of(clip, video), video.shape[1])
+        if self.control is not None:
+            control = make_control(video, self.control.kind) if clip.control is None else self._load(clip.control)
+            cond = self.add_control(cond, control, video[:, :1] if self.control.keeps_first else None)
+        if clip.mask is not None:
+            mask = pool_mask(clip.mask.to(self.vae.device, non_blocking=True), self.vae.stride)
+        return Encoded(encode_video(video, self.vae), cond, mask)
+
+    @torch.no_grad()
+    def condition(self, text: Tensor, pictures: Mapping[int, Tensor], num_frames: int) -> Cond:
+        """The conditions of a clip of so many frames: its text (T, E), and the frames that the model is given.
+
+        `pictures` are (3, 1, H, W) in -1..1 by their place, one for each that the family is given, or none. A clip of
+        one frame has no first latent frame that could be given.
+        """
+        text = _to_device(text, self.vae.device)
+        if not pictures or (self.family.given_as == "latents" and num_frames == 1):
+            return Cond(text)
+        if self.family.given_as == "latents":
+            return Cond(text, first=encode_video(pictures[0], self.vae))
+        seen = torch.stack([picture[:, 0] for picture in pictures.values()])
+        image = None if self.vision is None else rearrange(self.vision(seen), "given V I -> (given V) I").float()
+        return Cond(text, frame_channels(pictures, num_frames, self.vae), image)
+
+    def add_control(self, cond: Cond, control: Tensor, first: Tensor | None = None) -> Cond:
+        """With the latents of a control video (3, F, H, W) as the last channels.
+
+        `first` (3, 1, H, W) replaces the control's first frame, unless that is its only one.
+        """
+        if first is not None and control.shape[1] > 1:
+            control = torch.cat([first, control[:, 1:]], dim=1)
+        latents = encode_video(control, self.vae)
+        channels = latents if cond.channels is None else torch.cat([cond.channels, latents])
+        return replace(cond, channels=channels)
+
+    def _given_of(self, clip: Clip, video: Tensor) -> dict[int, Tensor]:
+        """The frames of a clip that the family is given: its own, or a start picture in place of the first."""
+        own = {place: video[:, place : place + 1 or None] for place in self.family.given}
+        return own if clip.first is None or not own else own | {0: self._load(clip.first)}
+
+    def _load(self, pixels: Tensor) -> Tensor:
+        return to_unit_range(pixels.to(self.vae.device, non_blocking=True))
 
 
 def pool_mask(mask: Tensor, stride: tuple[int, int, int]) -> Tensor:
@@ -140,12 +216,39 @@ def _even_out(sample: Encoded, length: int, masked: bool) -> Encoded:
     return replace(sample, cond=replace(sample.cond, text=text), mask=mask)
 
 
-def inject_noise(cond: Cond, strength: float) -> Cond:
-    """Adds noise to the control latents, up to `strength` per sample, so that the model does not rely on them alone."""
+def inject_noise(cond: Cond, strength: float, num_channels: int) -> Cond:
+    """Adds noise to the control's latents, up to `strength` per sample, so that the model does not rely on them alone.
+
+    They are the last `num_channels` of the channels.
+    """
     if cond.channels is None or strength == 0:
         return cond
-    amount = torch.rand(len(cond.channels), 1, 1, 1, 1, device=cond.channels.device) * strength
-    return replace(cond, channels=cond.channels + amount * torch.randn_like(cond.channels))
+    given, control = cond.channels[:, :-num_channels], cond.channels[:, -num_channels:]
+    amount = torch.rand(len(control), 1, 1, 1, 1, device=control.device) * strength
+    return replace(cond, channels=torch.cat([given, control + amount * torch.randn_like(control)], dim=1))
+
+
+def draw_held(cond: Cond, probability: float) -> Cond:
+    """Decides for each sample whether it is given its first latent frame. Drawn from torch's global random state.
+
+    Nothing is drawn where there is no such frame.
+    """
+    if cond.first is None:
+        return cond
+    return replace(cond, held=torch.rand(len(cond.first), device=cond.first.device) < probability)
+
+
+def loss_weight(batch: Batch, cond: Cond, mask_floor: float = 1.0) -> Tensor | None:
+    """How much each position (B, F, H, W) counts in the loss; None: all alike.
+
+    Black regions of a mask count `mask_floor`, a first latent frame that is given does not count at all.
+    """
+    weight = None if batch.mask is None else mask_floor + (1 - mask_floor) * batch.mask
+    if cond.first is None:
+        return weight
+    counts = torch.ones_like(batch.latents[:, 0]) if weight is None else weight.clone()
+    counts[:, 0] *= 0.0 if cond.held is None else (~cond.held).to(counts.dtype).view(-1, 1, 1)
+    return counts
 
 
 def replace_text(cond: Cond, text: Tensor) -> Cond:
@@ -160,9 +263,29 @@ def make_predict(model: WanModel) -> Predict[Cond]:
 
 def _predict(model: WanModel, latents: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
     """Input channels for which there is no condition are zeros, as those of a control LoRA without a control."""
-    absent = model.patch_embedding.weight.shape[1] - latents.shape[1]
+    if cond.first is not None:
+        latents, timestep = hold_first(latents, cond.first, cond.held), timestep_rows(timestep, cond.held)
     if cond.channels is not None:
         latents = torch.cat([latents, cond.channels.to(latents.dtype)], dim=1)
-    elif absent > 0:
+    absent = model.patch_embedding.weight.shape[1] - latents.shape[1]
+    if absent > 0:
         latents = F.pad(latents, (0, 0, 0, 0, 0, 0, 0, absent))
-    return model(latents, timestep, cond.text)
+    return model(latents, timestep, cond.text, cond.image)
+
+
+def denoise(
+    sampler: Sampler,
+    predict: Predict[Cond],
+    noise: Tensor,
+    cond: Cond,
+    negative: Tensor | None,
+    progress: Callable[[Tensor], Iterable[Tensor]] = iter,
+) -> Tensor:
+    """Latents (B, C, F, H, W) sampled from noise under these conditions, guided away from a negative text (T, E).
+
+    A given first latent frame is that of the result. That it also replaces the one of each step is left to `predict`:
+    solvers treat every latent on its own.
+    """
+    uncond = None if negative is None else replace_text(cond, negative)
+    latents = sampler.denoise(predict, noise, cond, uncond, progress)
+    return latents if cond.first is None else hold_first(latents, cond.first, cond.held)

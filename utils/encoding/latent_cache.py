@@ -1,15 +1,18 @@
 """Encoded clips on disk: one safetensors file per window, so that training needs no VAE.
 
-    <folder>/<VAE fingerprint>/<hash of content and window>.safetensors      keys "latents", "channels", "mask"
+    <folder>/<VAE fingerprint>/<hash of content and window>.safetensors
 
-The path depends on everything that the content depends on: the bytes of the files, the frames, the size and position of
-the crop, the VAE and its dtype, the generated control. Captions are not part of it: they have a cache of their own.
+Its keys are "latents", "mask" and the names of conditions: "channels", "image", "first". The path depends on everything
+that the content depends on: the bytes of the files, the frames, the size and position of the crop, the encoders and
+their dtype, the frames that the model is given, the generated control. Captions are not part of it: they have a cache
+of their own.
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -20,18 +23,48 @@ from utils.common.formatting import counted, readable_size
 from utils.common.tensor_files import TensorFileError, read_tensors, tensor_names, write_tensors
 from utils.data.dataset import Dataset
 from utils.data.plan import Limits, Window, fixed_windows, flatten_windows
+from utils.media.controls import ControlSignal
+from wan.configs import Family
 
 ROOM_TO_LEAVE = 2**30  # bytes of a disk, for everything else
 LATENTS_PER_TOKEN = 4  # every Wan's patch is (1, 2, 2)
+VISION_TOKENS = 257  # of a picture: 16 x 16 patches and a class token
 LONGEST_EMBEDDING = 512 * 4096 * 2  # bytes of a caption that fills all of UMT5-XXL, in bf16
 
 
-class LatentCache:
-    """The latents of one VAE under `root`; `control` is the type of control that a control LoRA is trained on."""
+@dataclass(frozen=True)
+class Layout:
+    """What is cached of a clip besides its latents, and what that depends on beyond the clip's files and window."""
 
-    def __init__(self, root: Path, fingerprint: str, control: str | None) -> None:
+    given: tuple[int, ...] = ()  # the frames that the model is given
+    given_as: str = ""  # as in the family's row
+    vision: str = ""  # the fingerprint of the vision encoder, if there is one
+    control: ControlSignal | None = None
+
+    def names(self, window: Window) -> set[str]:
+        """The names of a window's parts."""
+        conditional = {
+            "channels": self.control is not None or self.given_as == "channels",
+            "image": bool(self.vision),
+            "first": self.given_as == "latents" and window.frames > 1,
+            "mask": window.source.mask is not None,
+        }
+        return {"latents", *(name for name, needed in conditional.items() if needed)}
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What the parts depend on; nothing where they are latents and a control as in version 0.1."""
+        keeps_first = self.control is not None and self.control.keeps_first
+        every = {"given": self.given, "given_as": self.given_as, "vision": self.vision, "keeps_first": keeps_first}
+        return {name: fact for name, fact in every.items() if fact}
+
+
+class LatentCache:
+    """The encoded clips of one VAE under `root`."""
+
+    def __init__(self, root: Path, fingerprint: str, layout: Layout) -> None:
         self.folder = root / fingerprint
-        self.control = control
+        self.layout = layout
         self._digests = Digests(root / DIGESTS)
         self._seen: dict[Path, str] = {}
 
@@ -41,10 +74,11 @@ class LatentCache:
         Raises UserError if the file cannot be read then.
         """
         source = window.source
-        files = [source.path, *(other.path for other in (source.control, source.mask) if other)]
-        control = ("file" if source.control else self.control, source.mask is not None)
+        kind = self.layout.control and self.layout.control.kind
+        control = ("file" if source.control else kind, source.mask is not None)
         cut = window.indices, window.width, window.height, window.position
-        facts = [[self._digest(path) for path in files], control, *cut]
+        others = [self.layout.facts] if self.layout.facts else []
+        facts = [[self._digest(path) for path in source.files], control, *cut, *others]
         return self.folder / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
 
     def _digest(self, path: Path) -> str:
@@ -56,7 +90,7 @@ class LatentCache:
         """The windows that have to be encoded, each once, in order: a file that is incomplete counts as missing."""
         by_path = {self.path(window): window for window in windows}
         self._digests.save()
-        return [window for path, window in by_path.items() if tensor_names(path) != self._expected(window)]
+        return [window for path, window in by_path.items() if tensor_names(path) != self.layout.names(window)]
 
     def load(self, window: Window) -> dict[str, Tensor]:
         """The parts stored for this window, on the CPU. Raises UserError if any is missing or unexpected."""
@@ -65,15 +99,10 @@ class LatentCache:
             parts, _ = read_tensors(path)
         except TensorFileError as error:
             raise UserError(f"{path} is missing or corrupted ({error}): run --cache_latents again") from None
-        if parts.keys() != self._expected(window):
-            found, expected = (", ".join(sorted(names)) or "nothing" for names in (parts, self._expected(window)))
+        if parts.keys() != self.layout.names(window):
+            found, expected = (", ".join(sorted(names)) or "nothing" for names in (parts, self.layout.names(window)))
             raise UserError(f"{path} holds {found}, but {expected} is needed: run --cache_latents again")
         return parts
-
-    def _expected(self, window: Window) -> set[str]:
-        """The names of a window's parts."""
-        conditional = {"channels": self.control is not None, "mask": window.source.mask is not None}
-        return {"latents", *(name for name, needed in conditional.items() if needed)}
 
     def store(self, window: Window, parts: Mapping[str, Tensor]) -> None:
         """Writes the parts atomically, so that an interrupted pass can be resumed. Raises RunError if it fails."""
@@ -107,16 +136,24 @@ class LatentCache:
         return freed
 
 
-def latent_bytes(windows: Iterable[Window], channels: int) -> int:
-    """The size of the fp32 latents of these windows, with `channels` in all, and of their masks."""
-    return 4 * sum(
-        window.tokens * LATENTS_PER_TOKEN * (channels + (window.source.mask is not None)) for window in windows
-    )
+def cached_bytes(windows: Iterable[Window], family: Family, has_control: bool) -> int:
+    """The size of what is cached of these windows, all of it fp32."""
+    channels = family.in_dim + family.out_dim * has_control
+    vision = VISION_TOKENS * len(family.given) * family.shape.image_dim
+    first = family.out_dim if family.given_as == "latents" else 0
+    return 4 * sum(_latents(window, channels, first) + vision for window in windows)
 
 
-def format_cache_size(data: Dataset, limits: Limits, channels: int) -> str:
-    """One line: the disk space of both caches; `channels` counts the latents of a clip and of its control, if any."""
+def _latents(window: Window, channels: int, first: int) -> int:
+    """The numbers of a window's latents, masks and conditions, `first` channels of them in a first frame of its own."""
+    positions = window.tokens * LATENTS_PER_TOKEN
+    latent_frames = 1 + (window.frames - 1) // window.grid.frame
+    return positions * (channels + (window.source.mask is not None)) + first * positions // latent_frames
+
+
+def format_cache_size(data: Dataset, limits: Limits, family: Family, has_control: bool) -> str:
+    """One line: the disk space of both caches."""
     windows = flatten_windows(fixed_windows(data.train, limits, 1))
-    latents, texts = readable_size(latent_bytes(windows, channels)), len(set(data.captions))
+    latents, texts = readable_size(cached_bytes(windows, family, has_control)), len(set(data.captions))
     longest = readable_size(LONGEST_EMBEDDING)
     return f"on disk: --cache_latents N takes N times {latents}, each of {counted(texts, 'text')} at most {longest}"

@@ -20,12 +20,12 @@ from utils.common.formatting import readable_size
 from utils.common.options import option
 from utils.data.loading import Clip, batches, load_ahead, load_clip
 from utils.data.plan import Plan, Window
-from utils.encoding.conditioning import Batch, Encoded, collate, encode_clip
-from utils.encoding.latent_cache import LatentCache, latent_bytes
-from wan.checkpoints import ModelFiles, load_vae, vae_fingerprint
-from wan.modules.vae import WanVAE
+from utils.encoding.conditioning import Batch, Encoded, Encoders, collate
+from utils.encoding.latent_cache import LatentCache, Layout, cached_bytes
+from utils.media.controls import ControlSignal
+from wan.checkpoints import ModelFiles, load_vae, load_vision_encoder, vae_fingerprint, vision_fingerprint
 
-VAE_DTYPE = torch.float32  # as in official use
+ENCODER_DTYPE = torch.float32
 Loaded = TypeVar("Loaded")
 LoadText = Callable[[str], Tensor]  # from a caption to its embedding (T, E)
 
@@ -52,9 +52,8 @@ class Caches:
 class Samples(Protocol):
     """What a training loop sees of `FreshSamples` and `CachedSamples`."""
 
-    @property
-    def vae(self) -> WanVAE:
-        """The VAE, for decoding; loaded at the first use."""
+    def open_encoders(self) -> Encoders:
+        """The encoders, for previews; loaded at the first call."""
         ...
 
     def load_batch(self, windows: Sequence[Window]) -> Batch:
@@ -72,12 +71,14 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class FreshSamples:
-    """Clips are encoded at every step; `control` is the type of control that a control LoRA is trained on."""
+    """Clips are encoded at every step."""
 
-    vae: WanVAE
+    encoders: Encoders
     texts: LoadText
-    control: str | None = None
     num_workers: int = 0  # processes that load clips
+
+    def open_encoders(self) -> Encoders:
+        return self.encoders
 
     @staticmethod
     def load(window: Window) -> Clip:
@@ -85,7 +86,7 @@ class FreshSamples:
 
     def batch(self, clips: Sequence[Clip]) -> Batch:
         """Pixels and captions become latents and text on the VAE's device."""
-        return collate([encode_clip(clip, self.texts(clip.caption), self.vae, self.control) for clip in clips])
+        return collate([self.encoders.encode(clip, self.texts(clip.caption)) for clip in clips])
 
     def load_batch(self, windows: Sequence[Window]) -> Batch:
         return self.batch([self.load(window) for window in windows])
@@ -96,17 +97,20 @@ class FreshSamples:
 
 @dataclass(frozen=True)
 class CachedSamples:
-    """Clips were encoded before: no encoder is needed. The VAE is loaded by `open_vae` if something is decoded."""
+    """Clips were encoded before: no encoder is needed until previews `load` them."""
 
     latents: LatentCache
     texts: LoadText
     device: torch.device
-    open_vae: Callable[[], WanVAE]
+    load_encoders: Callable[[], Encoders]
     num_workers: ClassVar[int] = 0  # a cached clip is loaded in a millisecond
 
     @cached_property
-    def vae(self) -> WanVAE:
-        return self.open_vae()
+    def _encoders(self) -> Encoders:
+        return self.load_encoders()
+
+    def open_encoders(self) -> Encoders:
+        return self._encoders
 
     def load(self, window: Window) -> Encoded:
         return Encoded.from_parts(self.latents.load(window), self.texts(window.caption))
@@ -130,38 +134,47 @@ def _stream(
 
 @dataclass(frozen=True)
 class LatentEncoding:
-    """The VAE of a model, not loaded; `control` is the type of control that a control LoRA is trained on."""
+    """The encoders of a model, not loaded; `control` is what a control LoRA is trained to follow."""
 
     files: ModelFiles
     device: torch.device
-    control: str | None = None
+    control: ControlSignal | None = None
 
-    def load_vae(self) -> WanVAE:
-        return load_vae(self.files, self.device, VAE_DTYPE)
+    def load(self) -> Encoders:
+        """The encoders on the device, in fp32. Raises CheckpointError."""
+        vision = load_vision_encoder(self.files, self.device, ENCODER_DTYPE) if self.files.clip else None
+        vae = load_vae(self.files, self.device, ENCODER_DTYPE)
+        return Encoders(self.files.family, vae, vision, self.control)
+
+    @property
+    def layout(self) -> Layout:
+        """What is cached of a clip."""
+        family = self.files.family
+        vision = vision_fingerprint(self.files, ENCODER_DTYPE) if self.files.clip else ""
+        return Layout(family.given, family.given_as, vision, self.control)
 
     def encode_missing(self, root: Path, windows: Sequence[Window], num_workers: int) -> LatentCache:
-        """The cache under `root` with the latents of all these windows; prints how many had to be encoded.
+        """The cache under `root` with all these windows; prints how many had to be encoded.
 
         Raises UserError if the disk is too small, and as loading clips does.
         """
-        cache = LatentCache(root, vae_fingerprint(self.files, VAE_DTYPE), self.control)
+        cache = LatentCache(root, vae_fingerprint(self.files, ENCODER_DTYPE), self.layout)
         missing = cache.missing(windows)
         known = len({cache.path(window) for window in windows}) - len(missing)
         say(f"latents: {len(missing)} to encode, {known} cached")
         if missing:
-            channels = self.files.family.out_dim * (1 + (self.control is not None))
-            size = latent_bytes(missing, channels)
+            size = cached_bytes(missing, self.files.family, self.control is not None)
             cache.check_disk_space(size)
             say(f"latents: writing {readable_size(size)} to {cache.folder}")
             self._encode(cache, missing, num_workers)
         return cache
 
     def _encode(self, cache: LatentCache, missing: Sequence[Window], num_workers: int) -> None:
-        vae, no_text = self.load_vae(), torch.empty(0, 0)
+        encoders, no_text = self.load(), torch.empty(0, 0)
         with closing(load_ahead([(window,) for window in missing], load_clip, num_workers)) as clips:
             progress = tqdm(clips, "encoding latents", len(missing), unit="clip")
             for window, (clip,) in zip(missing, progress, strict=True):
-                cache.store(window, encode_clip(clip, no_text, vae, self.control).parts())
+                cache.store(window, encoders.encode(clip, no_text).parts())
 
 
 def open_samples(
@@ -172,8 +185,8 @@ def open_samples(
     With `--prune_cache` the cached latents of all other windows are removed.
     """
     if not caches.cache_latents:
-        return FreshSamples(encoding.load_vae(), texts, encoding.control, num_workers)
+        return FreshSamples(encoding.load(), texts, num_workers)
     latents = encoding.encode_missing(root / LATENTS, windows, num_workers)
     if caches.prune_cache:
         say(f"latents: removed {readable_size(latents.prune(windows))} that this run does not use")
-    return CachedSamples(latents, texts, encoding.device, encoding.load_vae)
+    return CachedSamples(latents, texts, encoding.device, encoding.load)

@@ -1,5 +1,7 @@
 """Control signals made from a clip's own pixels."""
 
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as T
@@ -8,6 +10,17 @@ CONTROL_TYPES = ("tile",)
 FROM_FILE = "file"
 TILE_FACTOR = 4
 BLUR_SIZE, BLUR_SIGMA = 15, 3.0
+
+
+@dataclass(frozen=True)
+class ControlSignal:
+    """What a control LoRA is trained to follow: a type of control, which is made of clips that come without one.
+
+    With `keeps_first` the first frame of a control is that of the clip itself.
+    """
+
+    kind: str
+    keeps_first: bool = False
 
 
 def tile(video: Tensor) -> Tensor:

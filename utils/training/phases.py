@@ -1,13 +1,15 @@
 """What the training loop runs, and all that its options decide."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from utils.diffusion.flow import Predict
 from utils.diffusion.objectives import Objective
-from utils.encoding.conditioning import Batch
+from utils.encoding.conditioning import Batch, Cond
+from utils.training.experts import ExpertOptions
 from utils.training.learner import Update
 from utils.training.memory import MemoryOptions
 from utils.training.optim import Optimization
@@ -16,7 +18,7 @@ from utils.training.validation import Validation
 
 
 @dataclass(frozen=True)
-class TrainingOptions(Objective, Optimization, MemoryOptions, Validation, Previews):
+class TrainingOptions(Objective, Optimization, ExpertOptions, MemoryOptions, Validation, Previews):
     """training"""
 
 
@@ -25,8 +27,9 @@ class Phase:
     """One update of a step: who speaks, a loss, and the update that it leads to.
 
     `speaking` opens a span in which one adapter of the model answers. It must hold forward and backward together: a
-    checkpointed block runs again in the backward pass, and must meet the adapter that its forward met.
-    `loss` maps a batch to a scalar; `step` clips, updates, and moves schedule and average. Metrics appear under `name`.
+    checkpointed block runs again in the backward pass, and must meet the adapter that its forward met. Inside,
+    `predict` is the model's answer and `loss` maps a batch to a scalar. `step` clips, updates, and moves schedule and
+    average. `sigmas` are the noise levels to validate at. Metrics appear under `name`.
 
     Ordinary training is one phase. Two experts are two phases that take turns; a student and its critic are two that
     share a step.
@@ -34,5 +37,44 @@ class Phase:
 
     name: str
     speaking: Callable[[], AbstractContextManager[None]]
+    predict: Predict[Cond]
     loss: Callable[[Batch], Tensor]
     step: Callable[[], Update]
+    sigmas: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which phases a step of the run has: one, in turns of `turn` steps, until each has taken its own number."""
+
+    phases: Sequence[Phase]
+    steps: Sequence[int]  # of each phase
+    turn: int = 1
+
+    @property
+    def total_steps(self) -> int:
+        """The steps of the run."""
+        return sum(self.steps)
+
+    def due(self, step: int) -> Sequence[Phase]:
+        """The phases of the step that follows so many steps."""
+        return (self.phases[in_turn(step, self.steps, self.turn)],)
+
+    def updates_before(self, step: int) -> int:
+        """The number of phases in all of the steps before this one."""
+        return step
+
+
+def in_turn(step: int, steps: Sequence[int], turn: int) -> int:
+    """Whose turn the step after so many is: 0, 1, ... again and again, `turn` steps each.
+
+    Who has taken its own number of `steps` is left out. After the last step of all it is the last one's turn still.
+    """
+    left, last = list(steps), 0
+    while any(left):
+        for index in range(len(left)):
+            taken = min(turn, left[index])
+            if step < taken:
+                return index
+            step, left[index], last = step - taken, left[index] - taken, index if taken else last
+    return last

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +12,11 @@ from tqdm import tqdm
 
 from utils.common.errors import UserError
 from utils.common.options import option
+from utils.common.tensors import map_tensors
 from utils.data.plan import Window
 from utils.diffusion.flow import Predict, seeded_noise
-from utils.encoding.conditioning import Batch, Cond, replace_text, to_pixels
+from utils.encoding.conditioning import Batch, Cond, Encoders, denoise, replace_text, to_pixels
+from utils.encoding.pictures import check_pictures, load_pictures
 from utils.encoding.text import Texts, read_prompt
 from wan.configs import Family
 from wan.modules.vae import WanVAE
@@ -45,6 +47,32 @@ class Previews:
         requires="sample_prompts",
         affects_training=False,
     )
+
+    sample_images: tuple[str, ...] = option(
+        (),
+        "pictures to start previews from, one for each prompt or one for all; FIRST,LAST for models given both "
+        "(default: the frames of validation clips)",
+        requires="sample_prompts",
+        affects_training=False,
+    )
+
+    @property
+    def preview_prompts(self) -> list[str]:
+        """The prompts of previews, none by default. Raises UserError as `read_prompts` does."""
+        return [] if self.sample_prompts is None else read_prompts(self.sample_prompts)
+
+    def preview_images(self, family: Family) -> list[list[Path]]:
+        """The pictures that each preview starts from, or none.
+
+        Raises UserError for another number of entries than prompts, and where one is not what the family is given.
+        """
+        count, given = len(self.preview_prompts), self.sample_images
+        if len(given) not in (0, 1, count):
+            raise UserError(f"--sample_images has {len(given)} entries for {count} prompts: give one, or one for each")
+        sets = [[Path(name.strip()) for name in entry.split(",")] for entry in given]
+        for paths in sets:
+            check_pictures(paths, family, "--sample_images")
+        return sets * count if len(sets) == 1 else sets
 
     def preview_sampler(self, family: Family, distilled: bool) -> Sampler:
         """As the family is sampled; without guidance where a LoRA has it distilled into it. Options override both."""
@@ -84,8 +112,7 @@ class Preview:
         for number, request in enumerate(self.requests, 1):
             batch = Batch(request.noise, request.cond).to(device)
             progress = partial(tqdm, desc=f"preview {number} of {len(self.requests)}", unit="step", leave=False)
-            uncond = None if negative is None else replace_text(batch.cond, negative)
-            latents = self.sampler.denoise(predict, batch.latents, batch.cond, uncond, progress)
+            latents = denoise(self.sampler, predict, batch.latents, batch.cond, negative, progress)
             with torch.no_grad():
                 frames = to_pixels(self.vae.decode(latents)[0])
             if request.control is not None:
@@ -111,28 +138,53 @@ def read_prompts(given: str) -> list[str]:
     return [given]
 
 
+@dataclass(frozen=True)
+class Scenes:
+    """What previews show: how large, and what they are given besides their prompts.
+
+    Prompts take the `clips` in turn: the controls and the given frames of these. `images` replace the frames.
+    """
+
+    size: Window
+    clips: Sequence[Batch] = ()
+    images: Sequence[Sequence[Path]] = ()  # a set for each prompt, or none
+
+
 @torch.no_grad()
 def make_requests(
-    prompts: Sequence[tuple[str, Tensor]], shape: Sequence[int], seed: int, vae: WanVAE, clips: Sequence[Batch] = ()
+    prompts: Sequence[tuple[str, Tensor]], scenes: Scenes, seed: int, encoders: Encoders
 ) -> list[Request]:
-    """A request per prompt and its text (T, E): for latents (C, F, H, W), or like the clips whose control it follows.
-
-    The clips are taken in turn. A request's noise depends on the seed and its place alone.
-    """
-    requests = []
+    """A request per prompt and its text (T, E). A request's noise depends on the seed and its place alone."""
+    vae, requests = encoders.vae, []
     for index, (prompt, text) in enumerate(prompts):
-        clip = clips[index % len(clips)] if clips else None
-        size = (1, *shape) if clip is None else clip.latents.shape
-        noise = seeded_noise(size, seed + index)
-        cond = Cond(text[None]) if clip is None else replace_text(clip.cond, text)
-        control = None if cond.channels is None else to_pixels(vae.decode(cond.channels.to(vae.device))[0])
-        requests.append(Request(prompt, noise, cond, control))
+        clip = scenes.clips[index % len(scenes.clips)] if scenes.clips else None
+        cond = Cond(text[None]) if clip is None else replace(replace_text(clip.cond, text), held=None)
+        size = scenes.size.frames, scenes.size.height, scenes.size.width
+        shape = (1, *vae.latent_shape(*size)) if clip is None else clip.latents.shape
+        if scenes.images:
+            cond = _given_images(cond, scenes.images[index], shape, encoders)
+        control = None
+        if encoders.control is not None and cond.channels is not None:
+            followed = cond.channels[0, -encoders.family.out_dim :].to(vae.device)
+            control = to_pixels(vae.decode(followed[None])[0])
+        requests.append(Request(prompt, seeded_noise(shape, seed + index), cond, control))
     return requests
 
 
-def make_preview(
-    texts: Texts, sampler: Sampler, family: Family, seed: int, vae: WanVAE, size: Window, clips: Sequence[Batch] = ()
-) -> Preview:
-    """Previews of this size, or of that of the clips whose control they follow; noise from the seed."""
-    shape = vae.latent_shape(size.frames, size.height, size.width)
-    return Preview(make_requests(texts.previews, shape, seed, vae, clips), texts.negative, sampler, family.fps, vae)
+def _given_images(cond: Cond, paths: Sequence[Path], shape: Sequence[int], encoders: Encoders) -> Cond:
+    """The conditions with these pictures as the given frames; a control stays."""
+    frames, height, width = encoders.vae.video_shape(*shape[2:])
+    pictures = load_pictures(paths, encoders.family, width, height)
+    pictures = {place: picture.to(encoders.vae.device) for place, picture in pictures.items()}
+    given = map_tensors(encoders.condition(cond.text[0], pictures, frames), lambda part: part[None].cpu())
+    if encoders.control is not None and cond.channels is not None:
+        control = cond.channels[:, -encoders.family.out_dim :]
+        channels = control if given.channels is None else torch.cat([given.channels, control], dim=1)
+        return replace(given, channels=channels)
+    return given
+
+
+def make_preview(texts: Texts, sampler: Sampler, seed: int, encoders: Encoders, scenes: Scenes) -> Preview:
+    """Previews of these scenes; noise from the seed."""
+    requests = make_requests(texts.previews, scenes, seed, encoders)
+    return Preview(requests, texts.negative, sampler, encoders.family.fps, encoders.vae)

@@ -313,6 +313,11 @@ class WanVAE(nn.Module):
         time, space, _ = self.stride
         return self.z_dim, (frames - 1) // time + 1, height // space, width // space
 
+    def video_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(F, H, W) of the video that latents of so many frames, rows and columns decode to."""
+        time, space, _ = self.stride
+        return time * (frames - 1) + 1, height * space, width * space
+
     def encode(self, video: Tensor) -> Tensor:
         """video (B, 3, F, H, W) in [-1, 1] -> normalised latents (B, z_dim, (F - 1) / 4 + 1, H / 8, W / 8).
 

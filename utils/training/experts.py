@@ -1,0 +1,158 @@
+"""Models with several experts: which of them are trained, with which options, and which is on the device."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Generic, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from utils.common.errors import UserError
+from utils.common.options import option
+from utils.diffusion.flow import Predict
+from utils.encoding.conditioning import Cond, make_predict
+from wan.configs import Expert, Family
+from wan.modules.model import WanModel
+from wan.text2video import part_at
+
+T = TypeVar("T")
+SIDES = ("high", "low")
+OWN = ("learning_rate", "lora_rank", "lora_alpha", "max_train_steps")  # options that each expert may have of its own
+
+
+@dataclass(frozen=True)
+class ExpertOptions:
+    """experts of Wan 2.2 A14B"""
+
+    expert: str = option(
+        "both",
+        "which expert to train; full: a model without experts",
+        choices=("both", *SIDES, "full"),
+        aliases=("boundary_type",),
+    )
+    expert_phase_steps: int = option(200, "with both, steps of one expert before the other takes its turn", minimum=1)
+    high_learning_rate: float | None = option(None, "learning rate of the high-noise expert", minimum=0)
+    low_learning_rate: float | None = option(None, "learning rate of the low-noise expert", minimum=0)
+    high_lora_rank: int | None = option(None, "rank of the high-noise expert's LoRA", minimum=1)
+    low_lora_rank: int | None = option(None, "rank of the low-noise expert's LoRA", minimum=1)
+    high_lora_alpha: float | None = option(None, "alpha of the high-noise expert's LoRA", minimum=0.001)
+    low_lora_alpha: float | None = option(None, "alpha of the low-noise expert's LoRA", minimum=0.001)
+    high_max_train_steps: int | None = option(None, "steps of the high-noise expert", minimum=1)
+    low_max_train_steps: int | None = option(None, "steps of the low-noise expert", minimum=1)
+
+    def roles(self, family: Family) -> "list[Role[Self]]":
+        """The experts of a family that are trained, from high noise to low; the only transformer of most families.
+
+        Raises UserError where the family has no such expert, and for options of an expert that is not trained.
+        """
+        several = len(family.experts) > 1
+        if several and self.expert == "full":
+            raise UserError("--expert full means a model without experts, but this one has two: high, low or both")
+        if not several and self.expert in ("high", "low"):
+            raise UserError(f"--expert {self.expert}: this model has no experts, leave it out")
+        names = [expert.name for expert in family.experts if self.expert in ("both", "full", _side(expert.name))]
+        for side in SIDES:
+            given = next((name for name in OWN if getattr(self, f"{side}_{name}") is not None), None)
+            if given and side not in map(_side, names):
+                raise UserError(f"--{side}_{given} would be ignored: no {side}-noise expert is trained")
+        return [
+            Role(expert, self._options_of(expert), alone=not several)
+            for expert in family.experts
+            if expert.name in names
+        ]
+
+    def _options_of(self, expert: Expert) -> Self:
+        """The options as they are for one expert: with its own values where it has any."""
+        own = {name: getattr(self, f"{_side(expert.name)}_{name}", None) for name in OWN}
+        return replace(self, **{name: value for name, value in own.items() if value is not None})
+
+
+def _side(name: str) -> str:
+    """What the options of an expert begin with: "high" for "high_noise"."""
+    return name.removesuffix("_noise")
+
+
+@dataclass(frozen=True)
+class Role(Generic[T]):
+    """One transformer in training: its row, the run's options as they are for it, and how its results are named."""
+
+    expert: Expert
+    opts: T
+    alone: bool = True  # whether the family has no other
+
+    @property
+    def name(self) -> str:
+        """The transformer's name in its family."""
+        return self.expert.name
+
+    @property
+    def trainable(self) -> str:
+        """The name that tells its files from those of another."""
+        return "lora" if self.alone else self.name
+
+    @property
+    def phase(self) -> str:
+        """The name that its metrics appear under."""
+        return "train" if self.alone else self.name
+
+    @property
+    def label(self) -> str:
+        """What a line about it begins with."""
+        return "" if self.alone else f"{self.name}: "
+
+
+class Experts:
+    """The transformers of a model, one of which is on the device while the base weights of others wait on the CPU.
+
+    Trained parameters stay on the device, so optimizers never notice. A model with one transformer is never moved.
+    """
+
+    def __init__(self, models: Mapping[str, WanModel], boundaries: tuple[float, ...], device: torch.device) -> None:
+        """`models` by the names of the family's experts, from high noise to low; the first is on the device."""
+        self.models = dict(models)
+        self.boundaries = boundaries
+        self.device = device
+        self.active = next(iter(models))
+        for model in models.values():
+            _move(model, device, trained=True)
+
+    def activate(self, name: str) -> None:
+        """Brings an expert's base weights to the device, after those of the other have left it."""
+        if name != self.active:
+            _move(self.models[self.active], torch.device("cpu"), trained=False)
+            _move(self.models[name], self.device, trained=False)
+            self.active = name
+
+    @contextmanager
+    def speaking(self, name: str, adapter: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """A span in which this expert is on the device and answers with its adapter."""
+        self.activate(name)
+        with adapter():
+            yield
+
+    @property
+    def patch_size(self) -> tuple[int, int, int]:
+        """How many latent frames, rows and columns make a token."""
+        return self.models[self.active].shape.patch_size
+
+    @property
+    def predict(self) -> Predict[Cond]:
+        """The answer of whichever expert a timestep belongs to; all samples must share it."""
+        if len(self.models) == 1:
+            return make_predict(next(iter(self.models.values())))
+        return self._predict
+
+    def _predict(self, latents: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+        name = list(self.models)[part_at(self.boundaries, timestep)]
+        self.activate(name)
+        return make_predict(self.models[name])(latents, timestep, cond)
+
+
+def _move(model: nn.Module, device: torch.device, trained: bool) -> None:
+    """Moves the parameters that are trained, or all others, with the buffers."""
+    for parameter in model.parameters():
+        if parameter.requires_grad == trained:
+            parameter.data = parameter.data.to(device)
+    for buffer in () if trained else model.buffers():
+        buffer.data = buffer.data.to(device)
