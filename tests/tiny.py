@@ -2,24 +2,27 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from nano.text_encoder import write_tokenizer
 from utils.adapters.full_model import write_config, write_pth
 from utils.media.frames import save_image, write_video
 from wan.checkpoints import INDEX, TRANSFORMER
 from wan.configs import FAMILIES
+from wan.modules.clip import VisionShape, official_shapes
 from wan.modules.model import WanModel, WanShape
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
 
 DATA = Path(__file__).parent / "data"
 FAMILY = FAMILIES["wan2.1-t2v-1.3B"]  # of every small model here
+CLIP = FAMILIES["wan2.1-i2v-14B-480P"].clip
 TINY_SHAPE = WanShape(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, text_len=64, freq_dim=32)
 VOCAB_SIZE = 512  # more than the tokenizer has
 WORDS = (
@@ -28,16 +31,21 @@ WORDS = (
 ).split()
 
 
+def draw(name: str, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """A parameter by its name: matrices and kernels keep the scale, norm weights are around 1, biases small."""
+    drawn = torch.randn(shape, generator=generator)
+    if "gamma" in name or "norm" in name:
+        return 1 + 0.1 * drawn
+    if "token_embedding" in name or "pos_embedding" in name:
+        return drawn
+    return drawn / math.sqrt(drawn[0].numel()) if drawn.ndim > 1 else 0.1 * drawn
+
+
 def initialise(module: nn.Module, seed: int) -> None:
-    """Draw every parameter: matrices and kernels that keep the scale, norm weights around 1, small biases."""
+    """Draw every parameter."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
-        draw = torch.randn(parameter.shape, generator=generator)
-        if "gamma" in name or "norm" in name:
-            draw = 1 + 0.1 * draw
-        elif "token_embedding" not in name and "pos_embedding" not in name:
-            draw = draw / math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 0.1 * draw
-        parameter.data.copy_(draw)
+        parameter.data.copy_(draw(name, parameter.shape, generator))
 
 
 def tiny_vae(dim: int = 8, seed: int = 0) -> WanVAE:
@@ -65,6 +73,25 @@ def write_text_encoder(folder: Path, encoder: UMT5Encoder) -> None:
     """Write the weights as the released file, in bf16, and the tokenizer."""
     write_tokenizer(folder / FAMILY.tokenizer, WORDS)
     write_pth(folder / FAMILY.text_encoder, encoder)
+
+
+def tiny_clip(dim: int = 80, seed: int = 0) -> dict[str, Tensor]:
+    """The weights of a vision encoder with three blocks of width `dim`, under their official names."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = official_shapes(VisionShape(dim=dim, mlp_dim=2 * dim, num_layers=3, projection_dim=32))
+    return {name: draw(name, size, generator) for name, size in sizes.items()}
+
+
+def write_clip(folder: Path, dim: int = 80) -> Path:
+    """Write a vision encoder as the released file, beside parts of a text encoder that nothing reads; its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unread = {
+        "log_scale": torch.tensor(4.6),
+        "textual.norm.weight": torch.ones(8),
+        "textual.head.0.bias": torch.ones(3),
+    }
+    torch.save(unread | tiny_clip(dim), folder / CLIP)
+    return folder / CLIP
 
 
 def tiny_transformer(shape: WanShape = TINY_SHAPE, seed: int = 0) -> WanModel:

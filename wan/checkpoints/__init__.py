@@ -7,7 +7,7 @@ vae = load_vae(files)
 
 from wan.checkpoints.errors import CheckpointError, ModelNotFoundError
 from wan.checkpoints.find import LOCAL_MODELS, ModelFiles, find_family, find_model, open_model
-from wan.checkpoints.fingerprints import text_encoder_fingerprint, vae_fingerprint
+from wan.checkpoints.fingerprints import text_encoder_fingerprint, vae_fingerprint, vision_fingerprint
 from wan.checkpoints.headers import INDEX, TRANSFORMER, TransformerFiles
 from wan.checkpoints.load import (
     Place,
@@ -17,6 +17,7 @@ from wan.checkpoints.load import (
     load_text_encoder,
     load_transformer,
     load_vae,
+    load_vision_encoder,
     load_weights,
 )
 
@@ -37,8 +38,10 @@ __all__ = [
     "load_text_encoder",
     "load_transformer",
     "load_vae",
+    "load_vision_encoder",
     "load_weights",
     "open_model",
     "text_encoder_fingerprint",
     "vae_fingerprint",
+    "vision_fingerprint",
 ]

@@ -30,6 +30,7 @@ class ModelFiles:
     text_encoder: Path
     tokenizer: Path
     text_len: int  # text tokens that the transformers read
+    clip: Path | None = None  # the file of the vision encoder, for a model that reads given frames through one
 
     @property
     def transformer(self) -> TransformerFiles:
@@ -87,6 +88,13 @@ def open_model(path: AnyPath | None = None, **files: AnyPath | None) -> ModelFil
     first = next(iter(transformers.values()))
     source = str(first.path if path is None else path)
     return ModelFiles(source, family, transformers, text_len=first.shape.text_len, **parts)
+
+
+def clip_file(files: ModelFiles) -> Path:
+    """The file of the model's vision encoder. Raises CheckpointError for a model that has none."""
+    if files.clip is None:
+        raise CheckpointError(f"{files.source} has no vision encoder: its transformer reads no image tokens")
+    return files.clip
 
 
 def _transformer_folders(folder: Path) -> dict[str, Path]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from wan.checkpoints.find import ModelFiles
+from wan.checkpoints.find import ModelFiles, clip_file
 from wan.checkpoints.headers import existing
 
 
@@ -17,6 +17,11 @@ def text_encoder_fingerprint(files: ModelFiles, dtype: torch.dtype) -> str:
 def vae_fingerprint(files: ModelFiles, dtype: torch.dtype) -> str:
     """Equal for equal weights and dtype."""
     return _fingerprint(f"{dtype}", files.vae)
+
+
+def vision_fingerprint(files: ModelFiles, dtype: torch.dtype) -> str:
+    """Equal for equal weights and dtype. Raises CheckpointError for a model without a vision encoder."""
+    return _fingerprint(f"{dtype}", clip_file(files))
 
 
 def _fingerprint(settings: str, *paths: Path) -> str:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from wan.checkpoints.errors import CheckpointError
-from wan.checkpoints.find import ModelFiles
+from wan.checkpoints.find import ModelFiles, clip_file
 from wan.checkpoints.headers import TransformerFiles, count_blocks, reading_widths
-from wan.checkpoints.tensors import open_tensors, read_pth
+from wan.checkpoints.tensors import Shape, open_tensors, read_pth
+from wan.modules.clip import PREFIX, VisionEncoder, official_shapes, vision_shape
 from wan.modules.model import WanModel, is_fp32
 from wan.modules.t5 import TextEncoder, UMT5Encoder
 from wan.modules.tokenizers import Tokenizer
@@ -37,7 +38,7 @@ def load_weights(
     device, quantised, with a LoRA added. The model may have been changed before, such as by wider inputs or layers of
     another class. Raises CheckpointError unless its names are those of the file and its shapes those `place` returns.
     """
-    _check_names(model, files.tensors, files.path)
+    _check_names(model.state_dict(), files.tensors, files.path)
     with open_tensors(files.tensors, device) as read:
         state = {name: place(name, read(name)) for name in progress(list(files.tensors))}
     return _assign(model, state, files.path)
@@ -84,27 +85,47 @@ def load_text_encoder(files: ModelFiles, dtype: torch.dtype, device: Device) -> 
     return TextEncoder(_fill(encoder, state, path).to(device, dtype), tokenizer)
 
 
+def load_vision_encoder(files: ModelFiles, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> VisionEncoder:
+    """The frozen vision encoder, without its last block. Raises CheckpointError as `load_transformer` does.
+
+    The official file also holds the text encoder of the CLIP, which stays on disk.
+    """
+    path = clip_file(files)
+    weights = {name: tensor for name, tensor in read_pth(path).items() if name.startswith(PREFIX)}
+    with reading_widths(path):
+        shape = vision_shape(weights)
+        encoder = _on_meta(lambda: VisionEncoder(shape))
+    expected = official_shapes(shape)
+    _check_names(expected, weights, path)
+    _check_shapes(expected, weights, path)
+    encoder.load_official(weights)
+    return encoder.to(device, dtype)
+
+
 def _on_meta(build: Callable[[], Module]) -> Module:
     with torch.device("meta"):
         return build().eval().requires_grad_(False)
 
 
 def _fill(module: Module, state: Mapping[str, Tensor], path: Path) -> Module:
-    _check_names(module, state, path)
+    _check_names(module.state_dict(), state, path)
     return _assign(module, state, path)
 
 
 def _assign(module: Module, state: Mapping[str, Tensor], path: Path) -> Module:
-    expected = module.state_dict()
-    _refuse(path, "has a wrong shape of", [name for name in state if state[name].shape != expected[name].shape])
+    _check_shapes({name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}, state, path)
     module.load_state_dict(state, assign=True)
     return module
 
 
-def _check_names(module: nn.Module, names: Iterable[str], path: Path) -> None:
-    expected, found = module.state_dict().keys(), set(names)
+def _check_names(expected: Mapping[str, object], names: Iterable[str], path: Path) -> None:
+    found = set(names)
     _refuse(path, "lacks", [name for name in expected if name not in found])
     _refuse(path, "has the foreign", [name for name in names if name not in expected])
+
+
+def _check_shapes(expected: Mapping[str, Shape], state: Mapping[str, Tensor], path: Path) -> None:
+    _refuse(path, "has a wrong shape of", [name for name in state if state[name].shape != expected[name]])
 
 
 def _refuse(path: Path, fault: str, names: Sequence[str]) -> None:

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from tests.damage import edit_pth
-from wan.checkpoints import open_model, text_encoder_fingerprint, vae_fingerprint
+from tests.damage import edit_pth, refused
+from tests.tiny import write_clip
+from wan.checkpoints import open_model, text_encoder_fingerprint, vae_fingerprint, vision_fingerprint
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -35,6 +36,15 @@ def test_the_fingerprint_of_a_vae_changes_with_weights_and_dtype(folder):
     edit_pth(files.vae, lambda s: s["conv2.bias"][0].add_(1))
     seen.append(vae_fingerprint(files, FP32))
     assert len(set(seen)) == len(seen)
+
+
+def test_the_fingerprint_of_a_vision_encoder_changes_with_weights_and_dtype(whole, tmp_path):
+    files = replace(open_model(whole), clip=write_clip(tmp_path))
+    seen = [vision_fingerprint(files, FP32), vision_fingerprint(files, BF16)]
+    edit_pth(files.clip, lambda s: s["visual.pre_norm.bias"][0].add_(1))
+    seen.append(vision_fingerprint(files, FP32))
+    assert len(set(seen)) == len(seen)
+    refused("has no vision encoder", vision_fingerprint, replace(files, clip=None), FP32)
 
 
 def test_the_fingerprint_of_a_large_file_sees_its_beginning_and_its_end(folder):

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.damage import edit_pth, edit_tensors, refused
-from tests.tiny import FAMILY, TINY_SHAPE, tiny_text_encoder, tiny_transformer, tiny_vae, write_transformer
+from tests.tiny import (
+    CLIP,
+    FAMILY,
+    TINY_SHAPE,
+    tiny_clip,
+    tiny_text_encoder,
+    tiny_transformer,
+    tiny_vae,
+    write_clip,
+    write_transformer,
+)
 from utils.adapters.lora import widen_patch_embedding
 from wan.checkpoints import (
     TRANSFORMER,
@@ -21,10 +32,12 @@ from wan.checkpoints import (
     load_text_encoder,
     load_transformer,
     load_vae,
+    load_vision_encoder,
     load_weights,
     open_model,
 )
 from wan.checkpoints.headers import read_config, read_transformer
+from wan.modules.clip import VisionEncoder, vision_shape
 from wan.modules.model import is_fp32
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -218,3 +231,54 @@ def loading(part: str, folder: Path) -> tuple[Callable, ...]:
 def test_many_missing_tensors_are_counted_not_listed(folder):
     edit_tensors(folder, lambda s: [s.pop(name) for name in list(s) if name.startswith("blocks.1.self_attn")])
     assert "and 7 more" in refused("lacks tensor", load_transformer, files_of(folder), FP32)
+
+
+# ------------------------------------------------------------------------------------------------ the vision encoder
+
+
+@pytest.mark.parametrize("dim", [32, 80])
+def test_the_vision_encoder_of_any_width_loads_exactly_and_without_what_is_beside_it(whole, tmp_path, dim):
+    files = replace(open_model(whole), clip=write_clip(tmp_path, dim))
+    encoder, expected = load_vision_encoder(files), VisionEncoder(vision_shape(tiny_clip(dim)))
+    expected.load_official(tiny_clip(dim))
+    state = encoder.state_dict()
+    assert state.keys() == expected.state_dict().keys()
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in state.items())
+    assert not encoder.training and not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert encoder.encode(torch.zeros(1, 3, 20, 30)).shape == (1, 257, dim)
+    assert load_vision_encoder(files, "cpu", BF16).visual.pre_layrnorm.weight.dtype == BF16
+
+
+def drop_block(state: dict[str, Tensor]) -> None:
+    for name in [name for name in state if name.startswith("visual.transformer.1.")]:
+        del state[name]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda s: s.pop("visual.pre_norm.bias"), r"lacks tensor visual\.pre_norm\.bias"),
+        (lambda s: s.pop("visual.pos_embedding"), r"lacks the tensor visual\.pos_embedding"),
+        (lambda s: s.pop("visual.transformer.2.mlp.2.bias"), r"lacks tensor visual\.transformer\.2\.mlp\.2\.bias"),
+        (drop_block, r"lacks tensor visual\.transformer\.1\.norm1\.weight.* and 9 more"),
+        (
+            lambda s: s.update({"visual.patch_embedding.bias": torch.ones(80)}),
+            r"foreign tensor visual\.patch_emb",
+        ),
+        (lambda s: s.update({"visual.head": torch.ones(79, 32)}), r"wrong shape of tensor visual\.head"),
+        (lambda s: s.update({"visual.pos_embedding": torch.ones(1, 256, 80)}), r"wrong shape of tensor visual\.pos"),
+        (
+            lambda s: s.update({"visual.patch_embedding.weight": torch.ones(96, 3, 14, 14)}),
+            "96 is not a multiple of",
+        ),
+        (lambda s: s.update({"visual.patch_embedding.weight": torch.ones(80)}), "unexpected shape"),
+    ],
+)
+def test_a_vision_encoder_of_another_layout_is_refused_by_official_names(whole, tmp_path, edit, message):
+    path = write_clip(tmp_path)
+    edit_pth(path, edit)
+    assert CLIP in refused(message, load_vision_encoder, replace(open_model(whole), clip=path))
+
+
+def test_a_model_without_a_vision_encoder_says_so(whole):
+    assert str(whole) in refused("has no vision encoder", load_vision_encoder, replace(open_model(whole), clip=None))
