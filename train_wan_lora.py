@@ -74,6 +74,7 @@ from wan.checkpoints import (
     open_model,
 )
 from wan.configs import Family
+from wan.modules.model import WanModel
 
 CPU = torch.device("cpu")
 
@@ -105,13 +106,13 @@ class Options(General, SetupOptions, DataOptions, Caches, GivenFrames, AdapterOp
 
 
 def training_loss(
-    batch: Batch, opts: Options, sigmas: tuple[float, float], adapter: LoraAdapter, negative: Tensor | None
+    batch: Batch, opts: Options, sigmas: tuple[float, float], model: WanModel, negative: Tensor | None
 ) -> Tensor:
     """How far the model's velocity is from its target: a scalar, fp32."""
     # Flow matching. Latents move in a straight line to Gaussian noise, and each clip is shown at a noise level of its
     # own: uniform in 0..1, then shifted towards noise, where the layout of a video is decided. One of several experts
     # sees only the levels that it is responsible for.
-    predict = make_predict(adapter.model)
+    predict = make_predict(model)
     cond = inject_noise(batch.cond, opts.control_inject_noise, batch.latents.shape[1])
     cond = draw_held(cond, opts.held_share)
     noisy = sample_noisy(batch.latents, opts.shift, sigmas)
@@ -120,7 +121,7 @@ def training_loss(
     # of the base model, which is asked here without the LoRA and without gradients. Sampling then needs no guidance.
     target = noisy.velocity
     if opts.distill_cfg and negative is not None:
-        with speaking(adapter.model, None):
+        with speaking(model, None):
             target = guided_target(noisy, predict, cond, replace_text(cond, negative), opts.distill_cfg)
 
     # Black regions of a mask count a little too: with weight zero the LoRA could do anything to them. A first frame
@@ -192,7 +193,8 @@ def load_experts(
     """The transformers, and the adapters of those that are trained, both by name."""
     # Most models have one. Of two experts only the one that speaks is on the device. One that is not trained serves
     # previews alone, where it answers as it is.
-    models, adapters = {}, {}
+    models: dict[str, WanModel] = {}
+    adapters: dict[str, LoraAdapter] = {}
     trained, previews = {role.name: role.opts for role in roles}, roles[0].opts.sample_prompts is not None
     for expert in files.family.experts:
         name, where = expert.name, CPU if models else device
@@ -206,7 +208,9 @@ def load_experts(
 
 def make_phase(role: Role[Options], adapter: LoraAdapter, experts: Experts, learner: Learner, texts: Texts) -> Phase:
     """The update of one LoRA: it speaks, forward and backward, and its optimizer follows."""
-    loss = partial(training_loss, opts=role.opts, sigmas=role.expert.sigmas, adapter=adapter, negative=texts.negative)
+    loss = partial(
+        training_loss, opts=role.opts, sigmas=role.expert.sigmas, model=adapter.model, negative=texts.negative
+    )
     update = partial(learner.update, role.trainable, role.opts.max_grad_norm)
     span = partial(experts.speaking, role.name, adapter.speaking)
     return Phase(role.phase, span, make_predict(adapter.model), loss, update, quantiles(*role.expert.sigmas))
@@ -273,7 +277,7 @@ def open_preview(
     elif not validation:
         validation = [samples.load_batch([largest_window(chain(*plan.epoch(0)))]).to(CPU)]
     sampler = opts.preview_sampler(family, bool(opts.distill_cfg))
-    return make_preview(texts, sampler, opts.seed, samples.open_encoders(), Scenes(size, validation, images))
+    return make_preview(texts, sampler, opts.seed, samples.open_encoders(), Scenes(size.bucket, validation, images))
 
 
 def start_run(opts: Options, data: Dataset, session: Session, state: State | None) -> Run:

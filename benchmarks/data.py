@@ -29,12 +29,12 @@ from utils.data.folders import Folder, Rules
 from utils.data.loading import batches, load_clip
 from utils.data.plan import Limits, Plan, Window, fixed_windows, flatten_windows
 from utils.data.scan import Source, scan
-from utils.encoding.latent_cache import LatentCache
+from utils.encoding.conditioning import Encoders
+from utils.encoding.latent_cache import LatentCache, Layout
 from utils.encoding.samples import CachedSamples
 from utils.encoding.text_cache import TextCache
 from utils.media.probing import MediaInfo, is_image
 from wan.configs import FAMILIES
-from wan.modules.vae import WanVAE
 
 WIDTH, HEIGHT, FRAMES = 832, 480, 25
 GRID = FAMILIES["wan2.1-t2v-1.3B"].grid
@@ -102,13 +102,13 @@ def measure_cache() -> list[TableRow]:
     try:
         limits = Limits(TOKENS, batch_size=4, grid=GRID)
         sources = [made_up_source(folder, number) for number in range(CACHED_CLIPS)]
-        cache, texts = LatentCache(folder / "latents", "vae", None), TextCache(folder / "text", "encoder")
+        cache, texts = LatentCache(folder / "latents", "vae", Layout()), TextCache(folder / "text", "encoder")
         cache.check_disk_space(0)
         texts.store(["a clip"], lambda captions: [torch.randn(100, 4096) for _ in captions])
         fixed = fixed_windows(sources, limits, 1)
         for window in flatten_windows(fixed):
             cache.store(window, {"latents": torch.randn(16, (FRAMES - 1) // 4 + 1, HEIGHT // 8, WIDTH // 8)})
-        samples = CachedSamples(cache, texts.load, torch.device("cpu"), WanVAE)  # the VAE is never used
+        samples = CachedSamples(cache, texts.load, torch.device("cpu"), no_encoders)
         plan = Plan(sources, limits, 0, fixed)
         return [
             (f"warm cache, {workers} workers", round(speed(samples, plan, workers)), "samples per second", "200")
@@ -124,6 +124,11 @@ def made_up_source(folder: Path, number: int) -> Source:
     path.write_bytes(number.to_bytes(4, "big"))
     info = MediaInfo(WIDTH, HEIGHT, FRAMES, 16.0)
     return Source(path, ("a clip",), info, range(FRAMES), folder, Rules())
+
+
+def no_encoders() -> Encoders:
+    """A warm cache needs none."""
+    raise AssertionError("the encoders were loaded")
 
 
 def speed(samples: CachedSamples, plan: Plan, num_workers: int) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import train_wan_lora
+from tests.encoders import encoders_of
 from tests.limits import limits
 from tests.tiny import TINY_SHAPE, tiny_transformer, tiny_vae, write_clips, write_model, write_transformer
 from utils.adapters.attach import plan_adapter
@@ -21,7 +22,7 @@ from utils.data.plan import validation_windows
 from utils.data.scan import scan
 from utils.diffusion.flow import add_noise
 from utils.diffusion.objectives import squared_error
-from utils.encoding.conditioning import Batch, Cond, collate, encode_clip, make_predict
+from utils.encoding.conditioning import Batch, Cond, collate, make_predict
 from utils.encoding.text import EMBEDDINGS
 from utils.media.probing import probe
 from utils.runs.metrics import Metrics
@@ -48,7 +49,7 @@ def batch(tmp_path_factory) -> Batch:
     folder = Folder(write_clips(tmp_path_factory.mktemp("clips")) / "val", Rules(base_res=(64,)))
     (window,) = validation_windows(scan(folder, 16.0)[0], limits(token_limit=50), 1)
     text = torch.randn(6, TINY_SHAPE.text_dim, generator=torch.Generator().manual_seed(0))
-    return collate([encode_clip(load_clip(window), text, tiny_vae(), "tile")])
+    return collate([encoders_of(tiny_vae(), "tile").encode(load_clip(window), text)])
 
 
 def updater_of(parameters: Iterable[nn.Parameter], spec: OptimizerSpec) -> Updater:
@@ -101,7 +102,7 @@ def test_a_bf16_base_as_on_a_gpu_trains_fp32_adapters(tmp_path: Path, batch: Bat
     negative = torch.randn(3, TINY_SHAPE.text_dim) if opts.distill_cfg else None
     sample = batch if opts.control_lora else Batch(batch.latents, Cond(batch.cond.text))
     for _ in range(3):
-        loss = train_wan_lora.training_loss(sample, opts, model, make_predict(model), negative)
+        loss = train_wan_lora.training_loss(sample, opts, (0.0, 1.0), model, negative)
         loss.backward()
         assert loss.dtype == torch.float32 and updater.step(1.0).isfinite()
     assert all(parameter.dtype == torch.float32 and parameter.abs().max() > 0 for parameter in parameters)

@@ -44,13 +44,14 @@ def script_steps(
     """
     import train_wan_lora as script
     from utils.data.loading import Clip
-    from utils.encoding.conditioning import Batch, Cond, make_predict
+    from utils.encoding.conditioning import Batch, Cond, Encoders
     from utils.encoding.samples import FreshSamples
     from utils.encoding.text_cache import TextCache
+    from wan.configs import FAMILIES
 
     device = inputs.text.device
     opts, model = script.Options(), trainee.model
-    loss = partial(script.training_loss, opts=opts, model=model, predict=make_predict(model), negative=None)
+    loss = partial(script.training_loss, opts=opts, sigmas=(0.0, 1.0), model=model, negative=None)
     text = inputs.text[:, : sizes.text_tokens]
     texts = TextCache(folder, "random")
     texts.store([CAPTION], lambda captions: [text[0].cpu()])
@@ -58,7 +59,8 @@ def script_steps(
     clip = Clip(pixels, CAPTION)
     if device.type == "cuda":
         clip = clip.pin_memory()  # like the clips that the trainer's loader returns
-    batch, samples = Batch(inputs.noisy.clean, Cond(text)), FreshSamples(random_vae(sizes.vae_dim, device), texts.load)
+    encoders = Encoders(FAMILIES["wan2.1-t2v-1.3B"], random_vae(sizes.vae_dim, device))
+    batch, samples = Batch(inputs.noisy.clean, Cond(text)), FreshSamples(encoders, texts.load)
 
     def train_on(batch: Batch) -> None:
         loss(batch).backward()

@@ -13,7 +13,6 @@ from tqdm import tqdm
 from utils.common.errors import UserError
 from utils.common.options import option
 from utils.common.tensors import map_tensors
-from utils.data.plan import Window
 from utils.diffusion.flow import Predict, seeded_noise
 from utils.encoding.conditioning import Batch, Cond, Encoders, denoise, replace_text, to_pixels
 from utils.encoding.pictures import check_pictures, load_pictures
@@ -145,7 +144,7 @@ class Scenes:
     Prompts take the `clips` in turn: the controls and the given frames of these. `images` replace the frames.
     """
 
-    size: Window
+    size: tuple[int, int, int]  # width, height, frames
     clips: Sequence[Batch] = ()
     images: Sequence[Sequence[Path]] = ()  # a set for each prompt, or none
 
@@ -159,8 +158,8 @@ def make_requests(
     for index, (prompt, text) in enumerate(prompts):
         clip = scenes.clips[index % len(scenes.clips)] if scenes.clips else None
         cond = Cond(text[None]) if clip is None else replace(replace_text(clip.cond, text), held=None)
-        size = scenes.size.frames, scenes.size.height, scenes.size.width
-        shape = (1, *vae.latent_shape(*size)) if clip is None else clip.latents.shape
+        width, height, frames = scenes.size
+        shape = (1, *vae.latent_shape(frames, height, width)) if clip is None else clip.latents.shape
         if scenes.images:
             cond = _given_images(cond, scenes.images[index], shape, encoders)
         control = None

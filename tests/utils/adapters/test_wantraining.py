@@ -13,7 +13,7 @@ from utils.adapters.lora import select_modules
 from utils.adapters.lora_file import LoraFile
 from utils.common.errors import UserError
 from utils.common.options import parse_options
-from utils.training.validation import SIGMAS
+from utils.training.validation import QUANTILES
 from wan.checkpoints import open_model
 
 TRAINER, TEST_SCRIPT = train_wan_lora.Options, test_wan_control_lora.Options
@@ -98,4 +98,4 @@ def test_what_has_no_meaning_here_is_refused_with_what_to_use(flags, message):
 def test_the_sigmas_that_replace_val_timestep_are_those_of_the_validation():
     with pytest.raises(UserError) as caught:
         parse_options(TRAINER, ["--val_timestep", "500"])
-    assert "0.1, 0.3, 0.5, 0.7 and 0.9" in str(caught.value) and SIGMAS == (0.1, 0.3, 0.5, 0.7, 0.9)
+    assert "0.1, 0.3, 0.5, 0.7 and 0.9" in str(caught.value) and QUANTILES == (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.encoders import encoders_of
 from tests.tiny import TINY_SHAPE, tiny_transformer, tiny_vae
 from utils.adapters.lora import widen_patch_embedding
 from utils.data.loading import Clip
@@ -14,7 +15,6 @@ from utils.encoding.conditioning import (
     Cond,
     Encoded,
     collate,
-    encode_clip,
     encode_video,
     inject_noise,
     make_predict,
@@ -64,7 +64,7 @@ def test_pixels_are_clamped_and_the_video_is_left_alone():
 
 def test_a_clip_becomes_its_latents_and_its_text(vae):
     text = torch.randn(4, WIDTH)
-    encoded = encode_clip(make_clip(), text, vae)
+    encoded = encoders_of(vae).encode(make_clip(), text)
     expected = vae.encode(make_pixels().float()[None] / 127.5 - 1)[0]
     torch.testing.assert_close(encoded.latents, expected)
     assert encoded.latents.shape == (16, 2, 2, 4) and not encoded.latents.requires_grad
@@ -72,20 +72,20 @@ def test_a_clip_becomes_its_latents_and_its_text(vae):
 
 
 def test_with_a_control_type_the_control_is_made_from_the_pixels(vae):
-    encoded = encode_clip(make_clip(), torch.randn(4, WIDTH), vae, "tile")
+    encoded = encoders_of(vae, "tile").encode(make_clip(), torch.randn(4, WIDTH))
     expected = vae.encode(tile(to_unit_range(make_pixels()))[None])[0]
     assert torch.equal(encoded.cond.channels, expected)
     assert not torch.allclose(encoded.cond.channels, encoded.latents)
 
 
 def test_a_control_file_takes_the_place_of_the_made_control(vae):
-    encoded = encode_clip(make_clip(make_pixels(seed=1)), torch.randn(4, WIDTH), vae, "tile")
+    encoded = encoders_of(vae, "tile").encode(make_clip(make_pixels(seed=1)), torch.randn(4, WIDTH))
     assert torch.equal(encoded.cond.channels, encode_video(to_unit_range(make_pixels(seed=1)), vae))
     assert torch.equal(encoded.latents, encode_video(to_unit_range(make_pixels()), vae))
 
 
 def test_without_a_control_type_a_control_file_is_not_encoded(vae):
-    assert encode_clip(make_clip(make_pixels(seed=1)), torch.randn(4, WIDTH), vae).cond.channels is None
+    assert encoders_of(vae).encode(make_clip(make_pixels(seed=1)), torch.randn(4, WIDTH)).cond.channels is None
 
 
 def test_latents_are_fp32_even_from_a_half_precision_vae():
@@ -158,15 +158,15 @@ def test_a_batch_moves_with_all_it_holds():
 
 def test_injected_noise_is_off_at_0_and_without_control():
     cond = collate([make_encoded(0, 3, control=True)]).cond
-    assert inject_noise(cond, 0.0) is cond
+    assert inject_noise(cond, 0.0, 16) is cond
     plain = collate([make_encoded(0, 3)]).cond
-    assert inject_noise(plain, 0.5) is plain
+    assert inject_noise(plain, 0.5, 16) is plain
 
 
 def test_injected_noise_has_another_amount_for_each_sample_up_to_the_strength():
     torch.manual_seed(0)
     cond = Cond(torch.zeros(64, 1, WIDTH), torch.zeros(64, 16, 2, 8, 8))
-    amounts = inject_noise(cond, 0.5).channels.flatten(1).std(dim=1)
+    amounts = inject_noise(cond, 0.5, 16).channels.flatten(1).std(dim=1)
     assert amounts.max() < 0.52 and amounts.max() > 0.4
     assert amounts.min() < 0.1 and amounts.mean().item() == pytest.approx(0.25, abs=0.06)
 
@@ -174,7 +174,7 @@ def test_injected_noise_has_another_amount_for_each_sample_up_to_the_strength():
 def test_injected_noise_is_added_to_a_copy_of_the_control_alone():
     cond = collate([make_encoded(0, 3, control=True)]).cond
     before = cond.channels.clone()
-    noisy = inject_noise(cond, 0.5)
+    noisy = inject_noise(cond, 0.5, 16)
     assert torch.equal(cond.channels, before) and not torch.equal(noisy.channels, before)
     assert noisy.text is cond.text
 

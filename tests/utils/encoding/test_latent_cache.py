@@ -11,7 +11,8 @@ from utils.data.folders import Folder, Rules
 from utils.data.plan import Window, fixed_windows, flatten_windows
 from utils.data.scan import scan
 from utils.encoding import latent_cache
-from utils.encoding.latent_cache import LatentCache, latent_bytes
+from utils.encoding.latent_cache import LatentCache, Layout, latent_bytes
+from utils.media.controls import ControlSignal
 
 LIMITS = limits(token_limit=60)
 
@@ -25,7 +26,7 @@ def window(tmp_path) -> Window:
 
 
 def cache(tmp_path: Path, fingerprint: str = "vae", control: str | None = None) -> LatentCache:
-    found = LatentCache(tmp_path / "cache", fingerprint, control)
+    found = LatentCache(tmp_path / "cache", fingerprint, Layout(control=control and ControlSignal(control)))
     found.check_disk_space(0)
     return found
 
@@ -109,7 +110,7 @@ def test_pruning_removes_what_no_window_needs_also_of_other_vaes(tmp_path, windo
 def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda path: FullDisk)
     with pytest.raises(UserError, match=r"the latents take 5\.00 GB, and .* has 1\.00 GB free"):
-        LatentCache(tmp_path / "cache", "vae", None).check_disk_space(5_000_000_000)
+        LatentCache(tmp_path / "cache", "vae", Layout()).check_disk_space(5_000_000_000)
 
 
 class FullDisk:
@@ -119,9 +120,9 @@ class FullDisk:
 def test_a_folder_that_cannot_be_made_or_written_is_reported(tmp_path, window):
     (tmp_path / "cache").write_text("in the way")
     with pytest.raises(UserError, match="--cache_dir"):
-        LatentCache(tmp_path / "cache", "vae", None).check_disk_space(0)
+        LatentCache(tmp_path / "cache", "vae", Layout()).check_disk_space(0)
     with pytest.raises(RunError, match="cannot write latents"):
-        LatentCache(tmp_path / "nowhere", "vae", None).store(window, PARTS)
+        LatentCache(tmp_path / "nowhere", "vae", Layout()).store(window, PARTS)
 
 
 def test_the_size_that_is_printed_is_that_of_the_files(tmp_path, window):

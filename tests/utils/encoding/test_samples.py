@@ -18,9 +18,9 @@ from utils.common.errors import UserError
 from utils.data.folders import Folder, Rules
 from utils.data.plan import Plan, Window, fixed_windows, flatten_windows
 from utils.data.scan import scan
-from utils.encoding.conditioning import make_predict
 from utils.encoding.samples import CachedSamples, Caches, FreshSamples, LatentEncoding, Samples, open_samples
 from utils.encoding.text import TextEncoding
+from utils.media.controls import ControlSignal
 from wan.checkpoints import open_model
 
 CPU = torch.device("cpu")
@@ -43,10 +43,10 @@ def both(folder: Path, model: Path, windows: list[Window], control: str | None) 
     texts = TextEncoding(files, CPU)
     captions = texts.cache(folder / "text")
     texts.encode_missing({captions: [window.caption for window in windows]})
-    encoding = LatentEncoding(files, CPU, control)
+    encoding = LatentEncoding(files, CPU, control and ControlSignal(control))
     cache = encoding.encode_missing(folder / "latents", windows, num_workers=0)
-    fresh = FreshSamples(encoding.load_vae(), captions.load, control)
-    return fresh, CachedSamples(cache, captions.load, CPU, encoding.load_vae)
+    fresh = FreshSamples(encoding.load(), captions.load)
+    return fresh, CachedSamples(cache, captions.load, CPU, encoding.load)
 
 
 @pytest.mark.parametrize("control", [None, "tile"])
@@ -67,7 +67,7 @@ def test_the_loss_is_the_same_to_the_bit(tmp_path, model, control):
         for samples in both(tmp_path, model, windows, control):
             batch = samples.load_batch([window])
             torch.manual_seed(1)
-            losses.append(train_wan_lora.training_loss(batch, opts, transformer, make_predict(transformer), None))
+            losses.append(train_wan_lora.training_loss(batch, opts, (0.0, 1.0), transformer, None))
         assert torch.equal(*losses)
 
 
@@ -157,14 +157,14 @@ def test_closing_a_stream_ends_the_loading(tmp_path, model, monkeypatch):
     assert ended == [1]
 
 
-def test_the_vae_of_cached_samples_is_loaded_when_something_is_decoded_and_once(tmp_path, model, monkeypatch):
+def test_the_encoders_of_cached_samples_are_loaded_when_they_are_asked_for_and_once(tmp_path, model, monkeypatch):
     video(tmp_path / "a.mp4", frames=9)
     _, cached = both(tmp_path, model, windows_of(tmp_path), None)
     loads, load_vae = [], utils.encoding.samples.load_vae
     monkeypatch.setattr(utils.encoding.samples, "load_vae", lambda *args: loads.append(args) or load_vae(*args))
     cached.load_batch(windows_of(tmp_path)[:1])
     assert not loads
-    assert cached.vae is cached.vae and len(loads) == 1
+    assert cached.open_encoders() is cached.open_encoders() and len(loads) == 1
 
 
 def test_samples_are_opened_as_the_options_say(tmp_path, model, capsys):

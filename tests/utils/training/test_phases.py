@@ -54,7 +54,8 @@ def test_each_of_two_phases_changes_its_own_adapter_alone(checkpointing):
         return predict(batch.latents, timestep, batch.cond).square().mean()
 
     phases = [
-        Phase(name, adapter.speaking, loss, partial(learner.update, name, 1.0)) for name, adapter in adapters.items()
+        Phase(name, adapter.speaking, predict, loss, partial(learner.update, name, 1.0), ())
+        for name, adapter in adapters.items()
     ]
     learner.begin_step(len(phases))
     for phase in phases:

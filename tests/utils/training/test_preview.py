@@ -1,13 +1,15 @@
 import pytest
 import torch
 
+from tests.encoders import encoders_of
 from tests.tiny import tiny_vae
 from utils.common.errors import UserError
 from utils.encoding.conditioning import Batch, Cond, to_pixels
-from utils.training.preview import Preview, make_requests, read_prompts
+from utils.training.preview import Preview, Scenes, make_requests, read_prompts
 from wan.text2video import Sampler
 
 SHAPE = (16, 2, 4, 4)
+FREE = Scenes((32, 32, 5))  # videos of this shape that follow nothing
 
 
 class Model:
@@ -39,25 +41,27 @@ def clip(value: float) -> Batch:
 
 def test_requests_differ_in_noise_by_their_place_and_are_the_same_each_time(vae):
     prompts = [("fox", text(1)), ("fox", text(1))]
-    first, second = make_requests(prompts, SHAPE, 7, vae)
-    again, _ = make_requests(prompts, SHAPE, 7, vae)
+    first, second = make_requests(prompts, FREE, 7, encoders_of(vae))
+    again, _ = make_requests(prompts, FREE, 7, encoders_of(vae))
     assert first.noise.shape == (1, *SHAPE) and first.control is None
     assert torch.equal(first.noise, again.noise) and not torch.equal(first.noise, second.noise)
-    assert not torch.equal(first.noise, make_requests(prompts, SHAPE, 8, vae)[0].noise)
+    assert not torch.equal(first.noise, make_requests(prompts, FREE, 8, encoders_of(vae))[0].noise)
 
 
 def test_requests_follow_the_clips_in_turn_and_show_what_they_follow(vae):
     clips = [clip(0.5), clip(-0.5)]
-    requests = make_requests([(name, text(1)) for name in "abc"], (1, 1, 1, 1), 0, vae, clips)
+    requests = make_requests(
+        [(name, text(1)) for name in "abc"], Scenes((16, 16, 1), clips), 0, encoders_of(vae, "tile")
+    )
     assert [request.cond.channels.mean().item() for request in requests] == [0.5, -0.5, 0.5]
     assert all(request.noise.shape == (1, *SHAPE) for request in requests)
-    (_, frames), *_ = Preview(requests, None, Sampler("euler", 1, 1.0, 5.0), 16, vae).generate(Model())
+    (_, frames), *_ = Preview(requests, None, Sampler("euler", 1, (1.0,), 5.0), 16, vae).generate(Model())
     left, right = frames.chunk(2, dim=3)
     assert torch.equal(left, to_pixels(vae.decode(clips[0].cond.channels)[0])) and not torch.equal(left, right)
 
 
 def test_a_preview_leaves_the_random_state_and_no_gradient(vae):
-    requests = make_requests([("fox", text(1).requires_grad_())], SHAPE, 0, vae)
+    requests = make_requests([("fox", text(1).requires_grad_())], FREE, 0, encoders_of(vae))
     state = torch.get_rng_state()
     model = Model()
     ((prompt, frames),) = Preview(requests, text(0.2), Sampler("unipc", 2, (3.0,), 5.0), 16, vae).generate(model)
