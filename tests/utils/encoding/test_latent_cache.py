@@ -6,12 +6,13 @@ import torch
 
 from tests.limits import limits
 from tests.media import video
+from tests.tiny import FAMILY
 from utils.common.errors import RunError, UserError
 from utils.data.folders import Folder, Rules
 from utils.data.plan import Window, fixed_windows, flatten_windows
 from utils.data.scan import scan
 from utils.encoding import latent_cache
-from utils.encoding.latent_cache import LatentCache, Layout, latent_bytes
+from utils.encoding.latent_cache import LatentCache, Layout, cached_bytes
 from utils.media.controls import ControlSignal
 
 LIMITS = limits(token_limit=60)
@@ -129,7 +130,7 @@ def test_the_size_that_is_printed_is_that_of_the_files(tmp_path, window):
     store = cache(tmp_path)
     window = replace(window, source=replace(window.source, mask=None))
     store.store(window, {name: torch.zeros(16, *shape(window)) for name in ("latents", "channels")})
-    told = latent_bytes([window], 32)
+    told = cached_bytes([window], FAMILY, has_control=True)
     assert told <= store.path(window).stat().st_size <= told + 1000
 
 
