@@ -1,8 +1,15 @@
 """The same model as other libraries build it."""
 
-from diffusers import WanTransformer3DModel
+import json
+import re
+from pathlib import Path
+
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
 from wan.modules.model import WanShape
+from wan.modules.vae2_2 import Wan22VAE
+
+VAE22_NAMES = json.loads((Path(__file__).parent / "data" / "keymap_vae22_diffusers.json").read_text(encoding="utf-8"))
 
 
 def diffusers_transformer(shape: WanShape) -> WanTransformer3DModel:
@@ -15,3 +22,32 @@ def diffusers_transformer(shape: WanShape) -> WanTransformer3DModel:
         ffn_dim=shape.ffn_dim,
         num_layers=shape.num_layers,
     ).eval()
+
+
+def diffusers_vae22(vae: Wan22VAE) -> AutoencoderKLWan:
+    """diffusers' VAE of Wan 2.2 with the weights of ours, frozen; its statistics are those of Wan 2.1."""
+    reference = AutoencoderKLWan(
+        base_dim=len(vae.encoder.conv1.weight),
+        decoder_base_dim=len(vae.get_parameter("decoder.head.0.gamma")),
+        z_dim=vae.z_dim,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        scale_factor_temporal=4,
+    )
+    state = {vae22_to_diffusers(name): tensor for name, tensor in vae.state_dict().items()}
+    reference.load_state_dict(state, assign=True)
+    return reference.eval().requires_grad_(False)
+
+
+def vae22_to_diffusers(name: str) -> str:
+    """The name in AutoencoderKLWan of a parameter of Wan22VAE."""
+    for pattern, replacement in VAE22_NAMES["rules_structural"]:
+        name, count = re.subn(pattern, replacement, name)
+        if count:
+            break
+    for pattern, replacement in VAE22_NAMES["then_all"]:
+        name = re.sub(pattern, replacement, name)
+    return name

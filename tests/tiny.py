@@ -19,6 +19,7 @@ from wan.modules.clip import VisionShape, official_shapes
 from wan.modules.model import WanModel, WanShape
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
+from wan.modules.vae2_2 import Wan22VAE
 
 DATA = Path(__file__).parent / "data"
 FAMILY = FAMILIES["wan2.1-t2v-1.3B"]  # of every small model here
@@ -53,6 +54,14 @@ def tiny_vae(dim: int = 8, seed: int = 0) -> WanVAE:
     vae = WanVAE(dim)
     initialise(vae, seed)
     vae.conv1.weight.data.mul_(4)  # the statistics that normalise the latents expect wider ones
+    return vae.eval().requires_grad_(False)
+
+
+def tiny_vae22(dim: int = 8, decoder_dim: int = 8, seed: int = 0) -> Wan22VAE:
+    """The Wan 2.2 VAE with so many channels at the highest resolution, frozen, with latents and frames as above."""
+    vae = Wan22VAE(dim, decoder_dim)
+    initialise(vae, seed)
+    vae.conv1.weight.data.mul_(1.5)
     return vae.eval().requires_grad_(False)
 
 

@@ -16,6 +16,7 @@ from wan.modules.model import WanModel, is_fp32
 from wan.modules.t5 import TextEncoder, UMT5Encoder
 from wan.modules.tokenizers import Tokenizer
 from wan.modules.vae import WanVAE
+from wan.modules.vae2_2 import Wan22VAE
 
 Device = torch.device | str
 Place = Callable[[str, Tensor], Tensor]  # from a tensor's official name and its content to what the model holds
@@ -61,12 +62,25 @@ def load_transformer(
 
 
 def load_vae(files: ModelFiles, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
-    """The frozen VAE, fp32 as in official use. Raises CheckpointError as `load_transformer` does."""
+    """The frozen VAE of the release that the file is of, fp32 as in official use.
+
+    Raises CheckpointError as `load_transformer` does, and for a VAE whose latents the model cannot read.
+    """
     path, state = files.vae, read_pth(files.vae)
     with reading_widths(path):
-        base, z_dim = len(state["encoder.conv1.weight"]), len(state["conv2.weight"])
-        vae = _on_meta(lambda: WanVAE(dim=base, z_dim=z_dim))
+        vae = _on_meta(lambda: _vae_like(state))
+    if vae.z_dim != (needed := files.family.out_dim):
+        kind = f"the {vae.release} VAE, which has {vae.z_dim} latent channels"
+        raise CheckpointError(f"{path} is {kind}; the model has {needed}: give it {files.family.vae}")
     return _fill(vae, state, path).to(device, dtype)
+
+
+def _vae_like(state: Mapping[str, Tensor]) -> WanVAE:
+    """A VAE of the release and the widths of these tensors."""
+    dim, z_dim = len(state["encoder.conv1.weight"]), len(state["conv2.weight"])
+    if "decoder.upsamples.0.upsamples.0.residual.2.weight" in state:
+        return Wan22VAE(dim, len(state["decoder.head.0.gamma"]), z_dim)
+    return WanVAE(dim, z_dim)
 
 
 def load_text_encoder(files: ModelFiles, dtype: torch.dtype, device: Device) -> TextEncoder:

@@ -1,5 +1,7 @@
 """The causal video VAE of Wan 2.1: video (B, 3, F, H, W) in [-1, 1] <-> normalised latents (B, 16, f, h, w).
 
+That of Wan 2.2, in `wan.modules.vae2_2`, is made of the same layers.
+
 Frame n does not depend on frame n+1, so a video is processed in chunks: one frame, then as many as make one latent
 frame, or several latent frames if the frames are small. `Past` holds what the temporal convolutions still need of
 earlier chunks, so that memory does not grow with the length.
@@ -8,6 +10,7 @@ B batch, C channels, F frames, H height, W width; f, h, w the same counts after 
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as functional
@@ -267,13 +270,18 @@ def decoder(z_dim: int, widths: Sequence[int], num_res_blocks: int, temporal: Se
 
 
 class WanVAE(nn.Module):
-    """The Wan 2.1 VAE, with the released parameter names.
+    """The Wan 2.1 VAE, with the released parameter names; `Wan22VAE` is one with other stages.
 
     `stride` is its compression in time, height and width, (4, 8, 8) as released; `z_dim` the latent channels. Latents
     are normalised by the statistics of the released weights and never sampled. Raises ValueError for another `z_dim`
     than those statistics have.
     """
 
+    release: ClassVar[str] = "Wan 2.1"
+    statistics: ClassVar[tuple[Sequence[float], Sequence[float]]] = (LATENT_MEAN, LATENT_STD)
+    patch: ClassVar[int] = 1  # rows and columns of pixels that are folded into one position before the encoder
+    build_encoder = staticmethod(encoder)
+    build_decoder = staticmethod(decoder)
     latent_mean: Tensor  # (z_dim, 1, 1, 1)
     latent_std: Tensor  # (z_dim, 1, 1, 1)
 
@@ -284,20 +292,22 @@ class WanVAE(nn.Module):
         dim_mult: Sequence[int] = (1, 2, 4, 4),
         num_res_blocks: int = 2,
         temporal_downsample: Sequence[bool] = (False, True, True),
+        decoder_dim: int | None = None,  # as the encoder's
     ) -> None:
         super().__init__()
-        if z_dim != len(LATENT_MEAN):
-            raise ValueError(f"the Wan 2.1 VAE has latent statistics for z_dim {len(LATENT_MEAN)}, not {z_dim}")
-        widths = [dim * multiple for multiple in dim_mult]
+        mean, std = self.statistics
+        if z_dim != len(mean):
+            raise ValueError(f"the {self.release} VAE has latent statistics for z_dim {len(mean)}, not {z_dim}")
+        widths, decoder_widths = ([base * multiple for multiple in dim_mult] for base in (dim, decoder_dim or dim))
         self.z_dim = z_dim
-        space = 2 ** len(temporal_downsample)
+        space = self.patch * 2 ** len(temporal_downsample)
         self.stride = (2 ** sum(temporal_downsample), space, space)
-        self.encoder = encoder(z_dim, widths, num_res_blocks, temporal_downsample)
+        self.encoder = self.build_encoder(z_dim, widths, num_res_blocks, temporal_downsample)
         self.conv1 = nn.Conv3d(2 * z_dim, 2 * z_dim, 1)
         self.conv2 = nn.Conv3d(z_dim, z_dim, 1)
-        self.decoder = decoder(z_dim, widths[::-1], num_res_blocks, temporal_downsample[::-1])
+        self.decoder = self.build_decoder(z_dim, decoder_widths[::-1], num_res_blocks, temporal_downsample[::-1])
         # Not in the checkpoint, so they have values even if the module is built on the meta device.
-        for name, values in (("latent_mean", LATENT_MEAN), ("latent_std", LATENT_STD)):
+        for name, values in (("latent_mean", mean), ("latent_std", std)):
             self.register_buffer(name, torch.tensor(values, device="cpu").view(-1, 1, 1, 1), persistent=False)
 
     @property
@@ -319,10 +329,10 @@ class WanVAE(nn.Module):
         return time * (frames - 1) + 1, height * space, width * space
 
     def encode(self, video: Tensor) -> Tensor:
-        """video (B, 3, F, H, W) in [-1, 1] -> normalised latents (B, z_dim, (F - 1) / 4 + 1, H / 8, W / 8).
+        """video (B, 3, F, H, W) in [-1, 1] -> normalised latents (B, z_dim, f, h, w) of `latent_shape`.
 
         The latents are (mu - mean) / std of the posterior's mean mu. Raises ValueError unless F is 4n + 1 and H and W
-        are multiples of 8.
+        are multiples of the stride.
         """
         frames, height, width = video.shape[2:]
         time, space, _ = self.stride
@@ -335,7 +345,7 @@ class WanVAE(nn.Module):
         return (mu - self.latent_mean) / self.latent_std
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents (B, z_dim, f, h, w) -> video (B, 3, 4 (f - 1) + 1, 8 h, 8 w), clamped to [-1, 1]."""
+        """Normalised latents (B, z_dim, f, h, w) -> video (B, 3, 4 (f - 1) + 1, H, W), clamped to [-1, 1]."""
         return self.generate(latents * self.latent_std + self.latent_mean).clamp(-1, 1)
 
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -345,7 +355,7 @@ class WanVAE(nn.Module):
         return mu, log_variance
 
     def generate(self, z: Tensor) -> Tensor:
-        """z (B, z_dim, f, h, w), drawn from a posterior, not normalised -> video (B, 3, 4 (f - 1) + 1, 8 h, 8 w)."""
+        """z (B, z_dim, f, h, w), drawn from a posterior, not normalised -> video (B, 3, 4 (f - 1) + 1, H, W)."""
         step = self._latent_frames_at_once(z[:, 0, 0].numel() * self.stride[1] * self.stride[2])
         return in_chunks(self._decode_chunk, first_and_rest(z, step))
 

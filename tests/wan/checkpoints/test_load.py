@@ -20,12 +20,14 @@ from tests.tiny import (
     tiny_text_encoder,
     tiny_transformer,
     tiny_vae,
+    tiny_vae22,
     write_clip,
     write_transformer,
 )
 from utils.adapters.lora import widen_patch_embedding
 from wan.checkpoints import (
     TRANSFORMER,
+    ModelFiles,
     TransformerFiles,
     build_transformer,
     cast_to,
@@ -37,8 +39,10 @@ from wan.checkpoints import (
     open_model,
 )
 from wan.checkpoints.headers import read_config, read_transformer
+from wan.configs import FAMILIES
 from wan.modules.clip import VisionEncoder, vision_shape
 from wan.modules.model import is_fp32
+from wan.modules.vae2_2 import Wan22VAE
 
 FP32, BF16 = torch.float32, torch.bfloat16
 VAE, TEXT_ENCODER = FAMILY.vae, FAMILY.text_encoder
@@ -88,6 +92,20 @@ def test_the_vae_and_the_text_encoder_load_exactly(whole):
         assert all(torch.equal(tensor, rounded[name]) for name, tensor in loaded.state_dict().items())
         assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert load_text_encoder(files, BF16, "cpu").encoder.norm.weight.dtype == BF16
+
+
+def files_of_the_5b(whole: Path, vae: Path) -> ModelFiles:
+    return replace(open_model(whole), family=FAMILIES["wan2.2-ti2v-5B"], vae=vae)
+
+
+def test_the_vae_of_wan_22_is_known_by_its_tensors_and_loads_exactly_at_any_width(whole, tmp_path):
+    expected, path = tiny_vae22(dim=8, decoder_dim=12), tmp_path / "of_any_name.pth"
+    torch.save(expected.state_dict(), path)
+    vae = load_vae(files_of_the_5b(whole, path))
+    assert isinstance(vae, Wan22VAE)
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in vae.state_dict().items())
+    video = torch.ones(1, 3, 5, 32, 32)
+    assert torch.equal(vae.decode(vae.encode(video)), expected.decode(expected.encode(video)))
 
 
 def test_the_text_length_truncates_prompts(tmp_path, folder):
@@ -214,6 +232,14 @@ def test_a_missing_foreign_or_misshapen_tensor_is_named(folder, edit, message):
 def test_a_pth_file_of_another_content_is_named(folder, load, file, edit, message):
     edit_pth(folder / file, edit)
     assert file in refused(message, *loading(load, folder))
+
+
+def test_a_vae_whose_latents_the_model_cannot_read_is_refused_and_the_right_one_named(whole, tmp_path):
+    text = refused("the Wan 2.1 VAE, which has 16 latent", load_vae, files_of_the_5b(whole, whole / VAE))
+    assert str(whole / VAE) in text and "the model has 48: give it Wan2.2_VAE.pth" in text
+    torch.save(tiny_vae22().state_dict(), tmp_path / VAE)
+    text = refused("the Wan 2.2 VAE, which has 48 latent", load_vae, replace(open_model(whole), vae=tmp_path / VAE))
+    assert str(tmp_path / VAE) in text and "the model has 16: give it Wan2.1_VAE.pth" in text
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", ""])
