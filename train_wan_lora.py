@@ -43,6 +43,7 @@ from utils.encoding.samples import Caches, LatentEncoding, Samples, open_samples
 from utils.encoding.text import TextEncoding, Texts, encode_texts, negative_prompt_file, shipped_prompts
 from utils.media.controls import FROM_FILE
 from utils.runs.ending import save_on_exit
+from utils.runs.metrics import Losses
 from utils.runs.run import Run, RunOptions, RunSettings, open_run
 from utils.runs.state import Facts, State, check_resume_compatible, find_state
 from utils.setup.doctor import print_findings
@@ -84,6 +85,7 @@ class Options(General, SetupOptions, DataOptions, Caches, AdapterOptions, Traini
     """Train a LoRA for a Wan video model on your own clips."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.lr_warmup_steps >= self.max_train_steps:
             raise UserError(f"--lr_warmup_steps {self.lr_warmup_steps} must be below the {self.max_train_steps} steps")
         if self.cache_embeddings and self.cache_latents:
@@ -225,7 +227,8 @@ def start_run(opts: Options, data: Dataset, learner: Learner, state: State | Non
     control = FROM_FILE if any(source.control for source in data.train) else opts.generated_control or ""
     about = {"base_model": opts.pretrained_model_name_or_path, "control": control, "shift": f"{opts.shift:g}"}
     options, facts = to_json(opts), Facts(training_table(opts), data.fingerprint)
-    settings = RunSettings(opts.output_dir, opts.max_train_steps, opts.max_grad_norm, options, facts, about)
+    total, name = opts.max_train_steps, opts.output_name
+    settings = RunSettings(opts.output_dir, total, opts.max_grad_norm, options, facts, about, name)
     return open_run(settings, learner, state)
 
 
@@ -251,7 +254,8 @@ def train(opts: Options, device: torch.device, session: Session, run: Run) -> No
             if session.validation and run.is_due(opts.val_steps) and not metrics.is_validated:
                 metrics.flush()  # what follows does not count as training time
                 encoded = (batch.to(device) for batch in tqdm(session.validation, desc="validating", leave=False))
-                metrics.log_validation(validation_loss(session.predict, encoded, val_seed), SIGMAS)
+                losses = validation_loss(session.predict, encoded, val_seed)
+                metrics.log_validation({"train": Losses(losses, SIGMAS)})
 
             # A checkpoint: the LoRA, its average, and the state from which the run can be resumed.
             if run.saving_is_due(*save_every, minutes=opts.save_every_minutes):
@@ -264,7 +268,8 @@ def train(opts: Options, device: torch.device, session: Session, run: Run) -> No
                 metrics.log_previews(preview.generate(session.predict), preview.fps)
 
             if last:
-                metrics.say(f"look at it: python test_wan_control_lora.py --lora_path {run.last_saved} --prompt ...")
+                files = " ".join(map(str, run.last_saved_files))
+                metrics.say(f"look at it: python test_wan_control_lora.py --lora_path {files} --prompt ...")
                 return
             take_step(opts, session, run, stream, stop)
 
@@ -315,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # --allow_changes.
     state = find_state(opts.resume_from_checkpoint, opts.output_dir) if opts.resume_from_checkpoint else None
     if state is not None:
-        check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes)
+        check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes, opts.max_train_steps)
 
     device = pick_device()
     with explain_out_of_memory():
