@@ -51,6 +51,7 @@ from utils.encoding.samples import Caches, LatentEncoding, Samples, open_samples
 from utils.encoding.text import TextEncoding, Texts, encode_texts, negative_prompt_file, shipped_prompts
 from utils.media.controls import FROM_FILE
 from utils.runs.ending import save_on_exit
+from utils.runs.metrics import Losses
 from utils.runs.run import Run, RunOptions, RunSettings, open_run
 from utils.runs.state import Facts, State, check_resume_compatible, find_state
 from utils.setup.doctor import print_findings
@@ -96,6 +97,7 @@ class Options(General, SetupOptions, DataOptions, Caches, GivenFrames, AdapterOp
     """Train a LoRA for a Wan video model on your own clips."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.lr_warmup_steps >= self.max_train_steps:
             raise UserError(f"--lr_warmup_steps {self.lr_warmup_steps} must be below the {self.max_train_steps} steps")
         if self.cache_embeddings and self.cache_latents:
@@ -285,8 +287,8 @@ def start_run(opts: Options, data: Dataset, session: Session, state: State | Non
     control = FROM_FILE if any(source.control for source in data.train) else opts.control_type * opts.control_lora
     about = {"base_model": opts.pretrained_model_name_or_path, "control": control, "shift": f"{opts.shift:g}"}
     options, facts = to_json(opts), Facts(training_table(opts), data.fingerprint)
-    total_steps = session.schedule.total_steps
-    settings = RunSettings(opts.output_dir, total_steps, opts.max_grad_norm, options, facts, about)
+    total, name = session.schedule.total_steps, opts.output_name
+    settings = RunSettings(opts.output_dir, total, opts.max_grad_norm, options, facts, about, name)
     return open_run(settings, session.learner, state)
 
 
@@ -324,16 +326,17 @@ def train(opts: Options, device: torch.device, session: Session, run: Run) -> No
                 metrics.log_previews(preview.generate(session.experts.predict), preview.fps)
 
             if last:
-                metrics.say(f"look at it: python test_wan_control_lora.py --lora_path {run.last_saved} --prompt ...")
+                files = " ".join(map(str, run.last_saved_files))
+                metrics.say(f"look at it: python test_wan_control_lora.py --lora_path {files} --prompt ...")
                 return
             take_step(opts, session, run, stream, stop)
 
 
-def validate(phase: Phase, session: Session, device: torch.device, seed: int) -> tuple[Tensor, Sequence[float]]:
-    """The losses of a phase's model at the noise levels that it is measured at, and these."""
+def validate(phase: Phase, session: Session, device: torch.device, seed: int) -> Losses:
+    """The losses of a phase's model on the validation clips."""
     encoded = (batch.to(device) for batch in tqdm(session.validation, desc="validating", leave=False))
     with phase.speaking():
-        return validation_loss(phase.predict, encoded, seed, phase.sigmas), phase.sigmas
+        return Losses(validation_loss(phase.predict, encoded, seed, phase.sigmas), phase.sigmas)
 
 
 def take_step(opts: Options, session: Session, run: Run, stream: Iterator[Batch], stop: Stop) -> None:
@@ -386,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # --allow_changes.
     state = find_state(opts.resume_from_checkpoint, opts.output_dir) if opts.resume_from_checkpoint else None
     if state is not None:
-        check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes)
+        check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes, opts.max_train_steps)
 
     device = pick_device()
     with explain_out_of_memory():

@@ -1,6 +1,8 @@
 """Runs without a model: a learner of one small LoRA, and the numbers of steps that nobody has computed."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,12 +11,14 @@ from torch import Tensor, nn
 
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_writer import write_lora
+from utils.common.checkpoint_names import EXPERTS
 from utils.runs.run import Run, RunSettings, open_run
 from utils.runs.state import Facts, State
 from utils.training.learner import Learner, Trainable, Update
 from utils.training.optim import OptimizerSpec
 
 SPEC = OptimizerSpec(learning_rate=0.01, weight_decay=0.0, schedule="constant", warmup_steps=0, total_steps=10)
+EXPERT_SPECS = replace(SPEC, schedule="linear", warmup_steps=2, total_steps=12), replace(SPEC, schedule="cosine")
 FACTS = Facts({"learning_rate": 0.01, "max_train_steps": 10}, {"clips/a.mp4": "0123"})
 
 
@@ -46,18 +50,33 @@ def take_step(learner: Learner, seed: int = 0) -> None:
         learner.update(name, max_grad_norm=1.0)
 
 
-def settings(output_dir: Path, max_grad_norm: float = 0.0) -> RunSettings:
-    return RunSettings(output_dir, 10, max_grad_norm, '{"seed": 42}', FACTS, {"base_model": "model"})
+def two_experts() -> Learner:
+    """Two LoRAs with schedules of their own."""
+    return Learner([Trainable(name, SmallLora(), spec, 0.9) for name, spec in zip(EXPERTS, EXPERT_SPECS, strict=True)])
+
+
+def take_turn(learner: Learner) -> None:
+    """A step of one of two experts, which take turns of 7 steps."""
+    name = EXPERTS[learner.step // 7 % 2]
+    learner.begin_step()
+    for parameter in learner.trainables[name].adapter.parameters.values():
+        parameter.grad = torch.randn(parameter.shape)
+    learner.update(name, max_grad_norm=1.0)
+
+
+def settings(output_dir: Path, max_grad_norm: float = 0.0, output_name: str = "wan-lora") -> RunSettings:
+    options = json.dumps({"seed": 42} | ({"output_name": output_name} if output_name != "wan-lora" else {}))
+    return RunSettings(output_dir, 10, max_grad_norm, options, FACTS, {"base_model": "model"}, output_name)
 
 
 def open_a_run(output_dir: Path, state: State | None = None, max_grad_norm: float = 0.0) -> Run:
     return open_run(settings(output_dir, max_grad_norm), small_learner(), state)
 
 
-def log(run: Run, loss: float, grad_norm: float = 1.0) -> None:
+def log(run: Run, loss: float, grad_norm: float = 1.0, phase: str = "train") -> None:
     """A whole step with these numbers."""
     run.learner.step += 1
-    run.metrics.log("train", torch.tensor(loss), Update(torch.tensor(grad_norm), 0.5))
+    run.metrics.log(phase, torch.tensor(loss), Update(torch.tensor(grad_norm), 0.5))
     run.metrics.end_step(tokens=100)
 
 

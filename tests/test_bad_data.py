@@ -210,7 +210,11 @@ STATES = [
         f"{AGAIN} state-00000002.safetensors",
         "must be in the checkpoints folder of its run",
     ),
-    (NOTHING, f"{AGAIN} latest --max_train_steps 1 --allow_changes", "is of step 2, past --max_train_steps 1"),
+    (
+        NOTHING,
+        f"{AGAIN} latest --max_train_steps 1 --allow_changes",
+        "is of step 2, past the 1 step of this run: raise --max_train_steps",
+    ),
     (clip("clips/fox.mp4", frames=9, darkest=90, caption="a fox"), f"{AGAIN} latest", "clip clips/fox.mp4 has changed"),
     (NOTHING, f"{AGAIN} latest --learning_rate 1e-2", "--learning_rate was 0.001, is 0.01"),
     (NOTHING, f"{AGAIN} latest --lora_rank 4 --allow_changes", "is of another adapter: rank and targets"),

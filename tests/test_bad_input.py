@@ -79,6 +79,7 @@ def ends(main: Callable, arguments: str, capsys: pytest.CaptureFixture) -> str:
         (f"{TRAIN} --lora_target atn", "lora_target 'atn' matches no layer"),
         (f"{TRAIN} --distill_negative nowhere.txt", "--distill_negative requires --distill_cfg"),
         (f"{TRAIN} --lr_warmup_steps 1", "must be below the 1 steps"),
+        (f"{TRAIN} --output_name foxes/red", "--output_name 'foxes/red' names files: use letters"),
         (f"{TRAIN} --seed 99999999999999999999", "--seed must be at most"),
         (f"{TRAIN} --load_control", "--load_control requires --control_lora"),
         (f"{TRAIN} --control_lora --load_control", "no control named fox_control"),

@@ -46,7 +46,7 @@ def save_on_exit(run: Run, stop: Stop) -> Iterator[None]:
         _save_interrupted(run)
         if reason is not None:
             raise run.failure(reason)
-        if run.last_saved is not None:
+        if run.last_saved_files:
             run.metrics.say(f"resume with: {resume_command(sys.argv, run.folder)}")
         raise KeyboardInterrupt
 

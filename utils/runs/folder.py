@@ -1,10 +1,13 @@
 """A run's folder: how it is named, and which of its files stay."""
 
 import itertools
+import json
+from collections.abc import Collection
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from utils.common.checkpoint_names import list_checkpoints, list_previews
+from utils.common.checkpoint_names import OUTPUT_NAME, Checkpoint, list_checkpoints, list_previews
 from utils.common.console import say
 from utils.common.errors import UserError
 from utils.common.files import UNFINISHED
@@ -28,33 +31,49 @@ def new_folder(output_dir: Path) -> Path:
     raise UserError(f"{output_dir} has too many runs of the same second")
 
 
-def archive_later_files(checkpoints: Path, samples: Path, step: int) -> None:
+def names_used(folder: Path) -> set[str]:
+    """The names that the files of a run have had: an --output_name may change where the run is resumed."""
+    names = []
+    for path in folder.glob("command_args*.json"):
+        with suppress(OSError, ValueError, AttributeError, RecursionError):  # whatever is wrong with the file
+            # Versions without the option had the name that is its default now.
+            names.append(json.loads(path.read_text(encoding="utf-8")).get("output_name", OUTPUT_NAME))
+    return {name for name in names if isinstance(name, str)}
+
+
+def archive_later_files(checkpoints: Path, samples: Path, step: int, names: Collection[str]) -> None:
     """Moves checkpoints and previews of later steps than `step` aside: a resumed run writes these steps again.
 
-    Removes what a crash has left unfinished. Raises OSError.
+    `names` are those that the run's files have had. Removes what a crash has left unfinished. Raises OSError.
     """
     for path in (*checkpoints.glob(UNFINISHED), *samples.glob(UNFINISHED)):
         path.unlink()
-    later = [path for path, checkpoint in list_checkpoints(checkpoints).items() if checkpoint.step > step]
+    files = list_checkpoints(checkpoints)
+    later = [path for path, found in files.items() if found.step > step and _is_of(found, names)]
     later += [path for path, its_step in list_previews(samples).items() if its_step > step]
     if later:
-        names = (checkpoints / f"aside-{number}" for number in itertools.count(1))
-        aside = next(folder for folder in names if not folder.exists())
+        numbered = (checkpoints / f"aside-{number}" for number in itertools.count(1))
+        aside = next(folder for folder in numbered if not folder.exists())
         aside.mkdir()
         for path in later:
             path.rename(aside / path.name)
         say(f"moved {counted(len(later), 'file')} of later steps to {aside}")
 
 
-def prune(checkpoints: Path, keep: int) -> None:
+def prune(checkpoints: Path, keep: int, output_name: str) -> None:
     """Removes all checkpoints but those of the newest `keep` steps; with 0 all LoRAs stay, and the newest two states.
 
-    Other files in the folder, such as converted LoRAs, are left alone.
+    Files of another name are left alone, and so are converted LoRAs.
     """
-    files = list_checkpoints(checkpoints)
+    files = {path: found for path, found in list_checkpoints(checkpoints).items() if _is_of(found, [output_name])}
     for is_state, count in ((True, keep or STATES_KEPT), (False, keep)):
         own = {path: found.step for path, found in files.items() if (found.trainable is None) == is_state}
         kept = sorted(set(own.values()))[-count:]
         for path, step in own.items():
             if step not in kept:
                 path.unlink(missing_ok=True)
+
+
+def _is_of(checkpoint: Checkpoint, names: Collection[str]) -> bool:
+    """Whether a run whose files have these names has written it. A state is always of the run in whose folder it is."""
+    return checkpoint.trainable is None or checkpoint.output_name in names

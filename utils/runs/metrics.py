@@ -5,8 +5,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple, TypedDict
 
 import psutil
 import torch
@@ -25,6 +26,14 @@ BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
 SMOOTHING = 0.98
 MAX_BAD_STEPS = 3
 SAMPLES = "samples"  # the folder of previews
+ORDINARY = "train"  # the phase of a run that has one
+
+
+class Losses(NamedTuple):
+    """Validation losses and the noise levels at which they were measured, (S,) both."""
+
+    values: Tensor
+    sigmas: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -58,10 +67,45 @@ class _Numbers:
         return loss, grad_norm
 
 
+@dataclass(frozen=True)
+class Means:
+    """Exponential means over the updates of a phase. Dividing by `weight` corrects the bias of their start."""
+
+    smooth: float = 0.0  # the loss
+    weight: float = 0.0  # the sum of all weights so far, which approaches 1
+    clipped: float = 0.0  # 1 for each update whose gradient was clipped, 0 for others
+
+    def after(self, loss: float, grad_norm: float, max_grad_norm: float) -> "Means":
+        """The means after one more update. `clipped` stays where no gradient is clipped (`max_grad_norm` 0)."""
+        smooth = SMOOTHING * self.smooth + (1 - SMOOTHING) * loss
+        weight = SMOOTHING * self.weight + (1 - SMOOTHING)
+        clipped = SMOOTHING * self.clipped + (1 - SMOOTHING) * (grad_norm > max_grad_norm)
+        return Means(smooth, weight, clipped if max_grad_norm else self.clipped)
+
+    @property
+    def loss(self) -> float:
+        """The mean loss; NaN before the first update."""
+        return self.smooth / self.weight if self.weight else math.nan
+
+    @property
+    def clipped_share(self) -> float:
+        """The mean share of clipped updates; NaN before the first update."""
+        return self.clipped / self.weight if self.weight else math.nan
+
+
+class SavedMetrics(TypedDict):
+    """What a resumed run continues: steps in a row that were not finite, the last validated step, means by phase."""
+
+    bad_steps: int
+    validated_at: int
+    means: dict[str, dict[str, float]]
+
+
 class Metrics:
     """Logs every step, but the host never waits for one to end: about once a second it reads what has arrived.
 
-    Losses appear under the name of their phase ("train/loss"). `step` counts the steps that were logged.
+    Losses appear under the name of their phase ("train/loss"), and each phase has its own means: experts at other noise
+    levels have other losses. `step` counts the steps that were logged.
     """
 
     def __init__(self, folder: Path, total_steps: int, step: int = 0, max_grad_norm: float = 0.0) -> None:
@@ -73,19 +117,19 @@ class Metrics:
         interval = 0.1 if sys.stderr.isatty() else 30.0
         self.bar = tqdm(total=total_steps, initial=step, dynamic_ncols=True, mininterval=interval, bar_format=BAR)
         self._pending: deque[_Numbers] = deque()
-        self._smooth = self._weight = self._clipped = 0.0
+        self._means: dict[str, Means] = {}
+        self._phase = ORDINARY  # of the update that was read last
         self._bad_steps = 0
         self._validated_at = -1
         self.restart_clock()
 
-    def state_dict(self) -> dict[str, float]:
-        """The running means, how many steps in a row were not finite, and the step of the last validation."""
-        means = {"smooth": self._smooth, "weight": self._weight, "clipped": self._clipped}
-        return {"bad_steps": self._bad_steps, "validated_at": self._validated_at, **means}
+    def state_dict(self) -> SavedMetrics:
+        means = {phase: asdict(means) for phase, means in self._means.items()}
+        return {"bad_steps": self._bad_steps, "validated_at": self._validated_at, "means": means}
 
-    def load_state_dict(self, saved: Mapping[str, float]) -> None:
-        self._smooth, self._weight, self._clipped = saved["smooth"], saved["weight"], saved["clipped"]
-        self._bad_steps, self._validated_at = int(saved["bad_steps"]), int(saved["validated_at"])
+    def load_state_dict(self, saved: SavedMetrics) -> None:
+        self._means = {phase: Means(**means) for phase, means in saved["means"].items()}
+        self._bad_steps, self._validated_at = saved["bad_steps"], saved["validated_at"]
 
     @property
     def is_validated(self) -> bool:
@@ -124,19 +168,18 @@ class Metrics:
 
     def _write_update(self, numbers: _Numbers, loss: float, grad_norm: float) -> None:
         step, phase = numbers.step, numbers.phase
+        self._phase = phase
         self.board.scalar(f"{phase}/learning_rate", numbers.learning_rate, step)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._skipped(step, loss, grad_norm)
             return
         self._bad_steps = 0
-        self._smooth = SMOOTHING * self._smooth + (1 - SMOOTHING) * loss
-        self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
+        means = self._means[phase] = self.means(phase).after(loss, grad_norm, self.max_grad_norm)
         self.board.scalar(f"{phase}/loss", loss, step)
-        self.board.scalar(f"{phase}/loss_smooth", self.smooth_loss, step)
+        self.board.scalar(f"{phase}/loss_smooth", means.loss, step)
         self.board.scalar(f"{phase}/grad_norm", grad_norm, step)
         if self.max_grad_norm:
-            self._clipped = SMOOTHING * self._clipped + (1 - SMOOTHING) * (grad_norm > self.max_grad_norm)
-            self.board.scalar(f"{phase}/clipped_share", self._clipped / self._weight, step)
+            self.board.scalar(f"{phase}/clipped_share", means.clipped_share, step)
 
     def _skipped(self, step: int, loss: float, grad_norm: float) -> None:
         self._bad_steps += 1
@@ -152,26 +195,31 @@ class Metrics:
         self.board.scalar("memory/host_gb", psutil.Process().memory_info().rss / 1e9, self.step)
         if torch.cuda.is_available():
             self.board.scalar("memory/gpu_peak_gb", torch.cuda.max_memory_allocated() / 1e9, self.step)
-        shown = f"loss {self.smooth_loss:.4f}, {seconds:.2f} s/step, {speed:,.0f} tokens/s"
+        loss = f"{'' if self._phase == ORDINARY else f'{self._phase} '}loss {self.means(self._phase).loss:.4f}"
+        shown = f"{loss}, {seconds:.2f} s/step, {speed:,.0f} tokens/s"
         self.bar.set_postfix_str(shown, refresh=False)
         self.restart_clock()
 
-    @property
-    def smooth_loss(self) -> float:
-        """The running mean of the loss, corrected for the bias of its start."""
-        return self._smooth / self._weight if self._weight else math.nan
+    def means(self, phase: str = ORDINARY) -> Means:
+        """The running means of a phase, of all steps whose numbers were read."""
+        return self._means.get(phase, Means())
 
-    def log_validation(self, losses: Tensor, sigmas: Sequence[float]) -> None:
-        """Writes one loss per noise level and their mean."""
-        values = losses.tolist()
+    def log_validation(self, measured: Mapping[str, Losses]) -> None:
+        """Writes for each phase one loss per noise level and their mean. The step is validated then."""
+        for phase, losses in measured.items():
+            self._write_validation(phase, losses)
         self._validated_at = self.step
-        mean = sum(values) / len(values)
-        self.board.scalar("val/loss", mean, self.step)
-        for sigma, value in zip(sigmas, values, strict=True):
-            self.board.scalar(f"val/loss_sigma_{sigma:g}", value, self.step)
-        each = ", ".join(f"{sigma:g}: {value:.4f}" for sigma, value in zip(sigmas, values, strict=True))
-        self.say(f"step {self.step}: validation loss {mean:.4f}  (by sigma {each})")
         self.restart_clock()
+
+    def _write_validation(self, phase: str, losses: Losses) -> None:
+        prefix, of_phase = ("val", "") if phase == ORDINARY else (f"val/{phase}", f" of {phase}")
+        values = losses.values.tolist()
+        mean = sum(values) / len(values)
+        self.board.scalar(f"{prefix}/loss", mean, self.step)
+        for sigma, value in zip(losses.sigmas, values, strict=True):
+            self.board.scalar(f"{prefix}/loss_sigma_{sigma:g}", value, self.step)
+        each = ", ".join(f"{sigma:g}: {value:.4f}" for sigma, value in zip(losses.sigmas, values, strict=True))
+        self.say(f"step {self.step}: validation loss{of_phase} {mean:.4f}  (by sigma {each})")
 
     def log_previews(self, videos: Sequence[tuple[str, Tensor]], fps: float) -> None:
         """Writes prompts' videos (F, 3, H, W) uint8 as samples/<step>-<n>.mp4, and a contact sheet of all of them.

@@ -1,17 +1,17 @@
 """One training run: its folder, its learner, its metrics, and when its checkpoints are written."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.adapters.lora_file import LoraError
-from utils.common.checkpoint_names import Checkpoint
+from utils.common.checkpoint_names import EXPERTS, OUTPUT_NAME, Checkpoint, check_output_name
 from utils.common.console import say
 from utils.common.errors import RunError
 from utils.common.options import option
 from utils.common.tensor_files import TensorFileError
-from utils.runs.folder import archive_later_files, new_folder, prune
+from utils.runs.folder import archive_later_files, names_used, new_folder, prune
 from utils.runs.metrics import SAMPLES, Metrics
 from utils.runs.state import Facts, State, write_state
 from utils.training.learner import Learner
@@ -22,6 +22,7 @@ class RunOptions:
     """run and checkpoints"""
 
     output_dir: Path = option(Path("outputs"), "where each run gets its own dated folder", affects_training=False)
+    output_name: str = option(OUTPUT_NAME, "what the LoRA files are called, before their step", affects_training=False)
     resume_from_checkpoint: str | None = option(
         None, "resume from 'latest', a run folder or a state file", affects_training=False
     )
@@ -46,9 +47,15 @@ class RunOptions:
         0.0, "keep a moving average of the LoRA and write it too; try 0.99", minimum=0, maximum=0.99999
     )
 
+    def __post_init__(self) -> None:
+        check_output_name(self.output_name)
+
 
 class Run:
-    """A folder, a learner, and the metrics of what it does."""
+    """A folder, a learner, and the metrics of what it does.
+
+    `last_saved_files` are the LoRAs of the last checkpoint, one for each trainable; empty where none was written.
+    """
 
     def __init__(self, folder: Path, learner: Learner, metrics: Metrics, settings: "RunSettings") -> None:
         self.folder = folder
@@ -56,9 +63,9 @@ class Run:
         self.metrics = metrics
         self.settings = settings
         self.checkpoints = folder / "checkpoints"
-        first = self.checkpoints / Checkpoint(self.step, next(iter(learner.trainables))).name
-        self.last_saved = first if first.exists() else None
-        self._saved_step = self.step if self.last_saved else None
+        files = [self._file(name) for name in learner.trainables]
+        self.last_saved_files = files if all(path.exists() for path in files) else []
+        self._saved_step = self.step if self.last_saved_files else None
         self._saved_at = time.monotonic()
 
     @property
@@ -78,38 +85,41 @@ class Run:
         late = minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
         return self.step not in (0, self._saved_step) and (late or any(map(self.is_due, every)))
 
-    def save(self) -> Path:
+    def save(self) -> list[Path]:
         """Writes what each trainable has learned, its average, and the state from which the run can be resumed.
 
-        The state comes last: where there is one, the rest is whole. Raises RunError where the disk refuses, and for
-        values that are not finite.
+        Returns the files of what was learned, without averages and state. The state comes last: where there is one, the
+        rest is whole. Raises RunError where the disk refuses, and for values that are not finite.
         """
         self.metrics.flush()  # the state holds what is known of the loss
         about = {"steps": str(self.step), **self.settings.about, "options": self.settings.options_json}
         try:
-            written = []
             for name, trainable in self.learner.trainables.items():
+                facts = about | {"expert": name} if name in EXPERTS else about
                 for average in (False, True) if trainable.ema else (False,):
-                    path = self.checkpoints / Checkpoint(self.step, name, average).name
-                    trainable.export(path, about, average)
-                    written.append(path)
+                    trainable.export(self._file(name, average), facts, average)
             state = self.checkpoints / Checkpoint(self.step).name
             write_state(state, self.learner.state_dict(), self.settings.facts, self.metrics.state_dict())
         except (TensorFileError, LoraError) as error:
             raise RunError(f"cannot write a checkpoint to {self.checkpoints}: {error}") from None
-        self.last_saved = written[0]
-        self.metrics.say(f"step {self.step}: saved {written[0]}")
+        self.last_saved_files = [self._file(name) for name in self.learner.trainables]
+        self.metrics.say(f"step {self.step}: saved {_listed(self.last_saved_files)}")
         self._saved_step, self._saved_at = self.step, time.monotonic()
         self.metrics.restart_clock()
-        return written[0]
+        return self.last_saved_files
+
+    def _file(self, trainable: str, average: bool = False) -> Path:
+        """The file of this step."""
+        return self.checkpoints / Checkpoint(self.step, trainable, average, self.settings.output_name).name
 
     def prune(self, keep: int) -> None:
         """Removes all checkpoints but the newest `keep`, as `utils.runs.folder.prune` says."""
-        prune(self.checkpoints, keep)
+        prune(self.checkpoints, keep, self.settings.output_name)
 
     def failure(self, reason: object) -> RunError:
         """The error that ends this run, with what is left of it."""
-        kept = f"the last checkpoint is {self.last_saved}" if self.last_saved else "no checkpoint was written yet"
+        last = self.last_saved_files
+        kept = f"the last checkpoint is {_listed(last)}" if last else "no checkpoint was written yet"
         return RunError(f"{reason}\n{kept}")
 
     def __enter__(self) -> "Run":
@@ -131,6 +141,7 @@ class RunSettings:
     options_json: str
     facts: Facts
     about: Mapping[str, str]
+    output_name: str = OUTPUT_NAME
 
 
 def open_run(settings: RunSettings, learner: Learner, state: State | None = None) -> Run:
@@ -146,7 +157,8 @@ def open_run(settings: RunSettings, learner: Learner, state: State | None = None
     try:
         (folder / "checkpoints").mkdir(exist_ok=True)
         if state is not None:
-            archive_later_files(folder / "checkpoints", folder / SAMPLES, step)
+            names = names_used(folder) | {settings.output_name}
+            archive_later_files(folder / "checkpoints", folder / SAMPLES, step, names)
         (folder / name).write_text(settings.options_json + "\n", encoding="utf-8")
         say(f"{'resuming' if state else 'writing to'} {folder}")
         metrics = Metrics(folder, settings.total_steps, step, settings.max_grad_norm)
@@ -155,3 +167,9 @@ def open_run(settings: RunSettings, learner: Learner, state: State | None = None
     if state is not None:
         metrics.load_state_dict(state.metrics)
     return Run(folder, learner, metrics, settings)
+
+
+def _listed(files: Sequence[Path]) -> str:
+    """The first file's path and the others' names: they are in the same folder."""
+    first, *others = files
+    return " and ".join([str(first), *(path.name for path in others)])

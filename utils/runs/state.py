@@ -6,15 +6,16 @@ Its tensors are those of `Learner.state_dict`, named by their path in it ("train
 metadata holds the rest as JSON ("facts") and a SHA-256 over both, so that a damaged file is found before it is used.
 Nothing that a file says is trusted: types and shapes are checked, here and by the learner, before anything is changed.
 
-Version 0.1 wrote `adapter.<name>`, `exp_avg.<name>`, `exp_avg_sq.<name>`, `step.<name>`, `ema.<name>` and
-`random.<device>` without a checksum. Such files are read too.
+Format 2, of version 0.2, has the means of a single phase beside the other metrics. Version 0.1 wrote `adapter.<name>`,
+`exp_avg.<name>`, `exp_avg_sq.<name>`, `step.<name>`, `ema.<name>` and `random.<device>` without a checksum. Files of
+both are read too.
 """
 
 import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,16 @@ from torch import Tensor
 from utils.common.checkpoint_names import STATES
 from utils.common.console import say
 from utils.common.errors import UserError
+from utils.common.formatting import counted
 from utils.common.options import training_differences
 from utils.common.tensor_files import TensorFileError, read_tensors, write_tensors
+from utils.runs.metrics import ORDINARY, Means, SavedMetrics
 from utils.training.learner import Learner, StateDict
 
 FACTS, CHECKSUM = "facts", "sha256"
-FORMAT = 2
-METRICS = ("bad_steps", "validated_at", "smooth", "weight", "clipped")
+FORMAT = 3
+COUNTS = ("bad_steps", "validated_at")
+MEANS = tuple(field.name for field in fields(Means))
 CHANGES_SHOWN = 20
 
 
@@ -49,7 +53,7 @@ class State:
     path: Path
     step: int
     facts: Facts
-    metrics: dict[str, float]
+    metrics: SavedMetrics
     learner: StateDict | None  # without its tensors; None in a file of version 0.1
 
     @property
@@ -71,11 +75,11 @@ class State:
             raise UserError(f"{self.path} cannot be resumed: it lacks or misplaces {error}") from None
 
 
-def write_state(path: Path, learner: StateDict, facts: Facts, metrics: Mapping[str, float]) -> None:
+def write_state(path: Path, learner: StateDict, facts: Facts, metrics: SavedMetrics) -> None:
     """Writes the file whole or not at all. Raises TensorFileError."""
     tensors: dict[str, Tensor] = {}
     tree = _split(learner, "", tensors)
-    content = {"format": FORMAT, **asdict(facts), "metrics": dict(metrics), "learner": tree}
+    content = {"format": FORMAT, **asdict(facts), "metrics": metrics, "learner": tree}
     text = json.dumps(content)
     write_tensors(path, tensors, {FACTS: text, CHECKSUM: _checksum(tensors, text)})
 
@@ -88,6 +92,8 @@ def read_state(path: Path) -> State:
         if "format" not in content:
             say(f"{path} was written by version 0.1, without a checksum: it is read unverified")
             content = _facts_of_0_1(content)
+        elif content["format"] == 2:
+            content["metrics"] = _metrics_of_one_phase(content["metrics"])
         elif content["format"] != FORMAT:
             raise UserError(f"{path} has the state format {content['format']!r}: it was written by a newer version")
         step = content["learner"]["step"] if content["learner"] else content["step"]
@@ -123,13 +129,17 @@ def find_state(wanted: str, output_dir: Path) -> State:
     raise UserError(f"--resume_from_checkpoint {wanted}: there is no usable training state in {where}")
 
 
-def check_resume_compatible(state: State, options: Any, data: Mapping[str, str], allowed: bool) -> None:
+def check_resume_compatible(
+    state: State, options: Any, data: Mapping[str, str], allowed: bool, total_steps: int
+) -> None:
     """Lists what differs from the run that was saved; raises UserError unless that is allowed.
 
-    Raises it too where the run has already taken more steps than it is now to take.
+    Raises it too where the run has already taken more steps than it is now to take: `total_steps`, those of all
+    trainables.
     """
-    if state.step > options.max_train_steps:
-        raise UserError(f"{state.path} is of step {state.step}, past --max_train_steps {options.max_train_steps}")
+    if state.step > total_steps:
+        total = counted(total_steps, "step")
+        raise UserError(f"{state.path} is of step {state.step}, past the {total} of this run: raise --max_train_steps")
     changes = [*training_differences(state.facts.options, options), *_data_changes(state.facts.data, data)]
     if not changes:
         return
@@ -199,23 +209,36 @@ def _check_facts(content: Mapping[str, Any], step: object) -> None:
     if not all(isinstance(value, str) for value in content["data"].values()):
         raise TypeError("data")
     metrics = content["metrics"]
-    if metrics.keys() != set(METRICS) or not _is_count(metrics["bad_steps"]):
+    if metrics.keys() != {*COUNTS, "means"} or not _is_count(metrics["bad_steps"]):
         raise ValueError("metrics")
-    if not isinstance(metrics["validated_at"], int):
+    if not isinstance(metrics["validated_at"], int) or not isinstance(metrics["means"], dict):
         raise TypeError("metrics")
-    if not all(isinstance(metrics[name], int | float) and math.isfinite(metrics[name]) for name in METRICS):
-        raise ValueError("metrics")
+    for means in metrics["means"].values():
+        if means.keys() != set(MEANS) or not all(_is_finite(value) for value in means.values()):
+            raise ValueError("metrics")
 
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _metrics_of_one_phase(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Today's form of metrics from before there were several phases."""
+    if metrics.keys() != {*COUNTS, *MEANS}:
+        raise ValueError("metrics")
+    means = {ORDINARY: {name: metrics[name] for name in MEANS}}
+    return {name: metrics[name] for name in COUNTS} | {"means": means}
+
+
 def _facts_of_0_1(content: Mapping[str, Any]) -> dict[str, Any]:
-    metrics = {name: content[name] for name in METRICS if name != "validated_at"}
+    metrics = {name: content[name] for name in ("bad_steps", *MEANS)}
     metrics["validated_at"] = content["step"]  # whatever was due came before the state
     facts = {name: content[name] for name in ("step", "options", "data")}
-    return facts | {"metrics": metrics, "learner": None}
+    return facts | {"metrics": _metrics_of_one_phase(metrics), "learner": None}
 
 
 def _from_0_1(tensors: Mapping[str, Tensor], step: int) -> StateDict:

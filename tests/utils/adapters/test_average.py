@@ -55,3 +55,12 @@ def test_the_converter_writes_the_mean_under_a_name_of_its_own(run, capsys):
     assert all(path.read_bytes() == data for path, data in before.items())
     said = capsys.readouterr().out
     assert "averaging" in said and "wan-lora-00000006" in said and str(written) in said
+
+
+def test_the_checkpoints_to_average_are_of_one_name_and_one_expert(tmp_path):
+    for step in (1, 2, 3):
+        for name in ("fox", "fox_high_noise", "fox_low_noise", "wan-lora"):
+            write_lora(tmp_path / f"{name}-{step:08d}.safetensors", lora(float(step)))
+    for name in ("fox", "fox_high_noise", "fox_low_noise"):
+        found = [path.name for path in last_checkpoints(tmp_path / f"{name}-00000003.safetensors", 2)]
+        assert found == [f"{name}-00000002.safetensors", f"{name}-00000003.safetensors"]

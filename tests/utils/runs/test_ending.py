@@ -25,7 +25,7 @@ def run(tmp_path):
 
 def test_three_steps_in_a_row_that_are_not_finite_end_the_run_and_name_the_last_checkpoint(run):
     log(run, 1.0)
-    path = run.save()
+    (path,) = run.save()
     with pytest.raises(RunError) as caught, save_on_exit(run, Stop()):
         for _ in range(3):
             log(run, math.nan)
@@ -80,7 +80,7 @@ def test_the_resume_command_is_the_one_that_started_the_run(tmp_path):
 
 def test_a_clip_that_became_unreadable_ends_the_run_with_what_is_left(run):
     log(run, 1.0)
-    path = run.save()
+    (path,) = run.save()
     with pytest.raises(RunError) as caught, save_on_exit(run, Stop()):
         raise MediaError(Path("clips/fox.mp4"), "not a readable video")
     assert str(caught.value) == f"clips/fox.mp4: not a readable video\nthe last checkpoint is {path}"
@@ -101,7 +101,7 @@ def test_a_loading_process_that_dies_in_the_middle_of_a_step_costs_nothing_of_wh
         save_on_exit(run, Stop()),
     ):
         raise DIED
-    assert str(run.last_saved) in str(caught.value)
+    assert str(run.last_saved_files[0]) in str(caught.value)
 
 
 def test_a_loading_process_that_is_stopped_with_the_run_is_no_failure(run, capsys):
@@ -110,7 +110,7 @@ def test_a_loading_process_that_is_stopped_with_the_run_is_no_failure(run, capsy
     stop.requested = True
     with pytest.raises(KeyboardInterrupt), save_on_exit(run, stop):
         raise DIED
-    assert run.last_saved.exists() and "resume with: " in capsys.readouterr().out
+    assert run.last_saved_files[0].exists() and "resume with: " in capsys.readouterr().out
 
 
 def test_an_error_of_the_program_itself_is_not_taken_for_one_of_the_loader(run):
@@ -136,7 +136,7 @@ def test_saving_what_is_learned_is_not_interrupted_again(run, monkeypatch):
     log(run, 1.0)
     save = run.save
 
-    def slowly() -> Path:
+    def slowly() -> list[Path]:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
         return save()
@@ -144,4 +144,4 @@ def test_saving_what_is_learned_is_not_interrupted_again(run, monkeypatch):
     monkeypatch.setattr(run, "save", slowly)
     with pytest.raises(KeyboardInterrupt), save_on_exit(run, Stop()):
         raise KeyboardInterrupt
-    assert run.last_saved.exists()
+    assert run.last_saved_files[0].exists()

@@ -5,8 +5,11 @@ from datetime import datetime
 import pytest
 
 import utils.runs.folder
-from tests.runs import log, open_a_run
+from tests.runs import log, open_a_run, settings, small_learner
+from utils.common.checkpoint_names import EXPERTS
 from utils.common.errors import UserError
+from utils.runs.folder import names_used
+from utils.runs.run import open_run
 
 
 @pytest.fixture
@@ -43,6 +46,7 @@ def test_an_output_folder_that_is_a_file_is_reported(tmp_path):
 
 def test_pruning_keeps_the_newest_and_leaves_other_peoples_files_alone(run):
     others = ["wan-lora-best.safetensors", "wan-lora-00000009_comfy.safetensors", "state-old.safetensors"]
+    others += ["fox-00000001.safetensors", "fox_high_noise-00000009.safetensors"]
     for name in others:
         (run.checkpoints / name).touch()
     for _ in range(4):
@@ -54,3 +58,24 @@ def test_pruning_keeps_the_newest_and_leaves_other_peoples_files_alone(run):
     assert sorted(path.name for path in run.checkpoints.iterdir()) == sorted(own + others)
     run.prune(0)
     assert sorted(path.name for path in run.checkpoints.iterdir()) == sorted(own + others)
+
+
+def test_pruning_keeps_the_pairs_of_the_newest_steps(tmp_path):
+    with open_run(settings(tmp_path, output_name="fox"), small_learner(EXPERTS)) as run:
+        for _ in range(3):
+            log(run, 1.0)
+            run.save()
+    run.prune(2)
+    kept = {
+        f"{kind}-0000000{step}.safetensors" for kind in ("state", "fox_high_noise", "fox_low_noise") for step in (2, 3)
+    }
+    assert {path.name for path in run.checkpoints.iterdir()} == kept
+
+
+def test_the_names_that_a_run_has_used_are_those_of_its_options_and_the_old_one_where_there_was_no_option(tmp_path):
+    files = {"": '{"output_name": "fox"}', "-00000100": '{"output_name": "wolf"}', "-00000200": '{"seed": 42}'}
+    files |= {"-00000300": '{"output_name": ["bear"]}', "-00000400": "[]", "-00000500": "{", "-00000600": "[" * 100_000}
+    for suffix, text in files.items():
+        (tmp_path / f"command_args{suffix}.json").write_text(text)
+    (tmp_path / "command_args-00000700.json").mkdir()
+    assert names_used(tmp_path) == {"fox", "wolf", "wan-lora"}

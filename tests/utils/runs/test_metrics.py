@@ -1,5 +1,6 @@
 """What a run logs, when it reads it, and when its numbers end it."""
 
+import json
 import math
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 
 import utils.runs.metrics
 from tests.runs import log, open_a_run, scalars
-from utils.runs.metrics import Metrics
+from utils.common.errors import RunError
+from utils.runs.metrics import Losses, Metrics
 
 
 @pytest.fixture
@@ -30,14 +32,14 @@ def test_every_step_is_in_tensorboard(tmp_path):
 
 
 def test_the_smooth_loss_is_an_unbiased_running_mean(run):
-    assert math.isnan(run.metrics.smooth_loss)
+    assert math.isnan(run.metrics.means().loss)
     losses = [4.0, 2.0, 3.0]
     for loss in losses:
         log(run, loss)
     run.metrics.flush()
     weights = [0.98**2, 0.98, 1.0]
     expected = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
-    assert run.metrics.smooth_loss == pytest.approx(expected, rel=1e-6)
+    assert run.metrics.means().loss == pytest.approx(expected, rel=1e-6)
 
 
 def test_steps_wait_on_the_device_until_about_a_second_has_passed(run, monkeypatch):
@@ -45,10 +47,10 @@ def test_steps_wait_on_the_device_until_about_a_second_has_passed(run, monkeypat
     monkeypatch.setattr(utils.runs.metrics.time, "perf_counter", lambda: now[0])
     run.metrics.restart_clock()
     log(run, 4.0)
-    assert math.isnan(run.metrics.smooth_loss)
+    assert math.isnan(run.metrics.means().loss)
     now[0] += 1.5
     log(run, 2.0)
-    assert run.metrics.smooth_loss == pytest.approx((0.98 * 4 + 2) / 1.98)
+    assert run.metrics.means().loss == pytest.approx((0.98 * 4 + 2) / 1.98)
 
 
 def test_speed_leaves_out_validation_and_saving(tmp_path, monkeypatch):
@@ -59,7 +61,7 @@ def test_speed_leaves_out_validation_and_saving(tmp_path, monkeypatch):
         now[0] += 0.5
         run.metrics.flush()
         now[0] += 100
-        run.metrics.log_validation(torch.ones(2), (0.1, 0.9))
+        run.metrics.log_validation({"train": Losses(torch.ones(2), (0.1, 0.9))})
         for seconds in (0.25, 0.125):
             log(run, 4.0)
             now[0] += seconds
@@ -72,7 +74,7 @@ def test_speed_leaves_out_validation_and_saving(tmp_path, monkeypatch):
 def test_validation_writes_each_sigma_and_the_mean(tmp_path, capsys):
     with open_a_run(tmp_path) as run:
         log(run, 4.0)
-        run.metrics.log_validation(torch.tensor([0.5, 1.5]), (0.1, 0.9))
+        run.metrics.log_validation({"train": Losses(torch.tensor([0.5, 1.5]), (0.1, 0.9))})
     found = scalars(run.folder)
     assert found["val/loss"] == {1: 1.0}
     assert found["val/loss_sigma_0.1"] == {1: 0.5} and found["val/loss_sigma_0.9"] == {1: 1.5}
@@ -88,7 +90,7 @@ def test_one_step_that_is_not_finite_is_reported_counted_and_left_out(tmp_path, 
         log(run, 4.0)
         run.metrics.flush()
     found = scalars(run.folder)
-    assert found["train/loss"] == {1: 4.0, 3: 4.0} and run.metrics.smooth_loss == pytest.approx(4.0)
+    assert found["train/loss"] == {1: 4.0, 3: 4.0} and run.metrics.means().loss == pytest.approx(4.0)
     assert list(found["train/learning_rate"]) == [1, 2, 3] and run.step == 3
     said = "".join(capsys.readouterr())
     assert said.count("not finite, the update was skipped") == 1 and "step 2: loss" in said
@@ -117,14 +119,14 @@ def test_events_that_cannot_be_written_are_reported_once_and_the_run_continues(r
     for _ in range(3):
         log(run, 1.0)
         run.metrics.flush()
-    assert run.save().exists()
+    assert run.save()[0].exists()
     assert capsys.readouterr().out.count("the run continues without them: [Errno 28] No space left on device") == 1
 
 
 def test_a_step_is_validated_once_also_after_a_resume(run):
     log(run, 1.0)
     assert not run.metrics.is_validated
-    run.metrics.log_validation(torch.ones(2), (0.1, 0.9))
+    run.metrics.log_validation({"train": Losses(torch.ones(2), (0.1, 0.9))})
     assert run.metrics.is_validated
     saved = run.metrics.state_dict()
     again = Metrics(run.folder, total_steps=10, step=1)
@@ -143,3 +145,59 @@ def test_a_step_has_previews_once_their_sheet_is_written(run):
     assert run.metrics.has_previews
     log(run, 1.0)
     assert not run.metrics.has_previews
+
+
+def test_each_phase_has_its_own_means_under_its_own_name(tmp_path):
+    with open_a_run(tmp_path, max_grad_norm=1.0) as run:
+        for loss, phase, norm in ((4.0, "high_noise", 2.0), (1.0, "low_noise", 0.5), (2.0, "high_noise", 2.0)):
+            log(run, loss, norm, phase)
+        run.metrics.flush()
+    found = scalars(run.folder)
+    assert found["high_noise/loss"] == {1: 4.0, 3: 2.0} and found["low_noise/loss"] == {2: 1.0}
+    assert found["high_noise/loss_smooth"][3] == pytest.approx((0.98 * 4 + 2) / 1.98)
+    assert found["low_noise/loss_smooth"] == {2: pytest.approx(1.0)}
+    assert found["high_noise/clipped_share"][3] == pytest.approx(1.0) and found["low_noise/clipped_share"] == {2: 0.0}
+    assert math.isnan(run.metrics.means().loss) and not any(tag.startswith("train/") for tag in found)
+
+
+def test_the_bar_shows_the_loss_of_the_phase_in_turn(run):
+    shown = []
+    for loss, phase in ((4.0, "train"), (3.0, "high_noise"), (1.0, "low_noise"), (3.0, "high_noise")):
+        log(run, loss, phase=phase)
+        run.metrics.flush()
+        shown.append(run.metrics.bar.postfix.split(",")[0])
+    assert shown == ["loss 4.0000", "high_noise loss 3.0000", "low_noise loss 1.0000", "high_noise loss 3.0000"]
+
+
+def test_steps_that_are_not_finite_count_in_a_row_whatever_their_phase(run):
+    for phase in ("high_noise", "low_noise", "high_noise"):
+        log(run, math.nan, phase=phase)
+    with pytest.raises(RunError, match="3 steps in a row were not finite"):
+        run.metrics.flush()
+
+
+def test_the_phases_of_a_step_are_validated_together_and_named(tmp_path, capsys):
+    high, low = Losses(torch.tensor([1.0, 2.0]), (0.9, 0.95)), Losses(torch.tensor([0.25, 0.75]), (0.1, 0.5))
+    with open_a_run(tmp_path) as run:
+        log(run, 4.0)
+        run.metrics.log_validation({"high_noise": high, "low_noise": low})
+        assert run.metrics.is_validated
+    found = scalars(run.folder)
+    assert found["val/high_noise/loss"] == {1: 1.5} and found["val/high_noise/loss_sigma_0.95"] == {1: 2.0}
+    assert found["val/low_noise/loss"] == {1: 0.5} and found["val/low_noise/loss_sigma_0.1"] == {1: 0.25}
+    assert "val/loss" not in found
+    said = "".join(capsys.readouterr())
+    assert "step 1: validation loss of high_noise 1.5000  (by sigma 0.9: 1.0000, 0.95: 2.0000)" in said
+    assert "step 1: validation loss of low_noise 0.5000  (by sigma 0.1: 0.2500, 0.5: 0.7500)" in said
+
+
+def test_the_means_of_each_phase_are_restored(run):
+    for loss, phase in ((4.0, "high_noise"), (1.0, "low_noise"), (math.nan, "low_noise")):
+        log(run, loss, phase=phase)
+    run.metrics.flush()
+    saved = json.loads(json.dumps(run.metrics.state_dict()))
+    again = Metrics(run.folder, total_steps=10, step=3)
+    again.load_state_dict(saved)
+    again.close()
+    assert again.state_dict() == saved and again.means("high_noise") == run.metrics.means("high_noise")
+    assert saved["means"].keys() == {"high_noise", "low_noise"} and saved["bad_steps"] == 1

@@ -10,10 +10,12 @@ import torch
 
 from tests.runs import log, open_a_run, settings, small_learner, take_step
 from utils.adapters.lora_reader import read_lora
-from utils.common.errors import RunError
+from utils.common.checkpoint_names import EXPERTS
+from utils.common.errors import RunError, UserError
+from utils.common.options import parse_options
 from utils.common.signals import Stop
 from utils.runs.ending import save_on_exit
-from utils.runs.run import open_run
+from utils.runs.run import RunOptions, open_run
 from utils.runs.state import read_state
 
 NAMES = ["state-00000001.safetensors", "wan-lora-00000001.safetensors"]
@@ -41,7 +43,7 @@ def test_a_run_that_went_bad_writes_no_checkpoint(run):
 
 def test_a_checkpoint_is_named_by_its_step_and_holds_the_lora(run):
     log(run, 1.0)
-    path = run.save()
+    (path,) = run.save()
     assert path == run.checkpoints / "wan-lora-00000001.safetensors"
     lora = read_lora(path)
     assert lora.metadata["steps"] == "1" and lora.metadata["base_model"] == "model"
@@ -56,7 +58,7 @@ def test_a_run_that_resumes_from_an_earlier_state_archives_later_files(tmp_path,
     (run.checkpoints / ".wan-lora-00000003.77.partial.safetensors").touch()
     state = read_state(run.checkpoints / "state-00000001.safetensors")
     with open_a_run(tmp_path, state) as again:
-        assert again.last_saved == run.checkpoints / "wan-lora-00000001.safetensors"
+        assert again.last_saved_files == [run.checkpoints / "wan-lora-00000001.safetensors"]
         assert sorted(path.name for path in again.checkpoints.iterdir()) == ["aside-1", *NAMES]
     aside = {path.name for path in (run.checkpoints / "aside-1").iterdir()}
     assert aside == {f"{kind}-0000000{step}.safetensors" for kind in ("state", "wan-lora") for step in (2, 3)}
@@ -75,7 +77,7 @@ def test_a_run_folder_on_a_full_disk_is_reported(tmp_path, monkeypatch):
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_matrices_that_are_not_finite_are_not_saved(run, bad):
     log(run, 1.0)
-    good = run.save()
+    (good,) = run.save()
     log(run, 1.0)
     run.learner.trainables["lora"].adapter.parameters["down"].data.fill_(bad)
     with pytest.raises(RunError, match="not finite") as caught, save_on_exit(run, Stop()):
@@ -117,17 +119,17 @@ def test_previews_of_later_steps_are_archived_with_the_checkpoints(tmp_path):
 
 
 def test_a_checkpoint_has_the_average_of_each_trainable_and_its_own_values(tmp_path):
-    learner = small_learner(("lora", "critic"), ema_decay=0.9)
+    learner = small_learner(EXPERTS, ema_decay=0.9)
     take_step(learner)
     with open_run(settings(tmp_path), learner) as run:
         run.save()
         names = {path.name for path in run.checkpoints.iterdir()}
-    kinds = {f"wan-{name}-00000001{average}.safetensors" for name in ("lora", "critic") for average in ("", "-ema")}
+    kinds = {f"wan-lora_{name}-00000001{average}.safetensors" for name in EXPERTS for average in ("", "-ema")}
     assert names == {*kinds, "state-00000001.safetensors"}
     for name, trainable in learner.trainables.items():
         values = {"": trainable.adapter.parameters, "-ema": trainable.ema.values}
         for average, expected in values.items():
-            (pair,) = read_lora(run.checkpoints / f"wan-{name}-00000001{average}.safetensors").pairs.values()
+            (pair,) = read_lora(run.checkpoints / f"wan-lora_{name}-00000001{average}.safetensors").pairs.values()
             assert torch.equal(pair.down, expected["down"]) and torch.equal(pair.up, expected["up"])
         assert not torch.equal(trainable.ema.values["down"], trainable.adapter.parameters["down"])
 
@@ -137,4 +139,60 @@ def test_a_resumed_run_continues_the_means_of_the_saved_one(run):
         log(run, loss)
     run.save()
     with open_a_run(run.folder.parent, read_state(run.checkpoints / "state-00000002.safetensors")) as again:
-        assert again.metrics.smooth_loss == run.metrics.smooth_loss and again.metrics.step == 2
+        assert again.metrics.means() == run.metrics.means() and again.metrics.step == 2
+
+
+def test_the_pair_of_two_experts_is_one_checkpoint_and_each_file_says_which_it_is(tmp_path, capsys):
+    chosen = settings(tmp_path, output_name="fox")
+    learner = small_learner(EXPERTS, ema_decay=0.9)
+    take_step(learner)
+    with open_run(chosen, learner) as run:
+        assert run.last_saved_files == []
+        files = run.save()
+    assert files == [run.checkpoints / f"fox_{name}-00000001.safetensors" for name in EXPERTS]
+    assert f"step 1: saved {files[0]} and fox_low_noise-00000001.safetensors\n" in capsys.readouterr().out
+    assert f"the last checkpoint is {files[0]} and {files[1].name}" in str(run.failure("no more"))
+    for name in EXPERTS:
+        for average in ("", "-ema"):
+            path = run.checkpoints / f"fox_{name}-00000001{average}.safetensors"
+            assert read_lora(path).metadata["expert"] == name
+    state = read_state(run.checkpoints / "state-00000001.safetensors")
+    with open_run(chosen, small_learner(EXPERTS, ema_decay=0.9), state) as again:
+        assert again.last_saved_files == files and not again.saving_is_due(1, minutes=0)
+    files[1].unlink()
+    with open_run(chosen, small_learner(EXPERTS, ema_decay=0.9), state) as again:
+        assert again.last_saved_files == [] and again.saving_is_due(1, minutes=0)
+
+
+def test_the_file_of_a_single_lora_says_nothing_of_experts(run):
+    log(run, 1.0)
+    (path,) = run.save()
+    assert {"steps", "base_model", "options"} <= read_lora(path).metadata.keys() and "expert" not in read_lora(
+        path
+    ).metadata
+
+
+def test_a_run_that_resumes_under_another_name_keeps_what_it_had_and_archives_later_files_of_both(tmp_path):
+    with open_run(settings(tmp_path, output_name="fox"), small_learner()) as run:
+        for _ in range(3):
+            log(run, 1.0)
+            run.save()
+    others = ["character-20251125.safetensors", "fox-00000003_comfy.safetensors"]
+    for name in others:
+        (run.checkpoints / name).touch()
+    state = read_state(run.checkpoints / "state-00000002.safetensors")
+    with open_run(settings(tmp_path, output_name="wolf"), small_learner(), state) as again:
+        log(again, 1.0)
+        again.save()
+        again.prune(1)
+    names = {path.name for path in again.checkpoints.iterdir() if path.is_file()}
+    fox = {"fox-00000001.safetensors", "fox-00000002.safetensors"}
+    assert names == {*others, *fox, "wolf-00000003.safetensors", "state-00000003.safetensors"}
+    aside = {path.name for path in (again.checkpoints / "aside-1").iterdir()}
+    assert aside == {"fox-00000003.safetensors", "state-00000003.safetensors"}
+
+
+def test_a_name_that_cannot_be_is_found_among_the_options():
+    assert parse_options(RunOptions, ["--output_name", "fox"]).output_name == "fox"
+    with pytest.raises(UserError, match="--output_name 'yellow' holds 'low'"):
+        parse_options(RunOptions, ["--output_name", "yellow"])

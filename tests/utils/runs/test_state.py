@@ -10,12 +10,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.runs import FACTS, small_learner, take_step
+from tests.runs import FACTS, small_learner, take_step, take_turn, two_experts
+from utils.common.checkpoint_names import EXPERTS
 from utils.common.errors import UserError
-from utils.runs.state import CHECKSUM, read_state, write_state
+from utils.runs.state import CHECKSUM, check_resume_compatible, read_state, write_state
 from utils.runs.state import FACTS as KEY
+from utils.training.optim import Optimization
 
-METRICS = {"bad_steps": 0, "validated_at": 1, "smooth": 0.5, "weight": 0.1, "clipped": 0.0}
+MEANS = {"smooth": 0.1 + 0.2, "weight": 0.1, "clipped": 0.0}
+METRICS = {"bad_steps": 0, "validated_at": 1, "means": {"train": MEANS}}
+METRICS_2 = {"bad_steps": 0, "validated_at": 1, **MEANS}
 
 
 def saved(folder: Path, names: tuple[str, ...] = ("lora",)) -> Path:
@@ -45,6 +49,53 @@ def test_a_learner_survives_the_way_to_a_file_and_back(tmp_path, names):
     (first, facts), (second, again) = content(path), content(tmp_path / "again.safetensors")
     assert facts == again and first.keys() == second.keys()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_a_state_of_format_2_is_restored_with_its_means_as_those_of_the_ordinary_phase(tmp_path):
+    path = saved(tmp_path)
+    today, (tensors, _) = read_state(path), content(path)
+    edited(as_format_2)(path)
+    assert b'\\"format\\": 2' in path.read_bytes()
+    state = read_state(path)
+    assert state.metrics == METRICS and (state.step, state.facts) == (today.step, today.facts)
+    learner = small_learner(ema_decay=0.9)
+    state.restore(learner)
+    write_state(tmp_path / "again.safetensors", learner.state_dict(), state.facts, state.metrics)
+    again, _ = content(tmp_path / "again.safetensors")
+    assert tensors.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
+    assert read_state(tmp_path / "again.safetensors").metrics == METRICS
+
+
+def test_the_means_of_several_phases_survive_the_way_to_a_file_and_back(tmp_path):
+    learner, path = small_learner(EXPERTS), tmp_path / "state-00000000.safetensors"
+    means = {"high_noise": MEANS, "low_noise": {"smooth": 1 / 3, "weight": 2 / 3, "clipped": 1.0}}
+    write_state(path, learner.state_dict(), FACTS, METRICS | {"means": means})
+    assert read_state(path).metrics["means"] == means
+
+
+def test_two_experts_that_have_taken_different_numbers_of_steps_continue_from_a_file_in_the_middle_of_a_phase(tmp_path):
+    unbroken, path = two_experts(), tmp_path / "state-00000010.safetensors"
+    for _ in range(10):
+        take_turn(unbroken)
+    write_state(path, unbroken.state_dict(), FACTS, METRICS)
+    resumed = two_experts()
+    for _ in range(5):
+        take_turn(unbroken)
+    read_state(path).restore(resumed)
+    assert [trainable.updater.step_count for trainable in resumed.trainables.values()] == [7, 3] and resumed.step == 10
+    for _ in range(5):
+        take_turn(resumed)
+    for learner, name in ((unbroken, "first"), (resumed, "second")):
+        write_state(tmp_path / name, learner.state_dict(), FACTS, METRICS)
+    (first, facts), (second, again) = content(tmp_path / "first"), content(tmp_path / "second")
+    assert facts == again and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_a_state_past_the_steps_of_the_run_is_refused(tmp_path):
+    state = read_state(saved(tmp_path))
+    check_resume_compatible(state, Optimization(), FACTS.data, allowed=True, total_steps=2)
+    with pytest.raises(UserError, match=r"state-00000002\.safetensors is of step 2, past the 1 step of this run"):
+        check_resume_compatible(state, Optimization(), FACTS.data, allowed=True, total_steps=1)
 
 
 def test_every_flipped_bit_is_found(tmp_path):
@@ -89,6 +140,10 @@ def rewrite(path: Path, tensors: dict[str, Tensor], facts: object) -> None:
     save_file(tensors, path, metadata={KEY: text, CHECKSUM: _checksum(tensors, text)})
 
 
+def as_format_2(facts: dict) -> None:
+    facts.update(format=2, metrics=METRICS_2)
+
+
 def lora(facts: dict) -> dict:
     return facts["learner"]["trainables"]["lora"]
 
@@ -99,7 +154,11 @@ BAD = {
     "facts that are a list": lambda path: rewrite(path, content(path)[0], []),
     "facts that are a number": lambda path: rewrite(path, content(path)[0], 7),
     "facts nested without end": lambda path: save_file(content(path)[0], path, metadata={KEY: "[" * 100_000}),
-    "a newer format": edited(lambda f: f.update(format=3)),
+    "a newer format": edited(lambda f: f.update(format=4)),
+    "metrics of format 2": edited(lambda f: f.update(metrics=METRICS_2)),
+    "metrics that do not belong to format 2": edited(lambda f: f.update(format=2)),
+    "format 2 without a mean": edited(lambda f: f.update(format=2, metrics={**METRICS_2, "weight": None})),
+    "format 2 with something unknown": edited(lambda f: f.update(format=2, metrics={**METRICS_2, "other": 1})),
     "a format of another type": edited(lambda f: f.update(format="2")),
     "no options": edited(lambda f: f.pop("options")),
     "options that are a list": edited(lambda f: f.update(options=[])),
@@ -107,8 +166,16 @@ BAD = {
     "data that is a number": edited(lambda f: f.update(data=3)),
     "a fingerprint that is a number": edited(lambda f: f["data"].update({"clips/a.mp4": 5})),
     "no metrics": edited(lambda f: f.pop("metrics")),
-    "a metric that is text": edited(lambda f: f["metrics"].update(smooth="0.5")),
-    "a metric that is not finite": edited(lambda f: f["metrics"].update(smooth=math.nan)),
+    "no means": edited(lambda f: f["metrics"].pop("means")),
+    "means that are a list": edited(lambda f: f["metrics"].update(means=[MEANS])),
+    "means of a phase that are a number": edited(lambda f: f["metrics"].update(means={"train": 0.5})),
+    "means without their weight": edited(lambda f: f["metrics"]["means"]["train"].pop("weight")),
+    "an unknown mean": edited(lambda f: f["metrics"]["means"]["train"].update(other=0.5)),
+    "a mean that is text": edited(lambda f: f["metrics"]["means"]["train"].update(smooth="0.5")),
+    "a mean that is not finite": edited(
+        lambda f: f["metrics"]["means"].update(low_noise={**MEANS, "smooth": math.nan})
+    ),
+    "a validated step that is a fraction": edited(lambda f: f["metrics"].update(validated_at=0.5)),
     "an unknown metric": edited(lambda f: f["metrics"].update(other=1)),
     "a fraction of a bad step": edited(lambda f: f["metrics"].update(bad_steps=0.5)),
     "no learner": edited(lambda f: f.pop("learner")),

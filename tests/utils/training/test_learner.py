@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.runs import SPEC, SmallLora, small_learner, take_step
+from tests.runs import EXPERT_SPECS, SPEC, SmallLora, small_learner, take_step, take_turn, two_experts
 from utils.common.errors import RunError, UserError
 from utils.training.learner import WATCHED_STEP, Learner, Trainable
+from utils.training.optim import learning_rate_factor
 
 
 def values_of(learner: Learner) -> list[Tensor]:
@@ -39,6 +40,32 @@ def test_a_restored_learner_continues_like_the_one_that_was_saved(names):
     for learner in (first, second):
         take_step(learner, seed=9)
     assert equal(values_of(first)[:-1], values_of(second)[:-1]) and second.step == 4
+
+
+@pytest.mark.parametrize(("steps", "counts"), [(3, [3, 0]), (7, [7, 0]), (10, [7, 3]), (14, [7, 7])])
+def test_trainables_that_take_turns_are_each_restored_at_their_own_place_of_their_schedule(steps, counts):
+    first, second = two_experts(), two_experts()
+    for _ in range(steps):
+        take_turn(first)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.step == steps and equal(values_of(first), values_of(second))
+    assert [trainable.updater.step_count for trainable in second.trainables.values()] == counts
+    expected = [
+        SPEC.learning_rate * learning_rate_factor(n, spec) for n, spec in zip(counts, EXPERT_SPECS, strict=True)
+    ]
+    for learner in (first, second):
+        assert [trainable.updater.learning_rate for trainable in learner.trainables.values()] == expected
+
+
+def test_an_update_of_one_expert_leaves_the_other_as_it_was():
+    learner = two_experts()
+    for _ in range(9):
+        take_turn(learner)
+    before = copy.deepcopy(learner.trainables["high_noise"].state_dict())
+    take_turn(learner)
+    after = learner.trainables["high_noise"].state_dict()
+    for was, now in zip(leaves(before), leaves(after), strict=True):
+        assert torch.equal(was, now) if isinstance(was, Tensor) else was == now
 
 
 def test_settings_of_an_optimizer_that_are_no_tensors_survive():
