@@ -333,3 +333,29 @@ def test_the_config_file_may_also_hold_the_folders(work, capsys):
     options = MODEL.replace("--val_samples 0", "")
     train_wan_lora.main(f"--config run.toml {options} --output_dir new".split())
     assert "2 clips in 1 bucket, 6 steps per epoch; 1 step of training" in capsys.readouterr().out
+
+
+def test_start_pictures_are_reported_where_they_are_not_used_and_listed_where_they_are(work, capsys):
+    for name in ("fox", "hare"):
+        image(work / "clips" / f"{name}_first.png", caption=None)
+    train_wan_lora.main(f"{RUN} --check_dataset".split())
+    said = capsys.readouterr().out
+    assert "2 start pictures such as fox_first.png are not used: see --load_first_frame" in said
+    assert "an epoch has 2 samples" in said
+    given = "--dataset clips --base_res 64 --pretrained_model_name_or_path Wan-AI/Wan2.2-TI2V-5B --load_first_frame"
+    train_wan_lora.main(f"{given} --check_dataset".split())
+    said = capsys.readouterr().out
+    assert "begins with fox_first.png" in said and "not used" not in said and "an epoch has 2 samples" in said
+    image(work / "clips" / "hare_first.png", caption=None, size=(64, 64))
+    code = run_script(partial(train_wan_lora.main, f"{given} --check_dataset".split()))
+    assert code == 2 and "its start picture hare_first.png: its aspect ratio differs" in capsys.readouterr().err
+
+
+def test_the_table_shows_how_many_frames_the_limits_leave(work, capsys):
+    video(work / "clips" / "owl.mp4", frames=33)
+    train_wan_lora.main(f"{RUN} --max_frames 2 --max_duration 1 --check_dataset".split())
+    said = capsys.readouterr().out
+    assert "--max_frames 2: 5 frames, as the model takes 4n + 1" in said
+    assert re.search(r"fox\.mp4 .* 9 -> 5 .* ok", said) and re.search(r"owl\.mp4 .* 33 -> 5 .* used up to 1 s", said)
+    train_wan_lora.main(f"{RUN} --max_duration 0.5 --token_limit 500 --fps 8 --check_dataset".split())
+    assert re.search(r"owl\.mp4 .* 33 -> 5 .* used up to 0.5 s", capsys.readouterr().out)

@@ -59,6 +59,11 @@ def count_tokens(width: int, height: int, frames: int, grid: Grid) -> int:
     return (width // grid.side) * (height // grid.side) * ((frames - 1) // grid.frame + 1)
 
 
+def round_up_frames(frames: int, grid: Grid) -> int:
+    """The nearest number of frames, at least `frames`, that a model takes: a multiple of `grid.frame`, plus 1."""
+    return -(-(frames - 1) // grid.frame) * grid.frame + 1
+
+
 def max_frames(width: int, height: int, token_limit: int, grid: Grid) -> int:
     """The most frames, a multiple of `grid.frame` plus 1, whose tokens are at most `token_limit`.
 

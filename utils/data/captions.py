@@ -28,10 +28,14 @@ TEXT_KEYS = ("text", "caption", "prompt")
 
 @dataclass
 class Captions:
-    """`texts` by media file; `problems` by media file without a usable caption; `file_problems` of caption files."""
+    """`texts` by media file; `problems` by media file without a usable caption; `file_problems` of caption files.
+
+    The media files in `missing` have no caption at all; they are among the problems too.
+    """
 
     texts: dict[Path, tuple[str, ...]] = field(default_factory=dict)
     problems: dict[Path, str] = field(default_factory=dict)
+    missing: set[Path] = field(default_factory=set)
     file_problems: list[tuple[Path, str]] = field(default_factory=list)
 
 
@@ -80,6 +84,7 @@ def _choose(path: Path, candidates: list[Candidate], found: Captions) -> None:
         files = " and ".join(f"{file.parent.name}/{file.name}" for file, _ in candidates)
         found.problems[path] = f"it has different captions in {files}: keep one"
     elif not candidates:
+        found.missing.add(path)
         found.problems[path] = f"it has no caption: write one to {path.stem}.txt beside it"
     elif not any(candidates[0][1]):
         found.problems[path] = f"its caption in {candidates[0][0].name} is empty: write one"

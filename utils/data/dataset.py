@@ -13,10 +13,12 @@ from utils.common.console import say
 from utils.common.digests import DIGESTS, LATENTS, Digests
 from utils.common.errors import UserError
 from utils.common.formatting import counted
+from utils.data.buckets import round_up_frames
 from utils.data.folders import DatasetOptions, Folder, Rules
 from utils.data.plan import Batching, Limits, Plan, Window, full_length_windows
 from utils.data.scan import Problem, Source, scan, split_folders
 from utils.data.tables import format_buckets, format_clips
+from wan.configs.grid import Grid
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def open_dataset(
     Raises UserError with a list of the files that cannot be used, each with its reason; with `skip_bad_files` they are
     printed instead. Also raises it if no clip is left, or if one frame exceeds the token limit.
     """
+    _say_rounded_frames(folders, limits.grid)
     train: list[Source] = []
     val: list[Source] = []
     problems: list[Problem] = []
@@ -91,6 +94,13 @@ def open_dataset(
     if not train:
         raise UserError(f"no usable clip is left in {' '.join(str(folder.path) for folder in folders)}")
     return Dataset(train, val, windows, cache_folder or folders[0].path / ".wan_cache")
+
+
+def _say_rounded_frames(folders: Sequence[Folder], grid: Grid) -> None:
+    """Says once for each --max_frames how many frames that are, if the model does not take that number."""
+    for given in dict.fromkeys(folder.rules.max_frames for folder in folders):
+        if given and (frames := round_up_frames(given, grid)) != given:
+            say(f"--max_frames {given}: {frames} frames, as the model takes {grid.frame}n + 1")
 
 
 def _report(problems: Sequence[Problem], skip_bad_files: bool) -> None:

@@ -59,6 +59,10 @@ class Rules:
     max_frame_stride: int = option(
         2, "with --fps native, use every 1st to Nth frame; drawn at random per sample", minimum=1
     )
+    max_frames: int = option(
+        0, "most frames of a sample, rounded up to 4n + 1; 0: as many as --token_limit allows", minimum=0
+    )
+    max_duration: float = option(0.0, "use only the first N seconds of each clip; 0: all of it", minimum=0)
     random_frame_length: bool = option(False, "draw the number of frames at random too, up to the most that fits")
     frame_sampling: str = option(
         "random",
@@ -82,6 +86,9 @@ class Rules:
     load_mask: bool = option(False, "weight the loss by clip_mask.mp4 or .png: white is 1, black is --mask_floor")
     mask_suffix: str = option("_mask", "what a mask file's name adds to the clip's")
     mask_folder: Path | None = option(None, "folder of mask files, named like their clips")
+    load_first_frame: bool = option(
+        False, "give the model clip_first.png (or .jpg) as the first frame of clip.mp4, where there is one"
+    )
 
     @classmethod
     def of(cls, options: "Rules") -> "Rules":
@@ -111,6 +118,11 @@ class Rules:
     @property
     def reads_mask(self) -> bool:
         return self.load_mask or self.mask_folder is not None
+
+    @property
+    def reads_first(self) -> bool:
+        """Whether a start picture beside a clip is used: only a model that is given frames can use one."""
+        return self.load_first_frame
 
     @property
     def covers_clip(self) -> bool:

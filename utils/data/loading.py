@@ -30,12 +30,16 @@ _TIMEOUT = 120.0  # seconds for a batch; a worker that takes longer counts as ha
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """Pixels of one window: uint8 RGB (3, F, H, W), the same of its control, and its mask as uint8 (F, H, W)."""
+    """Pixels of one window: uint8 RGB (3, F, H, W), the same of its control, and its mask as uint8 (F, H, W).
+
+    `first` is the frame that a model is given in place of the first one, (3, 1, H, W), if the clip has such a picture.
+    """
 
     pixels: Tensor
     caption: str
     control: Tensor | None = None
     mask: Tensor | None = None
+    first: Tensor | None = None
 
     def pin_memory(self) -> "Clip":
         """In page-locked memory, from which copies to a GPU are asynchronous; torch's loader calls this."""
@@ -43,7 +47,7 @@ class Clip:
 
 
 def load_clip(window: Window) -> Clip:
-    """Reads the pixels of a window. Control and mask are cropped at the same fractions, whatever their resolution.
+    """Reads the pixels of a window. What belongs to it is cropped at the same fractions, whatever its resolution.
 
     Raises `MediaError` for a file that has become unreadable.
     """
@@ -51,7 +55,8 @@ def load_clip(window: Window) -> Clip:
     pixels = _read(source.path, source.info, window)
     control = _read(source.control.path, source.control.info, window) if source.control else None
     mask = _read(source.mask.path, source.mask.info, window)[0] if source.mask else None  # gray: channels are equal
-    return Clip(pixels, window.caption, control, None if mask is None else mask.contiguous())
+    first = _read(window.first.path, window.first.info, window)[:, :1] if window.first else None
+    return Clip(pixels, window.caption, control, None if mask is None else mask.contiguous(), first)
 
 
 def batches(plan: Plan, load: Load[T], start_batch: int = 0, num_workers: int = 0) -> Generator[list[T], None, None]:

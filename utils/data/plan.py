@@ -12,9 +12,8 @@ from typing import TypeVar
 
 from utils.common.errors import UserError
 from utils.common.options import option
-from utils.data.buckets import bucket_size, count_tokens, max_frames
-from utils.data.folders import Rules
-from utils.data.scan import MIN_VIDEO_FRAMES, Source
+from utils.data.buckets import bucket_size, count_tokens, max_frames, round_up_frames
+from utils.data.scan import MIN_VIDEO_FRAMES, PairedFile, Source
 from wan.configs.grid import Grid
 
 T = TypeVar("T")
@@ -62,6 +61,11 @@ class Window:
     @property
     def frames(self) -> int:
         return len(self.indices)
+
+    @property
+    def first(self) -> PairedFile | None:
+        """The source's start picture, for a sample that begins where the file does: it stands for that frame alone."""
+        return self.source.first if self.indices[0] == self.source.frame_indices[0] else None
 
     @property
     def tokens(self) -> int:
@@ -182,9 +186,12 @@ def full_length_windows(sources: Sequence[Source], limits: Limits) -> list[Windo
 
 
 def middle_window(source: Source, base_res: int, limits: Limits) -> Window:
-    """The middle frames of a source, as many as fit, cropped to the middle of the picture, with the first caption."""
+    """The middle frames of a source, as many as fit, cropped to the middle of the picture, with the first caption.
+
+    The first frames of a source that has a start picture.
+    """
     width, height, frames = _largest_bucket(source, base_res, limits)
-    first = (len(source.frame_indices) - frames) // 2
+    first = 0 if source.first else (len(source.frame_indices) - frames) // 2
     indices = tuple(source.frame_indices[first : first + frames])
     return Window(source, source.captions[0], width, height, indices, (0.5, 0.5), limits.grid)
 
@@ -203,11 +210,12 @@ def _fixed_groups(source: Source, limits: Limits, count: int) -> Iterator[Window
 
 
 def _largest_bucket(source: Source, base_res: int, limits: Limits) -> tuple[int, int, int]:
-    """Width, height and the most frames, a multiple of `grid.frame` plus 1, by the token limit and the source."""
-    width, height = bucket_size(source.info.width, source.info.height, base_res, limits.grid, source.rules.shapes)
-    step = limits.grid.frame
-    available = (len(source.frame_indices) - 1) // step * step + 1
-    return width, height, min(available, max_frames(width, height, limits.token_limit, limits.grid))
+    """Width, height and the most frames, a multiple of `grid.frame` plus 1, by the limits, the rules and the source."""
+    rules, grid = source.rules, limits.grid
+    width, height = bucket_size(source.info.width, source.info.height, base_res, grid, rules.shapes)
+    available = (len(source.frame_indices) - 1) // grid.frame * grid.frame + 1
+    frames = min(available, max_frames(width, height, limits.token_limit, grid))
+    return width, height, min(frames, round_up_frames(rules.max_frames, grid)) if rules.max_frames else frames
 
 
 def _draw_windows(source: Source, limits: Limits, rng: random.Random) -> Iterator[Window]:
@@ -219,7 +227,7 @@ def _draw_windows(source: Source, limits: Limits, rng: random.Random) -> Iterato
     width, height, frames = _choose(buckets, rng)
     if rules.random_frame_length:
         frames = 1 + step * _draw_index((frames - 1) // step + 1, rng)
-    for places in _draw_places(rules, len(source.frame_indices), frames, step, rng):
+    for places in _draw_places(source, frames, step, rng):
         indices = tuple(source.frame_indices[place] for place in places)
         position = rng.random(), rng.random()
         yield Window(source, source.captions[0], width, height, indices, position, limits.grid)
@@ -230,11 +238,13 @@ def _draw_caption(source: Source, rng: random.Random) -> str:
     return "" if dropped else _choose(source.captions, rng)
 
 
-def _draw_places(rules: Rules, available: int, frames: int, step: int, rng: random.Random) -> Iterator[Sequence[int]]:
-    """For each window the ascending places, 0 .. available - 1, of its frames among those that a source offers.
+def _draw_places(source: Source, frames: int, step: int, rng: random.Random) -> Iterator[Sequence[int]]:
+    """For each window the ascending places of its frames among the `frame_indices` of the source.
 
-    Every window has `frames` frames; the last chunk may have fewer.
+    Every window has `frames` frames; the last chunk may have fewer. A lone window of a source that has a start picture
+    begins with the source, where it can be given the picture.
     """
+    rules, available = source.rules, len(source.frame_indices)
     if rules.frame_sampling == "uniform":
         spacing = (available - 1) / max(frames - 1, 1)
         yield [round(number * spacing) for number in range(frames)] if frames > 1 else [available // 2]
@@ -250,7 +260,7 @@ def _draw_places(rules: Rules, available: int, frames: int, step: int, rng: rand
     if rules.fps == "native":
         stride = max(min(1 + _draw_index(rules.max_frame_stride, rng), (available - 1) // max(frames - 1, 1)), 1)
     num_starts = available - (frames - 1) * stride
-    start = {"head": 0, "middle": (num_starts - 1) // 2}.get(rules.frame_sampling)
+    start = 0 if source.first else {"head": 0, "middle": (num_starts - 1) // 2}.get(rules.frame_sampling)
     start = _draw_index(num_starts, rng) if start is None else start
     yield range(start, start + frames * stride, stride)
 

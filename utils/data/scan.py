@@ -1,4 +1,7 @@
-"""From folders to sources: usable files with their captions, controls and masks, and the problems of all others."""
+"""From folders to sources: usable files with all that belongs to them, and the problems of all others.
+
+Captions, controls, masks and start pictures belong to a file by its name.
+"""
 
 import os
 from collections import Counter, defaultdict
@@ -8,24 +11,26 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from utils.common.console import say
 from utils.common.errors import UserError
+from utils.common.formatting import counted
 from utils.data.captions import find_captions
 from utils.data.folders import Folder, Rules
-from utils.media.frame_rate import frames_at_rate
+from utils.media.frame_rate import frames_at_rate, frames_within
 from utils.media.inspection import inspect_all
 from utils.media.probing import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, MediaInfo, frame_times, is_image, is_video
 
 VALIDATION_NAMES = ("val", "validation", "eval", "test")
 MIN_VIDEO_FRAMES = 5
-# Rounding accounts for differences up to these shares between a clip and its control or mask.
+# Rounding accounts for differences up to these shares between a clip and what belongs to it.
 ASPECT_TOLERANCE, RATE_TOLERANCE = 0.05, 0.02
 
-Candidates = dict[Path, list[Path]]  # controls or masks, by their clip's path or name without its ending
+Candidates = dict[Path, list[Path]]  # what may belong to a clip, by the clip's path or name without its ending
 
 
 @dataclass(frozen=True)
 class PairedFile:
-    """A clip's control or mask: its frames correspond to the clip's one to one."""
+    """A clip's control or mask, whose frames correspond to the clip's one to one, or its start picture."""
 
     path: Path
     info: MediaInfo
@@ -36,7 +41,8 @@ class Source:
     """A usable media file: its captions, of which each sample takes one, and the frames that samples may use.
 
     `frame_indices` number frames of the file, ascending: every frame, or the frames at the folder's frame rate. They
-    end where a shorter control or mask ends.
+    end where a shorter control or mask ends, or at the folder's `max_duration`. `first` is a picture that a model is
+    given in place of the file's first frame.
     """
 
     path: Path
@@ -47,11 +53,12 @@ class Source:
     rules: Rules
     control: PairedFile | None = None
     mask: PairedFile | None = None
+    first: PairedFile | None = None
 
     @property
     def files(self) -> list[Path]:
-        """The file itself, then its control and its mask if it has them."""
-        return [self.path, *(paired.path for paired in (self.control, self.mask) if paired)]
+        """The file itself, then its control, its mask and its start picture if it has them."""
+        return [self.path, *(paired.path for paired in (self.control, self.mask, self.first) if paired)]
 
 
 @dataclass(frozen=True)
@@ -79,15 +86,18 @@ def scan(
 
     `dataset` is the folder that this one is a part of: captions may lie there. Hidden files, hidden folders and the
     folders `exclude` are skipped. Raises `UserError` if the folder is missing or holds no media; a bad file is a
-    problem, never an exception.
+    problem, never an exception. Start pictures that the rules do not use are neither: a line is printed about them.
     """
     rules = folder.rules
     pairings = [_Pairing("control", rules.control_suffix, rules.control_folder)] if rules.reads_control else []
     pairings += [_Pairing("mask", rules.mask_suffix, rules.mask_folder)] if rules.reads_mask else []
+    pairings += [_START_PICTURES] if rules.reads_first else []
     files = _media_files(folder.path, [*exclude, *(pairing.folder for pairing in pairings if pairing.folder)])
     candidates = [pairing.find_candidates(files) for pairing in pairings]
     paired_paths = {path for found in candidates for paths in found.values() for path in paths}
     clips = [path for path in files if path not in paired_paths]
+    if not rules.reads_first:
+        clips = _without_start_pictures(folder, clips, dataset)
     captions = find_captions(folder.path, clips, rules.captions, rules.caption_per_line, dataset)
     stems = Counter(_stem(path) for path in clips)
     media = _inspect([*clips, *sorted(paired_paths)])
@@ -100,6 +110,8 @@ def scan(
         paired = {}
         for pairing, found in zip(pairings, candidates, strict=True):
             others = pairing.candidates_of(path, found)
+            if pairing.is_optional and not others:
+                continue
             mismatches = pairing.problems(path, others, media)
             reasons += mismatches
             if not mismatches:
@@ -135,14 +147,22 @@ def _inspect(files: Sequence[Path]) -> _Media:
 
 @dataclass(frozen=True)
 class _Pairing:
-    """How controls, or masks, are matched with clips: by a suffix beside them, or by name in a folder of their own."""
+    """How controls, or masks, are matched with clips: by a suffix beside them, or by name in a folder of their own.
+
+    What `is_optional` belongs to the clips that have it: a picture beside a video. A file of such a name without a
+    video is a clip like any other.
+    """
 
     name: str
     suffix: str
-    folder: Path | None
+    folder: Path | None = None
+    is_optional: bool = False
 
     def find_candidates(self, files: Sequence[Path]) -> Candidates:
-        """All controls (masks), by the path of their clip without its ending; in a folder, by the clip's name alone."""
+        """All controls (masks), by the path of their clip without its ending; in a folder, by the clip's name alone.
+
+        Raises UserError for an empty suffix, and as `scan` does for the folder.
+        """
         found = defaultdict(list)
         if self.folder is not None:
             for path in _media_files(self.folder, []):
@@ -153,6 +173,10 @@ class _Pairing:
             for path in files:
                 if path.stem.endswith(self.suffix):
                     found[path.with_name(path.stem.removesuffix(self.suffix))].append(path)
+        if self.is_optional:
+            videos = {_stem(path) for path in files if is_video(path)}
+            pictures = {stem: list(filter(is_image, paths)) for stem, paths in found.items() if stem in videos}
+            return {stem: paths for stem, paths in pictures.items() if paths}
         return found
 
     def candidates_of(self, clip: Path, candidates: Candidates) -> list[Path]:
@@ -186,6 +210,22 @@ class _Pairing:
         return [Problem(path, f"there is no clip for this {self.name}") for path in paths]
 
 
+_START_PICTURES = _Pairing("start picture", "_first", is_optional=True)
+
+
+def _without_start_pictures(folder: Folder, clips: Sequence[Path], dataset: Path | None) -> list[Path]:
+    """The clips except start pictures, of which a line is printed. One with a caption of its own is a clip."""
+    named = {path for paths in _START_PICTURES.find_candidates(clips).values() for path in paths}
+    if not named:
+        return list(clips)
+    captions = find_captions(folder.path, clips, per_line=folder.rules.caption_per_line, dataset=dataset)
+    unused = named & captions.missing
+    if unused:
+        pictures, are = counted(len(unused), _START_PICTURES.name), "is" if len(unused) == 1 else "are"
+        say(f"{pictures} such as {min(unused).name} {are} not used: see --load_first_frame")
+    return [path for path in clips if path not in unused]
+
+
 def _mismatches(other: MediaInfo, clip: MediaInfo | None) -> list[str]:
     """Why the frames of a control or mask cannot correspond to the clip's; nothing for a clip that is unreadable."""
     if clip is None:
@@ -202,13 +242,23 @@ def _mismatches(other: MediaInfo, clip: MediaInfo | None) -> list[str]:
 def _source(
     folder: Folder, path: Path, texts: tuple[str, ...], info: MediaInfo, paired: dict[str, PairedFile], model_fps: float
 ) -> Source:
-    rules, rate = folder.rules, folder.rules.rate(model_fps)
     frames = min([info.frames, *(other.info.frames for other in paired.values() if not is_image(other.path))])
-    indices: Sequence[int] = range(frames)
-    if rate is not None and not is_image(path):
-        indices = tuple(index for index in frames_at_rate(frame_times(path), rate) if index < frames)
-    captions = tuple(rules.caption_prefix + text for text in texts)
-    return Source(path, captions, info, indices, folder.path, rules, paired.get("control"), paired.get("mask"))
+    indices = _frame_indices(path, frames, folder.rules, folder.rules.rate(model_fps))
+    captions = tuple(folder.rules.caption_prefix + text for text in texts)
+    control, mask, first = (paired.get(name) for name in ("control", "mask", _START_PICTURES.name))
+    return Source(path, captions, info, indices, folder.path, folder.rules, control, mask, first)
+
+
+def _frame_indices(path: Path, frames: int, rules: Rules, rate: float | None) -> Sequence[int]:
+    """Which of a file's first `frames` frames samples may use: those at the rate, up to the longest duration."""
+    if is_image(path) or (rate is None and not rules.max_duration):
+        return range(frames)
+    times = frame_times(path)
+    if rules.max_duration:
+        times = times[: frames_within(times, rules.max_duration)]
+    if rate is None:
+        return range(min(frames, len(times)))
+    return tuple(index for index in frames_at_rate(times, rate) if index < frames)
 
 
 def _media_files(folder: Path, exclude: Sequence[Path]) -> list[Path]:

@@ -83,6 +83,10 @@ def _remarks(window: Window, model_fps: float) -> list[str]:
     common_frames = min((other.info.frames for other in paired), default=info.frames)
     if common_frames < info.frames:
         remarks.append(f"its control or mask ends after {common_frames} frames")
+    if source.rules.max_duration and info.fps and info.frames - 1.5 > source.rules.max_duration * info.fps:
+        remarks.append(f"used up to {source.rules.max_duration:g} s")
+    if source.first:
+        remarks.append(f"begins with {source.first.path.name}")
     scale = max(window.width / info.width, window.height / info.height)
     if scale > 1:
         remarks.append(f"enlarged {scale:.2g}x")

@@ -1,4 +1,4 @@
-"""Choose the frames that show a video at another frame rate, by their presentation times."""
+"""Choose frames of a video by their presentation times: at another frame rate, or up to a time."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -21,6 +21,14 @@ def frames_at_rate(times: Sequence[float], rate: float) -> list[int]:
         if not chosen or nearest > chosen[-1]:
             chosen.append(nearest)
     return chosen
+
+
+def frames_within(times: Sequence[float], duration: float) -> int:
+    """How many frames a video shows until `duration` seconds, at least one: the frame nearest to that time is the last.
+
+    5 seconds at 16 frames per second are 81 frames, as Wan counts. `times` are seconds, ascending from 0.
+    """
+    return _nearest(times, duration) + 1
 
 
 def _nearest(times: Sequence[float], time: float) -> int:

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from utils.common.errors import UserError
 from utils.common.options import option
 
 SCHEDULES = ("constant", "linear", "cosine")
+T = TypeVar("T", bound="Optimization")
+
 # Entries of a parameter group that follow from the options of this run, never from a saved state.
 _FROM_OPTIONS = ("params", "lr", "initial_lr", "weight_decay")
 
@@ -23,12 +25,20 @@ class Optimization:
     """optimization"""
 
     max_train_steps: int = option(1000, "optimizer steps", minimum=1)
+    epochs: int = option(0, "train N epochs instead of --max_train_steps; 0: off", minimum=0)
     learning_rate: float = option(1e-5, "base learning rate", minimum=0)
     lr_scheduler: str = option("constant", "learning rate schedule after the warm-up", choices=SCHEDULES)
     lr_warmup_steps: int = option(0, "steps over which the learning rate rises linearly to its base value", minimum=0)
     weight_decay: float = option(0.01, "weight decay of AdamW", minimum=0)
     gradient_accumulation: int = option(1, "batches per optimizer step", minimum=1)
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: no clipping", minimum=0)
+
+    def __post_init__(self) -> None:
+        """Raises UserError for two lengths of the run, and for a warm-up that is as long as the run."""
+        if self.epochs and self.max_train_steps != Optimization.max_train_steps:
+            raise UserError("--epochs and --max_train_steps both say how long to train: give one of them")
+        if not self.epochs and self.lr_warmup_steps >= self.max_train_steps:
+            raise UserError(f"--lr_warmup_steps {self.lr_warmup_steps} must be below the {self.max_train_steps} steps")
 
     @property
     def optimizer(self) -> "OptimizerSpec":
@@ -54,6 +64,15 @@ class ParameterGroup:
 
     parameters: Mapping[str, nn.Parameter]
     lr_scale: float = 1.0
+
+
+def with_epochs(opts: T, steps_per_epoch: int) -> T:
+    """The options with --epochs as the --max_train_steps of that many epochs; unchanged without --epochs.
+
+    What is saved of a run is its number of steps, in whichever way it was given: either way resumes the other. Raises
+    UserError if the warm-up is as long as the run.
+    """
+    return replace(opts, epochs=0, max_train_steps=opts.epochs * steps_per_epoch) if opts.epochs else opts
 
 
 def learning_rate_factor(step: int, spec: OptimizerSpec) -> float:

@@ -4,7 +4,7 @@ import pytest
 
 from tests.limits import GRID
 from utils.common.errors import UserError
-from utils.data.buckets import Shapes, bucket_size, count_tokens, max_frames
+from utils.data.buckets import Shapes, bucket_size, count_tokens, max_frames, round_up_frames
 from wan.configs.grid import Grid
 
 LARGER = Shapes(enlarge=True)
@@ -82,3 +82,8 @@ def test_fine_buckets_are_evenly_spaced_ratios_of_about_equal_area():
     assert max(steps) < 2.2 * min(steps)
     assert all(abs(width * height / 480**2 - 1) < 0.06 for width, height in sizes)
     assert bucket_size(4000, 1000, 480, GRID, shapes) == bucket_size(2000, 1000, 480, GRID, shapes)
+
+
+def test_a_number_of_frames_is_rounded_up_to_one_that_the_model_takes():
+    assert [round_up_frames(frames, GRID) for frames in (1, 2, 5, 8, 9, 16, 17)] == [1, 5, 5, 9, 9, 17, 17]
+    assert [round_up_frames(frames, Grid(frame=8, side=16)) for frames in (1, 2, 9, 10)] == [1, 9, 9, 17]

@@ -162,3 +162,10 @@ def test_wrong_metadata_is_reported_with_the_reason(folder, name, content, messa
     found = find_captions(folder / "set", paths)
     assert [file.name for file, _ in found.file_problems] == [name] and message in found.file_problems[0][1]
     assert list(found.problems) == paths
+
+
+def test_media_without_any_caption_are_told_from_those_with_a_bad_one(folder):
+    paths = media(folder, "empty.mp4", "fox.mp4", "latin.mp4", "mute.mp4")
+    write(folder, {"empty.txt": "", "fox.txt": "a fox", "latin.txt": "f\u00fcr".encode("latin-1")})
+    found = find_captions(folder, paths)
+    assert found.missing == {folder / "mute.mp4"} and len(found.problems) == 3

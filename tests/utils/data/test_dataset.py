@@ -14,6 +14,7 @@ from utils.data.dataset import Dataset, open_dataset
 from utils.data.folders import Folder, Rules
 from utils.data.scan import PairedFile, Source
 from utils.media.probing import MediaInfo
+from wan.configs.grid import Grid
 
 INFO = MediaInfo(64, 48, 9, 16.0)
 
@@ -86,6 +87,8 @@ def test_whatever_changes_a_clips_samples_changes_its_fingerprint(tmp_path):
         replace(fox, control=paired(tmp_path / "other.mp4", b"other edges")),
     ]
     assert len({tuple(fingerprint(tmp_path, variant).values()) for variant in variants}) == len(variants)
+    first = paired(tmp_path / "first.png", b"a start")
+    assert fingerprint(tmp_path, replace(fox, first=first)) != fingerprint(tmp_path, fox)
     moved = replace(control, path=(tmp_path / "control.mp4").rename(tmp_path / "moved.mp4"))
     moved_folder = Rules(control_folder=tmp_path / "elsewhere")
     same = fingerprint(tmp_path, replace(fox, control=moved, rules=moved_folder))
@@ -151,3 +154,16 @@ def test_a_clip_that_does_not_fit_the_token_limit_is_named(tmp_path):
         UserError, match=r"fox\.mp4: one frame of 80x48 takes 15 tokens, more than the token_limit of 11"
     ):
         open_dataset([Folder(tmp_path, replace(SMALL, enlarge=True))], limits(token_limit=11), 16.0)
+
+
+def test_a_number_of_frames_that_the_model_does_not_take_is_rounded_up_and_said_once(tmp_path, capsys):
+    for name in ("one", "two", "three"):
+        video(tmp_path / name / "fox.mp4", frames=30)
+    frames = {"one": 8, "two": 8, "three": 5}
+    folders = [Folder(tmp_path / name, replace(SMALL, max_frames=count)) for name, count in frames.items()]
+    data = open_dataset(folders, LIMITS, 16.0)
+    assert [window.frames for window in data.windows] == [9, 9, 5]
+    assert capsys.readouterr().out.count("--max_frames") == 1
+    open_dataset(folders, replace(LIMITS, grid=Grid(frame=8, side=16)), 16.0)
+    said = capsys.readouterr().out
+    assert "--max_frames 8: 9 frames, as the model takes 8n + 1\n--max_frames 5: 9 frames, as" in said

@@ -92,6 +92,19 @@ def test_controls_need_a_control_lora_and_a_mask_floor_needs_masks():
         check_paired_files([plain, control], uses_controls=True, needs_masks=True)
 
 
+def test_start_pictures_are_read_where_a_folder_asks_for_them(tmp_path):
+    path = config(tmp_path, '[[dataset]]\npath = "a"\n[[dataset]]\npath = "b"\nload_first_frame = true\n')
+    folders = resolve_folders(None, path, Rules(), tables_only=True)
+    assert [folder.rules.reads_first for folder in folders] == [False, True]
+
+
+def test_rules_that_are_later_than_0_1_are_in_the_identity_only_where_they_are_given():
+    changed = Rules(max_frames=8, max_duration=2.5, load_first_frame=True)
+    added = ", load_first_frame=True, max_duration=2.5, max_frames=8)"
+    assert changed.identity == Rules().identity.removesuffix(")") + added
+    assert not any(name in Rules().identity for name in ("first", "max_frames", "max_duration"))
+
+
 def test_a_rate_is_native_the_models_or_a_number():
     rates = {fps: Rules(fps=fps).rate(16.0) for fps in ("native", "auto", "24", "23.976")}
     assert rates == {"native": None, "auto": 16.0, "24": 24.0, "23.976": 23.976}

@@ -4,11 +4,13 @@ import multiprocessing
 import os
 import random
 import signal
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.limits import GRID, limits
 from tests.media import image, video
@@ -17,6 +19,7 @@ from utils.data.folders import Folder, Rules
 from utils.data.loading import Clip, batches, load_ahead, load_clip
 from utils.data.plan import Plan, Window
 from utils.data.scan import Source, scan
+from utils.media.frames import read_frames
 from utils.media.probing import MediaError
 
 SMALL = {"base_res": (32,)}
@@ -53,8 +56,8 @@ def test_a_control_of_another_resolution_shows_the_same_region_and_frames(tmp_pa
 def test_every_tensor_of_a_clip_is_pinned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
     zero = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
-    pinned = Clip(zero, "a fox", control=zero, mask=zero[0]).pin_memory()
-    assert all(tensor.eq(1).all() for tensor in (pinned.pixels, pinned.control, pinned.mask))
+    pinned = Clip(zero, "a fox", control=zero, mask=zero[0], first=zero).pin_memory()
+    assert all(tensor.eq(1).all() for tensor in (pinned.pixels, pinned.control, pinned.mask, pinned.first))
     assert pinned.caption == "a fox" and Clip(zero, "").pin_memory().mask is None
 
 
@@ -150,3 +153,23 @@ def test_a_worker_that_is_killed_ends_the_loading_with_a_message(small_set):
 def test_planned_batches_end_where_the_plan_ends(small_set):
     planned = Plan(small_set, LIMITS, 7).epoch(0)
     assert len(list(load_ahead(planned, load_clip, 0))) == len(planned)
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_a_start_picture_is_cut_exactly_as_its_clip(tmp_path, scale):
+    video(tmp_path / "a.mp4", frames=9, size=(128, 64))
+    frame = Image.fromarray(read_frames(tmp_path / "a.mp4", [0])[0].permute(1, 2, 0).numpy())
+    frame.resize((128 * scale, 64 * scale), Image.Resampling.BICUBIC).save(tmp_path / "a_first.png")
+    (source,) = look(tmp_path, load_first_frame=True)
+    clip = load_clip(Window(source, "", 32, 32, (0, 2, 4, 6, 8), (0.9, 0.5), GRID))
+    assert clip.first.shape == (3, 1, 32, 32) and clip.first.dtype == torch.uint8
+    difference = (clip.first.float() - clip.pixels[:, :1].float()).abs()
+    assert difference.max() == 0 if scale == 1 else difference.mean() < 1
+
+
+def test_a_sample_from_the_middle_of_its_clip_is_not_given_the_start_picture(tmp_path):
+    video(tmp_path / "a.mp4", frames=9)
+    image(tmp_path / "a_first.png", caption=None)
+    (source,) = look(tmp_path, load_first_frame=True)
+    window = Window(source, "", 32, 32, (1, 2, 3, 4, 5), (0.5, 0.5), GRID)
+    assert load_clip(window).first is None and load_clip(replace(window, indices=(0,))).first is not None

@@ -10,9 +10,9 @@ import pytest
 
 from tests.limits import limits
 from utils.common.errors import UserError
-from utils.data.folders import Rules
-from utils.data.plan import Limits, Plan, Window, fixed_windows, flatten_windows, validation_windows
-from utils.data.scan import Source
+from utils.data.folders import FRAME_SAMPLINGS, Rules
+from utils.data.plan import Limits, Plan, Window, fixed_windows, flatten_windows, middle_window, validation_windows
+from utils.data.scan import PairedFile, Source
 from utils.media.probing import MediaInfo
 from wan.configs.grid import Grid
 
@@ -225,3 +225,46 @@ def test_chunks_that_are_cached_several_times_over_come_once_an_epoch():
     plan = Plan(sources, limits(1560 * 6), 0, fixed)
     seen = {tuple(sorted(w.position for w in windows_of(plan.epoch(epoch)))) for epoch in range(60)}
     assert seen == {tuple(sorted(window.position for window in group)) for group in fixed[0]}
+
+
+@pytest.mark.parametrize("sampling", FRAME_SAMPLINGS)
+@pytest.mark.parametrize("fps", ["native", "auto"])
+def test_no_sample_has_more_frames_than_the_next_number_that_the_model_takes(sampling, fps):
+    for wanted, frames in ((1, 1), (8, 9), (9, 9), (16, 17), (99, 21)):
+        longest = [len(indices) for indices in sampled(89, 21, frame_sampling=sampling, fps=fps, max_frames=wanted)]
+        assert max(longest) == frames, wanted
+    clip = source(832, 480, 89, frame_sampling=sampling, fps=fps, max_frames=8, random_frame_length=True)
+    drawn = {window.frames for seed in range(30) for window in windows_of(plan_epoch([clip], limits(1560 * 6), seed))}
+    assert drawn == {1, 5, 9}
+
+
+def test_the_most_frames_hold_for_cached_windows_and_validation_too():
+    clip = source(832, 480, 89, max_frames=16)
+    assert {window.frames for window in flatten_windows(fixed_windows([clip], limits(1560 * 9), 1))} == {17}
+    assert {window.frames for window in flatten_windows(fixed_windows([clip], limits(1560 * 9), 4))} == {17}
+    assert [window.indices for window in validation_windows([clip], limits(1560 * 9), 1)] == [tuple(range(36, 53))]
+    grid = Limits(1560 * 9, 1, Grid(frame=8, side=16))
+    assert middle_window(replace(clip, rules=replace(LARGER, max_frames=10)), 624, grid).frames == 17
+
+
+def with_start_picture(clip: Source) -> Source:
+    return replace(clip, first=PairedFile(Path("a_first.png"), MediaInfo(832, 480, 1, None)))
+
+
+@pytest.mark.parametrize("sampling", FRAME_SAMPLINGS)
+def test_every_use_of_a_clip_with_a_start_picture_has_one_sample_that_begins_with_it(sampling):
+    clip = with_start_picture(source(832, 480, 60, frame_sampling=sampling))
+    for seed in range(20):
+        windows = windows_of(plan_epoch([clip], limits(1560 * 4), seed))
+        assert min(windows, key=lambda window: window.indices).first == clip.first
+        assert sum(window.first is not None for window in windows) == 1
+    (middle,) = validation_windows([clip], limits(1560 * 4), 1)
+    assert middle.indices == tuple(range(13)) and middle.first == clip.first
+    assert middle_window(source(832, 480, 60), 624, limits(1560 * 4)).indices[0] == 23
+
+
+def test_a_start_picture_stands_for_the_first_frame_that_samples_may_use():
+    clip = with_start_picture(replace(source(832, 480, 60), frame_indices=(2, 5, 8, 11, 14)))
+    window = middle_window(clip, 624, limits(1560 * 4))
+    assert window.indices[0] == 2 and window.first == clip.first
+    assert replace(window, indices=(5, 8, 11, 14)).first is None

@@ -184,3 +184,110 @@ def test_a_listing_that_does_not_agree_is_a_problem_of_its_own(tmp_path):
     (tmp_path / "captions.txt").write_text("one\ntwo")
     problems = reasons(look(tmp_path)[1])
     assert set(problems) == {"a.mp4", "captions.txt"} and "2 lines for 1" in problems["captions.txt"]
+
+
+def test_a_start_picture_belongs_to_the_video_that_has_one(tmp_path):
+    video(tmp_path / "a.mp4")
+    picture = image(tmp_path / "a_first.JPG", size=(128, 96))
+    video(tmp_path / "deep" / "b.mp4")
+    video(tmp_path / "deep" / "b_first.mp4")
+    image(tmp_path / "still.png")
+    image(tmp_path / "still_first.png")
+    sources, problems = look(tmp_path, load_first_frame=True)
+    assert problems == []
+    assert {s.path.name: s.first and s.first.path.name for s in sources} == {
+        **{"a.mp4": "a_first.JPG", "b.mp4": None, "b_first.mp4": None},
+        **{"still.png": None, "still_first.png": None},
+    }
+    (first,) = (s for s in sources if s.first)
+    assert first.files == [tmp_path / "a.mp4", picture] and first.first.info.width == 128
+
+
+def test_a_bad_start_picture_is_a_problem_of_its_video(tmp_path):
+    for name in ("broken", "shape", "twice"):
+        video(tmp_path / f"{name}.mp4")
+    (tmp_path / "broken_first.png").write_text("not a picture")
+    image(tmp_path / "shape_first.png", caption=None, size=(64, 64))
+    image(tmp_path / "twice_first.png", caption=None)
+    image(tmp_path / "twice_first.jpg", caption=None)
+    sources, problems = look(tmp_path, load_first_frame=True)
+    words = {
+        "broken.mp4": "its start picture broken_first.png: not a readable image",
+        "shape.mp4": "its start picture shape_first.png: its aspect ratio differs: 64x64 and 64x48",
+        "twice.mp4": "it has several start pictures, twice_first.jpg and twice_first.png: keep one",
+    }
+    found = reasons(problems)
+    assert sources == [] and found.keys() == words.keys()
+    assert all(word in found[name] for name, word in words.items()), found
+
+
+@pytest.mark.parametrize("listing", ["", "captions.txt", "metadata.jsonl"])
+def test_start_pictures_that_are_not_used_are_reported_in_one_line(tmp_path, capsys, listing):
+    for name in ("a", "b", "c"):
+        video(tmp_path / f"{name}.mp4", caption=None if listing else "a clip")
+        image(tmp_path / f"{name}_first.png", caption=None)
+    rows = [f'{{"file_name": "{name}.mp4", "text": "a clip"}}' for name in "abc"]
+    if listing:
+        (tmp_path / listing).write_text("\n".join(rows if listing == "metadata.jsonl" else ["a clip"] * 3))
+    sources, problems = look(tmp_path)
+    assert problems == [] and [s.path.name for s in sources] == ["a.mp4", "b.mp4", "c.mp4"]
+    assert all(s.first is None for s in sources)
+    line = "3 start pictures such as a_first.png are not used: see --load_first_frame\n"
+    assert capsys.readouterr().out == line
+
+
+def test_a_start_picture_with_a_caption_of_its_own_is_an_ordinary_sample(tmp_path, capsys):
+    video(tmp_path / "a.mp4")
+    image(tmp_path / "a_first.png", caption="a start")
+    video(tmp_path / "b.mp4")
+    image(tmp_path / "b_first.png", caption="")
+    sources, problems = look(tmp_path)
+    assert [s.path.name for s in sources] == ["a.mp4", "a_first.png", "b.mp4"] and sources[1].captions == ("a start",)
+    assert "is empty" in reasons(problems)["b_first.png"] and capsys.readouterr().out == ""
+
+
+def test_lines_for_start_pictures_are_captions_of_their_own(tmp_path, capsys):
+    video(tmp_path / "a.mp4", caption=None)
+    image(tmp_path / "a_first.png", caption=None)
+    (tmp_path / "captions.txt").write_text("one\ntwo")
+    sources, problems = look(tmp_path)
+    assert problems == [] and [s.captions for s in sources] == [("one",), ("two",)]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_file_name_is_no_caption_of_a_start_picture(tmp_path, capsys):
+    video(tmp_path / "a_fox.mp4", caption=None)
+    image(tmp_path / "a_fox_first.png", caption=None)
+    image(tmp_path / "coming_first.png", caption=None)
+    sources, problems = look(tmp_path, captions="filename")
+    assert problems == [] and [s.captions for s in sources] == [("a fox",), ("coming first",)]
+    assert "1 start picture such as a_fox_first.png is not used" in capsys.readouterr().out
+
+
+def test_only_the_first_seconds_of_each_clip_are_used(tmp_path):
+    for name, fps in (("slow", 8), ("fast", 48)):
+        video(tmp_path / f"{name}.mp4", frames=60, fps=fps)
+    video(tmp_path / "short.mp4", frames=9)
+    image(tmp_path / "still.png")
+    expected = {
+        ("native", 1.0): (9, 49, 9, 1),
+        ("auto", 1.0): (9, 17, 9, 1),
+        ("24", 1.0): (9, 25, 9, 1),
+        ("native", 0.001): (1, 1, 1, 1),
+        ("auto", 0.001): (1, 1, 1, 1),
+        ("native", 0.0): (60, 60, 9, 1),
+    }
+    for (fps, seconds), counts in expected.items():
+        sources, problems = look(tmp_path, fps=fps, max_duration=seconds)
+        used = {s.path.stem: s.frame_indices for s in sources}
+        assert problems == [] and tuple(len(used[name]) for name in ("slow", "fast", "short", "still")) == counts
+        assert all(indices[0] == 0 for indices in used.values())
+    assert [s.frame_indices[-1] for s in look(tmp_path, fps="auto", max_duration=1.0)[0]] == [48, 8, 8, 0]
+
+
+def test_frames_end_at_the_shorter_of_a_control_and_the_duration(tmp_path):
+    video(tmp_path / "a.mp4", frames=20)
+    video(tmp_path / "a_control.mp4", frames=7, caption=None)
+    for seconds, frames in ((0.25, 5), (1.0, 7)):
+        ((source,), _) = look(tmp_path, load_control=True, max_duration=seconds)
+        assert source.frame_indices == range(frames)

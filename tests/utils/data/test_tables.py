@@ -49,6 +49,10 @@ def test_remarks_say_what_the_user_may_not_expect():
     assert row(replace(source(), mask=short))[-1] == "its control or mask ends after 60 frames"
     still = PairedFile(Path("mask.png"), MediaInfo(832, 480, 1, None))
     assert row(replace(source(), mask=still))[-1] == "ok"
+    assert row(source(max_duration=5.0))[-1] == "used up to 5 s"
+    assert row(source(frames=81, max_duration=5.0))[-1] == row(source("a.png", None, 1, max_duration=5.0))[-1] == "ok"
+    start = PairedFile(Path("clips/fox_first.png"), MediaInfo(832, 480, 1, None))
+    assert row(replace(source(), first=start))[-1] == "begins with fox_first.png"
     small = replace(source(enlarge=True), info=MediaInfo(416, 240, 89, 24.0))
     assert row(small)[-1] == "will play at 0.67x its speed, see --fps auto, enlarged 2x"
 

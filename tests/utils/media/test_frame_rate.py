@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from utils.media.frame_rate import frames_at_rate
+from utils.media.frame_rate import frames_at_rate, frames_within
 
 
 def steady(frames: int, fps: float) -> list[float]:
@@ -53,3 +53,10 @@ def test_jitter_neither_repeats_nor_drops_frames():
 
 def test_a_single_frame_is_a_clip():
     assert frames_at_rate([0.0], 16) == [0]
+
+
+def test_a_duration_ends_at_the_frame_nearest_to_it_and_leaves_at_least_one():
+    assert frames_within(steady(200, 16), 5) == 81
+    assert frames_within(steady(200, 23.976), 2) == 49
+    assert [frames_within(steady(200, 10), seconds) for seconds in (0.14, 0.16, 0.01, 99)] == [2, 3, 1, 200]
+    assert frames_within([0.0], 5) == 1

@@ -2,12 +2,23 @@
 
 import copy
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
-from utils.training.optim import SCHEDULES, OptimizerSpec, ParameterGroup, Updater, learning_rate_factor
+from utils.common.errors import UserError
+from utils.common.options import option, parse_options
+from utils.training.optim import (
+    SCHEDULES,
+    Optimization,
+    OptimizerSpec,
+    ParameterGroup,
+    Updater,
+    learning_rate_factor,
+    with_epochs,
+)
 
 
 def make_spec(**changes) -> OptimizerSpec:
@@ -38,6 +49,33 @@ def state_of(updater: Updater) -> list[torch.Tensor]:
         state = updater.optimizer.state[parameter]
         tensors += [state[name].clone() for name in ("exp_avg", "exp_avg_sq", "step")]
     return tensors
+
+
+@dataclass(frozen=True)
+class RunOptions(Optimization):
+    seed: int = option(42, "seed")
+
+
+def test_epochs_become_steps_of_the_same_options():
+    opts = parse_options(RunOptions, ["--epochs", "3", "--seed", "7", "--lr_warmup_steps", "11"])
+    assert with_epochs(opts, steps_per_epoch=4) == RunOptions(max_train_steps=12, seed=7, lr_warmup_steps=11)
+    assert with_epochs(opts, 4).optimizer.total_steps == 12
+    plain = RunOptions(max_train_steps=5)
+    assert with_epochs(plain, 4) is plain
+
+
+def test_a_run_has_one_length():
+    with pytest.raises(UserError, match="--epochs and --max_train_steps both"):
+        parse_options(RunOptions, ["--epochs", "3", "--max_train_steps", "12"])
+
+
+def test_a_warm_up_ends_before_the_run_whether_steps_or_epochs_are_given():
+    with pytest.raises(UserError, match="--lr_warmup_steps 12 must be below the 12 steps"):
+        RunOptions(max_train_steps=12, lr_warmup_steps=12)
+    long = RunOptions(epochs=600, lr_warmup_steps=1500)
+    assert with_epochs(long, 3).max_train_steps == 1800
+    with pytest.raises(UserError, match="--lr_warmup_steps 1500 must be below the 1200 steps"):
+        with_epochs(long, 2)
 
 
 def test_the_warm_up_rises_linearly_and_ends_at_the_full_rate():
