@@ -60,6 +60,7 @@ from utils.training.conditions import check_conditions
 from utils.training.experts import Experts, Role
 from utils.training.learner import Learner, Trainable
 from utils.training.memory import prepare
+from utils.training.optim import with_epochs
 from utils.training.phases import Phase, Schedule, TrainingOptions
 from utils.training.preview import Preview, Scenes, make_preview
 from utils.training.validation import hold_share, quantiles, validation_loss
@@ -384,12 +385,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The plan draws everything random about the data, from the seed and the number of the epoch alone. The order of
     # samples therefore does not depend on worker processes, and a resumed run continues in it.
     plan = make_plan(data.train, opts.limits(files.family.grid), opts.seed, opts.cache_latents)
+    opts = with_epochs(opts, plan.steps_per_epoch(opts.gradient_accumulation))
+    total_steps = sum(role.opts.max_train_steps for role in opts.roles(files.family))
 
     # A resumed run must have the options and clips of the saved one. Differences are listed, and are an error without
     # --allow_changes.
     state = find_state(opts.resume_from_checkpoint, opts.output_dir) if opts.resume_from_checkpoint else None
     if state is not None:
-        check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes, opts.max_train_steps)
+        check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes, total_steps)
 
     device = pick_device()
     with explain_out_of_memory():
