@@ -30,7 +30,7 @@ def last_checkpoints(path: Path, count: int) -> list[Path]:
     same = {
         other.step: file
         for file, other in list_checkpoints(path.parent).items()
-        if (other.trainable, other.average) == (last.trainable, False) and other.step <= last.step
+        if replace(other, step=last.step) == last and other.step <= last.step
     }
     found = [same[step] for step in sorted(same)][-count:]
     if len(found) < count:
