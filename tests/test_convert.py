@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import convert_lora_to_comfy
+from tests.loras import comfy_merge
 from utils.adapters.lora_file import LoraFile, LoraPair, delta
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
@@ -64,31 +65,6 @@ def adapted(transformer):
 
 
 # -------------------------------------------------------------------------------------------------------- ComfyUI
-
-COMFY_SUFFIXES = ((".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.weight"))
-
-
-def comfy_merge(weights, tensors, strength):
-    """ComfyUI's own rule, as it merges a file into weights; whatever it would not load is left in the second result."""
-    merged, left = dict(weights), dict(tensors)
-    for key, weight in weights.items():
-        name = key.removesuffix(".weight")
-        for stem in (f"diffusion_model.{name}", "lora_unet_" + name.replace(".", "_")):
-            for up_suffix, down_suffix in COMFY_SUFFIXES:
-                if stem + up_suffix not in left:
-                    continue
-                up, down = left.pop(stem + up_suffix).float(), left.pop(stem + down_suffix).float()
-                alpha = left.pop(stem + ".alpha", None)
-                scale = 1.0 if alpha is None else alpha.item() / down.shape[0]
-                shape = left.pop(stem + ".reshape_weight", None)
-                if shape is not None:
-                    assert not shape.is_floating_point(), "ComfyUI raises a TypeError for sizes that are floats"
-                    padded = torch.zeros(shape.tolist())
-                    padded[tuple(slice(size) for size in weight.shape)] = weight
-                    weight = padded
-                change = torch.mm(up.flatten(start_dim=1), down.flatten(start_dim=1)).reshape(weight.shape)
-                merged[key] = weight + strength * scale * change
-    return merged, left
 
 
 @pytest.mark.parametrize(
