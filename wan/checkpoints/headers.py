@@ -9,6 +9,7 @@ from typing import Any
 
 from wan.checkpoints.errors import CheckpointError
 from wan.checkpoints.tensors import Shape, read_shapes
+from wan.checkpoints.variants import refuse_variant_by_tensors
 from wan.modules.model import WanShape
 
 CONFIG = "config.json"
@@ -51,7 +52,8 @@ def read_transformer(path: Path, config: Config) -> TransformerFiles:
     """The transformer in a file, or in a folder as one file or as shards with their index.
 
     Widths come from the tensors, so that a Wan of any size loads; `config` adds what no tensor has. Raises
-    CheckpointError for a missing or unreadable file, for tensors that are not a Wan's, and where the two disagree.
+    CheckpointError for a missing or unreadable file, for tensors that are not a Wan's, for a variant of Wan that is not
+    trained here, and where tensors and config disagree.
     """
     path, files = _find_files(path) if path.is_dir() else (existing(path), [path])
     shapes: dict[str, Shape] = {}
@@ -60,6 +62,7 @@ def read_transformer(path: Path, config: Config) -> TransformerFiles:
         found = read_shapes(file)
         shapes |= found
         tensors |= dict.fromkeys(found, file)
+    refuse_variant_by_tensors(path, shapes)
     return TransformerFiles(path, tensors, _transformer_shape(path, shapes, config))
 
 
@@ -116,6 +119,8 @@ def _transformer_shape(path: Path, shapes: Mapping[str, Shape], config: Config) 
             text_dim=shapes["text_embedding.0.weight"][1],
             freq_dim=shapes["time_embedding.0.weight"][1],
             patch_size=(frames, height, width),
+            image_dim=shapes.get("img_emb.proj.1.weight", (0, 0))[1],
+            image_positions=shapes.get("img_emb.emb_pos", (1, 0))[1],
         )
     for name in WIDTHS:
         ours, theirs = getattr(shape, name), config.values.get(name)

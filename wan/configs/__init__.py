@@ -103,15 +103,22 @@ def named_family(name: str) -> Family | None:
     return next((row for released, row in FAMILIES.items() if released.lower() == last), None)
 
 
-def match_family(task: object, in_dim: object, dim: object, transformers: Collection[str]) -> Family | None:
+def match_family(
+    task: object, in_dim: object, dim: object, transformers: Collection[str], name: str = ""
+) -> Family | None:
     """The row of a checkpoint, by what its config.json says and by the names of its transformers; None for no row.
 
     A width `dim` that was never released belongs to the first row that agrees in the rest: a Wan of any width is used
-    as its family is.
+    as its family is. Of rows with the same transformers, the one that the model's folder has its `name` from is taken,
+    or else the first.
     """
     rows = [
         row
         for row in FAMILIES.values()
         if (row.task, row.in_dim) == (task, in_dim) and {expert.name for expert in row.experts} == set(transformers)
     ]
-    return next((row for row in rows if row.shape.dim == dim), rows[0] if rows else None)
+    if not rows:
+        return None
+    first = next((row for row in rows if row.shape.dim == dim), rows[0])
+    named = named_family(name)
+    return named if named in rows and named.shape == first.shape else first

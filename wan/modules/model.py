@@ -1,8 +1,9 @@
 """The Wan diffusion transformer: noisy latents, a timestep and text in, a velocity out.
 
 Shape letters: B batch, C latent channels, F H W latent frames, height and width, f h w the same in patches,
-L = f h w video tokens, D model width, N heads, K head size, T text tokens, E text width,
-S timesteps per sample: 1 (one noise level per clip) or L (one per token).
+L = f h w video tokens, D model width, N heads, K head size, T text tokens, E text width, I image tokens,
+S timesteps per sample: 1, or 2 where the first latent frame has its own,
+R rows of modulation per sample: 1 for all tokens, or f, each for the tokens of one latent frame.
 
 Precision follows the official inference code: linear layers compute in the dtype of their weights, while the
 residual stream, normalisation, modulation, time embedding and head are fp32 (`is_fp32` names their parameters).
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from wan.modules.attention import attention
 
 FREQUENCY_BASE = 10_000.0  # of the time sinusoid and of the rotary positions
+IMAGE_EPS = 1e-5  # of the norms around the image tokens; every other norm has the eps of the shape
+FP32_PARTS = ("time_embedding.", "time_projection.", "head.", "img_emb.proj.0.", "img_emb.proj.4.", "img_emb.emb_pos")
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class WanShape:
 
 def is_fp32(name: str) -> bool:
     """Whether the parameter of this official name stays fp32 when the rest is cast to bf16."""
-    return name.startswith(("time_embedding.", "time_projection.", "head.")) or "norm" in name or "modulation" in name
+    return name.startswith(FP32_PARTS) or "norm" in name or "modulation" in name
 
 
 def sinusoid(timestep: Tensor, freq_dim: int) -> Tensor:
@@ -82,8 +85,28 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return torch.view_as_real(pairs * rotary).flatten(-2)
 
 
+def rows_of_frames(rows: Tensor, frames: int) -> Tensor:
+    """Rows (B, S, ...) of the timesteps -> (B, R, ...): one is that of all frames; of two, the first is the first's."""
+    if rows.shape[1] == 1:
+        return rows
+    first, others = rows.split(1, dim=1)
+    return torch.cat([first, others.expand(-1, frames - 1, *rows.shape[2:])], dim=1)
+
+
+def split_by(rows: Tensor, x: Tensor) -> Tensor:
+    """Tokens x (B, L, D) -> (B, R, L / R, D): those that share each of the rows (B, R, D)."""
+    return x.unflatten(1, (rows.shape[1], -1))
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+    """x (B, L, D), shift and scale (B, R, D) -> (B, L, D)"""
+    # Each row is broadcast over its tokens: it is never repeated for every one of them.
+    return (split_by(scale, x) * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)).flatten(1, 2)
+
+
+def add_gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """x and update (B, L, D), gate (B, R, D) -> x + gate * update (B, L, D)"""
+    return (split_by(gate, x) + gate.unsqueeze(2) * split_by(gate, update)).flatten(1, 2)
 
 
 class RMSNorm(nn.Module):
@@ -122,12 +145,24 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """x (B, L, D), text (B, T, D) -> (B, L, D)"""
+    """Reads the text and, where the model has them, the image tokens: two attentions by the same queries, summed."""
+
+    def __init__(self, shape: WanShape) -> None:
+        super().__init__(shape)
+        if shape.image_dim:
+            self.k_img, self.v_img = (nn.Linear(shape.dim, shape.dim) for _ in range(2))
+            self.norm_k_img = RMSNorm(shape.dim, shape.eps)
+
+    def forward(self, x: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
+        """x (B, L, D), text (B, T, D), image (B, I, D) -> (B, L, D)"""
         v = self.heads(self.v(text))
         q = self.heads(self.norm_q(self.q(x))).to(v.dtype)
         k = self.heads(self.norm_k(self.k(text))).to(v.dtype)
-        return self.o(attention(q, k, v).flatten(2))
+        seen = attention(q, k, v)
+        if image is not None:
+            k_img = self.heads(self.norm_k_img(self.k_img(image))).to(v.dtype)
+            seen = seen + attention(q, k_img, self.heads(self.v_img(image)))
+        return self.o(seen.flatten(2))
 
 
 class Block(nn.Module):
@@ -144,16 +179,16 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x: Tensor, mod: Tensor, rotary: Tensor, text: Tensor) -> Tensor:
-        """x (B, L, D) fp32, mod (B, S, 6, D) fp32, rotary (L, 1, K/2), text (B, T, D) -> x (B, L, D) fp32
+    def forward(self, x: Tensor, mod: Tensor, rotary: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
+        """x (B, L, D) fp32, mod (B, R, 6, D) fp32, rotary (L, 1, K/2), text (B, T, D), image (B, I, D) -> x
 
-        The text's dtype is the one the linear layers compute in.
+        The text's dtype is the one the linear layers compute in; the image's is the same.
         """
         dtype = text.dtype
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + mod).unbind(2)  # each (B, S, D)
-        x = x + gate1 * self.self_attn(modulate(self.norm1(x), shift1, scale1).to(dtype), rotary)
-        x = x + self.cross_attn(self.norm3(x).to(dtype), text)
-        return x + gate2 * self.ffn(modulate(self.norm2(x), shift2, scale2).to(dtype))
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + mod).unbind(2)  # each (B, R, D)
+        x = add_gated(x, gate1, self.self_attn(modulate(self.norm1(x), shift1, scale1).to(dtype), rotary))
+        x = x + self.cross_attn(self.norm3(x).to(dtype), text, image)
+        return add_gated(x, gate2, self.ffn(modulate(self.norm2(x), shift2, scale2).to(dtype)))
 
 
 class Head(nn.Module):
@@ -164,9 +199,31 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, shape.dim) / shape.dim**0.5)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x (B, L, D) fp32, time (B, S, D) fp32 -> (B, L, patch * C) fp32"""
+        """x (B, L, D) fp32, time (B, R, D) fp32 -> (B, L, patch * C) fp32"""
         shift, scale = (self.modulation + time.unsqueeze(2)).unbind(2)
         return self.head(modulate(self.norm(x), shift, scale))
+
+
+class ImageEmbedding(nn.Module):
+    """Image tokens of the vision encoder's width -> of the model's."""
+
+    def __init__(self, shape: WanShape) -> None:
+        super().__init__()
+        width, dim = shape.image_dim, shape.dim
+        self.proj = nn.Sequential(
+            nn.LayerNorm(width, IMAGE_EPS), nn.Linear(width, width), nn.GELU(),
+            nn.Linear(width, dim), nn.LayerNorm(dim, IMAGE_EPS),
+        )  # fmt: skip
+        if shape.image_positions:
+            self.emb_pos = nn.Parameter(torch.zeros(1, shape.image_positions, width))
+
+    def forward(self, image: Tensor, dtype: torch.dtype) -> Tensor:
+        """image (B, I, image_dim) -> (B, I, D) in `dtype`, in which the linear layers compute; the norms in fp32."""
+        norm_in, linear_in, gelu, linear_out, norm_out = self.proj
+        x = image.float()
+        if hasattr(self, "emb_pos"):
+            x = x + self.emb_pos[:, : x.shape[1]]
+        return norm_out(linear_out(gelu(linear_in(norm_in(x).to(dtype)))).float()).to(dtype)
 
 
 class WanModel(nn.Module):
@@ -182,6 +239,8 @@ class WanModel(nn.Module):
         )
         self.time_embedding = nn.Sequential(nn.Linear(shape.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        if shape.image_dim:
+            self.img_emb = ImageEmbedding(shape)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
         self.head = Head(shape)
 
@@ -190,12 +249,15 @@ class WanModel(nn.Module):
         """The dtype in which the linear layers compute: that of a bias, however the weights are stored."""
         return self.get_parameter("text_embedding.0.bias").dtype
 
-    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
         """The velocity (noise - latents) that the model predicts for noisy latents.
 
-        latents (B, C, F, H, W), H and W even; timestep (B,) or per token (B, L), 0..1000, not rounded;
-        text (B, T, E) rows of the text encoder, T <= text_len: shorter ones are padded with zero rows, which the
-        model attends to, as in its training. Returns (B, out_dim, F, H, W) fp32.
+        latents (B, C, F, H, W), H and W even; timestep (B,), 0..1000, not rounded, or (B, 2): that of the first latent
+        frame and that of all others; text (B, T, E) rows of the text encoder, T <= text_len: shorter ones are padded
+        with zero rows, which the model attends to, as in its training; image (B, I, image_dim) tokens of the vision
+        encoder, only for a model that reads them. Returns (B, out_dim, F, H, W) fp32.
+
+        Raises ValueError where an image is missing or cannot be read, and for another number of timesteps.
         """
         dtype = self.compute_dtype
         x = self.patch_embedding(latents.to(dtype))
@@ -205,12 +267,24 @@ class WanModel(nn.Module):
 
         text = F.pad(text.to(dtype), (0, 0, 0, self.shape.text_len - text.shape[1]))
         text = self.text_embedding(text)
-        time = self.time_embedding(sinusoid(timestep.reshape(len(x), -1), self.shape.freq_dim))  # (B, S, D)
+        image = self._embed_image(image)
+        timesteps = timestep.reshape(len(x), -1)  # (B, S)
+        if timesteps.shape[1] not in (1, 2):
+            raise ValueError(f"one or two timesteps for each sample, not {timesteps.shape[1]}")
+        time = self.time_embedding(sinusoid(timesteps, self.shape.freq_dim))  # (B, S, D)
         mod = self.time_projection(time).unflatten(-1, (6, -1))
+        time, mod = rows_of_frames(time, grid[0]), rows_of_frames(mod, grid[0])  # (B, R, D), (B, R, 6, D)
 
         for block in self.blocks:
-            x = block(x, mod, rotary, text)
+            x = block(x, mod, rotary, text, image)
         return self._unpatchify(self.head(x, time), grid)
+
+    def _embed_image(self, image: Tensor | None) -> Tensor | None:
+        """Tokens (B, I, image_dim) of the vision encoder -> (B, I, D), for a model that reads them."""
+        reads = self.shape.image_dim > 0
+        if reads != (image is not None):
+            raise ValueError("the model reads image tokens: none are given" if reads else "the model reads no image")
+        return None if image is None else self.img_emb(image, self.compute_dtype)
 
     def _unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
         f, h, w = grid

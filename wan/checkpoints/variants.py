@@ -1,0 +1,102 @@
+"""Models made from Wan that are not trained here yet, recognised so that they can be refused by name.
+
+A variant is known by tensors that no other model has, or by its channels. A Fun model with exactly the layout of a
+released one is that model (Fun-14B-InP: Wan 2.1 I2V, Fun-A14B-InP: Wan 2.2 I2V): it is no variant.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wan.checkpoints.errors import CheckpointError
+from wan.checkpoints.tensors import Shape
+
+_VACE, _CAMERA, _CONTROL, _INPAINT = "Wan 2.1 VACE", "Control-Camera", "Control", "InP"
+_S2V, _HUMO, _ANIMATE = "Wan 2.2 S2V", "HuMo", "Wan 2.2 Animate"
+_FUN = (_CAMERA, _CONTROL, _INPAINT)
+_SIZES = {1536: "1.3B", 3072: "5B", 5120: "14B"}
+
+# A model that has several of these tensors or settings is the first.
+_BY_TENSOR = {
+    "vace_patch_embedding.weight": _VACE,
+    "control_adapter.conv.weight": _CAMERA,
+    "casual_audio_encoder.encoder.final_linear.weight": _S2V,  # the official spelling
+    "audio_proj.audio_proj_glob_1.layer.bias": _HUMO,
+    "face_adapter.fuser_blocks.0.k_norm.weight": _ANIMATE,
+    "patch_embedding_mask.weight": "SCAIL-2",
+    "patch_embedding_pose.weight": "SCAIL",
+    "patch_embedding_global.weight": "WanDancer",
+    "ref_conv.weight": _CONTROL,
+}
+_BY_TASK = {"vace": _VACE, "s2v": _S2V, "humo": _HUMO, "animate": _ANIMATE}
+_BY_SETTING = {"vace_layers": _VACE, "add_control_adapter": _CAMERA, "add_ref_conv": _CONTROL}
+# Input channels, output channels, whether it reads image tokens. At 1.3B no I2V was released but Fun's.
+_BY_CHANNELS = {
+    (48, 16, True): _CONTROL,
+    (32, 16, True): _CAMERA,
+    (52, 16, False): _CONTROL,
+    (148, 48, False): _CONTROL,
+    (100, 48, False): _INPAINT,
+}
+
+
+@dataclass(frozen=True)
+class _Traits:
+    """What variants are told apart by, as the tensors or the config.json of a transformer tell it."""
+
+    dim: object
+    in_dim: object
+    out_dim: object
+    image: bool  # whether it reads image tokens
+
+    @property
+    def by_channels(self) -> str:
+        """The variant that has these channels, or an empty string."""
+        if (self.dim, self.in_dim, self.out_dim, self.image) == (1536, 36, 16, True):
+            return _INPAINT
+        channels = self.in_dim, self.out_dim, self.image
+        return next((variant for key, variant in _BY_CHANNELS.items() if key == channels), "")
+
+    def full_name(self, variant: str) -> str:
+        """The name of a variant with its size where that was released."""
+        size = _SIZES.get(self.dim, "") if isinstance(self.dim, int) else ""
+        if variant not in _FUN:
+            return f"{variant}-{size}" if size and variant.startswith("Wan") else variant
+        release = "Wan 2.1 Fun" if self.image else "Wan 2.2 Fun"
+        if size == "14B" and not self.image:
+            size = "A14B"
+        return "-".join(part for part in (release, size, variant) if part)
+
+
+def refuse_variant_by_tensors(path: Path, shapes: Mapping[str, Shape]) -> None:
+    """Raises CheckpointError, with the name of the model, where the tensors at `path` are a variant's."""
+    dim, in_dim, *_ = (*shapes.get("patch_embedding.weight", ()), 0, 0)
+    rows = (*shapes.get("head.head.weight", ()), 0)[0]
+    traits = _Traits(dim, in_dim, rows // 4, "img_emb.proj.1.weight" in shapes)
+    for tensor, variant in _BY_TENSOR.items():
+        if tensor in shapes:
+            _refuse(path, traits, variant, f"it has {tensor}")
+    if variant := traits.by_channels:
+        tokens = "and reads image tokens" if traits.image else "and reads no image tokens"
+        _refuse(path, traits, variant, f"it has {in_dim} input channels {tokens}")
+
+
+def refuse_variant_by_config(path: Path, values: Mapping[str, Any], transformers: Collection[str]) -> None:
+    """Raises CheckpointError, with the name of the model, where the config.json at `path` is a variant's."""
+    task = values.get("model_type")
+    # Only Wan 2.1 reads image tokens, and has one transformer. A config.json does not say it.
+    image = task in ("i2v", "flf2v") and len(transformers) == 1
+    traits = _Traits(values.get("dim"), values.get("in_dim"), values.get("out_dim"), image)
+    for name, variant in _BY_TASK.items():
+        if task == name:
+            _refuse(path, traits, variant, f"model_type {name}")
+    for setting, variant in _BY_SETTING.items():
+        if values.get(setting):
+            _refuse(path, traits, variant, setting)
+    if variant := traits.by_channels:
+        _refuse(path, traits, variant, f"model_type {task} with {traits.in_dim} input channels")
+
+
+def _refuse(path: Path, traits: _Traits, variant: str, sign: str) -> None:
+    raise CheckpointError(f"{path} is of {traits.full_name(variant)} ({sign}): not trained here yet")
