@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import WanPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
 import convert_lora_to_comfy
 from tests.adapted import fill
 from tests.loras import comfy_merge, metadata_of
+from tests.peers import diffusers_transformer
 from tests.tiny import initialise
 from utils.adapters.attach import AdapterOptions, AdapterPlan
 from utils.adapters.lora_file import delta
@@ -66,15 +67,6 @@ def converted(folder: Path, files: dict[str, Path], layout: str) -> dict[str, Pa
     """The files of a run in another layout, converted with one command."""
     convert("--input_lora", folder / "wan-lora-00000100.safetensors", "--to", layout)
     return {expert: file.with_stem(f"{file.stem}_{layout}") for expert, file in files.items()}
-
-
-def diffusers_transformer(shape: WanShape) -> WanTransformer3DModel:
-    return WanTransformer3DModel(
-        num_attention_heads=shape.num_heads, attention_head_dim=shape.dim // shape.num_heads, ffn_dim=shape.ffn_dim,
-        in_channels=shape.in_dim, out_channels=shape.out_dim, text_dim=shape.text_dim, freq_dim=shape.freq_dim,
-        num_layers=shape.num_layers, rope_max_seq_len=32, image_dim=shape.image_dim or None,
-        added_kv_proj_dim=shape.dim if shape.image_dim else None, pos_embed_seq_len=shape.image_positions or None,
-    )  # fmt: skip
 
 
 def assert_changed(before: dict[str, Tensor], after: dict[str, Tensor], changes: dict[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ EXPERT_KEY = "expert"  # of a LoRA file's metadata
 DEFAULT_STRENGTH = 1.0
 
 # Where a word begins: after anything but a letter, or at the capital of StyleHighNoise. So neither "flow" nor "thigh".
-_START = r"(?:(?<![A-Za-z])|(?<=[a-z])(?=[HL]))"
+_START = r"(?:(?<![A-Za-z])|(?<=[a-z])(?=[HL])|(?=[HL][a-z]))"
 # "high" and "low" also describe pictures; before these words they name no expert.
 _ADJECTIVE = r"[ _.-]?(?:angle|contrast|detail|end|fantasy|fps|heels|key|light|poly|quality|res|resolution|speed)s?"
 _NOUN = rf"(?:[ _.-]?noise|(?!{_ADJECTIVE}(?![a-z])))(?![a-z])"

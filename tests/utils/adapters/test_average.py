@@ -55,3 +55,17 @@ def test_the_converter_writes_the_mean_under_a_name_of_its_own(run, capsys):
     assert all(path.read_bytes() == data for path, data in before.items())
     said = capsys.readouterr().out
     assert "averaging" in said and "wan-lora-00000006" in said and str(written) in said
+
+
+def test_the_mean_of_a_pair_is_that_of_each_expert_alone(tmp_path, capsys):
+    for step in (1, 2, 6):
+        for sign, expert in ((1, "high_noise"), (-1, "low_noise")):
+            write_lora(tmp_path / f"wan-lora_{expert}-{step:08d}.safetensors", lora(sign * float(step)))
+    write_lora(tmp_path / "wan-lora-00000004.safetensors", lora(100.0))
+    (high,) = last_checkpoints(tmp_path / "wan-lora_high_noise-00000006.safetensors", 1)
+    assert high.name == "wan-lora_high_noise-00000006.safetensors"
+    convert_lora_to_comfy.main(["--input_lora", str(tmp_path / "wan-lora-00000006.safetensors"), "--average", "3"])
+    for mean, expert in ((3.0, "high_noise"), (-3.0, "low_noise")):
+        written = tmp_path / f"wan-lora_{expert}-00000006_average3_comfy.safetensors"
+        assert torch.equal(read_lora(written).pairs["blocks.0.self_attn.q"].down, torch.full((2, 8), mean))
+    assert capsys.readouterr().out.count("averaging") == 6
