@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from utils.adapters.average import average, last_checkpoints
 from utils.adapters.lora_file import LoraFile
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import LAYOUTS, to_state_dict, write_state_dict
+from utils.adapters.pairs import expert_of, find_pair, with_expert
 from utils.common.errors import UserError
 from utils.common.formatting import readable_size
 from utils.common.options import option, parse_options, run_script
@@ -41,7 +43,9 @@ class Layout(str):
 class ConvertOptions:
     """Convert a Wan LoRA file to the layout that ComfyUI loads, or to another one."""
 
-    input_lora: Path | None = option(None, "LoRA file to convert, .safetensors in any known key format")
+    input_lora: Path | None = option(
+        None, "LoRA file to convert, .safetensors in any known key format; a pair's common name means both of its files"
+    )
     output_lora: Path | None = option(None, "file to write (default: <input>_<layout>.safetensors beside the input)")
     to: Layout = option(Layout("comfy"), "layout to write", choices=LAYOUTS)
     average: int = option(1, "convert the mean of the last N checkpoints of the input's run up to it", minimum=1)
@@ -50,48 +54,80 @@ class ConvertOptions:
     overwrite: bool = option(False, "replace an output file of different content")
 
 
+@dataclass(frozen=True)
+class Conversion:
+    """A file that is to be written, with all that it will hold."""
+
+    source: Path
+    output: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
 def main(argv: list[str] | None = None) -> None:
     opts = parse_options(ConvertOptions, argv)
     if opts.input_lora is None:
         raise UserError("no LoRA to convert: give its path with --input_lora FILE")
-    source = opts.input_lora
 
+    # A model with two experts has two LoRAs, in files whose names differ in the expert alone. The name without it means
+    # both of them, and each becomes a file of its own: ComfyUI loads one for each expert too.
+    pair = find_pair(opts.input_lora)
+    outputs = {file: opts.output_lora and with_expert(opts.output_lora, expert) for expert, file in pair.items()}
+    conversions = [
+        conversion
+        for file, output in (outputs or {opts.input_lora: opts.output_lora}).items()
+        if (conversion := convert(file, output, opts)) is not None
+    ]
+
+    # Running the same conversion again must be safe, and a LoRA that took days of training must not be lost to a typo.
+    # So an equal file is left alone, and a different one, which may be the input, is kept unless the user insists. All
+    # of this is known before the first file is written: a pair is converted as a whole or not at all.
+    unfinished = []
+    for each in conversions:
+        if has_same_content(each.output, each.tensors, each.metadata):
+            print(f"nothing to do: {each.output} already holds this LoRA")
+        elif each.output.exists() and not opts.overwrite:
+            what = "is the input itself" if each.output.samefile(each.source) else "exists and holds something else"
+            raise UserError(f"{each.output} {what}. Give another --output_lora, or --overwrite to replace it.")
+        else:
+            unfinished.append(each)
+
+    # A new file appears whole or not at all, so the input is safe even where it is replaced.
+    for each in unfinished:
+        write_state_dict(each.output, each.tensors, each.metadata)
+        dtype = opts.dtype or "unchanged"
+        print(f"wrote {each.output} ({size_of(each.output)}, layout {opts.to}, dtype {dtype})")
+
+
+def convert(file: Path, output: Path | None, opts: ConvertOptions) -> Conversion | None:
+    """The content of `file` in the chosen layout, for `output` or a name made from the file's own.
+
+    Prints what the file holds. None if no output is given and the file has this layout already.
+    """
     # Whatever its key format, the file is first read into one form, under the official names of Wan's modules. All
     # that can be wrong with it (an unknown key, half a pair, NaN, another kind of adapter) is found here, before
     # anything is written: a key that is silently skipped would be a module that the LoRA no longer changes.
     # The mean of several checkpoints is smoother than the last one where a run ends at a high learning rate.
+    named = file
     if opts.average > 1:
-        taken = last_checkpoints(source, opts.average)
+        taken = last_checkpoints(file, opts.average)
         print("\n".join(f"averaging {path}" for path in taken))
         lora = average([read_lora(path) for path in taken])
-        source = source.with_stem(f"{source.stem}_average{len(taken)}")
+        named = file.with_stem(f"{file.stem}_average{len(taken)}")
     else:
-        lora = read_lora(source)
-    lora = fill_in_alpha(lora, opts.alpha, opts.input_lora)
-    print(describe(lora, opts.input_lora))
+        lora = read_lora(file)
+    lora = fill_in_alpha(lora, opts.alpha, file)
+    print(describe(lora, file))
 
     # Everything that the new file will hold is made before any file is compared or touched. Here a layout refuses what
     # it cannot hold, and a cast refuses numbers that overflow the new dtype.
     tensors, metadata = to_state_dict(lora, opts.to, DTYPES[opts.dtype] if opts.dtype else None)
 
     # A file that has the chosen layout already needs no copy under a second name, unless that name was given.
-    output = opts.output_lora or source.with_name(f"{source.stem}_{opts.to}.safetensors")
-    if opts.output_lora is None and has_same_content(source, tensors, metadata):
+    if output is None and has_same_content(named, tensors, metadata):
         print(f"nothing to do: the file already has the layout {opts.to}")
-        return
-
-    # Running the same conversion again must be safe, and a LoRA that took days of training must not be lost to a typo.
-    # So an equal file is left alone, and a different one, which may be the input, is kept unless the user insists.
-    if has_same_content(output, tensors, metadata):
-        print(f"nothing to do: {output} already holds this LoRA")
-        return
-    if output.exists() and not opts.overwrite:
-        what = "is the input itself" if output.samefile(opts.input_lora) else "exists and holds something else"
-        raise UserError(f"{output} {what}. Give another --output_lora, or --overwrite to replace it.")
-
-    # The new file appears whole or not at all, so the input is safe even where it is replaced.
-    write_state_dict(output, tensors, metadata)
-    print(f"wrote {output} ({size_of(output)}, layout {opts.to}, dtype {opts.dtype or 'unchanged'})")
+        return None
+    return Conversion(file, output or named.with_name(f"{named.stem}_{opts.to}.safetensors"), tensors, metadata)
 
 
 def fill_in_alpha(lora: LoraFile, alpha: float | None, source: Path) -> LoraFile:
@@ -122,13 +158,14 @@ def describe(lora: LoraFile, source: Path) -> str:
     lines = {
         "file": f"{source} ({size_of(source)})",
         "format": lora.key_format,
+        "expert": expert_of(source, lora.metadata) or "",
         "modules": f"{len(pairs)}" + (f", and {len(lora.diffs)} diffs" if lora.diffs else ""),
         "rank": listed(pair.rank for pair in pairs),
         "alpha": listed("none, so the scale is 1" if pair.alpha is None else pair.alpha for pair in pairs),
         "dtype": listed(str(tensor.dtype).removeprefix("torch.") for tensor in stored),
         "control": f"yes, {widened}" if widened else "no",
     }
-    return "\n".join(f"{name:9} {value}" for name, value in lines.items())
+    return "\n".join(f"{name:9} {value}" for name, value in lines.items() if value)
 
 
 def listed(values: Iterable[float | str]) -> str:

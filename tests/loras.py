@@ -1,5 +1,6 @@
 """Small LoRA files for tests."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ vace_blocks.5.after_proj  vace_blocks.5.proj_out                                
 """
 NAMES = [line.split() for line in TABLE.strip().splitlines()]
 Q = "diffusion_model.blocks.0.self_attn.q"
+COMFY_SUFFIXES = ((".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.weight"))
 
 
 def make_pair(
@@ -82,3 +84,28 @@ def written(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | N
 def half(key: str = Q, down: tuple[int, ...] = (2, 5), up: tuple[int, ...] = (6, 2)) -> dict[str, Tensor]:
     """The matrices of one module, all ones."""
     return {f"{key}.lora_A.weight": torch.ones(down), f"{key}.lora_B.weight": torch.ones(up)}
+
+
+def comfy_merge(
+    weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], strength: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """ComfyUI's own rule, as it merges a file into weights; whatever it would not load is left in the second result."""
+    merged, left = dict(weights), dict(tensors)
+    for key, weight in weights.items():
+        name = key.removesuffix(".weight")
+        for stem in (f"diffusion_model.{name}", "lora_unet_" + name.replace(".", "_")):
+            for up_suffix, down_suffix in COMFY_SUFFIXES:
+                if stem + up_suffix not in left:
+                    continue
+                up, down = left.pop(stem + up_suffix).float(), left.pop(stem + down_suffix).float()
+                alpha = left.pop(stem + ".alpha", None)
+                scale = 1.0 if alpha is None else alpha.item() / down.shape[0]
+                shape = left.pop(stem + ".reshape_weight", None)
+                if shape is not None:
+                    assert not shape.is_floating_point(), "ComfyUI raises a TypeError for sizes that are floats"
+                    padded = torch.zeros(shape.tolist())
+                    padded[tuple(slice(size) for size in weight.shape)] = weight
+                    weight = padded
+                change = torch.mm(up.flatten(start_dim=1), down.flatten(start_dim=1)).reshape(weight.shape)
+                merged[key] = weight + strength * scale * change
+    return merged, left

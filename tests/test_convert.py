@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import convert_lora_to_comfy
+from tests.loras import comfy_merge
 from utils.adapters.lora_file import LoraFile, LoraPair, delta
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
@@ -64,31 +65,6 @@ def adapted(transformer):
 
 
 # -------------------------------------------------------------------------------------------------------- ComfyUI
-
-COMFY_SUFFIXES = ((".lora_up.weight", ".lora_down.weight"), (".lora_B.weight", ".lora_A.weight"))
-
-
-def comfy_merge(weights, tensors, strength):
-    """ComfyUI's own rule, as it merges a file into weights; whatever it would not load is left in the second result."""
-    merged, left = dict(weights), dict(tensors)
-    for key, weight in weights.items():
-        name = key.removesuffix(".weight")
-        for stem in (f"diffusion_model.{name}", "lora_unet_" + name.replace(".", "_")):
-            for up_suffix, down_suffix in COMFY_SUFFIXES:
-                if stem + up_suffix not in left:
-                    continue
-                up, down = left.pop(stem + up_suffix).float(), left.pop(stem + down_suffix).float()
-                alpha = left.pop(stem + ".alpha", None)
-                scale = 1.0 if alpha is None else alpha.item() / down.shape[0]
-                shape = left.pop(stem + ".reshape_weight", None)
-                if shape is not None:
-                    assert not shape.is_floating_point(), "ComfyUI raises a TypeError for sizes that are floats"
-                    padded = torch.zeros(shape.tolist())
-                    padded[tuple(slice(size) for size in weight.shape)] = weight
-                    weight = padded
-                change = torch.mm(up.flatten(start_dim=1), down.flatten(start_dim=1)).reshape(weight.shape)
-                merged[key] = weight + strength * scale * change
-    return merged, left
 
 
 @pytest.mark.parametrize(
@@ -274,6 +250,63 @@ def test_a_conversion_reads_its_input_and_makes_the_output_once(tmp_path, monkey
     counted("to_state_dict")
     assert run("--input_lora", source) == 0 and (tmp_path / "lora_comfy.safetensors").exists()
     assert calls == ["read_lora", "to_state_dict"]
+
+
+# ----------------------------------------------------------------------------------------------------------- pairs
+
+PAIR = [f"style_{expert}-00000100" for expert in ("high_noise", "low_noise")]
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """The common name of two files, each with its own matrices and metadata."""
+    for name in PAIR:
+        save(tmp_path / f"{name}.safetensors", bare(), {"expert": name[6:-9]})
+    return tmp_path / "style-00000100.safetensors"
+
+
+def test_a_pair_is_converted_by_its_common_name_to_a_pair(tmp_path, pair, capsys):
+    assert run("--input_lora", pair, "--alpha", 4, "--dtype", "bf16") == 0
+    said = capsys.readouterr().out
+    for name, expert in zip(PAIR, ("high_noise", "low_noise"), strict=True):
+        output = tmp_path / f"{name}_comfy.safetensors"
+        assert f"expert    {expert}\n" in said and f"wrote {output}" in said
+        assert metadata_of(output) == {"expert": expert}
+        source, made = (
+            read_lora(path).pairs["blocks.0.self_attn.q"] for path in (tmp_path / f"{name}.safetensors", output)
+        )
+        assert made.alpha == 4 and torch.equal(made.down, source.down.bfloat16())
+    assert run("--input_lora", tmp_path / "style-00000100_comfy.safetensors") == 0
+    assert capsys.readouterr().out.count("the file already has the layout comfy") == 2
+    assert run("--input_lora", pair, "--alpha", 4, "--dtype", "bf16") == 0
+    assert capsys.readouterr().out.count("already holds this LoRA") == 2
+
+
+def test_one_file_of_a_pair_is_converted_alone(tmp_path, pair, capsys):
+    assert run("--input_lora", tmp_path / f"{PAIR[1]}.safetensors", "--output_lora", tmp_path / "low.safetensors") == 0
+    assert capsys.readouterr().out.count("wrote") == 1 and len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_output_of_a_pair_gets_the_names_of_its_experts(tmp_path, pair, capsys):
+    before = snapshot(tmp_path)
+    assert run("--input_lora", pair, "--output_lora", tmp_path / "out-low.safetensors") == 2
+    assert "out-low.safetensors holds 'low'" in capsys.readouterr().err and snapshot(tmp_path) == before
+    assert run("--input_lora", pair, "--output_lora", tmp_path / "out.safetensors", "--to", "kohya") == 0
+    for name, expert in zip(PAIR, ("high_noise", "low_noise"), strict=True):
+        given, made = (read_lora(tmp_path / f"{stem}.safetensors") for stem in (name, f"out_{expert}"))
+        assert torch.equal(made.pairs["blocks.0.self_attn.q"].up, given.pairs["blocks.0.self_attn.q"].up)
+
+
+def test_a_pair_is_converted_as_a_whole_or_not_at_all(tmp_path, pair, capsys):
+    taken = tmp_path / f"{PAIR[1]}_comfy.safetensors"
+    taken.write_bytes(b"days of training")
+    before = snapshot(tmp_path)
+    assert run("--input_lora", pair) == 2 and str(taken) in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+    taken.unlink()
+    save(tmp_path / f"{PAIR[1]}.safetensors", {"blocks.0.nose.lora_A.weight": torch.ones(2, 2)})
+    before = snapshot(tmp_path)
+    assert run("--input_lora", pair) == 2 and "nose" in capsys.readouterr().err and snapshot(tmp_path) == before
 
 
 BAD_COMMANDS = {

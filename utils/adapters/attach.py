@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor, nn
 
+from utils.adapters.fitting import fitting
 from utils.adapters.lora import (
     ADAPTER,
     LoraFusion,
@@ -37,7 +38,7 @@ class Lora:
 
     lora_rank: int = option(16, "rank of the matrices", minimum=1)
     lora_alpha: float | None = option(None, "the LoRA's strength is alpha / rank (default: the rank)", minimum=0.001)
-    lora_target: tuple[str, ...] = option(("attn",), "attn, all-linear, or patterns like self_attn.q ffn.*")
+    lora_target: tuple[str, ...] = option(("attn",), "attn, all-linear, or patterns like self_attn.q ffn.* img_emb.*")
     lora_blocks: str | None = option(None, "blocks to adapt: 1, or 0,2, or 4-9 (default: all)")
     init_lora: Path | None = option(None, "LoRA file to start from, of the same rank, alpha and targets")
     fuse_lora: Path | None = option(None, "LoRA file to add to the base model before training")
@@ -118,6 +119,7 @@ class AdapterPlan:
     opts: AdapterOptions
     fusion: LoraFusion | None = None
     init: LoraFile | None = None
+    notes: tuple[str, ...] = ()  # what of --fuse_lora is not as in its file, a sentence each
 
     def widen(self, model: WanModel) -> None:
         """Gives the patch embedding the inputs that a fused control LoRA reads."""
@@ -149,11 +151,13 @@ class AdapterPlan:
 def plan_adapter(opts: AdapterOptions, layout: WanModel) -> AdapterPlan:
     """Reads the LoRA files that the options name and tries everything on `layout`, a transformer without weights.
 
-    Raises UserError for modules that are not there and for LoRA files that do not fit: before weights are loaded, which
-    takes minutes. Uses `layout` up.
+    Of --fuse_lora what fits is fused. Raises UserError for modules that are not there and for LoRA files that do not
+    fit: before weights are loaded, which takes minutes. Uses `layout` up.
     """
-    fusion = LoraFusion(layout, read_lora(opts.fuse_lora), opts.fuse_lora_weight) if opts.fuse_lora else None
-    plan = AdapterPlan(opts, fusion, read_lora(opts.init_lora) if opts.init_lora else None)
+    plan = AdapterPlan(opts, init=read_lora(opts.init_lora) if opts.init_lora else None)
+    if opts.fuse_lora is not None:
+        lora, notes = fitting(read_lora(opts.fuse_lora), layout, opts.fuse_lora)
+        plan = replace(plan, fusion=LoraFusion(layout, lora, opts.fuse_lora_weight), notes=tuple(notes))
     plan.widen(layout)
     plan.attach(layout)
     return plan

@@ -24,7 +24,8 @@ from utils.adapters.lora_file import LoraFile, LoraPair, delta
 from utils.common.errors import UserError
 from wan.modules.model import WanModel
 
-# Named sets of layers; every other target is a pattern over the names inside a block ("self_attn.q", "ffn.*").
+# Named sets of layers; every other target is a pattern over the names inside a block ("self_attn.q", "ffn.*"), and over
+# the full names.
 TARGETS = {"attn": ("self_attn.*", "cross_attn.*"), "all-linear": ("*",)}
 ADAPTER = "default"  # what PEFT calls the only adapter of a model
 PATCH_WEIGHT = "patch_embedding.weight"
@@ -47,10 +48,11 @@ def parse_blocks(text: str | None, num_blocks: int) -> set[int]:
 
 
 def select_modules(model: WanModel, targets: Sequence[str], blocks: str | None = None) -> list[str]:
-    """The names of the linear layers inside `model.blocks` that are meant, never head or embeddings.
+    """The names of the linear layers that are meant: those inside `model.blocks`, and those of the image embedding.
 
-    `targets` are named sets ("attn", "all-linear") or patterns over names; `blocks` is as `parse_blocks` reads it.
-    Raises UserError for a pattern that matches nothing.
+    Never head or other embeddings. The image embedding (img_emb.proj.1 and img_emb.proj.3), where the model has one, is
+    in no block: it is not meant where `blocks`, as `parse_blocks` reads it, chooses some. `targets` are named sets
+    ("attn", "all-linear") or patterns over names. Raises UserError for a pattern that matches nothing.
     """
     numbers = parse_blocks(blocks, len(model.blocks))
     inner = {
@@ -59,6 +61,8 @@ def select_modules(model: WanModel, targets: Sequence[str], blocks: str | None =
         for name, module in model.blocks[index].named_modules()
         if _is_linear(name, module)
     }
+    if blocks is None:
+        inner |= {name: name for name, module in model.named_modules() if _is_image_layer(name, module)}
     chosen: set[str] = set()
     for target in targets:
         patterns = TARGETS.get(target, (target,))
@@ -187,7 +191,7 @@ class LoraFusion:
         self.weight = weight
         self.in_dim = _stated_in_dim(lora)
         self.pairs = {f"{name}.weight": pair for name, pair in lora.pairs.items()}
-        self.diffs = {_diff_target(key, parameters): tensor for key, tensor in lora.diffs.items()}
+        self.diffs = {diff_target(key, parameters): tensor for key, tensor in lora.diffs.items()}
         shapes = {target: (len(pair.up), *pair.down.shape[1:]) for target, pair in self.pairs.items()}
         shapes |= {target: tuple(tensor.shape) for target, tensor in self.diffs.items()}
         for target, shape in shapes.items():
@@ -216,7 +220,7 @@ class LoraFusion:
         if name not in self.targets:
             return tensor
         if name == PATCH_WEIGHT and self.in_dim is not None:
-            tensor = _pad_inputs(tensor, self.in_dim)
+            tensor = pad_inputs(tensor, self.in_dim)
         result = tensor
         if (pair := self.pairs.get(name)) is not None:
             pair = replace(pair, down=pair.down.to(tensor.device), up=pair.up.to(tensor.device))
@@ -262,17 +266,17 @@ def widen_patch_embedding(model: WanModel, in_dim: int) -> None:
     if in_dim < old.in_channels:
         raise UserError(f"the patch embedding has {old.in_channels} input channels, more than the {in_dim} asked for")
     wide = nn.Conv3d(in_dim, old.out_channels, model.shape.patch_size, model.shape.patch_size, device="meta")
-    wide.weight = nn.Parameter(_pad_inputs(old.weight.detach(), in_dim), requires_grad=False)
+    wide.weight = nn.Parameter(pad_inputs(old.weight.detach(), in_dim), requires_grad=False)
     wide.bias = old.bias
     model.patch_embedding = wide
 
 
-def _pad_inputs(weight: Tensor, in_dim: int) -> Tensor:
+def pad_inputs(weight: Tensor, in_dim: int) -> Tensor:
     """A convolution's weight (out, in, ...) with zeros for inputs up to `in_dim`."""
     return F.pad(weight, (0, 0, 0, 0, 0, 0, 0, in_dim - weight.shape[1]))
 
 
-def _diff_target(key: str, parameters: Mapping[str, nn.Parameter]) -> str:
+def diff_target(key: str, parameters: Mapping[str, nn.Parameter]) -> str:
     """The parameter that a delta is added to: "x.diff_b" -> "x.bias", "x.diff" -> "x.weight", or x itself."""
     name, _, role = key.rpartition(".")
     if role == "diff_b":
@@ -283,6 +287,10 @@ def _diff_target(key: str, parameters: Mapping[str, nn.Parameter]) -> str:
 def _is_linear(name: str, module: nn.Module) -> bool:
     """Whether this is a linear layer of the base model, also one that has an adapter already."""
     return isinstance(module, nn.Linear | LoraLinear) and not re.search(r"\.(base_layer|lora_[AB])\b", name)
+
+
+def _is_image_layer(name: str, module: nn.Module) -> bool:
+    return name.startswith("img_emb.") and _is_linear(name, module)
 
 
 def _matches(name: str, full: str, pattern: str) -> bool:

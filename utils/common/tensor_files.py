@@ -42,6 +42,15 @@ def tensor_names(path: Path) -> set[str]:
         return set()
 
 
+def file_metadata(path: Path) -> dict[str, str]:
+    """A file's metadata; none if it is missing, or shorter than its header says. Reads the header alone."""
+    try:
+        with _opened(path) as file:
+            return dict(file.metadata() or {})
+    except TensorFileError:
+        return {}
+
+
 def has_same_content(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
     """Whether a file holds exactly these CPU tensors, bit for bit, and this metadata. False where there is no file."""
     try:

@@ -1,5 +1,7 @@
 """Which adapter speaks, and what is decided about an adapter before the model's weights are loaded."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -180,6 +182,18 @@ def test_a_fused_lora_is_added_while_loading_and_changes_the_answer_as_the_adapt
     place = plan.place(lambda name, tensor: tensor)
     model.load_state_dict({name: place(name, tensor) for name, tensor in model.state_dict().items()})
     torch.testing.assert_close(model(*inputs()), trained(*inputs()), rtol=1e-3, atol=1e-5)
+
+
+def test_a_lora_of_a_sibling_is_fused_as_far_as_it_fits_and_the_plan_says_what_does_not(tmp_path):
+    sibling = tiny_transformer(replace(TINY_SHAPE, in_dim=36, image_dim=20))
+    fill(add_lora(sibling, select_modules(sibling, ["all-linear"]), RANK, ALPHA))
+    write_lora(tmp_path / "i2v.safetensors", extract_lora(sibling, {}))
+    plan = plan_adapter(options(fuse_lora=tmp_path / "i2v.safetensors"), layout())
+    (note,) = plan.notes
+    assert note.startswith("6 of 26 modules of ") and "i2v.safetensors are not in this model" in note
+    assert plan.fusion is not None and len(plan.fusion.targets) == 20
+    with pytest.raises(UserError, match="--init_lora adapts, unlike this run, .*6 such modules"):
+        plan_adapter(options(init_lora=tmp_path / "i2v.safetensors", lora_target=("all-linear",)), layout())
 
 
 @pytest.mark.parametrize(

@@ -64,3 +64,17 @@ def test_the_checkpoints_to_average_are_of_one_name_and_one_expert(tmp_path):
     for name in ("fox", "fox_high_noise", "fox_low_noise"):
         found = [path.name for path in last_checkpoints(tmp_path / f"{name}-00000003.safetensors", 2)]
         assert found == [f"{name}-00000002.safetensors", f"{name}-00000003.safetensors"]
+
+
+def test_the_mean_of_a_pair_is_that_of_each_expert_alone(tmp_path, capsys):
+    for step in (1, 2, 6):
+        for sign, expert in ((1, "high_noise"), (-1, "low_noise")):
+            write_lora(tmp_path / f"wan-lora_{expert}-{step:08d}.safetensors", lora(sign * float(step)))
+    write_lora(tmp_path / "wan-lora-00000004.safetensors", lora(100.0))
+    (high,) = last_checkpoints(tmp_path / "wan-lora_high_noise-00000006.safetensors", 1)
+    assert high.name == "wan-lora_high_noise-00000006.safetensors"
+    convert_lora_to_comfy.main(["--input_lora", str(tmp_path / "wan-lora-00000006.safetensors"), "--average", "3"])
+    for mean, expert in ((3.0, "high_noise"), (-3.0, "low_noise")):
+        written = tmp_path / f"wan-lora_{expert}-00000006_average3_comfy.safetensors"
+        assert torch.equal(read_lora(written).pairs["blocks.0.self_attn.q"].down, torch.full((2, 8), mean))
+    assert capsys.readouterr().out.count("averaging") == 6

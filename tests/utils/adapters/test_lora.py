@@ -1,6 +1,7 @@
 """Adapters: which modules, how they answer and learn, and how they come from and go to files."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from tests.adapted import ALPHA, LAYERS, RANK, adapted, fill, inputs
-from tests.tiny import tiny_transformer
+from tests.tiny import TINY_SHAPE, tiny_transformer
 from utils.adapters.lora import (
     add_lora,
     extract_lora,
@@ -90,6 +91,40 @@ def test_head_and_embeddings_are_never_meant():
     assert set(select_modules(tiny_transformer(), ["*"])) == {f"blocks.{i}.{x}" for i in (0, 1) for x in LAYERS}
 
 
+def test_every_target_of_a_text_to_video_model_is_in_its_blocks_and_in_their_order():
+    names = select_modules(tiny_transformer(), ["all-linear", "attn"])
+    assert names == [f"blocks.{i}.{layer}" for i in (0, 1) for layer in LAYERS]
+
+
+VISION = replace(TINY_SHAPE, in_dim=36, image_dim=20, image_positions=514)
+IMAGE_LAYERS = {f"blocks.{i}.cross_attn.{x}_img" for i in (0, 1) for x in "kv"}
+IMAGE_EMBEDDING = {"img_emb.proj.1", "img_emb.proj.3"}
+
+
+@pytest.mark.parametrize(
+    ("targets", "blocks", "expected"),
+    [
+        (["all-linear"], None, IMAGE_LAYERS | IMAGE_EMBEDDING),
+        (["attn"], None, IMAGE_LAYERS),
+        (["img_emb.*"], None, IMAGE_EMBEDDING),
+        (["img_emb.proj.3", "self_attn.q"], None, {"img_emb.proj.3"}),
+        (["*img*"], None, IMAGE_LAYERS | IMAGE_EMBEDDING),
+        (["ffn.*"], None, set()),
+        (["all-linear"], "0-1", IMAGE_LAYERS),
+    ],
+)
+def test_layers_that_read_a_picture_are_reached_where_the_model_has_them(targets, blocks, expected):
+    names = select_modules(tiny_transformer(VISION), targets, blocks)
+    assert {name for name in names if "img" in name} == expected and len(names) == len(set(names))
+
+
+def test_the_image_embedding_is_in_no_block():
+    with pytest.raises(UserError, match=r"'img_emb\.\*' matches no layer"):
+        select_modules(tiny_transformer(VISION), ["img_emb.*"], "0-1")
+    with pytest.raises(UserError, match=r"'img_emb\.\*' matches no layer"):
+        select_modules(tiny_transformer(), ["img_emb.*"])
+
+
 @pytest.mark.parametrize("target", ["self_attn", "q", "head.head", "attention", "norm3", "blocks.9.ffn.0"])
 def test_a_target_that_matches_nothing_is_refused_with_what_is_known(target):
     with pytest.raises(UserError, match=r"matches no layer; known: attn, all-linear, .*self_attn\.q.*ffn\.2"):
@@ -112,6 +147,19 @@ def test_a_fresh_adapter_changes_nothing():
     expected = model(*inputs())
     add_lora(model, select_modules(model, ["all-linear"]), RANK, ALPHA)
     assert torch.equal(model(*inputs()), expected)
+
+
+def test_an_adapter_on_all_layers_of_a_model_that_reads_a_picture_changes_nothing_yet_and_learns_in_each():
+    model = tiny_transformer(replace(VISION, image_positions=0))
+    latents, timestep, text = inputs()
+    given = torch.cat([latents, torch.ones(2, 20, 2, 4, 6)], dim=1), timestep, text, torch.ones(2, 3, 20)
+    with torch.no_grad():
+        expected = model(*given)
+    parameters = add_lora(model, select_modules(model, ["all-linear"]), RANK, ALPHA)
+    found = model(*given)
+    assert torch.equal(found, expected) and len(parameters) == 2 * (20 + len(IMAGE_LAYERS | IMAGE_EMBEDDING))
+    found.square().mean().backward()
+    assert all(up.grad is not None and up.grad.abs().max() > 0 for up in parameters[1::2])
 
 
 def test_the_adapters_parameters_alone_train_and_are_fp32_on_a_bf16_base():

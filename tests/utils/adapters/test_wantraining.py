@@ -24,7 +24,7 @@ TRAINER, TEST_SCRIPT = train_wan_lora.Options, test_wan_control_lora.Options
     [
         (TEST_SCRIPT, "lora", "a.safetensors", "lora_path", Path("a.safetensors")),
         (TEST_SCRIPT, "control_video", "small.mp4", "input_video", Path("small.mp4")),
-        (TEST_SCRIPT, "cfg", "6", "guidance", 6.0),
+        (TEST_SCRIPT, "cfg", "6", "guidance", (6.0,)),
         (TEST_SCRIPT, "negative_embedding", "n.safetensors", "negative_embedding", Path("n.safetensors")),
         (TRAINER, "lora_targets", "self_attn, cross_attn", "lora_target", ("*self_attn*", "*cross_attn*")),
         (TRAINER, "lora_targets", "ffn,", "lora_target", ("*ffn*",)),

@@ -4,7 +4,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from utils.common import tensor_files
-from utils.common.tensor_files import TensorFileError, has_same_content, read_tensors, tensor_names, write_tensors
+from utils.common.tensor_files import (
+    TensorFileError,
+    file_metadata,
+    has_same_content,
+    read_tensors,
+    tensor_names,
+    write_tensors,
+)
 
 TENSORS = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(2, dtype=torch.bfloat16)}
 
@@ -101,3 +108,11 @@ def test_nan_has_the_same_content_as_itself_and_zero_not_as_minus_zero(tmp_path)
     write_tensors(path, {"x": torch.tensor([torch.nan, 0.0])})
     assert has_same_content(path, {"x": torch.tensor([torch.nan, 0.0])}, {})
     assert not has_same_content(path, {"x": torch.tensor([torch.nan, -0.0])}, {})
+
+
+def test_metadata_alone_is_read_from_a_file_and_none_from_what_is_no_file(path, tmp_path):
+    assert file_metadata(path) == {"source": "here"}
+    write_tensors(path, TENSORS)
+    assert file_metadata(path) == {} == file_metadata(tmp_path / "missing.safetensors") == file_metadata(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert file_metadata(path) == {}
