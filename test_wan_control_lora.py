@@ -2,15 +2,16 @@
 """Generate a video with a LoRA, to see what it has learned.
 
     python test_wan_control_lora.py --lora_path wan-lora-00001000.safetensors --prompt "a fox in snow" --compare
+    python test_wan_control_lora.py --lora_path fox_high_noise.safetensors fox_low_noise.safetensors --image fox.png
     python test_wan_control_lora.py --lora_path control.safetensors --input_video small.mp4
 
-The story: the LoRA names its base model; text, control and noise are prepared; the transformer samples, with
---compare first without the LoRA; the VAE decodes; an mp4 and a contact sheet are written.
+The story: the LoRA names its base model; text, given frames, control and noise are prepared; the transformer samples,
+with --compare first without the LoRA; the VAE decodes; an mp4 and a contact sheet are written.
 """
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -19,20 +20,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.adapters.lora import fuse_lora
 from utils.adapters.lora_file import LoraFile
 from utils.adapters.lora_reader import read_lora
+from utils.adapters.pairs import find_pair
 from utils.adapters.wantraining import TEST_SCRIPT
 from utils.common.console import say
-from utils.common.device import compute_dtype, explain_out_of_memory, pick_device
+from utils.common.device import explain_out_of_memory, pick_device
 from utils.common.errors import RunError, UserError
 from utils.common.files import check_writable
 from utils.common.formatting import counted
 from utils.common.options import Replaced, option, parse_options, run_script
 from utils.common.temp_rng import MAX_SEED
-from utils.data.buckets import bucket_size
-from utils.diffusion.flow import Predict, seeded_noise
-from utils.encoding.conditioning import Cond, encode_video, make_predict, replace_text, to_pixels, to_unit_range
+from utils.common.tensors import map_tensors
+from utils.data.buckets import bucket_size, picture_size
+from utils.diffusion.flow import seeded_noise
+from utils.encoding.conditioning import Cond, Encoders, to_pixels, to_unit_range
+from utils.encoding.pictures import check_pictures, load_picture, load_pictures
+from utils.encoding.samples import LatentEncoding
+from utils.encoding.sampling import Chosen, Transformers, choose_loras, denoise
 from utils.encoding.text import TextEncoding, check_embedding_shape, negative_prompt_file, read_prompt
 from utils.encoding.text_cache import load_embedding
 from utils.media.contact_sheet import contact_sheet
@@ -40,7 +45,7 @@ from utils.media.controls import CONTROL_TYPES, FROM_FILE, make_control
 from utils.media.frames import crop_and_resize, read_frames, save_image, write_video
 from utils.media.probing import MediaInfo, probe
 from utils.setup.download import suggest_download
-from wan.checkpoints import CheckpointError, ModelFiles, build_transformer, load_transformer, load_vae, open_model
+from wan.checkpoints import CheckpointError, ModelFiles, open_model
 from wan.configs import Family, Grid
 from wan.text2video import Sampler
 from wan.utils.fm_solvers import SOLVERS
@@ -55,14 +60,20 @@ class Content:
     """content"""
 
     replaced: ClassVar[Replaced] = TEST_SCRIPT
-    lora_path: Path | None = option(
-        None, "LoRA file: from training, converted, or in another tool's format", aliases=("lora",)
+    lora_path: tuple[Path, ...] = option(
+        (),
+        "LoRA file: from training, converted, or in another tool's format; for two experts HIGH LOW, or the name that "
+        "both share",
+        aliases=("lora",),
     )
+    also_lora: tuple[str, ...] = option((), "further LoRAs, each FILE or FILE:STRENGTH", requires="lora_path")
     pretrained_model_name_or_path: str | None = option(None, "base model (default: the one the LoRA names)")
     prompt: str | None = option(None, "what to generate (default: an empty prompt)")
     embedding: Path | None = option(None, "text embedding file to use instead of --prompt")
     negative_prompt: str | None = option(None, "what to avoid (default: the model's own negative prompt)")
     negative_embedding: Path | None = option(None, "text embedding file to use instead of --negative_prompt")
+    image: Path | None = option(None, "picture that the video starts from, for models that are given one")
+    last_image: Path | None = option(None, "picture that the video ends with", requires="image")
     input_video: Path | None = option(None, "video or image that a control LoRA follows", aliases=("control_video",))
     control_type: str | None = option(
         None,
@@ -76,8 +87,10 @@ class Content:
 class Sampling:
     """sampling"""
 
-    width: int | None = option(None, "multiple of 16 (default: the model's, or near the input video's)", minimum=16)
-    height: int | None = option(None, "multiple of 16", minimum=16)
+    width: int | None = option(
+        None, "multiple of 16 or 32 (default: the model's, or by the shape of the picture or input video)", minimum=16
+    )
+    height: int | None = option(None, "multiple of 16 or 32", minimum=16)
     frames: int | None = option(None, "4n + 1 (default: the model's, or what the input video has)", minimum=1)
     steps: int | None = option(None, "sampling steps (default: the model's)", minimum=1)
     guidance: tuple[float, ...] = option(
@@ -103,7 +116,7 @@ class Options(Content, Sampling):
 class Request:
     """What is generated, with everything decided that the options left open."""
 
-    lora_path: Path
+    loras: Mapping[str, Sequence[Chosen]]  # by the names of the transformers
     text: str | Path  # a prompt, or the file of its embedding
     negative: str | Path
     width: int
@@ -111,37 +124,35 @@ class Request:
     frames: int
     sampler: Sampler
     seed: int
-    strength: float
+    pictures: Sequence[Path]  # one for each frame that the model is given, or none
     input_video: Path | None
     control_type: str
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     opts = parse_options(Options, argv)
-    if opts.lora_path is None:
+    if not opts.lora_path:
         raise UserError("--lora_path is missing: the LoRA file to try")
-    lora = read_lora(opts.lora_path)
-    name = opts.pretrained_model_name_or_path or lora.metadata.get("base_model")
+    first = read_lora(next(iter(find_pair(opts.lora_path[0]).values()), opts.lora_path[0]))
+    name = opts.pretrained_model_name_or_path or first.metadata.get("base_model")
     if not name:
-        raise UserError(f"{opts.lora_path} does not name its base model; pass --pretrained_model_name_or_path")
+        raise UserError(f"{opts.lora_path[0]} does not name its base model; pass --pretrained_model_name_or_path")
     with suggest_download():
         files = open_model(name)
-    request = complete(opts, opts.lora_path, lora, files.family)
+    loras = choose_loras(opts.lora_path, opts.strength, opts.also_lora, files)
+    request = complete(opts, first, loras, files.family)
     check_writable(opts.output_dir)
-
-    # A rehearsal on a transformer without weights: a LoRA that does not fit should not cost the minutes of loading.
-    fuse_lora(build_transformer(files.transformer), lora)
-    say(describe(request))
+    say(describe(request, opts.strength))
     with explain_out_of_memory(), torch.no_grad():
-        videos = generate(request, lora, files, opts.compare)
-    write(opts.output_dir, f"{opts.lora_path.stem}_seed{opts.seed}", videos, files.family.fps)
+        videos = generate(request, files, opts.compare)
+    write(opts.output_dir, f"{opts.lora_path[0].stem}_seed{opts.seed}", videos, files.family.fps)
 
 
 # --------------------------------------------------------------------------------------------------------- the request
 
 
-def complete(opts: Options, lora_path: Path, lora: LoraFile, family: Family) -> Request:
-    """Decides what was left open: by the input video, by the LoRA's metadata, by the model's own settings.
+def complete(opts: Options, first: LoraFile, loras: Mapping[str, Sequence[Chosen]], family: Family) -> Request:
+    """Decides what was left open: by pictures, the input video, the first LoRA's metadata, the model's own settings.
 
     Raises UserError for what contradicts itself or does not fit the model.
     """
@@ -149,40 +160,58 @@ def complete(opts: Options, lora_path: Path, lora: LoraFile, family: Family) -> 
         raise UserError("--prompt and --embedding exclude each other: an embedding is an encoded prompt")
     if opts.negative_prompt is not None and opts.negative_embedding is not None:
         raise UserError("--negative_prompt and --negative_embedding exclude each other: give one of them")
-    if lora.input_shapes and opts.input_video is None:
+    if first.input_shapes and opts.input_video is None:
         raise UserError("this is a control LoRA: pass the video to follow as --input_video")
-    if opts.input_video is not None and not lora.input_shapes:
-        raise UserError(f"{lora_path} is not a control LoRA: it cannot follow --input_video")
+    if opts.input_video is not None and not first.input_shapes:
+        raise UserError(f"{opts.lora_path[0]} is not a control LoRA: it cannot follow --input_video")
+    pictures = [picture for picture in (opts.image, opts.last_image) if picture is not None]
+    check_given(pictures, first, family)
 
-    # A control LoRA generates a video of the shape and the length of the one that it follows.
+    # A video has the shape of the picture that it starts from, and of the video that it follows also the length.
     (width, height), frames = family.size, family.frames
     info = None if opts.input_video is None else probe(opts.input_video)
     if info is not None:
         width, height = bucket_size(info.width, info.height, BASE_RES, family.grid)
         frames = min(frames, usable_frames(info, family.grid))
+    elif pictures:
+        width, height = picture_size(probe(pictures[0]), width * height, family.grid)
     guidance = opts.guidance or family.guidance
     if len(guidance) not in (1, len(family.experts)):
         raise UserError(
             f"--guidance has {len(guidance)} values, but the model {counted(len(family.experts), 'expert')}"
         )
     negative: str | Path | None = opts.negative_embedding or opts.negative_prompt
+    shift, steps = opts.shift or family.shift, opts.steps or family.steps
     request = Request(
-        lora_path=lora_path,
+        loras=loras,
         text=opts.embedding or opts.prompt or "",
         negative=read_prompt(negative_prompt_file(family)) if negative is None else negative,
         width=opts.width or width,
         height=opts.height or height,
         frames=opts.frames or frames,
-        sampler=Sampler(
-            opts.solver, opts.steps or family.steps, guidance, opts.shift or family.shift, family.boundaries
-        ),
+        sampler=Sampler(opts.solver, steps, guidance, shift, family.boundaries),
         seed=opts.seed,
-        strength=opts.strength,
+        pictures=pictures,
         input_video=opts.input_video,
-        control_type=opts.control_type or lora.metadata.get("control") or "tile",
+        control_type=opts.control_type or first.metadata.get("control") or "tile",
     )
     check_request(request, family.grid, info)
     return request
+
+
+def check_given(pictures: Sequence[Path], first: LoraFile, family: Family) -> None:
+    """Raises UserError unless there are the pictures that the model, or a control LoRA for one without, starts from."""
+    if family.given:
+        if pictures or family.given_as == "channels":
+            names = "--image and --last_image" if len(family.given) > 1 else "--image"
+            check_pictures(pictures, family, names)
+        return
+    if first.metadata.get("control_i2v") and not pictures:
+        raise UserError("the LoRA was trained with --control_i2v: pass the picture to start from as --image")
+    if len(pictures) > 1 or (pictures and not first.input_shapes):
+        raise UserError("--image and --last_image: this model is given no frames of a video")
+    for picture in pictures:
+        probe(picture)
 
 
 def check_request(request: Request, grid: Grid, info: MediaInfo | None) -> None:
@@ -198,6 +227,8 @@ def check_request(request: Request, grid: Grid, info: MediaInfo | None) -> None:
         raise UserError(f"--frames {request.frames} must be {grid.frame}n + 1, like {nearest}")
     if info is not None and request.frames > usable_frames(info, grid):
         raise UserError(f"{request.input_video} has {info.frames} frames, too few for --frames {request.frames}")
+    if request.pictures and request.frames == 1:
+        raise UserError(f"--frames 1 is the picture itself: give at least {grid.frame + 1}")
 
 
 def usable_frames(info: MediaInfo, grid: Grid) -> int:
@@ -205,42 +236,42 @@ def usable_frames(info: MediaInfo, grid: Grid) -> int:
     return (info.frames - 1) // grid.frame * grid.frame + 1
 
 
-def describe(request: Request) -> str:
+def describe(request: Request, strength: float) -> str:
     """What is about to be generated, including what was left open: it decides the result too."""
     sampler = request.sampler
     guidance = " and ".join(f"{value:g}" for value in sampler.guidance)
+    given = "".join(f", from {picture}" for picture in request.pictures)
     followed = f", following {request.input_video} ({request.control_type})" if request.input_video else ""
     return (
         f"{request.width}x{request.height}, {counted(request.frames, 'frame')}, {counted(sampler.steps, 'step')} of "
         f"{sampler.solver}, guidance {guidance}, shift {sampler.shift:g}, seed {request.seed}, "
-        f"strength {request.strength:g}{followed}"
+        f"strength {strength:g}{given}{followed}"
     )
 
 
 # ---------------------------------------------------------------------------------------------------------- generation
 
 
-def generate(request: Request, lora: LoraFile, files: ModelFiles, compare: bool) -> dict[str, Tensor]:
+def generate(request: Request, files: ModelFiles, compare: bool) -> dict[str, Tensor]:
     """Videos (F, 3, H, W) uint8 by label: the control if there is one, without the LoRA if asked for, and with it."""
     # Models are loaded one after another, and only while they are needed: the text encoder alone takes 11 GB.
     device = pick_device()
     text, negative = embed(request, files, device)
-    vae = load_vae(files, device)
+    encoders = LatentEncoding(files, device).load()
     control = read_control(request, request.input_video, device) if request.input_video else None
-    cond = Cond(text[None], None if control is None else encode_video(control, vae)[None])
+    base, cond = condition(request, encoders, text, control)
+    vae = encoders.vae
+    del encoders
     noise = seeded_noise((1, *vae.latent_shape(request.frames, request.height, request.width)), request.seed).to(device)
 
-    # One model serves both: first as the base, then with the LoRA added to its weights. Noise and text stay the same,
-    # so every difference between the videos is the LoRA's.
-    progress = partial(tqdm, desc="loading the transformer", unit="tensor", leave=False)
-    model = load_transformer(files.transformer, compute_dtype(device), device, progress)
-    latents = {}
+    # Noise and conditions are the same without and with the LoRA, so every difference between the videos is the LoRA's.
+    # Only the control is left out without it: the base model has no input channels for one.
+    transformers, latents = Transformers(files, request.loras, device), {}
     if compare:
-        free = replace(cond, channels=None)  # the base model has no input channels for a control
-        latents["without the LoRA"] = sample(request, make_predict(model), noise, free, negative, "without the LoRA")
-    fuse_lora(model, lora, request.strength)
-    latents["with the LoRA"] = sample(request, make_predict(model), noise, cond, negative, "with the LoRA")
-    del model
+        latents["without the LoRA"] = sample(request, transformers, noise, base, negative, "without the LoRA")
+    transformers.fuse()
+    latents["with the LoRA"] = sample(request, transformers, noise, cond, negative, "with the LoRA")
+    del transformers
 
     videos = {} if control is None else {"control": to_pixels(control)}
     for label, result in latents.items():
@@ -249,16 +280,29 @@ def generate(request: Request, lora: LoraFile, files: ModelFiles, compare: bool)
     return videos
 
 
+def condition(request: Request, encoders: Encoders, text: Tensor, control: Tensor | None) -> tuple[Cond, Cond]:
+    """The conditions of the base model, and those with the control; both the same without one."""
+    # Given frames are cut and encoded as those of a training clip are. A text-to-video model sees a picture only as the
+    # first frame of the control.
+    family, size, device = encoders.family, (request.width, request.height), encoders.vae.device
+    start = load_picture(request.pictures[0], *size).to(device) if request.pictures and not family.given else None
+    pictures = load_pictures(request.pictures, family, *size) if request.pictures and family.given else {}
+    pictures = {place: picture.to(device) for place, picture in pictures.items()}
+    base = encoders.condition(text, pictures, request.frames)
+    cond = base if control is None else encoders.add_control(base, control, start)
+    return map_tensors(base, lambda part: part[None]), map_tensors(cond, lambda part: part[None])
+
+
 def sample(
-    request: Request, predict: Predict[Cond], noise: Tensor, cond: Cond, negative: Tensor | None, label: str
+    request: Request, transformers: Transformers, noise: Tensor, cond: Cond, negative: Tensor | None, label: str
 ) -> Tensor:
     """Latents (1, C, F, H, W) from the noise. Raises RunError where they are not finite: they would decode to black."""
-    uncond = None if negative is None else replace_text(cond, negative)
-    latents = request.sampler.denoise(predict, noise, cond, uncond, partial(tqdm, desc=label, unit="step"))
+    progress = partial(tqdm, desc=label, unit="step")
+    latents = denoise(request.sampler, transformers.predict, noise, cond, negative, progress)
     if not latents.isfinite().all():
         raise RunError(
             f"the video {label} holds NaN or infinite values: the weights of the base model are damaged, or --strength "
-            f"{request.strength:g} or --guidance is too large"
+            "or --guidance is too large"
         )
     return latents
 
@@ -275,7 +319,7 @@ def embed(request: Request, files: ModelFiles, device: torch.device) -> tuple[Te
     for role, text in wanted.items():
         embedding = cache.load(text) if isinstance(text, str) else load_embedding(text)
         source = f"the {role}" if isinstance(text, str) else str(text)
-        rows[role] = check_embedding_shape(embedding, files.transformer.shape, source).to(device)
+        rows[role] = check_embedding_shape(embedding, next(iter(files.transformers.values())).shape, source).to(device)
     return rows["prompt"], rows.get("negative prompt")
 
 

@@ -11,7 +11,7 @@ utils/adapters (LoRA on the model), utils/training (what learns), utils/runs (wh
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.adapters.attach import AdapterOptions, AdapterPlan, LoraAdapter, plan_adapter
+from utils.adapters.attach import AdapterOptions, LoraAdapter, plan_adapter
 from utils.adapters.lora import speaking
 from utils.common.console import say
-from utils.common.device import compute_dtype, describe, explain_out_of_memory, pick_device
+from utils.common.device import describe, explain_out_of_memory, pick_device
 from utils.common.errors import UserError
 from utils.common.files import check_writable
 from utils.common.options import option, parse_options, run_script, to_json, training_table
@@ -51,30 +51,18 @@ from utils.encoding.samples import Caches, LatentEncoding, Samples, open_samples
 from utils.encoding.text import TextEncoding, Texts, encode_texts, negative_prompt_file, shipped_prompts
 from utils.media.controls import FROM_FILE
 from utils.runs.ending import save_on_exit
-from utils.runs.metrics import Losses
 from utils.runs.run import Run, RunOptions, RunSettings, open_run
 from utils.runs.state import Facts, State, check_resume_compatible, find_state
 from utils.setup.doctor import print_findings
 from utils.setup.download import SetupOptions, download_model, suggest_download
 from utils.training.conditions import check_conditions
-from utils.training.experts import Experts, Role
+from utils.training.experts import Experts, Role, load_experts
 from utils.training.learner import Learner, Trainable
-from utils.training.memory import prepare
 from utils.training.optim import with_epochs
 from utils.training.phases import Phase, Schedule, TrainingOptions
 from utils.training.preview import Preview, Scenes, make_preview
-from utils.training.validation import hold_share, quantiles, validation_loss
-from wan.checkpoints import (
-    CheckpointError,
-    ModelFiles,
-    TransformerFiles,
-    build_transformer,
-    cast_to,
-    find_family,
-    load_transformer,
-    load_weights,
-    open_model,
-)
+from utils.training.validation import hold_share, quantiles
+from wan.checkpoints import CheckpointError, ModelFiles, build_transformer, find_family, open_model
 from wan.configs import Family
 from wan.modules.model import WanModel
 
@@ -146,6 +134,10 @@ class Session:
     validation: list[Batch]
     preview: Preview | None
 
+    def watched(self, device: torch.device) -> Iterator[Batch]:
+        """The validation clips, one after another on the device."""
+        return (batch.to(device) for batch in tqdm(self.validation, desc="validating", leave=False))
+
 
 # --------------------------------------------------------------------------------------------- before the first step
 
@@ -179,36 +171,6 @@ def load_texts(opts: Options, encoding: TextEncoding, data: Dataset) -> Texts:
     return encode_texts(encoding, data.captions, prompts, data.cache_folder, negatives, others)
 
 
-def load_model(opts: Options, files: TransformerFiles, plan: AdapterPlan, device: torch.device) -> LoraAdapter:
-    """A frozen transformer on the device, with the adapter that is trained on it."""
-    # Each tensor goes through `place` when it is read: it is cast to the compute dtype, and a fused LoRA is added. This
-    # way memory never holds a second copy of the weights.
-    model = build_transformer(files)
-    plan.widen(model)
-    place = plan.place(cast_to(compute_dtype(pick_device()), device))
-    load_weights(model, files, place, partial(tqdm, desc="loading the transformer", unit="tensor", leave=False))
-    return prepare(model, opts.memory, plan.attach)
-
-
-def load_experts(
-    roles: Sequence[Role[Options]], files: ModelFiles, plans: Mapping[str, AdapterPlan], device: torch.device
-) -> tuple[Experts, dict[str, LoraAdapter]]:
-    """The transformers, and the adapters of those that are trained, both by name."""
-    # Most models have one. Of two experts only the one that speaks is on the device. One that is not trained serves
-    # previews alone, where it answers as it is.
-    models: dict[str, WanModel] = {}
-    adapters: dict[str, LoraAdapter] = {}
-    trained, previews = {role.name: role.opts for role in roles}, roles[0].opts.sample_prompts is not None
-    for expert in files.family.experts:
-        name, where = expert.name, CPU if models else device
-        if name in trained:
-            adapters[name] = load_model(trained[name], files.transformers[name], plans[name], where)
-            models[name] = adapters[name].model
-        elif previews:
-            models[name] = load_transformer(files.transformers[name], compute_dtype(device), where)
-    return Experts(models, files.family.boundaries, device), adapters
-
-
 def make_phase(role: Role[Options], adapter: LoraAdapter, experts: Experts, learner: Learner, texts: Texts) -> Phase:
     """The update of one LoRA: it speaks, forward and backward, and its optimizer follows."""
     loss = partial(
@@ -223,8 +185,10 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     """Encodes and loads what the loop needs, one model after another; None with --cache_only."""
     # First a rehearsal on transformers without weights: a misspelled layer, or a LoRA file that does not fit, should
     # not cost the minutes of loading.
-    roles = opts.roles(files.family)
-    plans = {role.name: plan_adapter(role.opts, build_transformer(files.transformers[role.name])) for role in roles}
+    roles, layouts = opts.roles(files.family), {name: build_transformer(t) for name, t in files.transformers.items()}
+    plans = {r.name: plan_adapter(r.opts, layouts[r.name], r.name, list(layouts)) for r in roles}
+    for note in dict.fromkeys(note for adapter_plan in plans.values() for note in adapter_plan.notes):
+        say(note)
     opts.preview_images(files.family)
 
     # The text encoder takes 11 GB. It is loaded only if an embedding is missing, and freed before the next model.
@@ -240,7 +204,8 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
 
     # The other random numbers come from torch's generator: the LoRA's first values, then noise and noise levels.
     torch.manual_seed(opts.seed)
-    experts, adapters = load_experts(roles, files, plans, device)
+    previews = bool(texts.previews)
+    experts, adapters = load_experts(roles, plans, files, opts.memory, device, with_others=previews)
 
     # Only LoRAs are trained; base models are frozen. A step is one phase, and two experts take turns. A student and its
     # critic would be two phases of one step.
@@ -263,7 +228,7 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
 
     clips = tqdm(watched, "encoding validation clips", leave=False)
     validation = [samples.load_batch([window]).to(CPU) for window in clips]
-    preview = open_preview(opts, files.family, texts, samples, plan, validation) if texts.previews else None
+    preview = open_preview(opts, files.family, texts, samples, plan, validation) if previews else None
     validation = hold_share(validation, opts.held_share)
     return Session(learner, schedule, experts, samples, plan, steps_per_epoch, validation, preview)
 
@@ -314,7 +279,8 @@ def train(opts: Options, device: torch.device, session: Session, run: Run) -> No
             # Validation: always the same clips, noise and noise levels, so that the numbers can be compared.
             if session.validation and run.is_due(opts.val_steps) and not metrics.is_validated:
                 metrics.flush()  # what follows does not count as training time
-                metrics.log_validation({phase.name: validate(phase, session, device, val_seed) for phase in phases})
+                losses = {phase.name: phase.validate(session.watched(device), val_seed) for phase in phases}
+                metrics.log_validation(losses)
 
             # A checkpoint: the LoRA, its average, and the state from which the run can be resumed.
             if run.saving_is_due(*save_every, minutes=opts.save_every_minutes):
@@ -331,13 +297,6 @@ def train(opts: Options, device: torch.device, session: Session, run: Run) -> No
                 metrics.say(f"look at it: python test_wan_control_lora.py --lora_path {files} --prompt ...")
                 return
             take_step(opts, session, run, stream, stop)
-
-
-def validate(phase: Phase, session: Session, device: torch.device, seed: int) -> Losses:
-    """The losses of a phase's model on the validation clips."""
-    encoded = (batch.to(device) for batch in tqdm(session.validation, desc="validating", leave=False))
-    with phase.speaking():
-        return Losses(validation_loss(phase.predict, encoded, seed, phase.sigmas), phase.sigmas)
 
 
 def take_step(opts: Options, session: Session, run: Run, stream: Iterator[Batch], stop: Stop) -> None:

@@ -1,6 +1,6 @@
 """Which adapter is trained: its options, how it gets onto the model, and the file that it becomes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,11 +24,14 @@ from utils.adapters.lora import (
 from utils.adapters.lora_file import LoraFile
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
+from utils.adapters.pairs import lora_of
 from utils.adapters.wantraining import TRAINER
+from utils.common.errors import UserError
 from utils.common.options import Replaced, option
 from utils.media.controls import CONTROL_TYPES, ControlSignal
 from wan.modules.model import WanModel
 
+ALONE = "transformer"  # the name of a model's only transformer
 Place = Callable[[str, Tensor], Tensor]
 
 
@@ -148,15 +151,21 @@ class AdapterPlan:
         return LoraAdapter(model, self.opts, name)
 
 
-def plan_adapter(opts: AdapterOptions, layout: WanModel) -> AdapterPlan:
+def plan_adapter(
+    opts: AdapterOptions, layout: WanModel, expert: str = ALONE, experts: Sequence[str] = (ALONE,)
+) -> AdapterPlan:
     """Reads the LoRA files that the options name and tries everything on `layout`, a transformer without weights.
 
-    Of --fuse_lora what fits is fused. Raises UserError for modules that are not there and for LoRA files that do not
-    fit: before weights are loaded, which takes minutes. Uses `layout` up.
+    `layout` is that of the `expert` among the model's `experts`: of a pair of LoRAs its own is meant. Of --fuse_lora
+    what fits is fused. Raises UserError for modules that are not there and for LoRA files that do not fit: before
+    weights are loaded, which takes minutes. Uses `layout` up.
     """
-    plan = AdapterPlan(opts, init=read_lora(opts.init_lora) if opts.init_lora else None)
-    if opts.fuse_lora is not None:
-        lora, notes = fitting(read_lora(opts.fuse_lora), layout, opts.fuse_lora)
+    init, fused = (path and lora_of(path, expert, experts) for path in (opts.init_lora, opts.fuse_lora))
+    if opts.init_lora is not None and init is None:
+        raise UserError(f"--init_lora {opts.init_lora} is not for the {expert} expert: give a pair, or see --expert")
+    plan = AdapterPlan(opts, init=read_lora(init) if init else None)
+    if fused is not None:
+        lora, notes = fitting(read_lora(fused), layout, fused)
         plan = replace(plan, fusion=LoraFusion(layout, lora, opts.fuse_lora_weight), notes=tuple(notes))
     plan.widen(layout)
     plan.attach(layout)

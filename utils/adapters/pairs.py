@@ -106,9 +106,18 @@ def resolve_also_loras(texts: Sequence[str], experts: Sequence[str]) -> dict[str
     chosen: dict[str, list[tuple[Path, float]]] = {expert: [] for expert in experts}
     for text in texts:
         path, strength = parse_also_lora(text)
-        for expert, file in (_resolve(path, experts) or dict.fromkeys(experts, path)).items():
-            chosen[expert].append((file, strength))
+        for expert in experts:
+            if (file := lora_of(path, expert, experts)) is not None:
+                chosen[expert].append((file, strength))
     return chosen
+
+
+def lora_of(path: Path, expert: str, experts: Sequence[str]) -> Path | None:
+    """The file that a name means for one expert: of a pair its own, any file that says no expert, else none.
+
+    Raises UserError as `resolve_also_loras` does.
+    """
+    return (_resolve(path, experts) or dict.fromkeys(experts, path)).get(expert)
 
 
 def _resolve(path: Path, experts: Sequence[str]) -> dict[str, Path]:

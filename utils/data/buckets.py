@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from utils.common.errors import UserError
+from utils.media.probing import MediaInfo
 from wan.configs.grid import Grid
 
 SIZE_STEP = 16  # of --base_res: a convention of the released sizes, whatever a token covers
@@ -52,6 +53,16 @@ def bucket_size(width: int, height: int, base_res: int, grid: Grid, shapes: Shap
     columns = min(round(size[0] * scale / grid.side), width // grid.side)
     rows = min(round(size[1] * scale / grid.side), height // grid.side)
     return max(columns, 1) * grid.side, max(rows, 1) * grid.side
+
+
+def picture_size(info: MediaInfo, area: int, grid: Grid) -> tuple[int, int]:
+    """(width, height) of a video that starts from a picture: its shape, and at most this area in pixels.
+
+    As in the official code, each side is rounded down to the grid.
+    """
+    columns = math.sqrt(area * info.width / info.height) / grid.side
+    rows = math.sqrt(area * info.height / info.width) / grid.side
+    return max(int(columns), 1) * grid.side, max(int(rows), 1) * grid.side
 
 
 def count_tokens(width: int, height: int, frames: int, grid: Grid) -> int:

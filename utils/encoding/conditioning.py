@@ -9,7 +9,7 @@ T text tokens, E text width, V vision tokens, I vision width. Of one sample inst
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
@@ -29,7 +29,6 @@ from wan.image2video import frame_channels, hold_first, timestep_rows
 from wan.modules.clip import VisionEncoder
 from wan.modules.model import WanModel
 from wan.modules.vae import WanVAE
-from wan.text2video import Sampler
 
 
 @dataclass(frozen=True)
@@ -271,21 +270,3 @@ def _predict(model: WanModel, latents: Tensor, timestep: Tensor, cond: Cond) -> 
     if absent > 0:
         latents = F.pad(latents, (0, 0, 0, 0, 0, 0, 0, absent))
     return model(latents, timestep, cond.text, cond.image)
-
-
-def denoise(
-    sampler: Sampler,
-    predict: Predict[Cond],
-    noise: Tensor,
-    cond: Cond,
-    negative: Tensor | None,
-    progress: Callable[[Tensor], Iterable[Tensor]] = iter,
-) -> Tensor:
-    """Latents (B, C, F, H, W) sampled from noise under these conditions, guided away from a negative text (T, E).
-
-    A given first latent frame is that of the result. That it also replaces the one of each step is left to `predict`:
-    solvers treat every latent on its own.
-    """
-    uncond = None if negative is None else replace_text(cond, negative)
-    latents = sampler.denoise(predict, noise, cond, uncond, progress)
-    return latents if cond.first is None else hold_first(latents, cond.first, cond.held)

@@ -31,8 +31,9 @@ def load_pictures(paths: Sequence[Path], family: Family, width: int, height: int
     Each is cut to this size as a training clip is: as large as possible, from its middle. Of a video the first frame
     counts. Raises MediaError for an unreadable file.
     """
-    return {place: _load(path, width, height) for place, path in zip(family.given, paths, strict=True)}
+    return {place: load_picture(path, width, height) for place, path in zip(family.given, paths, strict=True)}
 
 
-def _load(path: Path, width: int, height: int) -> Tensor:
+def load_picture(path: Path, width: int, height: int) -> Tensor:
+    """A picture (3, 1, H, W) in -1..1, cut to this size. Raises MediaError for an unreadable file."""
     return to_unit_range(crop_and_resize(read_frames(path, [0]), width, height).transpose(0, 1))

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import psutil
 import torch
@@ -20,6 +20,7 @@ from utils.media.contact_sheet import contact_sheet
 from utils.media.frames import save_image, write_video
 from utils.runs.tensorboard import TensorBoardLog
 from utils.training.learner import Update
+from utils.training.validation import Losses
 
 LOG_SECONDS = 1.0
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
@@ -27,13 +28,6 @@ SMOOTHING = 0.98
 MAX_BAD_STEPS = 3
 SAMPLES = "samples"  # the folder of previews
 ORDINARY = "train"  # the phase of a run that has one
-
-
-class Losses(NamedTuple):
-    """Validation losses and the noise levels at which they were measured, (S,) both."""
-
-    values: Tensor
-    sigmas: Sequence[float]
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,22 @@
 """Models with several experts: which of them are trained, with which options, and which is on the device."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from utils.adapters.attach import AdapterPlan, LoraAdapter
+from utils.common.device import compute_dtype
 from utils.common.errors import UserError
 from utils.common.options import option
 from utils.diffusion.flow import Predict
 from utils.encoding.conditioning import Cond, make_predict
+from utils.training.memory import Memory, prepare
+from wan.checkpoints import ModelFiles, Place, TransformerFiles, build_transformer, cast_to, load_weights
 from wan.configs import Expert, Family
 from wan.modules.model import WanModel
 from wan.text2video import part_at
@@ -156,3 +161,45 @@ def _move(model: nn.Module, device: torch.device, trained: bool) -> None:
             parameter.data = parameter.data.to(device)
     for buffer in () if trained else model.buffers():
         buffer.data = buffer.data.to(device)
+
+
+def load_experts(
+    roles: Sequence[Role[T]],
+    plans: Mapping[str, AdapterPlan],
+    files: ModelFiles,
+    memory: Memory,
+    device: torch.device,
+    with_others: bool,
+) -> tuple[Experts, dict[str, LoraAdapter]]:
+    """The transformers, and the adapters of those in training, both by name. The first is on the device.
+
+    One that is not trained is loaded `with_others`: it serves previews, where it answers as it is.
+    """
+    models: dict[str, WanModel] = {}
+    adapters: dict[str, LoraAdapter] = {}
+    trained = [role.name for role in roles]
+    for name, transformer in files.transformers.items():
+        where = torch.device("cpu") if models else device
+        place = cast_to(compute_dtype(device), where)
+        if name in trained:
+            adapters[name] = _load_trained(transformer, plans[name], memory, place)
+            models[name] = adapters[name].model
+        elif with_others:
+            models[name] = load_weights(build_transformer(transformer), transformer, place, _progress)
+    return Experts(models, files.family.boundaries, device), adapters
+
+
+def _load_trained(files: TransformerFiles, plan: AdapterPlan, memory: Memory, place: Place) -> LoraAdapter:
+    """A frozen transformer with the adapter that is trained on it.
+
+    Each tensor goes through `place` when it is read: it is cast to the compute dtype, and a fused LoRA is added. This
+    way memory never holds a second copy of the weights.
+    """
+    model = build_transformer(files)
+    plan.widen(model)
+    load_weights(model, files, plan.place(place), _progress)
+    return prepare(model, memory, plan.attach)
+
+
+def _progress(names: Sequence[str]) -> Iterable[str]:
+    return tqdm(names, desc="loading the transformer", unit="tensor", leave=False)

@@ -1,6 +1,6 @@
 """What the training loop runs, and all that its options decide."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from utils.training.learner import Update
 from utils.training.memory import MemoryOptions
 from utils.training.optim import Optimization
 from utils.training.preview import Previews
-from utils.training.validation import Validation
+from utils.training.validation import Losses, Validation, validation_loss
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Phase:
     loss: Callable[[Batch], Tensor]
     step: Callable[[], Update]
     sigmas: Sequence[float]
+
+    def validate(self, clips: Iterable[Batch], seed: int) -> Losses:
+        """The losses on these clips, on the device, at the noise levels of the phase."""
+        with self.speaking():
+            return Losses(validation_loss(self.predict, clips, seed, self.sigmas), self.sigmas)
 
 
 @dataclass(frozen=True)

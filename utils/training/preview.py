@@ -14,8 +14,9 @@ from utils.common.errors import UserError
 from utils.common.options import option
 from utils.common.tensors import map_tensors
 from utils.diffusion.flow import Predict, seeded_noise
-from utils.encoding.conditioning import Batch, Cond, Encoders, denoise, replace_text, to_pixels
+from utils.encoding.conditioning import Batch, Cond, Encoders, replace_text, to_pixels
 from utils.encoding.pictures import check_pictures, load_pictures
+from utils.encoding.sampling import denoise
 from utils.encoding.text import Texts, read_prompt
 from wan.configs import Family
 from wan.modules.vae import WanVAE

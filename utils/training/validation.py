@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,13 @@ class Validation:
     val_seed: int | None = option(
         None, "seed of the validation noise (default: --seed)", minimum=0, maximum=MAX_SEED, affects_training=False
     )
+
+
+class Losses(NamedTuple):
+    """Validation losses and the noise levels at which they were measured, (S,) both."""
+
+    values: Tensor
+    sigmas: Sequence[float]
 
 
 def quantiles(low: float, high: float) -> tuple[float, ...]:

@@ -1,0 +1,111 @@
+"""From conditions to latents: the LoRAs to sample with, the transformers that answer, and the sampling itself."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.adapters.fitting import fitting
+from utils.adapters.lora import fuse_lora
+from utils.adapters.lora_file import LoraFile
+from utils.adapters.lora_reader import read_lora
+from utils.adapters.pairs import remarks, resolve_also_loras, resolve_experts
+from utils.common.console import say
+from utils.common.device import compute_dtype
+from utils.diffusion.flow import Predict
+from utils.encoding.conditioning import Cond, make_predict, replace_text
+from wan.checkpoints import ModelFiles, build_transformer, load_transformer
+from wan.image2video import hold_first
+from wan.modules.model import WanModel
+from wan.text2video import Sampler, part_at
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A LoRA on one transformer."""
+
+    lora: LoraFile
+    strength: float
+
+
+def choose_loras(
+    paths: Sequence[Path], strength: float, others: Sequence[str], files: ModelFiles
+) -> dict[str, list[Chosen]]:
+    """The LoRAs of each transformer: those of `paths`, and the `others`, each FILE or FILE:STRENGTH.
+
+    What of them is not used as it is in its file is reported. Raises UserError as `resolve_experts`,
+    `resolve_also_loras` and `fitting` do, before any weights of the model are read.
+    """
+    experts = list(files.transformers)
+    own, further = resolve_experts(paths, experts), resolve_also_loras(others, experts)
+    notes, chosen = remarks(own, experts), {name: list[Chosen]() for name in experts}
+    for name in experts:
+        layout = build_transformer(files.transformers[name])
+        for path, weight in [*([(own[name], strength)] if name in own else []), *further[name]]:
+            lora, left_out = fitting(read_lora(path), layout, path)
+            fuse_lora(layout, lora)
+            chosen[name].append(Chosen(lora, weight))
+            notes += left_out
+    for note in dict.fromkeys(notes):
+        say(note)
+    return chosen
+
+
+class Transformers:
+    """The transformers of a model, one of which is in memory: that of the noise level that is asked for.
+
+    They answer as the base model until `fuse` is called, and then with their LoRAs.
+    """
+
+    def __init__(self, files: ModelFiles, loras: Mapping[str, Sequence[Chosen]], device: torch.device) -> None:
+        self.files, self.loras, self.device = files, loras, device
+        self._loaded: tuple[str, WanModel] | None = None
+        self._fused = False
+
+    def fuse(self) -> None:
+        """Adds the LoRAs to the weights, now and whenever a transformer is loaded again."""
+        self._fused = True
+        if self._loaded is not None:
+            self._fuse(*self._loaded)
+
+    def predict(self, latents: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+        """The velocity at a timestep (B,), which all samples share."""
+        name = list(self.files.transformers)[part_at(self.files.family.boundaries, timestep)]
+        if self._loaded is None or self._loaded[0] != name:
+            self._loaded = None  # the other expert leaves memory first
+            self._loaded = name, self._load(name)
+        return make_predict(self._loaded[1])(latents, timestep, cond)
+
+    def _load(self, name: str) -> WanModel:
+        label = "the transformer" if len(self.files.transformers) == 1 else f"the {name} expert"
+        progress = partial(tqdm, desc=f"loading {label}", unit="tensor", leave=False)
+        model = load_transformer(self.files.transformers[name], compute_dtype(self.device), self.device, progress)
+        if self._fused:
+            self._fuse(name, model)
+        return model
+
+    def _fuse(self, name: str, model: WanModel) -> None:
+        for chosen in self.loras[name]:
+            fuse_lora(model, chosen.lora, chosen.strength)
+
+
+def denoise(
+    sampler: Sampler,
+    predict: Predict[Cond],
+    noise: Tensor,
+    cond: Cond,
+    negative: Tensor | None,
+    progress: Callable[[Tensor], Iterable[Tensor]] = iter,
+) -> Tensor:
+    """Latents (B, C, F, H, W) sampled from noise under these conditions, guided away from a negative text (T, E).
+
+    A given first latent frame is that of the result. That it also replaces the one of each step is left to `predict`:
+    solvers treat every latent on its own.
+    """
+    uncond = None if negative is None else replace_text(cond, negative)
+    latents = sampler.denoise(predict, noise, cond, uncond, progress)
+    return latents if cond.first is None else hold_first(latents, cond.first, cond.held)
