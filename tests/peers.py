@@ -11,6 +11,8 @@ from wan.modules.vae2_2 import Wan22VAE
 
 VAE22_NAMES = json.loads((Path(__file__).parent / "data" / "keymap_vae22_diffusers.json").read_text(encoding="utf-8"))
 
+KEYMAP = json.loads((Path(__file__).parent / "data" / "keymap_diffusers.json").read_text(encoding="utf-8"))
+
 
 def diffusers_transformer(shape: WanShape) -> WanTransformer3DModel:
     """diffusers' transformer of this shape, with its own random weights, in eval mode."""
@@ -27,6 +29,15 @@ def diffusers_transformer(shape: WanShape) -> WanTransformer3DModel:
         added_kv_proj_dim=shape.dim if shape.image_dim else None,
         pos_embed_seq_len=shape.image_positions or None,
     ).eval()
+
+
+def to_diffusers(name: str) -> str:
+    """The diffusers name of an official parameter: the first rule that matches."""
+    for pattern, replacement in KEYMAP["dit"]:
+        renamed, count = re.subn(pattern, replacement, name)
+        if count:
+            return renamed
+    raise KeyError(name)
 
 
 def diffusers_vae22(vae: Wan22VAE) -> AutoencoderKLWan:
