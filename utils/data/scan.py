@@ -95,9 +95,7 @@ def scan(
     files = _media_files(folder.path, [*exclude, *(pairing.folder for pairing in pairings if pairing.folder)])
     candidates = [pairing.find_candidates(files) for pairing in pairings]
     paired_paths = {path for found in candidates for paths in found.values() for path in paths}
-    clips = [path for path in files if path not in paired_paths]
-    if not rules.reads_first:
-        clips = _without_start_pictures(folder, clips, dataset)
+    clips = _without_start_pictures(folder, [path for path in files if path not in paired_paths], dataset)
     captions = find_captions(folder.path, clips, rules.captions, rules.caption_per_line, dataset)
     stems = Counter(_stem(path) for path in clips)
     media = _inspect([*clips, *sorted(paired_paths)])
@@ -213,11 +211,11 @@ class _Pairing:
 _START_PICTURES = _Pairing("start picture", "_first", is_optional=True)
 
 
-def _without_start_pictures(folder: Folder, clips: Sequence[Path], dataset: Path | None) -> list[Path]:
-    """The clips except start pictures, of which a line is printed. One with a caption of its own is a clip."""
+def _without_start_pictures(folder: Folder, clips: list[Path], dataset: Path | None) -> list[Path]:
+    """The clips without start pictures that nothing reads; a line says so. One with a caption of its own is a clip."""
     named = {path for paths in _START_PICTURES.find_candidates(clips).values() for path in paths}
     if not named:
-        return list(clips)
+        return clips
     captions = find_captions(folder.path, clips, per_line=folder.rules.caption_per_line, dataset=dataset)
     unused = named & captions.missing
     if unused:

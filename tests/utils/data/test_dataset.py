@@ -164,6 +164,8 @@ def test_a_number_of_frames_that_the_model_does_not_take_is_rounded_up_and_said_
     data = open_dataset(folders, LIMITS, 16.0)
     assert [window.frames for window in data.windows] == [9, 9, 5]
     assert capsys.readouterr().out.count("--max_frames") == 1
+    open_dataset([Folder(tmp_path / "one", SMALL)], LIMITS, 16.0)
+    assert "--max_frames" not in capsys.readouterr().out
     open_dataset(folders, replace(LIMITS, grid=Grid(frame=8, side=16)), 16.0)
     said = capsys.readouterr().out
     assert "--max_frames 8: 9 frames, as the model takes 8n + 1\n--max_frames 5: 9 frames, as" in said

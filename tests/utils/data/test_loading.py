@@ -19,7 +19,7 @@ from utils.data.folders import Folder, Rules
 from utils.data.loading import Clip, batches, load_ahead, load_clip
 from utils.data.plan import Plan, Window
 from utils.data.scan import Source, scan
-from utils.media.frames import read_frames
+from utils.media.frames import crop_and_resize, read_frames
 from utils.media.probing import MediaError
 
 SMALL = {"base_res": (32,)}
@@ -165,6 +165,9 @@ def test_a_start_picture_is_cut_exactly_as_its_clip(tmp_path, scale):
     assert clip.first.shape == (3, 1, 32, 32) and clip.first.dtype == torch.uint8
     difference = (clip.first.float() - clip.pixels[:, :1].float()).abs()
     assert difference.max() == 0 if scale == 1 else difference.mean() < 1
+    picture = read_frames(tmp_path / "a_first.png", [0])
+    cut = crop_and_resize(picture, 32, 32, (0.9, 0.5), like=(128, 64))
+    assert torch.equal(clip.first[:, 0], cut[0])
 
 
 def test_a_sample_from_the_middle_of_its_clip_is_not_given_the_start_picture(tmp_path):

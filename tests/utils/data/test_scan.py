@@ -255,6 +255,16 @@ def test_lines_for_start_pictures_are_captions_of_their_own(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_a_caption_of_a_start_picture_may_be_in_any_of_the_usual_places(tmp_path, capsys):
+    train = tmp_path / "train"
+    video(train / "a.mp4")
+    image(train / "a_first.png", caption=None)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "train/a_first.png", "text": ["one", "two"]}')
+    sources, problems = scan(Folder(train, Rules(caption_per_line=True)), 16.0, dataset=tmp_path)
+    assert problems == [] and [s.captions for s in sources] == [("a clip",), ("one", "two")]
+    assert capsys.readouterr().out == ""
+
+
 def test_a_file_name_is_no_caption_of_a_start_picture(tmp_path, capsys):
     video(tmp_path / "a_fox.mp4", caption=None)
     image(tmp_path / "a_fox_first.png", caption=None)
