@@ -9,13 +9,14 @@ import torch
 from diffusers import AutoencoderKLWan
 
 import train_wan_lora
-from tests.peers import diffusers_transformer
+from tests.peers import diffusers_transformer, diffusers_vae22
 from tests.tiny import initialise, write_clips, write_model
 from tests.wan.modules.test_model import to_diffusers
 from tests.wan.modules.test_vae import diffusers_name
 from utils.adapters.lora_reader import read_lora
 from wan.modules.model import WanModel, WanShape
 from wan.modules.vae import WanVAE
+from wan.modules.vae2_2 import Wan22VAE
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +45,19 @@ def test_the_full_size_vae_equals_that_of_diffusers(frames):
     theirs = AutoencoderKLWan().eval()
     theirs.load_state_dict({diffusers_name(name): tensor for name, tensor in ours.state_dict().items()})
     video = torch.rand(1, 3, frames, 64, 96) * 2 - 1
+    mean, std = ours.latent_mean, ours.latent_std
+    expected = (theirs.encode(video).latent_dist.mode() - mean) / std
+    assert relative_error(ours.encode(video), expected) <= 1e-5
+    latents = torch.randn_like(expected)
+    assert relative_error(ours.decode(latents), theirs.decode(latents * std + mean).sample) <= 1e-5
+
+
+@torch.no_grad()
+def test_the_full_size_vae_of_wan_22_equals_that_of_diffusers():
+    ours = Wan22VAE().eval()
+    initialise(ours, seed=0)
+    theirs = diffusers_vae22(ours)
+    video = torch.rand(1, 3, 5, 64, 96) * 2 - 1
     mean, std = ours.latent_mean, ours.latent_std
     expected = (theirs.encode(video).latent_dist.mode() - mean) / std
     assert relative_error(ours.encode(video), expected) <= 1e-5

@@ -156,7 +156,7 @@ class Encoders:
         if self.family.given_as == "latents":
             return Cond(text, first=encode_video(pictures[0], self.vae))
         seen = torch.stack([picture[:, 0] for picture in pictures.values()])
-        image = None if self.vision is None else rearrange(self.vision(seen), "given V I -> (given V) I").float()
+        image = None if self.vision is None else rearrange(self.vision.encode(seen), "given V I -> (given V) I").float()
         return Cond(text, frame_channels(pictures, num_frames, self.vae), image)
 
     def add_control(self, cond: Cond, control: Tensor, first: Tensor | None = None) -> Cond:
