@@ -87,8 +87,6 @@ class Options(General, SetupOptions, DataOptions, Caches, GivenFrames, AdapterOp
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lr_warmup_steps >= self.max_train_steps:
-            raise UserError(f"--lr_warmup_steps {self.lr_warmup_steps} must be below the {self.max_train_steps} steps")
         if self.cache_embeddings and self.cache_latents:
             raise UserError("--cache_embeddings stops after the texts, before --cache_latents: give one of them")
 

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from wan.modules.clip import VisionEncoder, VisionShape
 from wan.modules.model import WanModel, WanShape, is_fp32
 from wan.modules.vae import WanVAE
 from wan.names import is_parameter
@@ -48,3 +49,10 @@ def random_vae(dim: int, device: torch.device) -> WanVAE:
         vae = WanVAE(dim)
     draw(vae, device)
     return vae.to(device).requires_grad_(False)
+
+
+def random_vision_encoder() -> VisionEncoder:
+    """The vision encoder with random weights, in fp32 on the CPU, frozen."""
+    encoder = VisionEncoder(VisionShape()).requires_grad_(False).eval()
+    draw(encoder, torch.device("cpu"))
+    return encoder
