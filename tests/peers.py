@@ -1,8 +1,14 @@
 """The same model as other libraries build it."""
 
+import json
+import re
+from pathlib import Path
+
 from diffusers import WanTransformer3DModel
 
 from wan.modules.model import WanShape
+
+KEYMAP = json.loads((Path(__file__).parent / "data" / "keymap_diffusers.json").read_text(encoding="utf-8"))
 
 
 def diffusers_transformer(shape: WanShape) -> WanTransformer3DModel:
@@ -20,3 +26,12 @@ def diffusers_transformer(shape: WanShape) -> WanTransformer3DModel:
         added_kv_proj_dim=shape.dim if shape.image_dim else None,
         pos_embed_seq_len=shape.image_positions or None,
     ).eval()
+
+
+def to_diffusers(name: str) -> str:
+    """The diffusers name of an official parameter: the first rule that matches."""
+    for pattern, replacement in KEYMAP["dit"]:
+        renamed, count = re.subn(pattern, replacement, name)
+        if count:
+            return renamed
+    raise KeyError(name)

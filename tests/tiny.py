@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,15 +14,17 @@ from nano.text_encoder import write_tokenizer
 from utils.adapters.full_model import write_config, write_pth
 from utils.media.frames import save_image, write_video
 from wan.checkpoints import INDEX, TRANSFORMER
-from wan.configs import FAMILIES
+from wan.configs import FAMILIES, Family
 from wan.modules.model import WanModel, WanShape
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
 
 DATA = Path(__file__).parent / "data"
-FAMILY = FAMILIES["wan2.1-t2v-1.3B"]  # of every small model here
+FAMILY = FAMILIES["wan2.1-t2v-1.3B"]  # of a small model, unless another is named
 TINY_SHAPE = WanShape(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, text_len=64, freq_dim=32)
+IMAGE_DIM = 80  # of the vision encoder of those that have one
 VOCAB_SIZE = 512  # more than the tokenizer has
+IMAGE_NORMS = ("img_emb.proj.0.weight", "img_emb.proj.4.weight")
 WORDS = (
     "a an the of in on over under and with video image red green blue yellow cat dog bird car house tree river sea sky "
     "man woman child walks runs jumps turns falls moves slowly quickly left right up down night day light camera"
@@ -33,9 +36,9 @@ def initialise(module: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         draw = torch.randn(parameter.shape, generator=generator)
-        if "gamma" in name or "norm" in name:
+        if "gamma" in name or "norm" in name or name.endswith(IMAGE_NORMS):
             draw = 1 + 0.1 * draw
-        elif "token_embedding" not in name and "pos_embedding" not in name:
+        elif not any(kept in name for kept in ("token_embedding", "pos_embedding", "emb_pos")):
             draw = draw / math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 0.1 * draw
         parameter.data.copy_(draw)
 
@@ -55,16 +58,33 @@ def tiny_text_encoder(dim: int = 32, seed: int = 0) -> UMT5Encoder:
     return encoder.eval().requires_grad_(False)
 
 
-def write_vae(folder: Path, vae: WanVAE) -> None:
+def write_vae(folder: Path, vae: nn.Module, family: Family = FAMILY) -> None:
     """Write the weights as the released file: a flat dict."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(vae.state_dict(), folder / FAMILY.vae)
+    torch.save(vae.state_dict(), folder / family.vae)
 
 
 def write_text_encoder(folder: Path, encoder: UMT5Encoder) -> None:
     """Write the weights as the released file, in bf16, and the tokenizer."""
     write_tokenizer(folder / FAMILY.tokenizer, WORDS)
     write_pth(folder / FAMILY.text_encoder, encoder)
+
+
+def tiny_vae22() -> WanVAE:
+    """Stands for the Wan 2.2 VAE until its module is here."""
+    return tiny_vae()
+
+
+def write_clip(folder: Path, dim: int) -> None:
+    """Stands for the vision encoder until its module is here."""
+    torch.save({"visual.pre_norm.weight": torch.ones(dim)}, folder / FAMILIES["wan2.1-i2v-14B-480P"].clip)
+
+
+def tiny_shape(family: Family) -> WanShape:
+    """The widths of a small model of this family: its channels are the family's, as are its image positions."""
+    shape = replace(TINY_SHAPE, in_dim=family.in_dim, out_dim=family.out_dim)
+    positions = family.shape.image_positions
+    return replace(shape, image_dim=IMAGE_DIM, image_positions=positions) if family.clip else shape
 
 
 def tiny_transformer(shape: WanShape = TINY_SHAPE, seed: int = 0) -> WanModel:
@@ -74,9 +94,9 @@ def tiny_transformer(shape: WanShape = TINY_SHAPE, seed: int = 0) -> WanModel:
     return model.eval().requires_grad_(False)
 
 
-def write_transformer(folder: Path, model: WanModel, shards: int = 1) -> None:
+def write_transformer(folder: Path, model: WanModel, shards: int = 1, family: Family = FAMILY) -> None:
     """Write config.json and the weights as one file, or as shards with their index."""
-    write_config(folder, model.shape, FAMILY)
+    write_config(folder, model.shape, family)
     state, stem = model.state_dict(), TRANSFORMER.removesuffix(".safetensors")
     if shards == 1:
         save_file(state, folder / TRANSFORMER)
@@ -89,11 +109,17 @@ def write_transformer(folder: Path, model: WanModel, shards: int = 1) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def write_model(folder: Path, shards: int = 1) -> Path:
-    """Write a whole small Wan in the official layout: transformer, VAE, text encoder, tokenizer."""
-    write_transformer(folder, tiny_transformer(), shards)
-    write_vae(folder, tiny_vae())
+def write_model(folder: Path, family: Family = FAMILY, shards: int = 1) -> Path:
+    """Write a whole small Wan in the official layout of its family: transformers, VAE, text encoder, tokenizer, CLIP.
+
+    Experts differ in their weights.
+    """
+    for seed, expert in enumerate(family.experts):
+        write_transformer(folder / expert.folder, tiny_transformer(tiny_shape(family), seed), shards, family)
+    write_vae(folder, tiny_vae() if family.vae == FAMILY.vae else tiny_vae22(), family)
     write_text_encoder(folder, tiny_text_encoder(TINY_SHAPE.text_dim))
+    if family.clip:
+        write_clip(folder, IMAGE_DIM)
     return folder
 
 

@@ -1,13 +1,30 @@
 import pytest
 
 from tests.loras import NAMES
-from wan.names import diffusers_name, official_name
+from tests.manifests import FOLDER, load_manifest
+from tests.peers import to_diffusers
+from wan.names import diffusers_name, is_parameter, official_name
+
+RELEASED = sorted(path.stem for path in FOLDER.glob("wan2.?_*") if not path.stem.endswith("vae"))
+BEYOND = ("control_adapter", "ref_conv")  # of models that are refused
 
 
 @pytest.mark.parametrize(("official", "diffusers", "underscored"), NAMES)
 def test_a_name_is_the_same_in_every_spelling(official, diffusers, underscored):
     assert {official_name(official), official_name(diffusers), official_name(underscored)} == {official}
     assert diffusers_name(official) == diffusers
+
+
+@pytest.mark.parametrize("manifest", RELEASED)
+def test_every_tensor_of_a_released_model_has_the_diffusers_name_of_the_key_map(manifest):
+    for name in load_manifest(manifest):
+        if name.startswith(BEYOND):
+            continue
+        module, _, kind = name.rpartition(".")
+        named, expected = (name, to_diffusers(name)) if is_parameter(name) else (module, to_diffusers(name))
+        suffix = "" if is_parameter(name) else f".{kind}"
+        assert diffusers_name(named) + suffix == expected
+        assert official_name(diffusers_name(named)) == named
 
 
 def test_norms_trade_numbers_between_official_and_diffusers_names():

@@ -31,7 +31,7 @@ _BY_TENSOR = {
 }
 _BY_TASK = {"vace": _VACE, "s2v": _S2V, "humo": _HUMO, "animate": _ANIMATE}
 _BY_SETTING = {"vace_layers": _VACE, "add_control_adapter": _CAMERA, "add_ref_conv": _CONTROL}
-# Input channels, output channels, whether it reads image tokens. At 1.3B no I2V was released but Fun's.
+# Input channels, output channels, whether it reads image tokens
 _BY_CHANNELS = {
     (48, 16, True): _CONTROL,
     (32, 16, True): _CAMERA,
@@ -53,16 +53,16 @@ class _Traits:
     @property
     def by_channels(self) -> str:
         """The variant that has these channels, or an empty string."""
-        if (self.dim, self.in_dim, self.out_dim, self.image) == (1536, 36, 16, True):
-            return _INPAINT
         channels = self.in_dim, self.out_dim, self.image
+        if channels == (36, 16, True) and self.dim == 1536:  # the only I2V of this width is Fun's
+            return _INPAINT
         return next((variant for key, variant in _BY_CHANNELS.items() if key == channels), "")
 
     def full_name(self, variant: str) -> str:
         """The name of a variant with its size where that was released."""
         size = _SIZES.get(self.dim, "") if isinstance(self.dim, int) else ""
         if variant not in _FUN:
-            return f"{variant}-{size}" if size and variant.startswith("Wan") else variant
+            return f"{variant}-{size}" if size and variant.startswith("Wan ") else variant
         release = "Wan 2.1 Fun" if self.image else "Wan 2.2 Fun"
         if size == "14B" and not self.image:
             size = "A14B"

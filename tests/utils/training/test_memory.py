@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from tests.tiny import TINY_SHAPE, tiny_transformer
+from tests.tiny import TINY_SHAPE, tiny_shape, tiny_transformer
 from utils.adapters.lora import add_lora, select_modules
 from utils.training import memory
 from utils.training.memory import Memory, checkpoint_blocks, prepare
+from wan.configs import FAMILIES
 from wan.modules.model import WanModel
 
 
@@ -35,6 +36,20 @@ def test_velocity_and_gradients_are_bit_for_bit_those_without_checkpointing():
         velocity = model(*inputs())
         velocity.square().mean().backward()
         results.append([velocity.detach(), *(parameter.grad for parameter in parameters)])
+    assert all(torch.equal(plain, again) for plain, again in zip(*results, strict=True))
+
+
+def test_image_tokens_and_two_timesteps_reach_checkpointed_blocks():
+    results = []
+    for checkpointed in (False, True):
+        model = tiny_transformer(tiny_shape(FAMILIES["wan2.1-flf2v-14B-720P"])).requires_grad_(True)
+        if checkpointed:
+            checkpoint_blocks(model.blocks)
+        latents, _, text = inputs()
+        image = torch.ones(2, 6, model.shape.image_dim).cumsum(dim=1)
+        velocity = model(latents.repeat(1, 3, 1, 1, 1)[:, :36], torch.tensor([[0.0, 100.0], [0.0, 900.0]]), text, image)
+        velocity.square().mean().backward()
+        results.append([velocity.detach(), *(parameter.grad for parameter in model.parameters())])
     assert all(torch.equal(plain, again) for plain, again in zip(*results, strict=True))
 
 

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from tests.damage import edit_config, edit_tensors, refused
-from tests.tiny import FAMILY, TINY_SHAPE, tiny_transformer, tiny_vae, write_transformer, write_vae
+from tests.tiny import (
+    FAMILY,
+    TINY_SHAPE,
+    tiny_shape,
+    tiny_transformer,
+    tiny_vae,
+    write_model,
+    write_transformer,
+    write_vae,
+)
 from wan.checkpoints import (
     INDEX,
     TRANSFORMER,
@@ -17,9 +26,11 @@ from wan.checkpoints import (
     open_model,
 )
 from wan.checkpoints.errors import ModelNotFoundError
-from wan.configs import FAMILIES, Expert
+from wan.configs import FAMILIES
 
 TOKENIZER_FILE = f"{FAMILY.tokenizer}/tokenizer.json"
+I2V, I2V_720P = FAMILIES["wan2.1-i2v-14B-480P"], FAMILIES["wan2.1-i2v-14B-720P"]
+EXPERTS = FAMILIES["wan2.2-i2v-A14B"]
 FILES = ("config.json", TRANSFORMER, FAMILY.vae, FAMILY.text_encoder, FAMILY.tokenizer, TOKENIZER_FILE)
 
 
@@ -39,7 +50,7 @@ def test_the_family_of_a_release_is_known_without_its_files_but_a_folder_comes_f
     folder.rename("Wan2.1-T2V-14B")
     assert find_family("Wan2.1-T2V-14B") is FAMILIES["wan2.1-t2v-1.3B"]  # the first of the same kind
     edit_config(Path("Wan2.1-T2V-14B"), model_type="i2v")
-    refused("is a i2v model", find_family, "Wan2.1-T2V-14B")
+    refused("a kind that is not supported: i2v with 16 input channels", find_family, "Wan2.1-T2V-14B")
     with pytest.raises(ModelNotFoundError) as caught:
         find_family("Wan-AI/Wan9-T2V")
     assert caught.value.name == "Wan-AI/Wan9-T2V"
@@ -73,11 +84,74 @@ def test_a_missing_file_is_named(folder, missing):
     assert Path(missing).name in message and str(folder) in message
 
 
-@pytest.mark.parametrize("changes", [{"model_type": "i2v"}, {"model_type": None}, {"in_dim": 36}, {"model_type": []}])
+@pytest.mark.parametrize("changes", [{"model_type": "i2v"}, {"model_type": None}, {"in_dim": None}, {"model_type": []}])
 def test_a_model_of_an_unsupported_kind_is_refused_with_what_is_supported(folder, changes):
     edit_config(folder, **changes)
     for find_it in (find_family, open_model):
         refused("supported: t2v with 16", find_it, folder)
+
+
+def test_what_is_supported_is_listed_once(folder):
+    edit_config(folder, in_dim=36)
+    kinds = [f"{task} input channels" for task in ("t2v with 16", "i2v with 36", "flf2v with 36")]
+    kinds += ["t2v with 16 input channels and 2 experts", "i2v with 36 input channels and 2 experts"]
+    kinds += ["ti2v with 48 input channels"]
+    assert refused(None, find_family, folder).endswith(f"\nsupported: {', '.join(kinds)}")
+    refused("says in_dim 36, but the weights have 16", open_model, folder)
+
+
+# ---------------------------------------------------------------------------------------------------- every family
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_small_model_of_every_row_is_found_with_all_its_parts(tmp_path, name):
+    family = FAMILIES[name]
+    folder = write_model(tmp_path / name, family)
+    files = open_model(folder)
+    assert files.family is find_family(folder)
+    assert replace(files.family, shape=family.shape) == family  # small T2V models are of the first width
+    assert [place.path for place in files.transformers.values()] == [
+        folder / expert.folder / TRANSFORMER for expert in family.experts
+    ]
+    assert {place.shape for place in files.transformers.values()} == {tiny_shape(family)}
+    assert files.vae == folder / family.vae
+    assert files.clip == (folder / family.clip if family.clip else None)
+
+
+def test_the_name_of_the_folder_tells_480p_from_720p(tmp_path, monkeypatch):
+    folder = write_model(tmp_path / "Wan2.1-I2V-14B-720P", I2V)
+    assert open_model(folder).family is find_family(folder) is I2V_720P
+    monkeypatch.chdir(folder)
+    assert open_model(".").family is find_family(".") is I2V_720P
+    files = {name: folder / file for name, file in names_of(I2V).items()}
+    assert open_model(transformer=folder / TRANSFORMER, **files).family is I2V_720P
+    folder.rename(tmp_path / "Wan2.1-T2V-14B")
+    assert open_model(tmp_path / "Wan2.1-T2V-14B").family is I2V
+
+
+def test_the_vision_encoder_is_needed_where_the_model_reads_through_one_and_only_there(tmp_path, whole):
+    folder = write_model(tmp_path / "i2v", I2V)
+    elsewhere = (folder / I2V.clip).rename(tmp_path / "clip.pth")
+    refused(f"{folder / I2V.clip} is missing", open_model, folder)
+    assert open_model(folder, clip=elsewhere).clip == elsewhere
+    files = {name: folder / file for name, file in names_of(I2V).items() if name != "clip"}
+    refused("no clip is given", open_model, transformer=folder / TRANSFORMER, **files)
+    assert open_model(transformer=folder / TRANSFORMER, clip=elsewhere, **files).clip == elsewhere
+    refused("the model has no part called clip", open_model, whole, clip=elsewhere)
+
+
+def names_of(family) -> dict[str, str]:
+    names = {"vae": family.vae, "text_encoder": family.text_encoder, "tokenizer": family.tokenizer}
+    return names | ({"clip": family.clip} if family.clip else {})
+
+
+def test_an_i2v_without_image_tokens_is_not_that_of_wan_2_1_and_one_with_them_is_no_expert(tmp_path, two_experts):
+    folder = write_model(tmp_path / "i2v", I2V)
+    write_transformer(folder, tiny_transformer(tiny_shape(EXPERTS)), family=EXPERTS)
+    kind = "i2v model with 36 input and 16 output channels"
+    refused(f"is of a {kind}, not of a {kind} and image tokens", open_model, folder)
+    write_transformer(two_experts / "low_noise_model", tiny_transformer(tiny_shape(I2V)), family=I2V)
+    assert "low_noise_model" in refused(f"is of a {kind} and image tokens, not of a {kind}$", open_model, two_experts)
 
 
 # ----------------------------------------------------------------------------------------------------- single files
@@ -114,10 +188,13 @@ def test_a_given_file_that_is_not_there_is_named(whole, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["high_noise", "low_noise", "clip"])
-def test_a_part_that_no_supported_model_has_is_refused(whole, name):
+def test_a_part_that_the_model_does_not_have_is_refused(whole, name):
     message = f"some.safetensors cannot be used: the model has no part called {name}"
     refused(message, open_model, whole, **{name: "some.safetensors"})
-    refused(message, open_model, **{name: "some.safetensors"})
+
+
+def test_a_vision_encoder_alone_is_no_model():
+    refused("no model is given", open_model, clip="some.pth")
 
 
 def test_an_unknown_part_is_a_mistake_of_the_program(whole):
@@ -140,35 +217,63 @@ def test_output_channels_that_are_no_latents_of_the_family_are_refused(folder):
 # ---------------------------------------------------------------------------------------------------- several experts
 
 
+@pytest.fixture(scope="module")
+def kept_experts(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "two", EXPERTS)
+
+
 @pytest.fixture
-def two_experts(monkeypatch, whole, tmp_path) -> Path:
-    """A model of a kind that is planted among the families: two transformers, each in its own folder."""
-    experts = (Expert("high_noise", "high", (0.9, 1.0)), Expert("low_noise", "low", (0.0, 0.9)))
-    planted = {**FAMILIES, "planted": replace(FAMILY, experts=experts, shift=12.0)}
-    monkeypatch.setattr(find, "FAMILIES", planted)
-    monkeypatch.setattr("wan.configs.FAMILIES", planted)
-    folder = Path(shutil.copytree(whole, tmp_path / "two"))
-    for name in ("high", "low"):
-        (folder / name).mkdir()
-        shutil.copy(folder / "config.json", folder / name)
-    (folder / TRANSFORMER).rename(folder / "high" / TRANSFORMER)
-    shutil.copy(folder / "high" / TRANSFORMER, folder / "low")
-    (folder / "config.json").unlink()
-    return folder
+def two_experts(kept_experts, tmp_path) -> Path:
+    """A model of two transformers, each in its own folder."""
+    return Path(shutil.copytree(kept_experts, tmp_path / "two"))
 
 
-def test_a_row_with_two_experts_needs_no_other_code(two_experts, whole):
+def test_each_expert_may_be_another_file(two_experts, whole, tmp_path):
     files = open_model(two_experts)
-    paths = {name: expert.path for name, expert in files.transformers.items()}
-    assert paths == {"high_noise": two_experts / "high" / TRANSFORMER, "low_noise": two_experts / "low" / TRANSFORMER}
-    assert files.family.shift == find_family(two_experts).shift == 12.0 and open_model(whole).family.shift == 5.0
-    other = open_model(two_experts, low_noise=whole / TRANSFORMER)
-    assert other.transformers["low_noise"].path == whole / TRANSFORMER
-    assert other.transformers["high_noise"] == files.transformers["high_noise"]
+    assert list(files.transformers) == ["high_noise", "low_noise"]
+    other = tmp_path / "other"
+    write_transformer(other, tiny_transformer(tiny_shape(EXPERTS)), family=EXPERTS)
+    changed = open_model(two_experts, low_noise=other / TRANSFORMER)
+    assert changed.transformers["low_noise"].path == other / TRANSFORMER
+    assert changed.transformers["high_noise"] == files.transformers["high_noise"]
     refused("the model has no part called transformer", open_model, two_experts, transformer=whole / TRANSFORMER)
-    refused("the model has no part called high_noise", open_model, whole, high_noise=whole / TRANSFORMER)
+
+
+def test_two_experts_may_be_given_as_single_files(two_experts, tmp_path):
+    files = {name: two_experts / file for name, file in names_of(EXPERTS).items()}
+    high, low = (two_experts / f"{name}_noise_model" / TRANSFORMER for name in ("high", "low"))
+    opened = open_model(high_noise=high, low_noise=low, **files)
+    assert replace(opened, source=str(two_experts)) == open_model(two_experts)
+    refused("no low_noise is given", open_model, high_noise=high, **files)
+    refused("no high_noise is given", open_model, low_noise=low, **files)
+    beside = {name: tmp_path / f"{name}.safetensors" for name in ("high_noise", "low_noise")}
+    shutil.copy(two_experts / "high_noise_model" / "config.json", tmp_path)
+    for source, target in zip((high, low), beside.values(), strict=True):
+        shutil.copy(source, target)
+    assert {name: t.path for name, t in open_model(**beside, **files).transformers.items()} == beside
+    refused("nowhere is missing", open_model, high_noise=tmp_path / "nowhere", low_noise=low, **files)
+
+
+def test_an_expert_that_is_missing_is_named(two_experts):
+    shutil.rmtree(two_experts / "low_noise_model")
+    for find_it in (find_family, open_model):
+        refused("low_noise_model/config.json is missing", find_it, two_experts)
+
+
+@pytest.mark.parametrize(("changes", "name"), [({"ffn_dim": 64}, "ffn_dim"), ({"num_layers": 3}, "num_layers")])
+def test_experts_of_different_widths_are_refused(two_experts, changes, name):
+    shape = replace(tiny_shape(EXPERTS), **changes)
+    write_transformer(two_experts / "low_noise_model", tiny_transformer(shape), family=EXPERTS)
+    message = refused("they are not experts of one model", open_model, two_experts)
+    assert f"low_noise_model/{TRANSFORMER} has {name} {changes[name]}, but" in message
 
 
 def test_the_tensors_of_each_expert_are_checked(two_experts):
-    edit_tensors(two_experts / "low", lambda state: state.pop("patch_embedding.weight"))
-    assert "low" in refused("lacks the tensor patch_embedding", open_model, two_experts)
+    edit_tensors(two_experts / "low_noise_model", lambda state: state.pop("patch_embedding.weight"))
+    assert "low_noise_model" in refused("lacks the tensor patch_embedding", open_model, two_experts)
+
+
+def test_experts_of_2_1_and_2_2_differ_by_where_their_transformers_are(two_experts, tmp_path):
+    assert find_family(two_experts) is EXPERTS
+    single = write_model(tmp_path / "single", I2V)
+    assert find_family(single) is I2V

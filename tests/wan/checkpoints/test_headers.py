@@ -25,6 +25,8 @@ def read(folder: Path) -> TransformerFiles:
         {"in_dim": 36},
         {"out_dim": 4, "text_dim": 16, "freq_dim": 64},
         {"patch_size": (1, 4, 2), "text_len": 7, "eps": 1e-5},
+        {"in_dim": 36, "image_dim": 40},
+        {"in_dim": 36, "image_dim": 24, "image_positions": 10},
     ],
 )
 def test_widths_are_read_from_the_tensors(tmp_path, changes):
@@ -57,6 +59,8 @@ def test_a_file_is_read_by_a_config_from_elsewhere(whole, tmp_path):
         (lambda s: s.update({"patch_embedding.weight": torch.ones(48)}), "unexpected shape"),
         (lambda s: s.update({"patch_embedding.weight": torch.ones(48, 16, 1, 0, 2)}), "unexpected shape"),
         (lambda s: s.update({"head.head.weight": torch.tensor(1.0)}), "unexpected shape"),
+        (lambda s: s.update({"img_emb.proj.1.weight": torch.ones(9)}), "unexpected shape"),
+        (lambda s: s.update({"img_emb.emb_pos": torch.ones(9)}), "unexpected shape"),
     ],
 )
 def test_tensors_that_have_no_widths_are_named(folder, edit, message):

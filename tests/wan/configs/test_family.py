@@ -6,7 +6,7 @@ from tests.tiny import FAMILY
 from wan.configs import FAMILIES, match_family, named_family
 from wan.configs.grid import Grid
 
-ALONE = ("transformer",)
+ALONE, EXPERTS = ("transformer",), ("high_noise", "low_noise")
 
 
 def test_a_token_covers_4_frames_of_16_pixels_squared_or_of_32_where_the_vae_halves_once_more():
@@ -41,6 +41,26 @@ def test_a_checkpoint_belongs_to_the_row_of_its_width_or_else_to_the_first_of_it
     assert match_family("t2v", 16, 192, ALONE) is match_family("t2v", 16, None, ALONE) is FAMILIES["wan2.1-t2v-1.3B"]
 
 
+def test_the_name_of_its_folder_decides_between_rows_with_the_same_transformers():
+    small, large = FAMILIES["wan2.1-i2v-14B-480P"], FAMILIES["wan2.1-i2v-14B-720P"]
+    for dim in (5120, 192):
+        assert match_family("i2v", 36, dim, ALONE) is small
+        assert match_family("i2v", 36, dim, ALONE, "Wan2.1-I2V-14B-480P") is small
+        assert match_family("i2v", 36, dim, ALONE, "wan2.1-i2v-14b-720p") is large
+        assert match_family("i2v", 36, dim, ALONE, "Wan2.2-I2V-A14B") is small
+    # A name does not make a 14B of a 1.3B model, nor an I2V of a T2V.
+    assert match_family("t2v", 16, 1536, ALONE, "Wan2.1-T2V-14B") is FAMILIES["wan2.1-t2v-1.3B"]
+    assert match_family("t2v", 16, 5120, ALONE, "Wan2.1-I2V-14B-720P") is FAMILIES["wan2.1-t2v-14B"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_row_is_found_again_by_its_config_and_name(name):
+    row = FAMILIES[name]
+    experts = [expert.name for expert in row.experts]
+    assert match_family(row.task, row.in_dim, row.shape.dim, experts, f"Wan-AI/{name}") is row
+    assert match_family(row.task, row.in_dim, 192, experts).task == row.task
+
+
 @pytest.mark.parametrize(
     ("task", "in_dim", "transformers"),
     [
@@ -48,7 +68,9 @@ def test_a_checkpoint_belongs_to_the_row_of_its_width_or_else_to_the_first_of_it
         ("t2v", 36, ALONE),
         (None, 16, ALONE),
         ([], 16, ALONE),
-        ("t2v", 16, ("high_noise", "low_noise")),
+        ("t2v", 16, ("high_noise",)),
+        ("ti2v", 48, EXPERTS),
+        ("flf2v", 36, EXPERTS),
     ],
 )
 def test_a_checkpoint_of_another_kind_belongs_to_no_row(task, in_dim, transformers):
