@@ -109,7 +109,7 @@ def test_a_whole_delta_of_the_input_does_so_too():
     assert torch.equal(model.patch_embedding.weight[:, 16:], before[:, 16:])
 
 
-def test_a_file_that_states_a_released_models_own_inputs_is_no_control_lora():
+def test_a_file_that_states_a_models_own_inputs_is_no_control_lora():
     """WanTraining's keys: the reader takes each pair on the input for a control's."""
     lora = replace(lora_of(T2V, patch=True), input_shapes={"patch_embedding": (48, 16, 1, 2, 2)})
     fitted, notes = fitting(lora, tiny_transformer(I2V), SOURCE)
@@ -117,6 +117,10 @@ def test_a_file_that_states_a_released_models_own_inputs_is_no_control_lora():
     widened = tiny_transformer(T2V)
     widen_patch_embedding(widened, 32)
     assert fitting(lora, widened, SOURCE)[0].pairs["patch_embedding"].down.shape[1] == 32
+    unreleased = replace(T2V, in_dim=20)
+    lora = replace(lora_of(unreleased, patch=True), input_shapes={"patch_embedding": (48, 20, 1, 2, 2)})
+    fitted, notes = fitting(lora, tiny_transformer(unreleased), SOURCE)
+    assert fitted.pairs == lora.pairs and notes == []
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def folder(tmp_path) -> Path:
         ("Wan2.2_I2V_A14B_HIGH_lightx2v_4step_lora_rank_64_bf16", HIGH),
         ("X_HighNoise", HIGH),
         ("XLowNoise", LOW),
+        ("foxHIGH", HIGH),
         ("x_lownoise_v2", LOW),
         ("x-high-noise", HIGH),
         ("x_hinoise", HIGH),
