@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Generic, Self, TypeVar
 
 import torch
@@ -120,13 +121,13 @@ class Experts:
         self.device = device
         self.active = next(iter(models))
         for model in models.values():
-            _move(model, device, trained=True)
+            for parameter in _tensors(model, trained=True):
+                parameter.data = parameter.data.to(device)
 
     def activate(self, name: str) -> None:
-        """Brings an expert's base weights to the device, after those of the other have left it."""
+        """Brings an expert's base weights to the device, and those of the other to the CPU."""
         if name != self.active:
-            _move(self.models[self.active], torch.device("cpu"), trained=False)
-            _move(self.models[name], self.device, trained=False)
+            _exchange(self.models[self.active], self.models[name], self.device)
             self.active = name
 
     @contextmanager
@@ -154,13 +155,22 @@ class Experts:
         return make_predict(self.models[name])(latents, timestep, cond)
 
 
-def _move(model: nn.Module, device: torch.device, trained: bool) -> None:
-    """Moves the parameters that are trained, or all others, with the buffers."""
-    for parameter in model.parameters():
-        if parameter.requires_grad == trained:
-            parameter.data = parameter.data.to(device)
-    for buffer in () if trained else model.buffers():
-        buffer.data = buffer.data.to(device)
+def _exchange(leaving: nn.Module, coming: nn.Module, device: torch.device) -> None:
+    """Moves the base weights of one model to the CPU and those of another to the device, in turns.
+
+    Of both models together neither ever holds more than the weights of one, and a tensor.
+    """
+    for old, new in zip_longest(_tensors(leaving, trained=False), _tensors(coming, trained=False)):
+        if old is not None:
+            old.data = old.data.to("cpu")
+        if new is not None:
+            new.data = new.data.to(device)
+
+
+def _tensors(model: nn.Module, trained: bool) -> list[Tensor]:
+    """The parameters that are trained, or all others, with the buffers."""
+    parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad == trained]
+    return parameters if trained else [*parameters, *model.buffers()]
 
 
 def load_experts(
