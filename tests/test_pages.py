@@ -16,6 +16,7 @@ import convert_lora_to_comfy
 import test_wan_control_lora
 import train_wan_lora
 from tests.documents import ROOT, commands, read, toml_files
+from tests.media import image as picture
 from tests.media import video
 from tests.tiny import tiny_shape, tiny_transformer, write_clips, write_model
 from utils.adapters.lora import add_lora, extract_lora, select_modules
@@ -41,6 +42,7 @@ def desk(tmp_path: Path, monkeypatch) -> None:
     Path("nano").symlink_to(ROOT / "nano")
     for folder in ("my_clips", "datasets/videos", "fox_clips", "landscapes"):
         write_clips(Path(folder))
+    picture(Path("datasets/images/fox.png"))
     for place in ("my_clips/train/a_first.png", "start.png", "end.png"):
         save_image(Path(place), Image.new("RGB", (160, 96), "olive"))
     video(Path("small.mp4"), caption=None)
