@@ -250,6 +250,7 @@ def start_run(opts: Options, data: Dataset, session: Session, state: State | Non
     """Creates the run's folder, or restores the learner from a saved state and continues in that run's folder."""
     control = FROM_FILE if any(source.control for source in data.train) else opts.control_type * opts.control_lora
     about = {"base_model": opts.pretrained_model_name_or_path, "control": control, "shift": f"{opts.shift:g}"}
+    about |= {"control_i2v": "true"} if opts.control_i2v else {}
     options, facts = to_json(opts), Facts(training_table(opts), data.fingerprint)
     total, name = session.schedule.total_steps, opts.output_name
     settings = RunSettings(opts.output_dir, total, opts.max_grad_norm, options, facts, about, name)
