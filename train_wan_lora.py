@@ -86,7 +86,8 @@ class Options(General, SetupOptions, DataOptions, Caches, GivenFrames, AdapterOp
     """Train a LoRA for a Wan video model on your own clips."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self.check_length()
+        self.check_name()
         if self.cache_embeddings and self.cache_latents:
             raise UserError("--cache_embeddings stops after the texts, before --cache_latents: give one of them")
 
