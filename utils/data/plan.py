@@ -23,7 +23,11 @@ T = TypeVar("T")
 class Batching:
     """batches"""
 
-    token_limit: int = option(10_000, "most tokens per clip, (w/16) * (h/16) * ((frames-1)/4 + 1)", minimum=1)
+    token_limit: int = option(
+        10_000,
+        "most tokens per clip, (w/16) * (h/16) * ((frames-1)/4 + 1); on Wan 2.2 TI2V-5B w/32 and h/32",
+        minimum=1,
+    )
     batch_size: int = option(1, "clips of equal size per step", minimum=1)
     num_workers: int = option(
         2, "processes that load the next clips during a training step", minimum=0, affects_training=False

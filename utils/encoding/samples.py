@@ -6,7 +6,6 @@ A training loop sees the same interface, `Samples`, in both cases.
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
@@ -53,7 +52,7 @@ class Samples(Protocol):
     """What a training loop sees of `FreshSamples` and `CachedSamples`."""
 
     def open_encoders(self) -> Encoders:
-        """The encoders, for previews; loaded at the first call."""
+        """The encoders, for previews."""
         ...
 
     def load_batch(self, windows: Sequence[Window]) -> Batch:
@@ -97,7 +96,7 @@ class FreshSamples:
 
 @dataclass(frozen=True)
 class CachedSamples:
-    """Clips were encoded before: no encoder is needed until previews `load` them."""
+    """Clips were encoded before: encoders are needed for previews alone, which `load_encoders` for themselves."""
 
     latents: LatentCache
     texts: LoadText
@@ -105,12 +104,8 @@ class CachedSamples:
     load_encoders: Callable[[], Encoders]
     num_workers: ClassVar[int] = 0  # a cached clip is loaded in a millisecond
 
-    @cached_property
-    def _encoders(self) -> Encoders:
-        return self.load_encoders()
-
     def open_encoders(self) -> Encoders:
-        return self._encoders
+        return self.load_encoders()
 
     def load(self, window: Window) -> Encoded:
         return Encoded.from_parts(self.latents.load(window), self.texts(window.caption))

@@ -91,6 +91,14 @@ def test_two_experts_that_have_taken_different_numbers_of_steps_continue_from_a_
     assert facts == again and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
+@pytest.mark.parametrize("metrics", [METRICS, METRICS_2])
+def test_a_state_of_a_newer_format_is_refused_with_its_number(tmp_path, metrics):
+    path = saved(tmp_path)
+    edited(lambda facts: facts.update(format=4, metrics=metrics))(path)
+    with pytest.raises(UserError, match="has the state format 4: it was written by a newer version"):
+        read_state(path)
+
+
 def test_a_state_past_the_steps_of_the_run_is_refused(tmp_path):
     state = read_state(saved(tmp_path))
     check_resume_compatible(state, Optimization(), FACTS.data, allowed=True, total_steps=2)
