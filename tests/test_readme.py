@@ -4,7 +4,6 @@
 """
 
 import inspect
-import math
 import re
 import shlex
 import tomllib
@@ -18,10 +17,8 @@ import convert_lora_to_comfy
 import test_wan_control_lora
 import train_wan_lora
 from tests.documents import DOCUMENTS, ROOT, blocks, commands, label, prose, read, toml_files
-from tests.manifests import load_manifest
 from utils.common.options import convert_table, parse_options
 from utils.data.folders import Rules
-from wan.modules.model import is_fp32
 
 OPTIONS_PAGE = ROOT / "docs" / "options.md"
 SCRIPTS = {
@@ -198,16 +195,6 @@ def test_help_shows_the_groups_and_options_of_the_table_in_the_same_order(script
         for entry in (*filter(None, [heading]), *(f"--{spec.name}" for spec in specs))
     ]
     assert shown == wanted
-
-
-# ------------------------------------------------------------------------------------------------------------ figures
-
-
-@pytest.mark.parametrize("model, column", [("wan2.1_t2v_1.3b", 1), ("wan2.1_t2v_14b", 2)])
-def test_the_readme_states_the_size_of_the_weights(model, column):
-    stored = sum(math.prod(shape) * (4 if is_fp32(name) else 2) for name, shape in load_manifest(model).items())
-    row = next(line for line in read(ROOT / "README.md").splitlines() if line.startswith("| transformer: bf16"))
-    assert row.strip("| ").split(" | ")[column] == f"{stored / 1e9:.1f} GB"
 
 
 if __name__ == "__main__":
