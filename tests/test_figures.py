@@ -4,6 +4,7 @@ import math
 import re
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tests.manifests import load_manifest
 from utils.adapters.lora import select_modules
 from utils.data.buckets import bucket_size, count_tokens, max_frames
 from utils.diffusion.flow import unshift_sigma
+from utils.encoding.latent_cache import cached_bytes
 from utils.training.phases import TrainingOptions
 from wan.configs import FAMILIES, Family
 from wan.modules.model import WanModel, is_fp32
@@ -124,7 +126,28 @@ def test_the_readme_states_the_sizes_of_the_models():
     downloads = [in_gb(download(name)) for name in COLUMNS]
     downloads[2] += f"; {in_gb(download('wan2.2-t2v-A14B'))}"
     assert row(README, "model files to download")[1:] == downloads
+
+
+def cached(name: str) -> str:
+    """What the cache keeps of a clip of 832x480 with 21 and with 81 frames."""
+    family, unmasked = FAMILIES[name], SimpleNamespace(mask=None)
+    sizes = []
+    for frames in (21, 81):
+        tokens = count_tokens(832, 480, frames, family.grid)
+        window = SimpleNamespace(tokens=tokens, frames=frames, grid=family.grid, source=unmasked)
+        sizes.append(f"{cached_bytes([window], family, has_control=False) / 1e6:.1f} MB")
+    return "; ".join(sizes)
+
+
+def test_the_readme_states_the_sizes_of_what_is_written():
     assert row(README, "a LoRA file of rank 32")[1:] == [f"{4 * lora(name) / 1e6:.0f} MB" for name in COLUMNS]
+    states = [12 * lora(name) / 1e6 for name in COLUMNS]
+    shown = [f"{state:.0f} MB" if state < 1000 else f"{state / 1e3:.2f} GB" for state in states]
+    shown[2] += f"; {2 * states[2] / 1e3:.2f} GB"
+    assert row(README, "the state to resume from")[1:] == shown
+    assert row(README, "a clip's cached latents")[1:] == [cached(name) for name in COLUMNS]
+    below = " ".join(read(README).split())
+    assert f"I2V-A14B takes {cached('wan2.2-i2v-A14B')}, and one of FLF2V {cached('wan2.1-flf2v-14B-720P')}." in below
 
 
 def test_the_page_of_the_5b_states_its_tokens():
