@@ -117,7 +117,6 @@ class Options(Content, Sampling):
 class Request:
     """What is generated, with everything decided that the options left open."""
 
-    loras: Mapping[str, Sequence[Chosen]]  # by the names of the transformers
     text: str | Path  # a prompt, or the file of its embedding
     negative: str | Path
     width: int
@@ -140,19 +139,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{opts.lora_path[0]} does not name its base model; pass --pretrained_model_name_or_path")
     with suggest_download():
         files = open_model(name)
+    request = complete(opts, first, files.family)
     loras = choose_loras(opts.lora_path, opts.strength, opts.also_lora, files)
-    request = complete(opts, first, loras, files.family)
     check_writable(opts.output_dir)
     say(describe(request, opts.strength))
     with explain_out_of_memory(), torch.no_grad():
-        videos = generate(request, files, opts.compare)
+        videos = generate(request, loras, files, opts.compare)
     write(opts.output_dir, f"{opts.lora_path[0].stem}_seed{opts.seed}", videos, files.family.fps)
 
 
 # --------------------------------------------------------------------------------------------------------- the request
 
 
-def complete(opts: Options, first: LoraFile, loras: Mapping[str, Sequence[Chosen]], family: Family) -> Request:
+def complete(opts: Options, first: LoraFile, family: Family) -> Request:
     """Decides what was left open: by pictures, the input video, the first LoRA's metadata, the model's own settings.
 
     Raises UserError for what contradicts itself or does not fit the model.
@@ -184,7 +183,6 @@ def complete(opts: Options, first: LoraFile, loras: Mapping[str, Sequence[Chosen
     negative: str | Path | None = opts.negative_embedding or opts.negative_prompt
     shift, steps = opts.shift or family.shift, opts.steps or family.steps
     request = Request(
-        loras=loras,
         text=opts.embedding or opts.prompt or "",
         negative=read_prompt(negative_prompt_file(family)) if negative is None else negative,
         width=opts.width or width,
@@ -253,7 +251,9 @@ def describe(request: Request, strength: float) -> str:
 # ---------------------------------------------------------------------------------------------------------- generation
 
 
-def generate(request: Request, files: ModelFiles, compare: bool) -> dict[str, Tensor]:
+def generate(
+    request: Request, loras: Mapping[str, Sequence[Chosen]], files: ModelFiles, compare: bool
+) -> dict[str, Tensor]:
     """Videos (F, 3, H, W) uint8 by label: the control if there is one, without the LoRA if asked for, and with it."""
     # Models are loaded one after another, and only while they are needed: the text encoder alone takes 11 GB.
     device = pick_device()
@@ -267,7 +267,7 @@ def generate(request: Request, files: ModelFiles, compare: bool) -> dict[str, Te
 
     # Noise and conditions are the same without and with the LoRA, so every difference between the videos is the LoRA's.
     # Only the control is left out without it: the base model has no input channels for one.
-    transformers, latents = Transformers(files, request.loras, device), {}
+    transformers, latents = Transformers(files, loras, device), {}
     if compare:
         latents["without the LoRA"] = sample(request, transformers, noise, base, negative, "without the LoRA")
     transformers.fuse()

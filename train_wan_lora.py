@@ -88,7 +88,8 @@ class Options(General, SetupOptions, DataOptions, Caches, GivenFrames, AdapterOp
     """Train a LoRA for a Wan video model on your own clips."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self.check_length()
+        self.check_name()
         if self.cache_embeddings and self.cache_latents:
             raise UserError("--cache_embeddings stops after the texts, before --cache_latents: give one of them")
 
@@ -154,7 +155,8 @@ def find_folders(opts: Options) -> list[Folder]:
 
 def open_data(opts: Options, folders: list[Folder], family: Family) -> Dataset:
     """Finds the clips, checks every file, and prints a table of them, before anything that takes long."""
-    opts.check_given(family, any(folder.rules.reads_first for folder in folders))
+    opts.check_given(family, any(folder.rules.reads_first for folder in folders), opts.control_i2v)
+    opts.roles(family)
     limits = opts.limits(family.grid)
     data = open_dataset(folders, limits, family.fps, opts.cache_dir, opts.skip_bad_files)
     say(format_cache_size(data, limits, family, opts.control_lora))

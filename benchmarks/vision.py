@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pixels = {"whole": preprocess(to_signed(first), size)}
     for width, height in SIZES:
         pixels[f"cut to {width}x{height}"] = preprocess(to_signed(crop_and_resize(first, width, height)), size)
+    pixels["resized to 832x480, not cropped"] = preprocess(to_signed(resized(first)), size)
     pixels["whole, by CLIP's image processor"] = processed(first)
     pixels["whole, last frame"] = preprocess(to_signed(last), size)
     features = {name: encoder.visual(value).last_hidden_state for name, value in pixels.items()}
@@ -69,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def to_signed(frames: Tensor) -> Tensor:
     """uint8 -> -1..1 fp32."""
     return frames.float() / 127.5 - 1
+
+
+def resized(frames: Tensor) -> Tensor:
+    """The whole picture at 832x480, squeezed a little: what the cut changes beside the crop."""
+    return functional.resize(frames, [480, 832], functional.InterpolationMode.BICUBIC, antialias=True)
 
 
 def processed(frames: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ class RunOptions:
         0.0, "keep a moving average of the LoRA and write it too; try 0.99", minimum=0, maximum=0.99999
     )
 
-    def __post_init__(self) -> None:
+    def check_name(self) -> None:
+        """Raises UserError for an --output_name that no file can have, or that would hide which expert it is."""
         check_output_name(self.output_name)
 
 

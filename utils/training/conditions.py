@@ -4,7 +4,7 @@ A condition that is dropped on its way costs hours and shows only in the result:
 was trained without images, or a control that the model never saw.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -33,9 +33,9 @@ def check_conditions(adapter: LoraAdapter, batch: Batch, sigma: float, has_contr
         return predict(noisy.latents, noisy.timestep, cond)
 
     with speaking(adapter.model, None):
-        for name, cond in _without_each(batch, has_control):
-            if not _matters(answer, batch.cond, cond):
-                raise UserError(f"the base model does not read the {name}: {REMEDY}")
+        unread = _that_do_not_matter(answer, batch.cond, _without_each(batch, has_control))
+    if unread:
+        raise UserError(f"the base model does not read the {' and the '.join(unread)}: {REMEDY}")
     if not has_control:
         return
 
@@ -49,14 +49,17 @@ def check_conditions(adapter: LoraAdapter, batch: Batch, sigma: float, has_contr
         return torch.autograd.grad(loss, matrix)[0]
 
     with adapter.speaking():
-        if not _matters(gradient, batch.cond, _without_control(batch)):
-            raise UserError("the control does not reach the LoRA: is the control of the first clip empty?")
+        unread = _that_do_not_matter(gradient, batch.cond, {"control": _without_control(batch)})
+    if unread:
+        raise UserError("the control does not reach the LoRA: is the control of the first clip empty?")
 
 
-def _matters(answer: Callable[[Cond], Tensor], cond: Cond, changed: Cond) -> bool:
-    """Whether the answer to changed conditions differs by more than two answers to the same ones do."""
-    once, again, other = answer(cond), answer(cond), answer(changed)
-    return bool((once - other).abs().max() > (once - again).abs().max())  # false for NaN
+def _that_do_not_matter(answer: Callable[[Cond], Tensor], cond: Cond, without: Mapping[str, Cond]) -> list[str]:
+    """The conditions without which the answer changes by no more than two answers to the same conditions differ."""
+    once = answer(cond)
+    noise = (once - answer(cond)).abs().max()
+    differences = {name: (once - answer(changed)).abs().max() for name, changed in without.items()}
+    return [name for name, difference in differences.items() if not bool(difference > noise)]  # a NaN counts as none
 
 
 def _noisy(batch: Batch, sigma: float) -> Noisy:
@@ -64,18 +67,19 @@ def _noisy(batch: Batch, sigma: float) -> Noisy:
     return add_noise(batch.latents, noise, torch.full((len(noise),), sigma, device=noise.device))
 
 
-def _without_each(batch: Batch, has_control: bool) -> Iterator[tuple[str, Cond]]:
-    """Each condition of the base by name, and the conditions without it."""
+def _without_each(batch: Batch, has_control: bool) -> dict[str, Cond]:
+    """The conditions without each of those that the base reads, by its name."""
     cond = batch.cond
-    yield "text", replace(cond, text=torch.zeros_like(cond.text))
+    found = {"text": replace(cond, text=torch.zeros_like(cond.text))}
     given = 0 if cond.channels is None else cond.channels.shape[1] - has_control * batch.latents.shape[1]
     if cond.channels is not None and given:
         channels = torch.cat([torch.zeros_like(cond.channels[:, :given]), cond.channels[:, given:]], dim=1)
-        yield "channels of the given frames", replace(cond, channels=channels)
+        found["channels of the given frames"] = replace(cond, channels=channels)
     if cond.image is not None:
-        yield "vision tokens", replace(cond, image=torch.zeros_like(cond.image))
+        found["vision tokens"] = replace(cond, image=torch.zeros_like(cond.image))
     if cond.first is not None:
-        yield "given first frame", replace(cond, first=torch.zeros_like(cond.first))
+        found["given first frame"] = replace(cond, first=torch.zeros_like(cond.first))
+    return found
 
 
 def _without_control(batch: Batch) -> Cond:

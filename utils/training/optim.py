@@ -33,7 +33,7 @@ class Optimization:
     gradient_accumulation: int = option(1, "batches per optimizer step", minimum=1)
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: no clipping", minimum=0)
 
-    def __post_init__(self) -> None:
+    def check_length(self) -> None:
         """Raises UserError for two lengths of the run, and for a warm-up that is as long as the run."""
         if self.epochs and self.max_train_steps != Optimization.max_train_steps:
             raise UserError("--epochs and --max_train_steps both say how long to train: give one of them")
@@ -69,8 +69,7 @@ class ParameterGroup:
 def with_epochs(opts: T, steps_per_epoch: int) -> T:
     """The options with --epochs as the --max_train_steps of that many epochs; unchanged without --epochs.
 
-    What is saved of a run is its number of steps, in whichever way it was given: either way resumes the other. Raises
-    UserError if the warm-up is as long as the run.
+    What is saved of a run is its number of steps, in whichever way it was given: either way resumes the other.
     """
     return replace(opts, epochs=0, max_train_steps=opts.epochs * steps_per_epoch) if opts.epochs else opts
 

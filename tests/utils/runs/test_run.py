@@ -195,4 +195,4 @@ def test_a_run_that_resumes_under_another_name_keeps_what_it_had_and_archives_la
 def test_a_name_that_cannot_be_is_found_among_the_options():
     assert parse_options(RunOptions, ["--output_name", "fox"]).output_name == "fox"
     with pytest.raises(UserError, match="--output_name 'yellow' holds 'low'"):
-        parse_options(RunOptions, ["--output_name", "yellow"])
+        parse_options(RunOptions, ["--output_name", "yellow"]).check_name()

@@ -112,7 +112,7 @@ def test_names_and_sizes_are_listed_before_the_first_byte(use, capsys):
     hub = Hub()
 
     def watched(*args, dry_run: bool = False, **settings):
-        if not dry_run and settings["allow_patterns"] != ["config.json"]:
+        if not dry_run and not all(name.endswith("config.json") for name in settings["allow_patterns"]):
             said_before.append(capsys.readouterr().out)
         return hub(*args, dry_run=dry_run, **settings)
 
@@ -176,7 +176,7 @@ def test_a_repository_without_a_wan_model_is_reported(use):
 def test_an_unsupported_model_is_reported_before_its_weights_are_fetched(use, monkeypatch):
     monkeypatch.setitem(globals(), "CONFIG", CONFIG.replace("t2v", "i2v"))
     hub = use(Hub())
-    with pytest.raises(CheckpointError, match="is a i2v model"):
+    with pytest.raises(CheckpointError, match="not supported: i2v with 16"):
         download_model(NAME)
     assert hub.fetched == ["config.json"]
 

@@ -66,16 +66,16 @@ def test_epochs_become_steps_of_the_same_options():
 
 def test_a_run_has_one_length():
     with pytest.raises(UserError, match="--epochs and --max_train_steps both"):
-        parse_options(RunOptions, ["--epochs", "3", "--max_train_steps", "12"])
+        parse_options(RunOptions, ["--epochs", "3", "--max_train_steps", "12"]).check_length()
 
 
 def test_a_warm_up_ends_before_the_run_whether_steps_or_epochs_are_given():
     with pytest.raises(UserError, match="--lr_warmup_steps 12 must be below the 12 steps"):
-        RunOptions(max_train_steps=12, lr_warmup_steps=12)
+        RunOptions(max_train_steps=12, lr_warmup_steps=12).check_length()
     long = RunOptions(epochs=600, lr_warmup_steps=1500)
     assert with_epochs(long, 3).max_train_steps == 1800
     with pytest.raises(UserError, match="--lr_warmup_steps 1500 must be below the 1200 steps"):
-        with_epochs(long, 2)
+        with_epochs(long, 2).check_length()
 
 
 def test_the_warm_up_rises_linearly_and_ends_at_the_full_rate():
