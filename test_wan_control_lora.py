@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.adapters.beside import Chosen
 from utils.adapters.lora_file import LoraFile
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.pairs import find_pair
@@ -37,7 +38,7 @@ from utils.diffusion.flow import seeded_noise
 from utils.encoding.conditioning import Cond, Encoders, to_pixels, to_unit_range
 from utils.encoding.pictures import check_pictures, load_picture, load_pictures
 from utils.encoding.samples import LatentEncoding
-from utils.encoding.sampling import Chosen, Transformers, choose_loras, denoise
+from utils.encoding.sampling import Transformers, choose_loras, denoise
 from utils.encoding.text import TextEncoding, check_embedding_shape, negative_prompt_file, read_prompt
 from utils.encoding.text_cache import load_embedding
 from utils.media.contact_sheet import contact_sheet

@@ -11,7 +11,7 @@ utils/adapters (LoRA on the model), utils/training (what learns), utils/runs (wh
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.adapters.attach import AdapterOptions, LoraAdapter, plan_adapter
+from utils.adapters.beside import Chosen
 from utils.adapters.lora import speaking
 from utils.common.console import say
 from utils.common.device import describe, explain_out_of_memory, pick_device
@@ -48,6 +49,7 @@ from utils.encoding.conditioning import (
 )
 from utils.encoding.latent_cache import format_cache_size
 from utils.encoding.samples import Caches, LatentEncoding, Samples, open_samples
+from utils.encoding.sampling import further_loras
 from utils.encoding.text import TextEncoding, Texts, encode_texts, negative_prompt_file, shipped_prompts
 from utils.media.controls import FROM_FILE
 from utils.runs.ending import save_on_exit
@@ -132,6 +134,7 @@ class Session:
     steps_per_epoch: int
     validation: list[Batch]
     preview: Preview | None
+    further: Mapping[str, Sequence[Chosen]]  # LoRAs that act beside those in training in previews
 
     def watched(self, device: torch.device) -> Iterator[Batch]:
         """The validation clips, one after another on the device."""
@@ -191,6 +194,7 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     for note in dict.fromkeys(note for adapter_plan in plans.values() for note in adapter_plan.notes):
         say(note)
     opts.preview_images(files.family)
+    further = further_loras(opts.also_lora, files)
 
     # The text encoder takes 11 GB. It is loaded only if an embedding is missing, and freed before the next model.
     texts = load_texts(opts, TextEncoding(files, device), data)
@@ -231,7 +235,7 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     validation = [samples.load_batch([window]).to(CPU) for window in clips]
     preview = open_preview(opts, files.family, texts, samples, plan, validation) if previews else None
     validation = hold_share(validation, opts.held_share)
-    return Session(learner, schedule, experts, samples, plan, steps_per_epoch, validation, preview)
+    return Session(learner, schedule, experts, samples, plan, steps_per_epoch, validation, preview, further)
 
 
 def open_preview(
@@ -292,7 +296,8 @@ def train(opts: Options, device: torch.device, session: Session, run: Run) -> No
             # Previews: always the same prompts from the same noise, so that only the LoRA makes a difference.
             if preview and run.is_due(opts.sample_every) and not metrics.has_previews:
                 metrics.flush()
-                metrics.log_previews(preview.generate(session.experts.predict), preview.fps)
+                with session.experts.beside(session.further):
+                    metrics.log_previews(preview.generate(session.experts.predict), preview.fps)
 
             if last:
                 files = " ".join(map(str, run.last_saved_files))

@@ -207,6 +207,12 @@ def test_a_strength_is_a_number_after_the_last_colon(text, path, strength):
     assert parse_also_lora(text) == (Path(path), strength)
 
 
+@pytest.mark.parametrize("text", [":0.5", "a.safetensors:1e999", "a.safetensors:-1e999"])
+def test_a_strength_without_a_file_and_one_that_is_too_large_are_refused(text):
+    with pytest.raises(UserError, match=f"{text}: write FILE or FILE:STRENGTH"):
+        parse_also_lora(text)
+
+
 def test_further_loras_go_to_the_expert_that_they_name_and_else_to_all(folder):
     texts = [
         f"{folder}/plain.safetensors:0.5",
