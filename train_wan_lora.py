@@ -86,7 +86,10 @@ class Options(General, SetupOptions, DataOptions, Caches, GivenFrames, AdapterOp
     """Train a LoRA for a Wan video model on your own clips."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        # Groups check themselves. Of methods that are inherited under one name only the first would run.
+        for group in Options.__mro__[1:]:
+            if check := vars(group).get("__post_init__"):
+                check(self)
         if self.cache_embeddings and self.cache_latents:
             raise UserError("--cache_embeddings stops after the texts, before --cache_latents: give one of them")
 

@@ -153,8 +153,10 @@ def test_bad_files_are_left_out_when_the_user_says_so(work, capsys):
 
 def test_a_model_of_another_family_is_refused_with_its_name(work, capsys):
     config = work / "model" / "config.json"
-    config.write_text(config.read_text().replace('"t2v"', '"i2v"').replace('"in_dim": 16', '"in_dim": 36'))
-    assert "is a i2v model with 36 input channels; supported: t2v with 16" in ends(train_wan_lora.main, TRAIN, capsys)
+    config.write_text(config.read_text().replace('"t2v"', '"s2v"'))
+    message = ends(train_wan_lora.main, TRAIN, capsys)
+    assert "of a kind that is not supported: s2v with 16 input channels" in message
+    assert "supported: t2v with 16 input channels, i2v with 36 input channels" in message
 
 
 def test_a_ready_embedding_without_guidance_needs_no_text_encoder(work, capsys, monkeypatch):
