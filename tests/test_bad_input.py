@@ -153,9 +153,9 @@ def test_bad_files_are_left_out_when_the_user_says_so(work, capsys):
 
 def test_a_model_of_another_family_is_refused_with_its_name(work, capsys):
     config = work / "model" / "config.json"
-    config.write_text(config.read_text().replace('"t2v"', '"s2v"'))
+    config.write_text(config.read_text().replace('"t2v"', '"x2v"'))
     message = ends(train_wan_lora.main, TRAIN, capsys)
-    assert "of a kind that is not supported: s2v with 16 input channels" in message
+    assert "of a kind that is not supported: x2v with 16 input channels" in message
     assert "supported: t2v with 16 input channels, i2v with 36 input channels" in message
 
 
