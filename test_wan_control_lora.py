@@ -46,7 +46,7 @@ from utils.media.controls import CONTROL_TYPES, FROM_FILE, make_control
 from utils.media.frames import crop_and_resize, read_frames, save_image, write_video
 from utils.media.probing import MediaInfo, probe
 from utils.setup.download import suggest_download
-from wan.checkpoints import CheckpointError, ModelFiles, open_model
+from wan.checkpoints import CheckpointError, ModelFiles, check_vae, open_model
 from wan.configs import Family, Grid
 from wan.text2video import Sampler
 from wan.utils.fm_solvers import SOLVERS
@@ -141,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         files = open_model(name)
     request = complete(opts, first, files.family)
     loras = choose_loras(opts.lora_path, opts.strength, opts.also_lora, files)
+    check_vae(files)
     check_writable(opts.output_dir)
     say(describe(request, opts.strength))
     with explain_out_of_memory(), torch.no_grad():

@@ -64,7 +64,7 @@ from utils.training.optim import with_epochs
 from utils.training.phases import Phase, Schedule, TrainingOptions
 from utils.training.preview import Preview, Scenes, make_preview
 from utils.training.validation import hold_share, quantiles
-from wan.checkpoints import CheckpointError, ModelFiles, build_transformer, find_family, open_model
+from wan.checkpoints import CheckpointError, ModelFiles, build_transformer, check_vae, find_family, open_model
 from wan.configs import Family
 from wan.modules.model import WanModel
 
@@ -188,13 +188,14 @@ def make_phase(role: Role[Options], adapter: LoraAdapter, experts: Experts, lear
 def open_session(opts: Options, files: ModelFiles, device: torch.device, data: Dataset, plan: Plan) -> Session | None:
     """Encodes and loads what the loop needs, one model after another; None with --cache_only."""
     # First a rehearsal on transformers without weights: a misspelled layer, or a LoRA file that does not fit, should
-    # not cost the minutes of loading.
+    # not cost the minutes of loading. Nor should the VAE of another release.
     roles, layouts = opts.roles(files.family), {name: build_transformer(t) for name, t in files.transformers.items()}
     plans = {r.name: plan_adapter(r.opts, layouts[r.name], r.name, list(layouts)) for r in roles}
     for note in dict.fromkeys(note for adapter_plan in plans.values() for note in adapter_plan.notes):
         say(note)
     opts.preview_images(files.family)
     further = further_loras(opts.also_lora, files)
+    check_vae(files)
 
     # The text encoder takes 11 GB. It is loaded only if an embedding is missing, and freed before the next model.
     texts = load_texts(opts, TextEncoding(files, device), data)
