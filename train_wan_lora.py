@@ -152,6 +152,7 @@ def find_folders(opts: Options) -> list[Folder]:
 def open_data(opts: Options, folders: list[Folder], family: Family) -> Dataset:
     """Finds the clips, checks every file, and prints a table of them, before anything that takes long."""
     opts.check_given(family, any(folder.rules.reads_first for folder in folders))
+    opts.check_control(family)
     limits = opts.limits(family.grid)
     data = open_dataset(folders, limits, family.fps, opts.cache_dir, opts.skip_bad_files)
     say(format_cache_size(data, limits, family, opts.control_lora))
@@ -250,6 +251,7 @@ def start_run(opts: Options, data: Dataset, session: Session, state: State | Non
     """Creates the run's folder, or restores the learner from a saved state and continues in that run's folder."""
     control = FROM_FILE if any(source.control for source in data.train) else opts.control_type * opts.control_lora
     about = {"base_model": opts.pretrained_model_name_or_path, "control": control, "shift": f"{opts.shift:g}"}
+    about |= {"control_i2v": "true"} if opts.control_i2v else {}
     options, facts = to_json(opts), Facts(training_table(opts), data.fingerprint)
     total, name = session.schedule.total_steps, opts.output_name
     settings = RunSettings(opts.output_dir, total, opts.max_grad_norm, options, facts, about, name)
