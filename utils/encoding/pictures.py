@@ -21,7 +21,9 @@ def check_pictures(paths: Sequence[Path], family: Family, option: str) -> None:
     if not family.given:
         raise UserError(f"{option}: this model is not given any frame of a video")
     if len(paths) != len(family.given):
-        raise UserError(f"{option} has {counted(len(paths), 'picture')}, but this model is given the {names} of a video")
+        raise UserError(
+            f"{option} has {counted(len(paths), 'picture')}, but this model is given the {names} of a video"
+        )
     for path in paths:
         probe(path)
 

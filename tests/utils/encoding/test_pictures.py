@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 import test_wan_control_lora as script
 from tests.encoders import family_encoders
@@ -89,7 +88,9 @@ def test_a_clips_own_frames_condition_sampling_tensor_for_tensor_as_they_did_tra
     assert_same(cond, trained)
     given = {"channels": trained.channels, "image": trained.image, "first": trained.first}
     expected = {"first"} if family.given_as == "latents" else {"channels", *(["image"] if family.clip else [])}
-    assert {part for part, tensor in given.items() if tensor is not None} == expected | ({"channels"} if control else set())
+    assert {part for part, tensor in given.items() if tensor is not None} == expected | (
+        {"channels"} if control else set()
+    )
     assert_same(base, family_encoders(family).encode(load_clip(window), TEXT).cond)
 
 
@@ -127,7 +128,9 @@ def test_pictures_go_to_the_places_that_the_family_is_given_in_their_order(tmp_p
     paths = [ramp(tmp_path / "first.png", 64, 64), image(tmp_path / "last.png", None, (64, 64))]
     pictures = load_pictures(paths, FLF2V, 32, 32)
     assert list(pictures) == [0, -1]
-    assert all(torch.equal(pictures[place], load_picture(path, 32, 32)) for place, path in zip((0, -1), paths, strict=True))
+    assert all(
+        torch.equal(pictures[place], load_picture(path, 32, 32)) for place, path in zip((0, -1), paths, strict=True)
+    )
     assert load_pictures(paths[:1], I2V, 32, 32).keys() == {0}
     with pytest.raises(ValueError, match="zip"):
         load_pictures(paths, I2V, 32, 32)

@@ -139,7 +139,9 @@ def test_each_expert_answers_on_its_own_side_of_the_boundary_and_only_one_is_in_
     assert counts == [0, 0, 0]  # high, low, high again: nothing else was in memory when each was loaded
 
 
-def test_transformers_answer_as_the_base_until_they_are_fused_and_then_with_their_loras_whenever_loaded(folder, experts):
+def test_transformers_answer_as_the_base_until_they_are_fused_and_then_with_their_loras_whenever_loaded(
+    folder, experts
+):
     loras = choose_loras([folder / "fox.safetensors"], 0.5, [f"{folder}/fast.safetensors"], experts)
     transformers = Transformers(experts, loras, CPU)
 
@@ -198,5 +200,7 @@ def test_the_result_has_the_first_latent_frame_that_was_given_and_only_in_the_sa
     cond = Cond(torch.ones(2, 4, 8), first=first)
     result = denoise(Sampler("unipc", 3, (1.0,), 5.0), Asked(), noise, cond, None)
     assert torch.equal(result[:, :, :1], first) and not result[:, :, 1:].eq(7).any()
-    some = denoise(Sampler("unipc", 3, (1.0,), 5.0), Asked(), noise, replace(cond, held=torch.tensor([True, False])), None)
+    some = denoise(
+        Sampler("unipc", 3, (1.0,), 5.0), Asked(), noise, replace(cond, held=torch.tensor([True, False])), None
+    )
     assert torch.equal(some[0], result[0]) and not some[1].eq(7).any()

@@ -154,7 +154,7 @@ def test_base_weights_go_where_they_are_needed_and_trained_matrices_stay_on_the_
 
 def test_what_is_moved_away_and_back_is_still_the_same_parameter_with_the_same_values():
     models = {name: tiny_transformer(tiny_shape(A14B), seed) for seed, name in enumerate((HIGH, LOW))}
-    before = {name: parameter for name, parameter in models[HIGH].named_parameters()}
+    before = dict(models[HIGH].named_parameters())
     values = {name: parameter.clone() for name, parameter in before.items()}
     experts = Experts(models, A14B.boundaries, CPU)
     experts.activate(LOW)
