@@ -156,7 +156,8 @@ def find_folders(opts: Options) -> list[Folder]:
 def open_data(opts: Options, folders: list[Folder], family: Family) -> Dataset:
     """Finds the clips, checks every file, and prints a table of them, before anything that takes long."""
     # Options for which this model has no use are an error.
-    opts.check_given(family, any(folder.rules.reads_first for folder in folders), opts.control_i2v)
+    opts.check_given(family, any(folder.rules.reads_first for folder in folders))
+    opts.check_control(family)
     opts.roles(family)
     limits = opts.limits(family.grid)
     data = open_dataset(folders, limits, family.fps, opts.cache_dir, opts.skip_bad_files)
