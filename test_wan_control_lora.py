@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.adapters.beside import Chosen
 from utils.adapters.lora_file import LoraFile
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.pairs import find_pair
@@ -37,7 +38,7 @@ from utils.diffusion.flow import seeded_noise
 from utils.encoding.conditioning import Cond, Encoders, to_pixels, to_unit_range
 from utils.encoding.pictures import check_pictures, load_picture, load_pictures
 from utils.encoding.samples import LatentEncoding
-from utils.encoding.sampling import Chosen, Transformers, choose_loras, denoise
+from utils.encoding.sampling import Transformers, choose_loras, denoise
 from utils.encoding.text import TextEncoding, check_embedding_shape, negative_prompt_file, read_prompt
 from utils.encoding.text_cache import load_embedding
 from utils.media.contact_sheet import contact_sheet
@@ -45,7 +46,7 @@ from utils.media.controls import CONTROL_TYPES, FROM_FILE, make_control
 from utils.media.frames import crop_and_resize, read_frames, save_image, write_video
 from utils.media.probing import MediaInfo, probe
 from utils.setup.download import suggest_download
-from wan.checkpoints import CheckpointError, ModelFiles, open_model
+from wan.checkpoints import CheckpointError, ModelFiles, check_vae, open_model
 from wan.configs import Family, Grid
 from wan.text2video import Sampler
 from wan.utils.fm_solvers import SOLVERS
@@ -140,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         files = open_model(name)
     request = complete(opts, first, files.family)
     loras = choose_loras(opts.lora_path, opts.strength, opts.also_lora, files)
+    check_vae(files)
     check_writable(opts.output_dir)
     say(describe(request, opts.strength))
     with explain_out_of_memory(), torch.no_grad():

@@ -11,7 +11,7 @@ utils/adapters (LoRA on the model), utils/training (what learns), utils/runs (wh
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.adapters.attach import AdapterOptions, LoraAdapter, plan_adapter
+from utils.adapters.beside import Chosen
 from utils.adapters.lora import speaking
 from utils.common.console import say
 from utils.common.device import describe, explain_out_of_memory, pick_device
@@ -48,6 +49,7 @@ from utils.encoding.conditioning import (
 )
 from utils.encoding.latent_cache import format_cache_size
 from utils.encoding.samples import Caches, LatentEncoding, Samples, open_samples
+from utils.encoding.sampling import further_loras
 from utils.encoding.text import TextEncoding, Texts, encode_texts, negative_prompt_file, shipped_prompts
 from utils.media.controls import FROM_FILE
 from utils.runs.ending import save_on_exit
@@ -62,7 +64,7 @@ from utils.training.optim import with_epochs
 from utils.training.phases import Phase, Schedule, TrainingOptions
 from utils.training.preview import Preview, Scenes, make_preview
 from utils.training.validation import hold_share, quantiles
-from wan.checkpoints import CheckpointError, ModelFiles, build_transformer, find_family, open_model
+from wan.checkpoints import CheckpointError, ModelFiles, build_transformer, check_vae, find_family, open_model
 from wan.configs import Family
 from wan.modules.model import WanModel
 
@@ -132,6 +134,7 @@ class Session:
     steps_per_epoch: int
     validation: list[Batch]
     preview: Preview | None
+    further: Mapping[str, Sequence[Chosen]]  # LoRAs that act beside those in training in previews
 
     def watched(self, device: torch.device) -> Iterator[Batch]:
         """The validation clips, one after another on the device."""
@@ -152,7 +155,9 @@ def find_folders(opts: Options) -> list[Folder]:
 
 def open_data(opts: Options, folders: list[Folder], family: Family) -> Dataset:
     """Finds the clips, checks every file, and prints a table of them, before anything that takes long."""
-    opts.check_given(family, any(folder.rules.reads_first for folder in folders), opts.control_i2v)
+    # Options for which this model has no use are an error.
+    opts.check_given(family, any(folder.rules.reads_first for folder in folders))
+    opts.check_control(family)
     opts.roles(family)
     limits = opts.limits(family.grid)
     data = open_dataset(folders, limits, family.fps, opts.cache_dir, opts.skip_bad_files)
@@ -184,12 +189,14 @@ def make_phase(role: Role[Options], adapter: LoraAdapter, experts: Experts, lear
 def open_session(opts: Options, files: ModelFiles, device: torch.device, data: Dataset, plan: Plan) -> Session | None:
     """Encodes and loads what the loop needs, one model after another; None with --cache_only."""
     # First a rehearsal on transformers without weights: a misspelled layer, or a LoRA file that does not fit, should
-    # not cost the minutes of loading.
+    # not cost the minutes of loading. Nor should the VAE of another release.
     roles, layouts = opts.roles(files.family), {name: build_transformer(t) for name, t in files.transformers.items()}
     plans = {r.name: plan_adapter(r.opts, layouts[r.name], r.name, list(layouts)) for r in roles}
     for note in dict.fromkeys(note for adapter_plan in plans.values() for note in adapter_plan.notes):
         say(note)
     opts.preview_images(files.family)
+    further = further_loras(opts.also_lora, files)
+    check_vae(files)
 
     # The text encoder takes 11 GB. It is loaded only if an embedding is missing, and freed before the next model.
     texts = load_texts(opts, TextEncoding(files, device), data)
@@ -230,7 +237,7 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     validation = [samples.load_batch([window]).to(CPU) for window in clips]
     preview = open_preview(opts, files.family, texts, samples, plan, validation) if previews else None
     validation = hold_share(validation, opts.held_share)
-    return Session(learner, schedule, experts, samples, plan, steps_per_epoch, validation, preview)
+    return Session(learner, schedule, experts, samples, plan, steps_per_epoch, validation, preview, further)
 
 
 def open_preview(
@@ -291,7 +298,8 @@ def train(opts: Options, device: torch.device, session: Session, run: Run) -> No
             # Previews: always the same prompts from the same noise, so that only the LoRA makes a difference.
             if preview and run.is_due(opts.sample_every) and not metrics.has_previews:
                 metrics.flush()
-                metrics.log_previews(preview.generate(session.experts.predict), preview.fps)
+                with session.experts.beside(session.further):
+                    metrics.log_previews(preview.generate(session.experts.predict), preview.fps)
 
             if last:
                 files = " ".join(map(str, run.last_saved_files))

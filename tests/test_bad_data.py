@@ -284,7 +284,7 @@ def test_a_zeroed_text_encoder_stops_the_run_at_once(work, capsys, monkeypatch):
 
 
 def test_checking_the_dataset_loads_no_model_and_trains_nothing(work, capsys, monkeypatch):
-    monkeypatch.setattr(train_wan_lora, "prepare", None)
+    monkeypatch.setattr(train_wan_lora, "load_experts", None)
     before = contents(work)
     train_wan_lora.main(f"{RUN} --check_dataset".split())
     said = capsys.readouterr().out

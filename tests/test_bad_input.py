@@ -95,6 +95,11 @@ def ends(main: Callable, arguments: str, capsys: pytest.CaptureFixture) -> str:
         (f"{TRAIN} --distill_cfg 1 --distill_negative narrow.safetensors", "3 embedding rows of width 5"),
         (f"{TRAIN} --sample_prompts nowhere.txt", "cannot read the prompt nowhere.txt"),
         (f"{TRAIN} --sample_every 5", "--sample_every requires --sample_prompts"),
+        (f"{TRAIN} --also_lora fitting.safetensors", "--also_lora requires --sample_prompts"),
+        (
+            f"{TRAIN} --sample_prompts fox --also_lora foreign.safetensors:0.5",
+            "foreign.safetensors: the LoRA has (7, 7)",
+        ),
         (f"{TRAIN} --output_dir clips/fox.txt", "clips/fox.txt is a file"),
     ],
 )

@@ -6,8 +6,6 @@ The real clips are used where they lie beside the repository, and made ones else
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from diffusers import WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tests.checkout import ROOT, run, write_checkout
 from tests.peers import diffusers_transformer
 from tests.tiny import TINY_SHAPE, write_clips, write_model
 from utils.adapters.lora import add_lora, extract_lora, load_lora, select_modules
@@ -25,29 +24,14 @@ from utils.media.probing import probe
 from wan.checkpoints import load_transformer, open_model
 from wan.names import diffusers_name
 
-ROOT = Path(__file__).resolve().parents[1]
 REAL_CLIPS = ROOT.parent / "shared" / "real_clips"
 SMALL = "--base_res 96 --token_limit 120 --num_workers 1".split()
-
-
-def run(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, script, *map(str, arguments)]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
     """A checkout as a user has it: the program, the model under models/, the clips beside it."""
-    folder = tmp_path_factory.mktemp("work")
-    for script in ROOT.glob("*_lora*.py"):
-        shutil.copy(script, folder)
-    for room in ("utils", "wan"):
-        shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "embeddings").mkdir()
-    for prompt in (ROOT / "embeddings").glob("*.txt"):
-        shutil.copy(prompt, folder / "embeddings")
+    folder = write_checkout(tmp_path_factory.mktemp("work"))
     write_model(folder / "models" / "Small" / "Wan")
     if REAL_CLIPS.is_dir():
         shutil.copytree(REAL_CLIPS, folder / "clips", copy_function=shutil.copyfile)

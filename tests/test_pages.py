@@ -6,9 +6,11 @@ Flags that make a command short are appended. Where a page names files of a run,
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -103,7 +105,20 @@ def run_page(name: str) -> None:
             convert_lora_to_comfy.main(arguments)
 
 
-@pytest.mark.families
-@pytest.mark.parametrize("name", [*FAMILY_PAGES, "diffusion_pipe", "onetrainer", "datasets"])
+def marked(name: str) -> ParameterSet:
+    """One page is enough for `make test`."""
+    return pytest.param(name, marks=() if name == "wan21_i2v" else pytest.mark.families)
+
+
+@pytest.mark.parametrize("name", map(marked, [*FAMILY_PAGES, "diffusion_pipe", "onetrainer", "datasets"]))
 def test_every_command_of_a_page_runs_on_small_models(desk, name):
     run_page(name)
+
+
+@pytest.mark.parametrize("name", FAMILY_PAGES)
+def test_a_page_calls_the_files_of_its_run_by_the_steps_of_all_experts(name):
+    path = ROOT / "docs" / f"{name}.md"
+    (table,) = map(tomllib.loads, toml_files(path).values())
+    family = named_family(table["pretrained_model_name_or_path"])
+    steps = table["max_train_steps"] * len(family.experts)
+    assert set(RUN.findall(read(path))) == {f"{steps:08d}"}

@@ -29,6 +29,7 @@ from utils.adapters.wantraining import TRAINER
 from utils.common.errors import UserError
 from utils.common.options import Replaced, option
 from utils.media.controls import CONTROL_TYPES, ControlSignal
+from wan.configs import Family
 from wan.modules.model import WanModel
 
 ALONE = "transformer"  # the name of a model's only transformer
@@ -74,6 +75,11 @@ class Control:
     def control_signal(self) -> ControlSignal | None:
         """What a control LoRA is trained to follow."""
         return ControlSignal(self.control_type, self.control_i2v) if self.control_lora else None
+
+    def check_control(self, family: Family) -> None:
+        """Raises UserError where the control would start from a frame that the model is given anyway."""
+        if self.control_i2v and family.given:
+            raise UserError("--control_i2v is for models that are given no frames, but this one is: leave it out")
 
 
 @dataclass(frozen=True)

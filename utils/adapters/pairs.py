@@ -4,6 +4,7 @@ A pair is two files whose names differ in the expert alone: style_high_noise.saf
 Their common name, style.safetensors, means both.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,9 +93,16 @@ def remarks(files: Mapping[str, Path], experts: Sequence[str]) -> list[str]:
 
 
 def parse_also_lora(text: str) -> tuple[Path, float]:
-    """The file and the strength of FILE[:STRENGTH]. The strength is a number after the last colon; else it is 1."""
+    """The file and the strength of FILE[:STRENGTH]. The strength is a number after the last colon; else it is 1.
+
+    Raises UserError where there is no file before the colon, and for a number that is too large.
+    """
     name, colon, strength = text.rpartition(":")
-    return (Path(name), float(strength)) if colon and _NUMBER.fullmatch(strength) else (Path(text), DEFAULT_STRENGTH)
+    if not (colon and _NUMBER.fullmatch(strength)):
+        return Path(text), DEFAULT_STRENGTH
+    if not name or not math.isfinite(float(strength)):
+        raise UserError(f"--also_lora {text}: write FILE or FILE:STRENGTH, such as speed.safetensors:0.8")
+    return Path(name), float(strength)
 
 
 def resolve_also_loras(texts: Sequence[str], experts: Sequence[str]) -> dict[str, list[tuple[Path, float]]]:

@@ -47,15 +47,13 @@ class GivenFrames:
         """The share of samples whose first latent frame is held, of those where it can be."""
         return 0.5 if self.i2v_probability is None else self.i2v_probability
 
-    def check_given(self, family: Family, reads_first: bool, control_i2v: bool) -> None:
-        """Raises UserError for a family where the option, or another about given frames, would have no effect."""
+    def check_given(self, family: Family, reads_first: bool) -> None:
+        """Raises UserError for a family where the option, or start pictures of clips, would have no effect."""
         if self.i2v_probability is not None and family.given_as != "latents":
             always = "is always given its frames" if family.given else "is given no frames"
             raise UserError(f"--i2v_probability has no effect: this model {always}")
         if reads_first and not family.given:
             raise UserError("--load_first_frame has no effect: this model is given no frames")
-        if control_i2v and family.given:
-            raise UserError("--control_i2v is for text-to-video models: this one is given the first frame anyway")
 
 
 @dataclass(frozen=True)

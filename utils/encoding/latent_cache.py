@@ -145,10 +145,14 @@ def cached_bytes(windows: Iterable[Window], family: Family, has_control: bool) -
 
 
 def _latents(window: Window, channels: int, first: int) -> int:
-    """The numbers of a window's latents, masks and conditions, `first` channels of them in a first frame of its own."""
+    """The numbers of a window's latents, masks and conditions, `first` channels of them in a first frame of its own.
+
+    A clip of one frame has no such frame.
+    """
     positions = window.tokens * LATENTS_PER_TOKEN
     latent_frames = 1 + (window.frames - 1) // window.grid.frame
-    return positions * (channels + (window.source.mask is not None)) + first * positions // latent_frames
+    given = first * positions // latent_frames if window.frames > 1 else 0
+    return positions * (channels + (window.source.mask is not None)) + given
 
 
 def format_cache_size(data: Dataset, limits: Limits, family: Family, has_control: bool) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from utils.common.errors import UserError
+from utils.common.formatting import counted
 from utils.encoding.conditioning import to_unit_range
 from utils.media.frames import crop_and_resize, read_frames
 from utils.media.probing import probe
@@ -20,7 +21,9 @@ def check_pictures(paths: Sequence[Path], family: Family, option: str) -> None:
     if not family.given:
         raise UserError(f"{option}: this model is not given any frame of a video")
     if len(paths) != len(family.given):
-        raise UserError(f"{option} has {len(paths)} pictures, but this model is given the {names} of a video")
+        raise UserError(
+            f"{option} has {counted(len(paths), 'picture')}, but this model is given the {names} of a video"
+        )
     for path in paths:
         probe(path)
 

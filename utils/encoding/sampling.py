@@ -1,35 +1,28 @@
 """From conditions to latents: the LoRAs to sample with, the transformers that answer, and the sampling itself."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.adapters.beside import Chosen
 from utils.adapters.fitting import fitting
 from utils.adapters.lora import fuse_lora
-from utils.adapters.lora_file import LoraFile
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.pairs import remarks, resolve_also_loras, resolve_experts
 from utils.common.console import say
 from utils.common.device import compute_dtype
+from utils.common.errors import UserError
 from utils.diffusion.flow import Predict
 from utils.encoding.conditioning import Cond, make_predict, replace_text
 from wan.checkpoints import ModelFiles, build_transformer, load_transformer
 from wan.image2video import hold_first
 from wan.modules.model import WanModel
 from wan.text2video import Sampler, part_at
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A LoRA on one transformer."""
-
-    lora: LoraFile
-    strength: float
 
 
 def choose_loras(
@@ -42,17 +35,46 @@ def choose_loras(
     """
     experts = list(files.transformers)
     own, further = resolve_experts(paths, experts), resolve_also_loras(others, experts)
-    notes, chosen = remarks(own, experts), {name: list[Chosen]() for name in experts}
-    for name in experts:
+    wanted = {name: [*([(own[name], strength)] if name in own else []), *further[name]] for name in experts}
+    return _read_loras(wanted, files, remarks(own, experts))
+
+
+def further_loras(texts: Sequence[str], files: ModelFiles) -> dict[str, list[Chosen]]:
+    """The LoRAs of each transformer that act beside those in training, each FILE or FILE:STRENGTH; none for no texts.
+
+    Reports and raises as `choose_loras` does. Raises UserError for a control LoRA too.
+    """
+    if not texts:
+        return {}
+    wanted = resolve_also_loras(texts, list(files.transformers))
+    loras = _read_loras(wanted, files)
+    for (path, _), chosen in zip(chain(*wanted.values()), chain(*loras.values()), strict=True):
+        if chosen.lora.input_shapes:
+            raise UserError(
+                f"--also_lora {path} is a control LoRA: previews show no control but that of --control_lora.\n"
+                "Try the LoRAs together with test_wan_control_lora.py."
+            )
+    return loras
+
+
+def _read_loras(
+    wanted: Mapping[str, Sequence[tuple[Path, float]]], files: ModelFiles, notes: Sequence[str] = ()
+) -> dict[str, list[Chosen]]:
+    """The part of each LoRA that its transformer has a place for. Says the notes, and what is left out."""
+    notes, loras = [*notes], {name: list[Chosen]() for name in wanted}
+    for name, paths in wanted.items():
         layout = build_transformer(files.transformers[name])
-        for path, weight in [*([(own[name], strength)] if name in own else []), *further[name]]:
+        for path, strength in paths:
             lora, left_out = fitting(read_lora(path), layout, path)
-            fuse_lora(layout, lora)
-            chosen[name].append(Chosen(lora, weight))
+            try:
+                fuse_lora(layout, lora)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
+            loras[name].append(Chosen(lora, strength))
             notes += left_out
     for note in dict.fromkeys(notes):
         say(note)
-    return chosen
+    return loras
 
 
 class Transformers:

@@ -1,7 +1,7 @@
 """Models with several experts: which of them are trained, with which options, and which is on the device."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Generic, Self, TypeVar
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.adapters.attach import AdapterPlan, LoraAdapter
+from utils.adapters.beside import Chosen, beside
 from utils.common.device import compute_dtype
 from utils.common.errors import UserError
 from utils.common.options import option
@@ -120,6 +121,8 @@ class Experts:
         self.boundaries = boundaries
         self.device = device
         self.active = next(iter(models))
+        self._further: Mapping[str, Sequence[Chosen]] = {}
+        self._undo = ExitStack()  # of those that act on the active expert
         for model in models.values():
             for parameter in _tensors(model, trained=True):
                 parameter.data = parameter.data.to(device)
@@ -127,8 +130,10 @@ class Experts:
     def activate(self, name: str) -> None:
         """Brings an expert's base weights to the device, and those of the other to the CPU."""
         if name != self.active:
+            self._undo.close()
             _exchange(self.models[self.active], self.models[name], self.device)
             self.active = name
+            self._act()
 
     @contextmanager
     def speaking(self, name: str, adapter: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
@@ -136,6 +141,21 @@ class Experts:
         self.activate(name)
         with adapter():
             yield
+
+    @contextmanager
+    def beside(self, loras: Mapping[str, Sequence[Chosen]]) -> Iterator[None]:
+        """A span in which further LoRAs act beside each expert's own, by the experts' names."""
+        self._further = loras
+        try:
+            self._act()
+            yield
+        finally:
+            self._undo.close()
+            self._further = {}
+
+    def _act(self) -> None:
+        further = self._further.get(self.active, ())
+        self._undo.enter_context(beside(self.models[self.active], further, self.device))
 
     @property
     def patch_size(self) -> tuple[int, int, int]:

@@ -55,6 +55,12 @@ class Previews:
         requires="sample_prompts",
         affects_training=False,
     )
+    also_lora: tuple[str, ...] = option(
+        (),
+        "further LoRAs in previews only, each FILE or FILE:STRENGTH, such as one for sampling in 4 steps",
+        requires="sample_prompts",
+        affects_training=False,
+    )
 
     @property
     def preview_prompts(self) -> list[str]:

@@ -66,13 +66,23 @@ def load_vae(files: ModelFiles, device: Device = "cpu", dtype: torch.dtype = tor
 
     Raises CheckpointError as `load_transformer` does, and for a VAE whose latents the model cannot read.
     """
-    path, state = files.vae, read_pth(files.vae)
-    with reading_widths(path):
+    state = read_pth(files.vae)
+    return _fill(_build_vae(files, state), state, files.vae).to(device, dtype)
+
+
+def check_vae(files: ModelFiles) -> None:
+    """Raises CheckpointError for a VAE whose latents the model cannot read. Loads no weights."""
+    _build_vae(files, read_pth(files.vae))
+
+
+def _build_vae(files: ModelFiles, state: Mapping[str, Tensor]) -> WanVAE:
+    """The VAE of these tensors without weights. Raises CheckpointError for one of another release than the model's."""
+    with reading_widths(files.vae):
         vae = _on_meta(lambda: _vae_like(state))
     if vae.z_dim != (needed := files.family.out_dim):
         kind = f"the {vae.release} VAE, which has {vae.z_dim} latent channels"
-        raise CheckpointError(f"{path} is {kind}; the model has {needed}: give it {files.family.vae}")
-    return _fill(vae, state, path).to(device, dtype)
+        raise CheckpointError(f"{files.vae} is {kind}; the model has {needed}: give it {files.family.vae}")
+    return vae
 
 
 def _vae_like(state: Mapping[str, Tensor]) -> WanVAE:

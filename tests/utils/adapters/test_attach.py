@@ -16,11 +16,13 @@ from utils.adapters.lora import (
     select_modules,
     speaking,
 )
-from utils.adapters.lora_file import LoraFile
+from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
 from utils.common.errors import UserError
+from utils.media.controls import ControlSignal
 from utils.training.memory import checkpoint_blocks
+from wan.configs import FAMILIES
 from wan.modules.model import WanModel
 
 # --------------------------------------------------------------------------------------------------------- the teacher
@@ -215,6 +217,69 @@ def test_what_cannot_work_is_refused_without_weights(tmp_path, changes, message)
     paths = {name: tmp_path / value for name, value in changes.items() if name.endswith("_lora")}
     with pytest.raises(UserError, match=message):
         plan_adapter(options(**changes | paths), layout())
+
+
+TWO = ("high_noise", "low_noise")
+
+
+def fused_value(plan) -> float:
+    """What the fused LoRA of a plan is filled with."""
+    tensors = {"blocks.0.self_attn.q.weight": torch.zeros(TINY_SHAPE.dim, TINY_SHAPE.dim)}
+    return plan.place(lambda name, tensor: tensor)("blocks.0.self_attn.q.weight", *tensors.values())[0, 0].item()
+
+
+def constant(value: float) -> LoraFile:
+    width = TINY_SHAPE.dim
+    return LoraFile({"blocks.0.self_attn.q": LoraPair(torch.full((2, width), value), torch.ones(width, 2), 2.0)})
+
+
+def test_of_a_pair_each_expert_starts_from_and_is_fused_with_its_own(tmp_path):
+    for value, expert in ((1.0, "high_noise"), (2.0, "low_noise")):
+        write_lora(tmp_path / f"fox_{expert}.safetensors", constant(value))
+    own = {"lora_rank": 2, "lora_target": ("self_attn.q",), "lora_blocks": "0"}
+    for value, expert in ((1.0, "high_noise"), (2.0, "low_noise")):
+        path = tmp_path / "fox.safetensors"
+        plan = plan_adapter(options(init_lora=path, fuse_lora=path, **own), layout(), expert, TWO)
+        assert plan.init.pairs["blocks.0.self_attn.q"].down.eq(value).all()
+        assert fused_value(plan) == pytest.approx(2 * value)
+        matrices = plan.attach(tiny_transformer()).parameters
+        assert matrices["blocks.0.self_attn.q.lora_A.default.weight"].eq(value).all()
+
+
+def test_the_lora_of_one_expert_is_not_fused_into_the_other_and_cannot_start_it(tmp_path):
+    path = tmp_path / "fox_low_noise.safetensors"
+    write_lora(path, constant(1.0))
+    assert plan_adapter(options(fuse_lora=path), layout(), "low_noise", TWO).fusion is not None
+    assert plan_adapter(options(fuse_lora=path), layout(), "high_noise", TWO).fusion is None
+    with pytest.raises(
+        UserError, match=r"--init_lora .* is not for the high_noise expert: give a pair, or see --expert"
+    ):
+        plan_adapter(options(init_lora=path), layout(), "high_noise", TWO)
+    write_lora(tmp_path / "any.safetensors", constant(1.0))
+    assert all(plan_adapter(options(fuse_lora=tmp_path / "any.safetensors"), layout(), e, TWO).fusion for e in TWO)
+
+
+def test_a_control_that_starts_from_a_picture_is_for_models_that_are_given_no_frames():
+    assert options(control_type="tile").control_signal is None
+    assert options(control_lora=True, control_i2v=True).control_signal == ControlSignal("tile", keeps_first=True)
+    for family in FAMILIES.values():
+        options(control_lora=True).check_control(family)
+        opts = options(control_lora=True, control_i2v=True)
+        if family.task == "t2v":
+            opts.check_control(family)
+        else:
+            with pytest.raises(UserError, match="--control_i2v is for models that are given no frames"):
+                opts.check_control(family)
+
+
+@pytest.mark.parametrize("inputs", [(16, 32), (36, 52)])
+def test_a_control_lora_reads_its_control_after_all_that_the_model_reads(inputs):
+    own, widened = inputs
+    with torch.device("meta"):
+        model = WanModel(replace(TINY_SHAPE, in_dim=own))
+    adapter = plan_adapter(options(control_lora=True), model).attach(tiny_transformer(replace(TINY_SHAPE, in_dim=own)))
+    base = adapter.model.patch_embedding.base_layer.weight
+    assert base.shape[1] == widened and base[:, own:].eq(0).all() and base[:, :own].ne(0).any()
 
 
 def test_an_exported_adapter_holds_the_values_that_it_is_given_and_says_what_it_is(tmp_path):

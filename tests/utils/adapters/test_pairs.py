@@ -8,6 +8,7 @@ from tests.loras import half, written
 from utils.adapters.pairs import (
     expert_of,
     find_pair,
+    lora_of,
     parse_also_lora,
     remarks,
     resolve_also_loras,
@@ -207,6 +208,12 @@ def test_a_strength_is_a_number_after_the_last_colon(text, path, strength):
     assert parse_also_lora(text) == (Path(path), strength)
 
 
+@pytest.mark.parametrize("text", [":0.5", "a.safetensors:1e999", "a.safetensors:-1e999"])
+def test_a_strength_without_a_file_and_one_that_is_too_large_are_refused(text):
+    with pytest.raises(UserError, match=f"{text}: write FILE or FILE:STRENGTH"):
+        parse_also_lora(text)
+
+
 def test_further_loras_go_to_the_expert_that_they_name_and_else_to_all(folder):
     texts = [
         f"{folder}/plain.safetensors:0.5",
@@ -224,3 +231,17 @@ def test_further_loras_go_to_the_expert_that_they_name_and_else_to_all(folder):
         resolve_also_loras([texts[1]], ONE)
     with pytest.raises(UserError, match="there is no such file"):
         resolve_also_loras(["nowhere.safetensors:1"], TWO)
+
+
+def test_of_one_name_each_expert_gets_its_own_file_or_the_one_that_says_no_expert(folder):
+    style, plain, low = (folder / f"{name}.safetensors" for name in ("style", "plain", "low_noise_model"))
+    assert [lora_of(style, expert, TWO) for expert in TWO] == [
+        folder / "style_HighNoise.safetensors",
+        folder / "style_LowNoise.safetensors",
+    ]
+    assert [lora_of(plain, expert, TWO) for expert in TWO] == [plain, plain]
+    assert [lora_of(low, expert, TWO) for expert in TWO] == [None, low]
+    assert lora_of(low, "transformer", ONE) == low and lora_of(plain, "transformer", ONE) == plain
+    for name, message in ((style, "this model has one transformer"), (folder / "nowhere", "there is no such file")):
+        with pytest.raises(UserError, match=message):
+            lora_of(name, "transformer", ONE)

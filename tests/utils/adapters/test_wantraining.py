@@ -22,7 +22,7 @@ TRAINER, TEST_SCRIPT = train_wan_lora.Options, test_wan_control_lora.Options
 @pytest.mark.parametrize(
     ("cls", "flag", "value", "name", "meant"),
     [
-        (TEST_SCRIPT, "lora", "a.safetensors", "lora_path", Path("a.safetensors")),
+        (TEST_SCRIPT, "lora", "a.safetensors", "lora_path", (Path("a.safetensors"),)),
         (TEST_SCRIPT, "control_video", "small.mp4", "input_video", Path("small.mp4")),
         (TEST_SCRIPT, "cfg", "6", "guidance", (6.0,)),
         (TEST_SCRIPT, "negative_embedding", "n.safetensors", "negative_embedding", Path("n.safetensors")),
@@ -48,7 +48,7 @@ def test_a_negative_embedding_is_used_in_place_of_the_negative_prompt(tmp_path, 
     flags = ["--prompt", "a fox", "--cfg", "6", "--negative_embedding", str(tmp_path / "n.safetensors")]
     opts = parse_options(TEST_SCRIPT, flags)
     files = open_model(write_model(tmp_path / "model"))
-    request = test_wan_control_lora.complete(opts, tmp_path / "lora.safetensors", LoraFile({}), files.family)
+    request = test_wan_control_lora.complete(opts, LoraFile({}), files.family)
     _, negative = test_wan_control_lora.embed(request, files, torch.device("cpu"))
     assert torch.equal(negative, rows)
 

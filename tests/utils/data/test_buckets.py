@@ -4,7 +4,9 @@ import pytest
 
 from tests.limits import GRID
 from utils.common.errors import UserError
-from utils.data.buckets import Shapes, bucket_size, count_tokens, max_frames, round_up_frames
+from utils.data.buckets import Shapes, bucket_size, count_tokens, max_frames, picture_size, round_up_frames
+from utils.media.probing import MediaInfo
+from wan.configs import FAMILIES
 from wan.configs.grid import Grid
 
 LARGER = Shapes(enlarge=True)
@@ -87,3 +89,27 @@ def test_fine_buckets_are_evenly_spaced_ratios_of_about_equal_area():
 def test_a_number_of_frames_is_rounded_up_to_one_that_the_model_takes():
     assert [round_up_frames(frames, GRID) for frames in (1, 2, 5, 8, 9, 16, 17)] == [1, 5, 5, 9, 9, 17, 17]
     assert [round_up_frames(frames, Grid(frame=8, side=16)) for frames in (1, 2, 9, 10)] == [1, 9, 9, 17]
+
+
+def official_size(width: int, height: int, area: int) -> tuple[int, int]:
+    """The lines of image2video.py."""
+    aspect_ratio = height / width
+    lat_h = round(math.sqrt(area * aspect_ratio) // 8 // 2 * 2)
+    lat_w = round(math.sqrt(area / aspect_ratio) // 8 // 2 * 2)
+    return lat_w * 8, lat_h * 8
+
+
+def test_a_video_has_the_shape_of_the_picture_that_it_starts_from():
+    for area in (832 * 480, 1280 * 720):
+        for width in range(90, 3000, 231):
+            for height in range(70, 2600, 233):
+                expected = official_size(width, height, area)
+                assert picture_size(MediaInfo(width, height, 1, None), area, GRID) == expected
+    for family in FAMILIES.values():  # a picture of the size itself keeps it, on every grid
+        for size in (family.size, family.size[::-1]):
+            assert picture_size(MediaInfo(*size, 1, None), math.prod(size), family.grid) == size
+
+
+def test_the_longest_picture_still_has_a_token_in_each_direction():
+    assert picture_size(MediaInfo(100_000, 10, 1, None), 480 * 480, GRID)[1] == 16
+    assert picture_size(MediaInfo(10, 100_000, 1, None), 480 * 480, GRID)[0] == 16

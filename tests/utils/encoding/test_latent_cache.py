@@ -4,16 +4,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.encoders import family_encoders
 from tests.limits import limits
-from tests.media import video
-from tests.tiny import FAMILY
+from tests.media import image, video
+from tests.tiny import FAMILY, tiny_shape
 from utils.common.errors import RunError, UserError
 from utils.data.folders import Folder, Rules
-from utils.data.plan import Window, fixed_windows, flatten_windows
-from utils.data.scan import scan
+from utils.data.loading import load_clip
+from utils.data.plan import Limits, Window, fixed_windows, flatten_windows, middle_window
+from utils.data.scan import PairedFile, Source, scan
 from utils.encoding import latent_cache
 from utils.encoding.latent_cache import LatentCache, Layout, cached_bytes
 from utils.media.controls import ControlSignal
+from utils.media.probing import MediaInfo
+from wan.configs import FAMILIES, Family
 
 LIMITS = limits(token_limit=60)
 
@@ -136,3 +140,96 @@ def test_the_size_that_is_printed_is_that_of_the_files(tmp_path, window):
 
 def shape(window: Window) -> tuple[int, int, int]:
     return (window.frames - 1) // 4 + 1, window.height // 8, window.width // 8
+
+
+# ------------------------------------------------------------------------------------------------------------ families
+
+I2V, FLF2V = FAMILIES["wan2.1-i2v-14B-480P"], FAMILIES["wan2.1-flf2v-14B-720P"]
+TI2V = FAMILIES["wan2.2-ti2v-5B"]
+TILE = ControlSignal("tile")
+
+
+def written_window(folder: Path, *paired: str) -> Window:
+    """A window of files whose bytes are their names."""
+    for name in ("clip", *paired):
+        (folder / name).write_bytes(name.encode())
+    info = MediaInfo(64, 48, 10, 16.0)
+    others = {name: PairedFile(folder / name, info) for name in paired}
+    source = Source(folder / "clip", ("a clip",), info, range(2, 10), folder, Rules(), **others)
+    return Window(source, "a clip", 64, 48, (2, 3, 4, 5, 6), (0.5, 0.25), LIMITS.grid)
+
+
+@pytest.mark.parametrize(
+    ("paired", "control", "name"),
+    [
+        ((), None, "cbc577a1331fd256652d644adf17d8d0"),
+        ((), "tile", "fe12321c0717f3213966136de8c12f5f"),
+        (("control", "mask"), "tile", "9d637a161ede6731be2bc0992e4770db"),
+    ],
+)
+def test_latents_of_a_text_to_video_model_have_the_names_that_version_0_1_gave_them(tmp_path, paired, control, name):
+    found = cache(tmp_path, control=control).path(written_window(tmp_path, *paired))
+    assert found == tmp_path / "cache" / "vae" / f"{name}.safetensors"
+
+
+def test_the_name_depends_on_what_the_model_is_given_and_through_what(tmp_path):
+    layouts = [
+        Layout(), Layout(control=TILE), Layout(control=ControlSignal("tile", keeps_first=True)),
+        Layout((0,), "channels"), Layout((0, -1), "channels"), Layout((0,), "latents"),
+        Layout((0,), "channels", "clip a"), Layout((0,), "channels", "clip b"), Layout((0, -1), "channels", "clip a"),
+        Layout((0,), "channels", "clip a", TILE), Layout((0,), "latents", "", TILE),
+    ]  # fmt: skip
+    window = written_window(tmp_path)
+    paths = [LatentCache(tmp_path, "vae", layout).path(window) for layout in layouts]
+    assert len(set(paths)) == len(layouts)
+    assert [LatentCache(tmp_path, "vae", replace(layout)).path(window) for layout in layouts] == paths
+
+
+def test_the_name_depends_on_the_bytes_of_a_start_picture(tmp_path):
+    layout, names = Layout((0,), "channels"), set()
+    for content in (None, b"one", b"another"):
+        window = written_window(tmp_path, *([] if content is None else ["first"]))
+        (tmp_path / "first").write_bytes(content or b"")
+        names.add(LatentCache(tmp_path, "vae", layout).path(window))
+    assert len(names) == 3
+
+
+@pytest.mark.parametrize(
+    ("layout", "frames", "names"),
+    [
+        (Layout(), 5, set()),
+        (Layout(control=TILE), 5, {"channels"}),
+        (Layout((0,), "channels"), 5, {"channels"}),
+        (Layout((0,), "channels", "clip"), 5, {"channels", "image"}),
+        (Layout((0,), "channels", "clip"), 1, {"channels", "image"}),
+        (Layout((0,), "latents"), 5, {"first"}),
+        (Layout((0,), "latents"), 1, set()),
+        (Layout((0,), "latents", control=TILE), 5, {"channels", "first"}),
+    ],
+)
+def test_a_file_has_the_parts_that_its_family_reads(tmp_path, layout, frames, names):
+    window = written_window(tmp_path)
+    window = replace(window, indices=window.indices[:frames])
+    assert layout.names(window) == {"latents"} | names
+    masked = replace(window, source=written_window(tmp_path, "mask").source)
+    assert layout.names(masked) == {"latents", "mask"} | names
+
+
+@pytest.mark.parametrize("control", [None, TILE])
+@pytest.mark.parametrize("family", [I2V, FLF2V, TI2V, FAMILIES["wan2.2-i2v-A14B"]], ids=lambda family: family.task)
+def test_the_size_and_the_parts_are_those_of_what_the_encoders_make_of_clips_and_images(tmp_path, family, control):
+    video(tmp_path / "clips" / "a.mp4", frames=9, size=(64, 64))
+    image(tmp_path / "clips" / "b.png", size=(64, 64))
+    sources, _ = scan(Folder(tmp_path / "clips", Rules(base_res=(64,))), family.fps)
+    windows = [middle_window(source, 64, Limits(1000, 1, family.grid)) for source in sources]
+    assert sorted(window.frames > 1 for window in windows) == [False, True]
+    small: Family = replace(family, shape=tiny_shape(family))
+    encoders = family_encoders(small, control)
+    store = LatentCache(tmp_path, "vae", Layout(family.given, family.given_as, "clip" if family.clip else "", control))
+    store.check_disk_space(0)
+    for window in windows:
+        store.store(window, encoders.encode(load_clip(window), torch.empty(0, 0)).parts())
+    assert store.missing(windows) == []
+    for window in windows:
+        told = cached_bytes([window], small, has_control=control is not None)
+        assert told <= store.path(window).stat().st_size <= told + 1000

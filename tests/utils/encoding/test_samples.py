@@ -21,7 +21,8 @@ from utils.data.scan import scan
 from utils.encoding.samples import CachedSamples, Caches, FreshSamples, LatentEncoding, Samples, open_samples
 from utils.encoding.text import TextEncoding
 from utils.media.controls import ControlSignal
-from wan.checkpoints import open_model
+from wan.checkpoints import open_model, vision_fingerprint
+from wan.configs import FAMILIES
 
 CPU = torch.device("cpu")
 LIMITS = limits(token_limit=60)
@@ -192,3 +193,27 @@ def test_a_cached_file_with_another_condition_ends_with_one_message(tmp_path, mo
     cached.latents.store(windows[0], cached.latents.load(windows[0]) | {"image": torch.zeros(2)})
     with pytest.raises(UserError, match="holds image, latents, but latents is needed: run --cache_latents again"):
         cached.load(windows[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ families
+
+
+@pytest.mark.parametrize("name", ["wan2.1-i2v-14B-480P", "wan2.1-flf2v-14B-720P", "wan2.2-ti2v-5B"])
+def test_what_a_family_is_given_comes_back_from_the_cache_and_needs_no_encoder_then(tmp_path, name, monkeypatch):
+    files = open_model(write_model(tmp_path / "model", FAMILIES[name]))
+    video(tmp_path / "clips" / "a.mp4", frames=9)
+    sources, _ = scan(Folder(tmp_path / "clips", Rules(base_res=(64,), enlarge=True)), 16.0)
+    windows = flatten_windows(fixed_windows(sources, replace(LIMITS, grid=files.family.grid), 1))
+    encoding, text = LatentEncoding(files, CPU, ControlSignal("tile")), torch.ones(3, 32)
+    expected = FreshSamples(encoding.load(), lambda caption: text).load_batch(windows)
+    cached = encoding.encode_missing(tmp_path / "latents", windows, num_workers=0)
+    for loader in ("load_vae", "load_vision_encoder"):
+        monkeypatch.setattr(utils.encoding.samples, loader, None)
+    found = CachedSamples(cached, lambda caption: text, CPU, encoding.load).load_batch(windows)
+    assert torch.equal(found.latents, expected.latents)
+    for part, tensor in vars(expected.cond).items():
+        assert (tensor is None and getattr(found.cond, part) is None) or torch.equal(getattr(found.cond, part), tensor)
+    layout = encoding.layout
+    assert (layout.given, layout.given_as) == (files.family.given, files.family.given_as)
+    assert layout.vision == (vision_fingerprint(files, torch.float32) if files.clip else "")
+    assert layout.control == ControlSignal("tile")

@@ -6,14 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny import TINY_SHAPE, tiny_transformer
+import train_wan_lora
+from tests.tiny import TINY_SHAPE, tiny_shape, tiny_transformer
 from utils.adapters.attach import AdapterOptions, LoraAdapter
 from utils.adapters.lora import add_lora, select_modules
+from utils.common.options import parse_options
 from utils.encoding.conditioning import Batch, Cond, make_predict
+from utils.encoding.text import Texts
+from utils.training.experts import Experts
 from utils.training.learner import Learner, Trainable
 from utils.training.memory import Memory, prepare
 from utils.training.optim import OptimizerSpec
-from utils.training.phases import Phase
+from utils.training.phases import Phase, Schedule, in_turn
+from wan.configs import FAMILIES
 
 SPEC = OptimizerSpec(learning_rate=1e-2, weight_decay=0.0, schedule="constant", warmup_steps=0, total_steps=10)
 NAMES = ("student", "critic")
@@ -66,3 +71,120 @@ def test_each_of_two_phases_changes_its_own_adapter_alone(checkpointing):
         changed = {name for name, adapter in adapters.items() if not same(before[name], values(adapter))}
         assert changed == {phase.name}
     assert learner.step == 1 and learner.is_whole
+
+
+# ------------------------------------------------------------------------------------------------------------- experts
+
+A14B = FAMILIES["wan2.2-i2v-A14B"]
+
+
+def expert_phases(flags: str) -> tuple[Learner, list[Phase], Experts]:
+    """The two phases that the trainer makes, on small experts."""
+    opts = parse_options(train_wan_lora.Options, flags.split())
+    roles, adapters = opts.roles(A14B), {}
+    for seed, role in enumerate(roles):
+        torch.manual_seed(seed)
+        model = tiny_transformer(tiny_shape(A14B), seed)
+        add_lora(model, select_modules(model, ["attn"]), rank=2, alpha=2)
+        adapters[role.name] = LoraAdapter(model, role.opts)
+    learner = Learner([Trainable(role.trainable, adapters[role.name], role.opts.optimizer) for role in roles])
+    experts = Experts({name: a.model for name, a in adapters.items()}, A14B.boundaries, torch.device("cpu"))
+    texts = Texts({}.__getitem__, [], None)
+    phases = [train_wan_lora.make_phase(role, adapters[role.name], experts, learner, texts) for role in roles]
+    return learner, phases, experts
+
+
+def i2v_batch() -> Batch:
+    batch = make_batch()
+    return Batch(batch.latents, Cond(batch.cond.text, channels=torch.ones(1, 20, 2, 4, 6)))
+
+
+def test_an_experts_phase_changes_its_own_lora_alone_at_its_own_noise_levels_and_rate(monkeypatch):
+    learner, phases, experts = expert_phases("--learning_rate 1e-2 --low_learning_rate 1e-3 --shift 5")
+    assert [phase.name for phase in phases] == ["high_noise", "low_noise"] == list(learner.trainables)
+    seen, sample_noisy = [], train_wan_lora.sample_noisy
+
+    def watched(*args):
+        seen.append(sample_noisy(*args).sigma.item())
+        return sample_noisy(*args)
+
+    monkeypatch.setattr(train_wan_lora, "sample_noisy", watched)
+    for phase, (low, high), rate in zip(phases, ((0.9, 1.0), (0.0, 0.9)), (1e-2, 1e-3), strict=True):
+        before = {name: values(trainable.adapter) for name, trainable in learner.trainables.items()}
+        learner.begin_step()
+        with phase.speaking():
+            assert experts.active == phase.name
+            for _ in range(8):
+                phase.loss(i2v_batch()).backward()
+        assert phase.step().learning_rate == rate
+        changed = {
+            name for name, trainable in learner.trainables.items() if not same(before[name], values(trainable.adapter))
+        }
+        assert changed == {phase.name}
+        assert len(seen) == 8 and all(low <= sigma <= high for sigma in seen)
+        assert phase.sigmas == pytest.approx([low + (high - low) * quantile for quantile in (0.1, 0.3, 0.5, 0.7, 0.9)])
+        seen.clear()
+    assert learner.step == 2
+
+
+def test_an_expert_is_validated_at_its_own_noise_levels_with_its_own_lora():
+    _, phases, experts = expert_phases("")
+    low = phases[1]
+    losses = low.validate([i2v_batch()], seed=5)
+    assert losses.sigmas == low.sigmas and losses.values.shape == (5,) and experts.active == "low_noise"
+    assert not torch.allclose(losses.values, phases[0].validate([i2v_batch()], seed=5).values)
+
+
+# --------------------------------------------------------------------------------------------------------------- turns
+
+
+def turns(steps: tuple[int, ...], turn: int) -> str:
+    """Who is due in each step of a run, a letter each."""
+    phases = [Phase(letter, None, None, None, None, ()) for letter in "hl"[: len(steps)]]
+    schedule = Schedule(phases, steps, turn)
+    due = [schedule.due(step) for step in range(schedule.total_steps + 1)]
+    assert all(len(each) == 1 for each in due) and due[-1] == due[-2]  # after the last step: the last one's turn still
+    return "".join(each[0].name for each in due[:-1])
+
+
+@pytest.mark.parametrize(
+    ("steps", "turn", "expected"),
+    [
+        ((6,), 1, "hhhhhh"),
+        ((6,), 200, "hhhhhh"),
+        ((4, 4), 1, "hlhlhlhl"),
+        ((4, 4), 2, "hhllhhll"),
+        ((5, 5), 2, "hhllhhllhl"),
+        ((3, 3), 200, "hhhlll"),
+        ((2, 6), 2, "hhllllll"),
+        ((6, 2), 2, "hhllhhhh"),
+        ((5, 1), 2, "hhlhhh"),
+        ((1, 3), 2, "hlll"),
+    ],
+)
+def test_experts_take_turns_high_first_until_each_has_taken_its_own_steps(steps, turn, expected):
+    assert turns(steps, turn) == expected
+    assert tuple(expected.count(letter) for letter in "hl"[: len(steps)]) == steps
+
+
+def played(steps: tuple[int, ...], turn: int) -> list[int]:
+    """Who is due in each step, by playing the turns from the first one on."""
+    left, order = list(steps), []
+    while any(left):
+        for index, rest in enumerate(left):
+            taken = min(turn, rest)
+            order += [index] * taken
+            left[index] -= taken
+    return order
+
+
+@pytest.mark.parametrize("steps", [(5, 8), (8, 5), (7, 7), (1, 9), (4,), (3, 1, 6)])
+def test_a_run_that_is_resumed_at_any_step_is_in_the_turn_in_which_it_was_interrupted(steps):
+    for turn in range(1, 11):
+        assert [in_turn(step, steps, turn) for step in range(sum(steps))] == played(steps, turn)
+
+
+def test_a_step_of_experts_is_one_update_so_that_batches_are_counted_by_steps():
+    schedule = Schedule([Phase(name, None, None, None, None, ()) for name in "hl"], (5, 3), 2)
+    assert schedule.total_steps == 8
+    assert [schedule.updates_before(step) for step in range(9)] == list(range(9))

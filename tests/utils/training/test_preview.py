@@ -1,11 +1,19 @@
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.encoders import encoders_of
+from tests.encoders import encoders_of, family_encoders
+from tests.media import image
 from tests.tiny import tiny_vae
 from utils.common.errors import UserError
-from utils.encoding.conditioning import Batch, Cond, to_pixels
-from utils.training.preview import Preview, Scenes, make_requests, read_prompts
+from utils.data.loading import Clip
+from utils.encoding.conditioning import Batch, Cond, collate, to_pixels
+from utils.encoding.pictures import load_pictures
+from utils.media.controls import ControlSignal
+from utils.training.preview import Preview, Previews, Scenes, make_requests, read_prompts
+from wan.configs import FAMILIES, Family
 from wan.text2video import Sampler
 
 SHAPE = (16, 2, 4, 4)
@@ -85,3 +93,95 @@ def test_what_is_no_prompt_is_reported(tmp_path, given, message):
     (tmp_path / "list.md").write_text("a fox")
     with pytest.raises(UserError, match=message):
         read_prompts(given.format(tmp_path))
+
+
+# -------------------------------------------------------------------------------------------------------- given frames
+
+T2V, I2V = FAMILIES["wan2.1-t2v-1.3B"], FAMILIES["wan2.1-i2v-14B-480P"]
+FLF2V, TI2V = FAMILIES["wan2.1-flf2v-14B-720P"], FAMILIES["wan2.2-ti2v-5B"]
+GIVEN = pytest.mark.parametrize("family", [I2V, FLF2V, TI2V], ids=lambda family: family.task)
+
+
+def family_clip(family: Family, control: ControlSignal | None = None) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3, 5, 32, 64), dtype=torch.uint8, generator=generator)
+    return collate([family_encoders(family, control).encode(Clip(pixels, "a clip"), text(9))])
+
+
+def same(one: Cond, other: Cond, but: tuple[str, ...] = ()) -> bool:
+    pairs = [(part, getattr(other, name)) for name, part in vars(one).items() if name not in but]
+    return all(a is b is None or torch.equal(a, b) for a, b in pairs)
+
+
+@GIVEN
+def test_previews_start_from_the_frames_of_the_clips_whatever_validation_holds(family):
+    clip = family_clip(family)
+    held = replace(clip, cond=replace(clip.cond, held=torch.tensor([False])))
+    (request,) = make_requests([("fox", text(1))], Scenes((64, 32, 5), [held]), 0, family_encoders(family))
+    assert same(request.cond, clip.cond, but=("text",)) and request.cond.held is None
+    assert torch.equal(request.cond.text, text(1)[None]) and request.noise.shape == clip.latents.shape
+
+
+@pytest.mark.parametrize("control", [None, ControlSignal("tile")])
+@GIVEN
+def test_pictures_take_the_place_of_the_clips_frames_and_a_control_stays(tmp_path, family, control):
+    encoders, clip = family_encoders(family, control), family_clip(family, control)
+    paths = [image(tmp_path / f"{place}.png", None, (96, 64)) for place in family.given]
+    scenes = Scenes((64, 32, 5), [clip] if control else [], [paths])
+    (request,) = make_requests([("fox", text(1))], scenes, 0, encoders)
+    expected = encoders.condition(text(1), load_pictures(paths, family, 64, 32), 5)
+    if control is not None:
+        followed = clip.cond.channels[0, -family.out_dim :]
+        given = [expected.channels] if expected.channels is not None else []
+        expected = replace(expected, channels=torch.cat([*given, followed]))
+    batched = Cond(**{name: part if part is None else part[None] for name, part in vars(expected).items()})
+    assert same(request.cond, batched)
+    assert (request.control is None) == (control is None)
+
+
+def test_a_preview_of_the_5b_shows_the_first_frame_that_it_is_given():
+    clip, vae = family_clip(TI2V), family_encoders(TI2V).vae
+    requests = make_requests([("fox", text(1))], Scenes((64, 32, 5), [clip]), 0, family_encoders(TI2V))
+    ((_, frames),) = Preview(requests, None, Sampler("unipc", 2, (1.0,), 5.0), 24, vae).generate(Model())
+    assert torch.equal(frames[:1], to_pixels(vae.decode(clip.cond.first)[0]))
+
+
+def previews(*images: str, prompts: Path) -> Previews:
+    return Previews(sample_prompts=str(prompts), sample_images=images)
+
+
+def test_previews_have_a_set_of_pictures_each_or_one_for_all(tmp_path):
+    a, b = (str(image(tmp_path / f"{name}.png", None)) for name in "ab")
+    (tmp_path / "two.txt").write_text("a fox\na hare")
+    two = tmp_path / "two.txt"
+    assert previews(prompts=two).preview_images(I2V) == []
+    assert previews(a, prompts=two).preview_images(I2V) == [[Path(a)]] * 2
+    assert previews(a, b, prompts=two).preview_images(TI2V) == [[Path(a)], [Path(b)]]
+    assert previews(f"{a}, {b}", prompts=two).preview_images(FLF2V) == [[Path(a), Path(b)]] * 2
+
+
+@pytest.mark.parametrize(
+    ("entries", "family", "message"),
+    [
+        (("a", "a", "a"), I2V, "--sample_images has 3 entries for 2 prompts: give one, or one for each"),
+        (("a,a",), I2V, "--sample_images has 2 pictures, but this model is given the first frame"),
+        (("a",), FLF2V, "--sample_images has 1 picture, but this model is given the first frame and last frame"),
+        (("a",), T2V, "--sample_images: this model is not given any frame of a video"),
+        (("nowhere",), I2V, r"nowhere\.png"),
+    ],
+)
+def test_pictures_that_no_preview_could_start_from_are_refused(tmp_path, entries, family, message):
+    image(tmp_path / "a.png", None)
+    (tmp_path / "two.txt").write_text("a fox\na hare")
+    files = [",".join(f"{tmp_path}/{name}.png" for name in entry.split(",")) for entry in entries]
+    with pytest.raises(UserError, match=message):
+        previews(*files, prompts=tmp_path / "two.txt").preview_images(family)
+
+
+def test_previews_are_sampled_as_their_family_is_unless_options_say_otherwise():
+    a14b = FAMILIES["wan2.2-t2v-A14B"]
+    sampler = Previews(sample_steps=7).preview_sampler(a14b, distilled=False)
+    assert sampler == Sampler("unipc", 7, (4.0, 3.0), 12.0, (0.875,))
+    assert Previews().preview_sampler(a14b, distilled=True).guidance == (1.0,)
+    assert Previews(sample_guidance=2.0).preview_sampler(a14b, distilled=True).guidance == (2.0,)
+    assert Previews(sample_guidance=0.0).preview_sampler(I2V, distilled=False).guidance == (0.0,)

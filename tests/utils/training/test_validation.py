@@ -1,13 +1,14 @@
 """The validation loss is the same ruler for every run."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from utils.encoding.conditioning import Batch, Cond
-from utils.training.validation import quantiles, validation_loss
+from utils.training.validation import hold_share, quantiles, validation_loss
 
 SIGMAS = quantiles(0.0, 1.0)
 
@@ -118,3 +119,53 @@ def test_a_model_that_knows_the_answer_has_no_loss():
 def test_no_gradient_is_kept():
     weight = torch.nn.Parameter(torch.ones(()))
     assert not validation_loss(lambda latents, *_: weight * latents, make_samples(1), 5, SIGMAS).requires_grad
+
+
+def test_an_expert_is_measured_at_five_quantiles_of_its_own_interval():
+    assert quantiles(0.9, 1.0) == pytest.approx((0.91, 0.93, 0.95, 0.97, 0.99))
+    assert quantiles(0.0, 0.9) == pytest.approx((0.09, 0.27, 0.45, 0.63, 0.81))
+    assert quantiles(0.0, 1.0) == (0.1, 0.3, 0.5, 0.7, 0.9)  # exactly, as the losses of earlier runs
+
+
+# ------------------------------------------------------------------------------------------------- given first frames
+
+
+def held_samples(count: int) -> list[Batch]:
+    return [replace(each, cond=replace(each.cond, first=torch.ones(1, 4, 1, 4, 4))) for each in make_samples(count)]
+
+
+def modes(clips: list[Batch]) -> str:
+    return "".join("-x"[int(clip.cond.held.item())] for clip in clips)
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "expected"),
+    [
+        (4, 0.5, "-x-x"), (5, 0.5, "-x-x-"), (1, 0.5, "-"), (4, 0.0, "----"), (4, 1.0, "xxxx"), (4, 0.25, "---x"),
+        (10, 0.3, "---x--x--x"), (3, 0.75, "-xx"), (0, 0.5, ""),
+    ],
+)  # fmt: skip
+def test_a_share_of_the_clips_evenly_spread_is_given_its_first_frame(count, share, expected):
+    clips = hold_share(held_samples(count), share)
+    assert modes(clips) == expected
+    assert all(clip.cond.held.dtype == torch.bool and clip.cond.held.shape == (1,) for clip in clips)
+
+
+def test_clips_without_a_first_frame_that_could_be_given_stay_as_they_are():
+    clips, mixed = make_samples(2), [*held_samples(1), *make_samples(1)]
+    assert all(one is other for one, other in zip(hold_share(clips, 1.0), clips, strict=True))
+    assert [clip.cond.held is None for clip in hold_share(mixed, 1.0)] == [False, True]
+
+
+def test_a_given_first_frame_is_not_measured_and_one_that_is_not_given_is():
+    (sample,) = held_samples(1)
+
+    def perfect_but_for_the_first(latents: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+        velocity = (latents - sample.latents) / (timestep / 1000).view(-1, 1, 1, 1, 1)
+        velocity[:, :, 0] += 2
+        return velocity
+
+    given, free = (hold_share([sample], share) for share in (1.0, 0.0))
+    assert validation_loss(perfect_but_for_the_first, given, 5, SIGMAS).max() < 1e-6
+    losses = validation_loss(perfect_but_for_the_first, free, 5, SIGMAS)
+    torch.testing.assert_close(losses, torch.full((5,), 4 / 2), rtol=1e-4, atol=1e-4)  # one of two latent frames

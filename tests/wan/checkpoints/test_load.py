@@ -31,6 +31,7 @@ from wan.checkpoints import (
     TransformerFiles,
     build_transformer,
     cast_to,
+    check_vae,
     load_text_encoder,
     load_transformer,
     load_vae,
@@ -234,11 +235,12 @@ def test_a_pth_file_of_another_content_is_named(folder, load, file, edit, messag
     assert file in refused(message, *loading(load, folder))
 
 
-def test_a_vae_whose_latents_the_model_cannot_read_is_refused_and_the_right_one_named(whole, tmp_path):
-    text = refused("the Wan 2.1 VAE, which has 16 latent", load_vae, files_of_the_5b(whole, whole / VAE))
+@pytest.mark.parametrize("load", [load_vae, check_vae])
+def test_a_vae_whose_latents_the_model_cannot_read_is_refused_and_the_right_one_named(whole, tmp_path, load):
+    text = refused("the Wan 2.1 VAE, which has 16 latent", load, files_of_the_5b(whole, whole / VAE))
     assert str(whole / VAE) in text and "the model has 48: give it Wan2.2_VAE.pth" in text
     torch.save(tiny_vae22().state_dict(), tmp_path / VAE)
-    text = refused("the Wan 2.2 VAE, which has 48 latent", load_vae, replace(open_model(whole), vae=tmp_path / VAE))
+    text = refused("the Wan 2.2 VAE, which has 48 latent", load, replace(open_model(whole), vae=tmp_path / VAE))
     assert str(tmp_path / VAE) in text and "the model has 16: give it Wan2.1_VAE.pth" in text
 
 

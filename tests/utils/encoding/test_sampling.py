@@ -1,0 +1,206 @@
+"""The LoRAs that are sampled with reach the transformers that they are for, one of which is in memory."""
+
+import gc
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import utils.encoding.sampling
+from tests.tiny import TINY_SHAPE, tiny_shape, tiny_transformer, write_model
+from utils.adapters.lora import fuse_lora
+from utils.adapters.lora_file import LoraFile, LoraPair
+from utils.adapters.lora_reader import read_lora
+from utils.adapters.lora_writer import write_lora
+from utils.common.errors import UserError
+from utils.encoding.conditioning import Cond, make_predict
+from utils.encoding.sampling import Chosen, Transformers, choose_loras, denoise
+from wan.checkpoints import ModelFiles, open_model
+from wan.configs import FAMILIES
+from wan.modules.model import WanModel
+from wan.text2video import Sampler
+
+CPU = torch.device("cpu")
+A14B = FAMILIES["wan2.2-t2v-A14B"]
+HIGH, LOW = "high_noise", "low_noise"
+COND = Cond(torch.randn(1, 5, TINY_SHAPE.text_dim, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> ModelFiles:
+    """A small model with two experts."""
+    return open_model(write_model(tmp_path_factory.mktemp("models") / "Wan2.2-T2V-A14B", A14B))
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> ModelFiles:
+    return open_model(write_model(tmp_path_factory.mktemp("models") / "Wan2.1-T2V-1.3B"))
+
+
+def make_lora(value: float, layer: str = "blocks.0.self_attn.q") -> LoraFile:
+    width = TINY_SHAPE.dim
+    return LoraFile({layer: LoraPair(torch.full((2, width), value), torch.ones(width, 2), 2.0)})
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A pair of LoRAs, one for any expert, and one of a deeper model."""
+    write_lora(tmp_path / "fox_high_noise.safetensors", make_lora(0.01))
+    write_lora(tmp_path / "fox_low_noise.safetensors", make_lora(0.02))
+    write_lora(tmp_path / "fast.safetensors", make_lora(0.03, "blocks.1.self_attn.v"))
+    write_lora(tmp_path / "deep_high_noise.safetensors", make_lora(0.01, "blocks.9.self_attn.q"))
+    return tmp_path
+
+
+def values(chosen: dict[str, list[Chosen]]) -> dict[str, list[tuple[float, float]]]:
+    """What was chosen for each transformer: the value that a LoRA is filled with, and its strength."""
+    return {
+        name: [(round(next(iter(c.lora.pairs.values())).down[0, 0].item(), 3), c.strength) for c in loras]
+        for name, loras in chosen.items()
+    }
+
+
+def draw() -> Tensor:
+    return torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def answer(model: WanModel, timestep: float) -> Tensor:
+    return make_predict(model)(draw(), torch.tensor([timestep]), COND)
+
+
+def expert_model(number: int, *loras: tuple[LoraFile, float]) -> WanModel:
+    model = tiny_transformer(tiny_shape(A14B), number)
+    for lora, strength in loras:
+        fuse_lora(model, lora, strength)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------- what is chosen
+
+
+def test_a_pair_goes_to_both_experts_and_a_further_lora_to_each(folder, experts, capsys):
+    chosen = choose_loras([folder / "fox.safetensors"], 0.5, [f"{folder}/fast.safetensors:2"], experts)
+    assert list(chosen) == [HIGH, LOW]
+    assert values(chosen) == {HIGH: [(0.01, 0.5), (0.03, 2.0)], LOW: [(0.02, 0.5), (0.03, 2.0)]}
+    assert capsys.readouterr().out == ""
+
+
+def test_the_lora_of_one_expert_leaves_the_other_as_it_is_and_says_so(folder, experts, capsys):
+    chosen = choose_loras([folder / "fox_low_noise.safetensors"], 1.0, [], experts)
+    assert values(chosen) == {HIGH: [], LOW: [(0.02, 1.0)]}
+    assert capsys.readouterr().out.count("no LoRA for the high_noise expert: it runs as the base") == 1
+
+
+def test_what_does_not_fit_is_said_once_although_two_experts_are_given_it(folder, experts, capsys):
+    wide = make_lora(0.01, "blocks.0.cross_attn.k_img")
+    wide.pairs["blocks.0.self_attn.q"] = make_lora(0.01).pairs["blocks.0.self_attn.q"]
+    write_lora(folder / "sibling.safetensors", wide)
+    chosen = choose_loras([folder / "fox.safetensors"], 1.0, [f"{folder}/sibling.safetensors"], experts)
+    assert all(loras[1].lora.pairs.keys() == {"blocks.0.self_attn.q"} for loras in chosen.values())
+    assert capsys.readouterr().out.count("not in this model") == 1
+
+
+def test_a_lora_that_fits_no_transformer_is_refused_before_weights_are_read(folder, experts, monkeypatch):
+    monkeypatch.setattr(utils.encoding.sampling, "load_transformer", None)
+    with pytest.raises(UserError, match=r"blocks\.9\.self_attn\.q"):
+        choose_loras([folder / "deep_high_noise.safetensors"], 1.0, [], experts)
+
+
+def test_a_model_with_one_transformer_takes_the_lora_of_one_expert_and_says_so(folder, single, capsys):
+    chosen = choose_loras([folder / "fox_low_noise.safetensors"], 1.0, [], single)
+    assert values(chosen) == {"transformer": [(0.02, 1.0)]}
+    assert "was trained for the low_noise expert" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------------------- who answers
+
+
+def test_each_expert_answers_on_its_own_side_of_the_boundary_and_only_one_is_in_memory(experts, monkeypatch):
+    alive: list[weakref.ref] = []
+    counts = []
+
+    def load(files, *args):
+        gc.collect()
+        counts.append(sum(reference() is not None for reference in alive))
+        model = original(files, *args)
+        alive.append(weakref.ref(model))
+        return model
+
+    original = utils.encoding.sampling.load_transformer
+    monkeypatch.setattr(utils.encoding.sampling, "load_transformer", load)
+    transformers = Transformers(experts, {HIGH: [], LOW: []}, CPU)
+    for timestep, expert in ((1000, 0), (875, 0), (874, 1), (0, 1), (999, 0)):
+        found = transformers.predict(draw(), torch.tensor([timestep]), COND)
+        torch.testing.assert_close(found, answer(expert_model(expert), timestep), rtol=1e-5, atol=1e-5)
+    assert counts == [0, 0, 0]  # high, low, high again: nothing else was in memory when each was loaded
+
+
+def test_transformers_answer_as_the_base_until_they_are_fused_and_then_with_their_loras_whenever_loaded(
+    folder, experts
+):
+    loras = choose_loras([folder / "fox.safetensors"], 0.5, [f"{folder}/fast.safetensors"], experts)
+    transformers = Transformers(experts, loras, CPU)
+
+    def answers() -> list[Tensor]:
+        return [transformers.predict(draw(), torch.tensor([timestep]), COND) for timestep in (900.0, 100.0, 950.0)]
+
+    base = [answer(expert_model(number), t) for number, t in ((0, 900.0), (1, 100.0), (0, 950.0))]
+    torch.testing.assert_close(answers(), base, rtol=1e-5, atol=1e-5)
+    transformers.fuse()
+    further = read_lora(folder / "fast.safetensors"), 1.0
+    high, low = (
+        expert_model(number, (read_lora(folder / f"fox_{name}.safetensors"), 0.5), further)
+        for number, name in enumerate((HIGH, LOW))
+    )
+    expected = [answer(high, 900.0), answer(low, 100.0), answer(high, 950.0)]
+    assert all((one - other).abs().max() > 1e-3 for one, other in zip(expected, base, strict=True))
+    torch.testing.assert_close(answers(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_transformer_that_is_in_memory_is_fused_where_it_is(folder, single, monkeypatch):
+    transformers = Transformers(single, choose_loras([folder / "fast.safetensors"], 1.0, [], single), CPU)
+    before = transformers.predict(draw(), torch.tensor([500.0]), COND)
+    monkeypatch.setattr(utils.encoding.sampling, "load_transformer", None)
+    transformers.fuse()
+    assert not torch.allclose(transformers.predict(draw(), torch.tensor([500.0]), COND), before)
+
+
+# ------------------------------------------------------------------------------------------------------------ sampling
+
+
+class Asked:
+    """Answers with the mean of the text, and remembers the conditions."""
+
+    def __init__(self) -> None:
+        self.conds: list[Cond] = []
+
+    def __call__(self, latents: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+        self.conds.append(cond)
+        return latents * cond.text.mean()
+
+
+def test_the_negative_side_of_guidance_differs_in_its_text_alone():
+    model, negative = Asked(), torch.full((3, 8), -1.0)
+    cond = Cond(torch.ones(1, 4, 8), torch.rand(1, 20, 2, 4, 6), torch.rand(1, 257, 8))
+    denoise(Sampler("euler", 1, (2.0,), 5.0), model, draw(), cond, negative)
+    without, within = model.conds
+    assert torch.equal(without.text[0], negative) and within is cond
+    assert without.channels is cond.channels and without.image is cond.image
+    model.conds = []
+    denoise(Sampler("euler", 2, (2.0,), 5.0), model, draw(), cond, None)
+    assert model.conds == [cond, cond]
+
+
+def test_the_result_has_the_first_latent_frame_that_was_given_and_only_in_the_samples_that_hold_it():
+    first, noise = torch.full((2, 16, 1, 4, 6), 7.0), torch.cat([draw(), draw()])
+    cond = Cond(torch.ones(2, 4, 8), first=first)
+    result = denoise(Sampler("unipc", 3, (1.0,), 5.0), Asked(), noise, cond, None)
+    assert torch.equal(result[:, :, :1], first) and not result[:, :, 1:].eq(7).any()
+    some = denoise(
+        Sampler("unipc", 3, (1.0,), 5.0), Asked(), noise, replace(cond, held=torch.tensor([True, False])), None
+    )
+    assert torch.equal(some[0], result[0]) and not some[1].eq(7).any()

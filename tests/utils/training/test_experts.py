@@ -1,0 +1,239 @@
+"""Two experts: which are trained, with which options, which answers, and which is on the device."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import train_wan_lora
+from tests.tiny import TINY_SHAPE, tiny_shape, tiny_transformer, write_model
+from utils.adapters.attach import LoraAdapter, plan_adapter
+from utils.common.errors import UserError
+from utils.common.options import parse_options
+from utils.encoding.conditioning import Cond, make_predict
+from utils.training.experts import Experts, Role, load_experts
+from utils.training.memory import Memory
+from wan.checkpoints import ModelFiles, build_transformer, open_model
+from wan.configs import FAMILIES
+from wan.modules.model import WanModel
+
+CPU, DEVICE = torch.device("cpu"), torch.device("meta")
+A14B, SINGLE = FAMILIES["wan2.2-i2v-A14B"], FAMILIES["wan2.1-t2v-1.3B"]
+HIGH, LOW = "high_noise", "low_noise"
+COND = Cond(torch.randn(1, 5, TINY_SHAPE.text_dim, generator=torch.Generator().manual_seed(1)))
+
+
+def options(flags: str = "") -> train_wan_lora.Options:
+    return parse_options(train_wan_lora.Options, flags.split())
+
+
+# ---------------------------------------------------------------------------------------------------- who is trained
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ("", [HIGH, LOW]),
+        ("--expert both", [HIGH, LOW]),
+        ("--expert high", [HIGH]),
+        ("--expert low", [LOW]),
+        ("--boundary_type high", [HIGH]),
+        ("--boundary_type low", [LOW]),
+    ],
+)
+def test_the_experts_that_are_asked_for_are_trained_high_first(flags, names):
+    roles = options(flags).roles(A14B)
+    assert [role.name for role in roles] == names
+    assert [role.expert for role in roles] == [expert for expert in A14B.experts if expert.name in names]
+    assert [(role.trainable, role.phase, role.label) for role in roles] == [(name, name, f"{name}: ") for name in names]
+
+
+@pytest.mark.parametrize("flags", ["", "--expert both", "--expert full", "--boundary_type full"])
+def test_a_model_without_experts_is_trained_whole_under_the_names_it_always_had(flags):
+    (role,) = options(flags).roles(SINGLE)
+    assert (role.name, role.trainable, role.phase, role.label) == ("transformer", "lora", "train", "")
+    assert role.opts == options(flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "family", "message"),
+    [
+        ("--expert full", A14B, "--expert full means a model without experts, but this one has two"),
+        ("--expert high", SINGLE, "--expert high: this model has no experts, leave it out"),
+        ("--boundary_type low", SINGLE, "--expert low: this model has no experts"),
+        ("--high_lora_rank 4", SINGLE, "--high_lora_rank would be ignored: no high-noise expert is trained"),
+        ("--expert high --low_learning_rate 1e-4", A14B, "--low_learning_rate would be ignored: no low-noise expert"),
+        ("--expert low --high_max_train_steps 5", A14B, "--high_max_train_steps would be ignored"),
+        ("--lr_warmup_steps 50 --low_max_train_steps 20", A14B, "--lr_warmup_steps 50 must be below the 20 steps"),
+    ],
+)
+def test_what_no_expert_would_use_is_an_error(flags, family, message):
+    with pytest.raises(UserError, match=message):
+        options(flags).roles(family)
+
+
+def test_each_expert_has_the_options_of_the_run_except_for_its_own():
+    own = "--high_learning_rate 1e-4 --high_lora_rank 4 --high_lora_alpha 2 --low_max_train_steps 30 --low_lora_alpha 8"
+    high, low = (role.opts for role in options(f"--max_train_steps 70 --lora_rank 32 {own}").roles(A14B))
+    assert (high.learning_rate, high.lora_rank, high.alpha, high.max_train_steps) == (1e-4, 4, 2, 70)
+    assert (low.learning_rate, low.lora_rank, low.alpha, low.max_train_steps) == (1e-5, 32, 8, 30)
+    assert (high.optimizer.learning_rate, high.optimizer.total_steps) == (1e-4, 70)
+    assert low.optimizer.total_steps == 30
+    assert options("--low_lora_rank 8").roles(A14B)[1].opts.alpha == 8  # follows the rank, as without experts
+
+
+def test_a_zero_is_a_value_of_its_own():
+    high, low = (role.opts for role in options("--high_learning_rate 0").roles(A14B))
+    assert (high.learning_rate, low.learning_rate) == (0, 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- who is on the device
+
+
+class Moves(TorchFunctionMode):
+    """Records what would be moved where, and leaves it where it is."""
+
+    def __init__(self, models: Mapping[str, WanModel]) -> None:
+        super().__init__()
+        self.names = {
+            tensor.data_ptr(): (model, name)
+            for model, module in models.items()
+            for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        }
+        self.seen: list[tuple[str, str, str]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func is Tensor.to and args[0].data_ptr() in self.names:
+            self.seen.append((*self.names[args[0].data_ptr()], args[1].type))
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def adapted_pair() -> dict[str, WanModel]:
+    """Two experts, each with a LoRA."""
+    models = {name: tiny_transformer(tiny_shape(A14B), seed) for seed, name in enumerate((HIGH, LOW))}
+    for model in models.values():
+        plan_adapter(options(), build_meta(model)).attach(model)
+    return models
+
+
+def build_meta(model: WanModel) -> WanModel:
+    with DEVICE:
+        return WanModel(model.shape)
+
+
+def frozen(model: WanModel) -> set[str]:
+    weights = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return weights | {name for name, _ in model.named_buffers()}
+
+
+def test_base_weights_go_where_they_are_needed_and_trained_matrices_stay_on_the_device():
+    models = adapted_pair()
+    trained = {name for name, parameter in models[HIGH].named_parameters() if parameter.requires_grad}
+    assert trained and all("lora_" in name for name in trained) and frozen(models[HIGH])
+    with Moves(models) as moves:
+        experts = Experts(models, A14B.boundaries, DEVICE)
+        assert {(model, device) for model, _, device in moves.seen} == {(HIGH, "meta"), (LOW, "meta")}
+        assert sorted(name for _, name, _ in moves.seen) == sorted(2 * list(trained))
+
+        moves.seen.clear()
+        experts.activate(HIGH)
+        assert experts.active == HIGH and moves.seen == []
+
+        experts.activate(LOW)
+        count = len(frozen(models[HIGH]))
+        left, came = moves.seen[:count], moves.seen[count:]
+        assert experts.active == LOW and len(came) == count
+        assert {(model, device) for model, _, device in left} == {(HIGH, "cpu")}  # first, so that both never fit
+        assert {(model, device) for model, _, device in came} == {(LOW, "meta")}
+        assert {name for _, name, _ in left} == {name for _, name, _ in came} == frozen(models[LOW])
+
+
+def test_what_is_moved_away_and_back_is_still_the_same_parameter_with_the_same_values():
+    models = {name: tiny_transformer(tiny_shape(A14B), seed) for seed, name in enumerate((HIGH, LOW))}
+    before = dict(models[HIGH].named_parameters())
+    values = {name: parameter.clone() for name, parameter in before.items()}
+    experts = Experts(models, A14B.boundaries, CPU)
+    experts.activate(LOW)
+    experts.activate(HIGH)
+    assert all(parameter is before[name] for name, parameter in models[HIGH].named_parameters())
+    assert all(torch.equal(parameter, values[name]) for name, parameter in models[HIGH].named_parameters())
+
+
+def draw() -> Tensor:
+    return torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_the_expert_of_a_timestep_answers_and_the_boundary_is_the_high_ones():
+    models = {name: tiny_transformer(tiny_shape(A14B), seed) for seed, name in enumerate((HIGH, LOW))}
+    experts = Experts(models, A14B.boundaries, CPU)
+    for timestep, name in ((1000.0, HIGH), (899.9, LOW), (900.0, HIGH), (0.0, LOW)):
+        found = experts.predict(draw(), torch.tensor([timestep]), COND)
+        assert torch.equal(found, make_predict(models[name])(draw(), torch.tensor([timestep]), COND))
+        assert experts.active == name
+
+
+@torch.no_grad()
+def test_a_model_of_one_transformer_answers_at_every_timestep_and_is_never_moved():
+    model = tiny_transformer()
+    with Moves({"transformer": model}) as moves:
+        predict = Experts({"transformer": model}, (), DEVICE).predict
+        assert moves.seen == []
+    for timestep in (1000.0, 0.0):
+        expected = make_predict(model)(draw(), torch.tensor([timestep]), COND)
+        assert torch.equal(predict(draw(), torch.tensor([timestep]), COND), expected)
+
+
+def test_a_span_brings_the_expert_and_opens_its_adapter():
+    models = adapted_pair()
+    experts, adapter = Experts(models, A14B.boundaries, CPU), LoraAdapter(models[LOW], options())
+    seen = []
+    with experts.speaking(LOW, adapter.speaking):
+        seen.append(experts.active)
+        with pytest.raises(ZeroDivisionError), experts.speaking(HIGH, adapter.speaking):
+            raise ZeroDivisionError
+    assert seen == [LOW] and experts.active == HIGH
+    assert experts.patch_size == (1, 2, 2)
+
+
+# --------------------------------------------------------------------------------------------------------- loading
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> ModelFiles:
+    return open_model(write_model(tmp_path_factory.mktemp("models") / "Wan2.2-I2V-A14B", A14B))
+
+
+def load(files: ModelFiles, flags: str, with_others: bool) -> tuple[list[Role], Experts, dict[str, LoraAdapter]]:
+    roles = options(flags).roles(files.family)
+    layouts = {name: build_transformer(transformer) for name, transformer in files.transformers.items()}
+    plans = {role.name: plan_adapter(role.opts, layouts[role.name], role.name, list(layouts)) for role in roles}
+    return roles, *load_experts(roles, plans, files, Memory(), CPU, with_others)
+
+
+def ranks(model: WanModel) -> set[int]:
+    return {len(tensor) for name, tensor in model.named_parameters() if "lora_A" in name}
+
+
+def test_each_trained_expert_gets_its_own_lora(files):
+    roles, experts, adapters = load(files, "--lora_rank 4 --low_lora_rank 2", with_others=False)
+    assert list(experts.models) == list(adapters) == [HIGH, LOW] == [role.name for role in roles]
+    assert [ranks(model) for model in experts.models.values()] == [{4}, {2}]
+    assert all(adapters[name].model is model for name, model in experts.models.items())
+    assert experts.boundaries == (0.9,) and experts.active == HIGH
+
+
+@pytest.mark.parametrize("with_others", [False, True])
+def test_an_expert_that_is_not_trained_serves_previews_as_it_is_or_is_not_loaded(files, with_others):
+    _, experts, adapters = load(files, "--expert low", with_others)
+    assert list(adapters) == [LOW] and list(experts.models) == ([HIGH, LOW] if with_others else [LOW])
+    if with_others:
+        base = tiny_transformer(tiny_shape(A14B), 0)
+        state = experts.models[HIGH].state_dict()
+        assert state.keys() == base.state_dict().keys()
+        assert all(torch.equal(state[name].float(), tensor) for name, tensor in base.state_dict().items())
+        assert not any(parameter.requires_grad for parameter in experts.models[HIGH].parameters())
