@@ -33,6 +33,7 @@ RUN = re.compile(r"outputs/2026-01-31_12-00-00/checkpoints/[\w-]+-(\d{8})\.safet
 SMALL = "--base_res 64 --token_limit 60 --num_workers 0 --val_samples 1 --lr_warmup_steps 0 --expert_phase_steps 1"
 SHORT = "--width 64 --height 64 --frames 5 --steps 1"
 FAMILY_PAGES = ("wan21_t2v", "wan21_i2v", "wan21_flf2v", "wan22_ti2v_5b", "wan22_t2v_a14b", "wan22_i2v_a14b")
+PAGES = (*FAMILY_PAGES, "diffusion_pipe", "onetrainer", "datasets")
 
 
 @pytest.fixture
@@ -110,7 +111,7 @@ def marked(name: str) -> ParameterSet:
     return pytest.param(name, marks=() if name == "wan21_i2v" else pytest.mark.families)
 
 
-@pytest.mark.parametrize("name", map(marked, [*FAMILY_PAGES, "diffusion_pipe", "onetrainer", "datasets"]))
+@pytest.mark.parametrize("name", [marked(name) for name in PAGES])
 def test_every_command_of_a_page_runs_on_small_models(desk, name):
     run_page(name)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 import train_wan_lora
 from tests.encoders import encoders_of
@@ -27,7 +26,6 @@ from utils.encoding.conditioning import Batch, Cond, collate, make_predict
 from utils.encoding.text import EMBEDDINGS
 from utils.media.probing import probe
 from utils.runs.metrics import Metrics
-from utils.training.experts import Experts
 from utils.training.memory import prepare
 from utils.training.optim import OptimizerSpec, ParameterGroup, Updater
 from wan.checkpoints import build_transformer, load_transformer
@@ -202,28 +200,3 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does_bit_for_bit(work, more):
     assert first.keys() == second.keys() and any("/ema/" in name for name in first)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert len(list(Path("broken").iterdir())) == 1
-
-
-class Moves(TorchFunctionMode):
-    """Notes which tensors are moved from one device to another, in their order, by where their data is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.moved: list[int] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.to:
-            self.moved.append(args[0].data_ptr())
-        return func(*args, **(kwargs or {}))
-
-
-def test_two_experts_change_places_tensor_by_tensor():
-    models = {name: tiny_transformer(seed=seed) for seed, name in enumerate(("high_noise", "low_noise"))}
-    add_lora(models["low_noise"], ["blocks.0.self_attn.q"], rank=4, alpha=4)
-    experts = Experts(models, (0.875,), torch.device("cpu"))
-    frozen = ([*(p for p in model.parameters() if not p.requires_grad), *model.buffers()] for model in models.values())
-    places = [[tensor.data_ptr() for tensor in tensors] for tensors in frozen]
-    with Moves() as moves:
-        experts.activate("low_noise")
-    assert experts.active == "low_noise"
-    assert moves.moved == [place for pair in zip(*places, strict=True) for place in pair]

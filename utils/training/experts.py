@@ -182,7 +182,7 @@ def _exchange(leaving: nn.Module, coming: nn.Module, device: torch.device) -> No
     """
     for old, new in zip_longest(_tensors(leaving, trained=False), _tensors(coming, trained=False)):
         if old is not None:
-            old.data = old.data.to("cpu")
+            old.data = old.data.to(torch.device("cpu"))
         if new is not None:
             new.data = new.data.to(device)
 
