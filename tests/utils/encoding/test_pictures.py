@@ -62,7 +62,7 @@ def conditions_at_sampling(
     """What the test script makes of these pictures, and of the clip itself where it is followed."""
     followed = window.source.path if control else None
     request = script.Request(
-        loras={}, text="", negative="", width=window.width, height=window.height, frames=window.frames,
+        text="", negative="", width=window.width, height=window.height, frames=window.frames,
         sampler=Sampler("unipc", 1, (1.0,), 5.0), seed=0, pictures=pictures, input_video=followed, control_type="tile",
     )  # fmt: skip
     video = script.read_control(request, followed, encoders.vae.device) if followed else None
