@@ -58,7 +58,8 @@ def bucket_size(width: int, height: int, base_res: int, grid: Grid, shapes: Shap
 def picture_size(info: MediaInfo, area: int, grid: Grid) -> tuple[int, int]:
     """(width, height) of a video that starts from a picture: its shape, and at most this area in pixels.
 
-    As in the official code, each side is rounded down to the grid.
+    As in the official code of the I2V models, each side is rounded down to the grid. That of TI2V-5B may take one
+    step more on one side.
     """
     columns = math.sqrt(area * info.width / info.height) / grid.side
     rows = math.sqrt(area * info.height / info.width) / grid.side
