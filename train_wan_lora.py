@@ -154,13 +154,20 @@ def find_folders(opts: Options) -> list[Folder]:
     return folders
 
 
+def find_roles(opts: Options, family: Family) -> list[Role[Options]]:
+    """The transformers that are trained, each with the options as they are for it. Most models have one."""
+    roles = opts.roles(family)
+    for role in roles:
+        role.opts.check_warmup()
+    return roles
+
+
 def open_data(opts: Options, folders: list[Folder], family: Family) -> Dataset:
     """Finds the clips, checks every file, and prints a table of them, before anything that takes long."""
     # Options for which this model has no use are an error.
     opts.check_given(family, any(folder.rules.reads_first for folder in folders))
     opts.check_control(family)
-    for role in opts.roles(family):
-        role.opts.check_warmup()
+    find_roles(opts, family)
     limits = opts.limits(family.grid)
     data = open_dataset(folders, limits, family.fps, opts.cache_dir, opts.skip_bad_files)
     if family.given_as == "channels" and data.num_images:
@@ -197,7 +204,7 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     """Encodes and loads what the loop needs, one model after another; None with --cache_only."""
     # First a rehearsal on transformers without weights: a misspelled layer, or a LoRA file that does not fit, should
     # not cost the minutes of loading. Nor should the VAE of another release.
-    roles = opts.roles(files.family)
+    roles = find_roles(opts, files.family)
     plans = plan_experts(roles, files)
     opts.preview_images(files.family)
     further = further_loras(opts.also_lora, files)
@@ -360,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # samples therefore does not depend on worker processes, and a resumed run continues in it.
     plan = make_plan(data.train, opts.limits(files.family.grid), opts.seed, opts.cache_latents)
     opts = with_epochs(opts, plan.steps_per_epoch(opts.gradient_accumulation))
-    steps = {role.trainable: role.opts.max_train_steps for role in opts.roles(files.family)}
+    steps = {role.trainable: role.opts.max_train_steps for role in find_roles(opts, files.family)}
 
     # A resumed run must have the options and clips of the saved one. Differences are listed, and are an error without
     # --allow_changes.

@@ -31,6 +31,11 @@ def common_name(run: Path, step: int) -> Path:
     return run / "checkpoints" / Checkpoint(step, "lora").name
 
 
+def turns(family: Family, steps: int) -> list[str]:
+    """The flags with which two experts take turns of so many steps."""
+    return ["--expert_phase_steps", str(steps)] if len(family.experts) > 1 else []
+
+
 def picture_flags(family: Family, first: Path, last: Path) -> list[str]:
     """The flags of the test script that give a model the frames that it needs."""
     flags = {0: ["--image", str(first)], -1: ["--last_image", str(last)]}

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.checkout import run, start, write_checkout
-from tests.families import RELEASES, common_name, lora_files, picture_flags, trainables
+from tests.families import RELEASES, common_name, lora_files, picture_flags, trainables, turns
 from tests.loras import metadata_of
 from tests.media import OTHER_CLIPS, decode_all, image
 from tests.runs import scalars
@@ -85,8 +85,8 @@ class Case:
         base = ["--dataset", self.clips, "--pretrained_model_name_or_path", self.release]
         caches = ["--cache_dir", f"caches/{self.release}-{self.clips}"]
         steps = self.last // len(self.family.experts)
-        length = f"--max_train_steps {steps} --expert_phase_steps {PHASE} --val_samples 1 --val_steps {PHASE}"
-        return [*base, *SMALL, *caches, *length.split()]
+        length = f"--max_train_steps {steps} --val_samples 1 --val_steps {PHASE}"
+        return [*base, *SMALL, *caches, *length.split(), *turns(self.family, PHASE)]
 
     def output(self, name: str) -> Path:
         return self.checkout / "runs" / f"{self.release}-{self.clips}" / name
@@ -190,7 +190,7 @@ def test_a_run_that_is_killed_inside_its_phases_ends_as_an_unbroken_one(story):
 def fresh(story) -> Case:
     """With a short run from fresh clips, whose previews start from pictures where the model is given any."""
     pictures = {0: [], 1: ["--sample_images", "first.png"], 2: ["--sample_images", "first.png,last.png"]}
-    steps = ["--max_train_steps", str(2 // len(story.family.experts)), "--expert_phase_steps", "1"]
+    steps = ["--max_train_steps", str(2 // len(story.family.experts)), *turns(story.family, 1)]
     story.train("fresh", *PREVIEW, *pictures[len(story.family.given)], *steps)
     return story
 
@@ -235,7 +235,7 @@ def test_converted_files_load_again_and_give_the_same_weights(story):
 # ---------------------------------------------------------------------------------------- what only some families have
 
 
-SHORT = "--max_train_steps 2 --expert_phase_steps 1".split()
+SHORT = "--max_train_steps 2".split()
 
 
 @pytest.mark.parametrize(

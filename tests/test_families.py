@@ -12,7 +12,7 @@ from torch import Tensor
 import convert_lora_to_comfy
 import test_wan_control_lora
 import train_wan_lora
-from tests.families import common_name, lora_files, picture_flags, trainables
+from tests.families import common_name, lora_files, picture_flags, trainables, turns
 from tests.loras import metadata_of
 from tests.media import image, moving
 from tests.runs import scalars
@@ -35,7 +35,7 @@ ROWS = {
 # 80 is no multiple of 32, as the sizes of the 5B are.
 FLAGS = (
     "--base_res 80 --token_limit 80 --batch_size 3 --num_workers 0 --learning_rate 1e-3 --lora_rank 2 "
-    "--lora_target all-linear --expert_phase_steps 2 --checkpointing_steps 1 --keep_checkpoints 9 --val_steps 2"
+    "--lora_target all-linear --checkpointing_steps 1 --keep_checkpoints 9 --val_steps 2"
 ).split()
 SIZE, FRAMES = (96, 64), 9
 
@@ -54,7 +54,7 @@ class Story:
         """The folder of a run with these options besides FLAGS."""
         places = ["--dataset", self.folder / "clips", "--pretrained_model_name_or_path", self.folder / "model"]
         steps = ["--max_train_steps", self.steps, "--output_dir", self.folder / name]
-        train_wan_lora.main([*FLAGS, *map(str, places), *map(str, steps), *more])
+        train_wan_lora.main([*FLAGS, *turns(self.family, 2), *map(str, places), *map(str, steps), *more])
         return self.run(name)
 
     def run(self, name: str) -> Path:

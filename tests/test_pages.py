@@ -30,7 +30,7 @@ from wan.checkpoints import LOCAL_MODELS
 from wan.configs import FAMILIES, named_family
 
 RUN = re.compile(r"outputs/2026-01-31_12-00-00/checkpoints/[\w-]+-(\d{8})\.safetensors")
-SMALL = "--base_res 64 --token_limit 60 --num_workers 0 --val_samples 1 --lr_warmup_steps 0 --expert_phase_steps 1"
+SMALL = "--base_res 64 --token_limit 60 --num_workers 0 --val_samples 1 --lr_warmup_steps 0"
 SHORT = "--width 64 --height 64 --frames 5 --steps 1"
 FAMILY_PAGES = ("wan21_t2v", "wan21_i2v", "wan21_flf2v", "wan22_ti2v_5b", "wan22_t2v_a14b", "wan22_i2v_a14b")
 PAGES = (*FAMILY_PAGES, "diffusion_pipe", "onetrainer", "datasets")

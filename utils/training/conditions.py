@@ -35,7 +35,7 @@ def check_conditions(adapter: LoraAdapter, batch: Batch, sigma: float, given: Se
         return predict(noisy.latents, noisy.timestep, cond)
 
     with speaking(adapter.model, None):
-        unread = _that_do_not_matter(answer, batch.cond, _without_each(batch, given))
+        unread = _that_do_not_matter(answer, batch.cond, _without_each(batch, given, has_control))
     if unread:
         raise UserError(f"the base model does not read the {' and the '.join(unread)}: {REMEDY}")
     if not has_control:
@@ -69,14 +69,15 @@ def _noisy(batch: Batch, sigma: float) -> Noisy:
     return add_noise(batch.latents, noise, torch.full((len(noise),), sigma, device=noise.device))
 
 
-def _without_each(batch: Batch, given: Sequence[int]) -> dict[str, Cond]:
+def _without_each(batch: Batch, given: Sequence[int], has_control: bool) -> dict[str, Cond]:
     """The conditions without each of those that the base reads, by its name."""
     cond = batch.cond
+    own = 0 if cond.channels is None else cond.channels.shape[1] - has_control * batch.latents.shape[1]
     found = {"text": replace(cond, text=torch.zeros_like(cond.text))}
     for number, place in enumerate(given):
-        if cond.channels is not None:
+        if cond.channels is not None and own:
             channels = cond.channels.clone()
-            channels[:, :, place] = 0  # a control too, which the base does not read
+            channels[:, :own, place] = 0
             found[f"channels of the given {PLACES[place]}"] = replace(cond, channels=channels)
         if cond.image is not None:
             image = torch.stack(cond.image.chunk(len(given), dim=1))

@@ -243,6 +243,7 @@ def test_an_option_of_given_frames_without_effect_is_refused(share, reads_first,
 
 
 def test_an_option_of_given_frames_with_an_effect_is_taken():
-    GivenFrames(0.0).check_given(TI2V, reads_first=True)
+    GivenFrames(0.5).check_given(TI2V, reads_first=True)
+    GivenFrames(0.0).check_given(TI2V, reads_first=False)
     GivenFrames().check_given(FLF2V, reads_first=True)
     GivenFrames().check_given(T2V, reads_first=False)

@@ -101,9 +101,9 @@ def test_a_state_of_a_newer_format_is_refused_with_its_number(tmp_path, metrics)
 
 def test_a_state_past_the_steps_of_the_run_is_refused(tmp_path):
     state = read_state(saved(tmp_path))
-    check_resume_compatible(state, Optimization(), FACTS.data, allowed=True, total_steps=2)
+    check_resume_compatible(state, Optimization(), FACTS.data, allowed=True, steps={"lora": 2})
     with pytest.raises(UserError, match=r"state-00000002\.safetensors is of step 2, past the 1 step of this run"):
-        check_resume_compatible(state, Optimization(), FACTS.data, allowed=True, total_steps=1)
+        check_resume_compatible(state, Optimization(), FACTS.data, allowed=True, steps={"lora": 1})
 
 
 def test_every_flipped_bit_is_found(tmp_path):

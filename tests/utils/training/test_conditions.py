@@ -71,17 +71,23 @@ def zero(*names: str, part: slice = slice(None)) -> Callable[[WanModel], None]:
 @pytest.mark.parametrize("family", ROWS.values(), ids=ROWS)
 def test_a_model_that_reads_all_its_conditions_passes(family, control):
     for checkpointing in ("none", "full") if control else ("none",):
-        check_conditions(make_adapter(family, control, checkpointing), make_batch(family, control), 0.5, control)
+        check_conditions(
+            make_adapter(family, control, checkpointing), make_batch(family, control), 0.5, family.given, control
+        )
 
 
 @pytest.mark.parametrize(
     ("family", "cut", "name"),
     [
         (T2V, zero("text_embedding.2.weight"), "text"),
-        (I2V, zero("patch_embedding.weight", part=slice(16, 36)), "channels of the given frames"),
-        (I2V22, zero("patch_embedding.weight", part=slice(16, 36)), "channels of the given frames"),
-        (I2V, zero("img_emb.proj.3.weight"), "vision tokens"),
-        (FLF2V, zero("img_emb.proj.1.weight"), "vision tokens"),
+        (I2V, zero("patch_embedding.weight", part=slice(16, 36)), "channels of the given first frame"),
+        (I2V22, zero("patch_embedding.weight", part=slice(16, 36)), "channels of the given first frame"),
+        (I2V, zero("img_emb.proj.3.weight"), "vision tokens of the first frame"),
+        (
+            FLF2V,
+            zero("img_emb.proj.1.weight"),
+            "vision tokens of the first frame and the vision tokens of the last frame",
+        ),
         (T2V, lambda model: model.head.head.weight.data.fill_(torch.nan), "text"),
     ],
 )
@@ -89,22 +95,36 @@ def test_a_condition_that_is_cut_off_is_named(family, cut, name):
     adapter = make_adapter(family)
     cut(adapter.model)
     with pytest.raises(UserError, match=f"^the base model does not read the {name}: its weights are damaged"):
-        check_conditions(adapter, make_batch(family), 0.5, False)
+        check_conditions(adapter, make_batch(family), 0.5, family.given, False)
 
 
 def test_an_adapter_does_not_stand_in_for_a_base_that_ignores_a_condition():
     adapter = make_adapter(I2V, control=True)
     zero("patch_embedding.weight", part=slice(16, 36))(adapter.model)
     adapter.parameters["patch_embedding.lora_B.default.weight"].data.fill_(1)
-    with pytest.raises(UserError, match="does not read the channels of the given frames"):
-        check_conditions(adapter, make_batch(I2V, control=True), 0.5, True)
+    with pytest.raises(UserError, match="does not read the channels of the given first frame"):
+        check_conditions(adapter, make_batch(I2V, control=True), 0.5, I2V.given, True)
 
 
 def test_a_first_frame_that_is_dropped_on_its_way_is_named(monkeypatch):
     adapter = make_adapter(TI2V)
     monkeypatch.setattr(utils.encoding.conditioning, "hold_first", lambda latents, first, held: latents)
     with pytest.raises(UserError, match="does not read the given first frame"):
-        check_conditions(adapter, make_batch(TI2V), 0.5, False)
+        check_conditions(adapter, make_batch(TI2V), 0.5, TI2V.given, False)
+
+
+def test_a_last_frame_that_is_dropped_on_its_way_is_named_though_the_first_arrives(monkeypatch):
+    adapter, predict = make_adapter(FLF2V), utils.encoding.conditioning._predict
+
+    def without_last(model: WanModel, latents: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+        channels, image = cond.channels.clone(), cond.image.clone()
+        channels[:, :, -1], image[:, 257:] = 0, 0
+        return predict(model, latents, timestep, replace(cond, channels=channels, image=image))
+
+    monkeypatch.setattr(utils.encoding.conditioning, "_predict", without_last)
+    lost = "channels of the given last frame and the vision tokens of the last frame"
+    with pytest.raises(UserError, match=f"^the base model does not read the {lost}:"):
+        check_conditions(adapter, make_batch(FLF2V), 0.5, FLF2V.given, False)
 
 
 @pytest.mark.parametrize("family", [T2V, I2V, TI2V], ids=lambda family: family.task)
@@ -115,17 +135,17 @@ def test_a_control_whose_columns_do_not_reach_the_lora_fails(family):
     saved = columns.clone()
     columns[:, -family.out_dim :] = 0
     with pytest.raises(UserError, match="the control does not reach the LoRA"):
-        check_conditions(adapter, batch, 0.5, True)
+        check_conditions(adapter, batch, 0.5, family.given, True)
     columns.copy_(saved)
     columns[:, : -family.out_dim] = 0  # those of the base's own inputs do not matter to it
-    check_conditions(adapter, batch, 0.5, True)
+    check_conditions(adapter, batch, 0.5, family.given, True)
 
 
 def test_a_control_of_zeros_fails():
     batch = make_batch(T2V, control=True)
     empty = replace(batch, cond=replace(batch.cond, channels=torch.zeros_like(batch.cond.channels)))
     with pytest.raises(UserError, match="is the control of the first clip empty"):
-        check_conditions(make_adapter(T2V, control=True), empty, 0.5, True)
+        check_conditions(make_adapter(T2V, control=True), empty, 0.5, T2V.given, True)
 
 
 @pytest.mark.parametrize("family", [I2V, TI2V], ids=lambda family: family.task)
@@ -134,7 +154,7 @@ def test_the_check_draws_no_random_number_and_leaves_no_gradient_and_no_value_ch
     before = {name: tensor.clone() for name, tensor in adapter.model.state_dict().items()}
     trainable = [name for name, parameter in adapter.model.named_parameters() if parameter.requires_grad]
     state = torch.get_rng_state()
-    check_conditions(adapter, batch, 0.5, True)
+    check_conditions(adapter, batch, 0.5, family.given, True)
     assert torch.equal(state, torch.get_rng_state())
     assert all(parameter.grad is None for parameter in adapter.model.parameters())
     assert [name for name, parameter in adapter.model.named_parameters() if parameter.requires_grad] == trainable

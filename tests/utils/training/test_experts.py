@@ -1,6 +1,8 @@
 """Two experts: which are trained, with which options, which answers, and which is on the device."""
 
 from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,21 +11,27 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import train_wan_lora
+import utils.training.experts
+from tests.loras import make_pair
 from tests.tiny import TINY_SHAPE, tiny_shape, tiny_transformer, write_model
 from utils.adapters.attach import LoraAdapter, plan_adapter
+from utils.adapters.lora_file import LoraFile, delta
+from utils.adapters.lora_reader import read_lora
+from utils.adapters.lora_writer import write_lora
 from utils.common.errors import UserError
 from utils.common.options import parse_options
 from utils.encoding.conditioning import Cond, make_predict
-from utils.training.experts import Experts, Role, load_experts
+from utils.training.experts import Experts, Role, load_experts, plan_experts
 from utils.training.memory import Memory
-from wan.checkpoints import ModelFiles, build_transformer, open_model
+from wan.checkpoints import ModelFiles, open_model
 from wan.configs import FAMILIES
 from wan.modules.model import WanModel
 
 CPU, DEVICE = torch.device("cpu"), torch.device("meta")
 A14B, SINGLE = FAMILIES["wan2.2-i2v-A14B"], FAMILIES["wan2.1-t2v-1.3B"]
 HIGH, LOW = "high_noise", "low_noise"
-COND = Cond(torch.randn(1, 5, TINY_SHAPE.text_dim, generator=torch.Generator().manual_seed(1)))
+TEXT = torch.randn(1, 5, TINY_SHAPE.text_dim, generator=torch.Generator().manual_seed(1))
+COND = Cond(TEXT, torch.ones(1, 20, 2, 4, 6))
 
 
 def options(flags: str = "") -> train_wan_lora.Options:
@@ -67,7 +75,8 @@ def test_a_model_without_experts_is_trained_whole_under_the_names_it_always_had(
         ("--high_lora_rank 4", SINGLE, "--high_lora_rank would be ignored: no high-noise expert is trained"),
         ("--expert high --low_learning_rate 1e-4", A14B, "--low_learning_rate would be ignored: no low-noise expert"),
         ("--expert low --high_max_train_steps 5", A14B, "--high_max_train_steps would be ignored"),
-        ("--lr_warmup_steps 50 --low_max_train_steps 20", A14B, "--lr_warmup_steps 50 must be below the 20 steps"),
+        ("--expert_phase_steps 7 --expert low", A14B, "--expert_phase_steps would be ignored"),
+        ("--expert_phase_steps 7", FAMILIES["wan2.1-t2v-1.3B"], "--expert_phase_steps would be ignored"),
     ],
 )
 def test_what_no_expert_would_use_is_an_error(flags, family, message):
@@ -83,6 +92,18 @@ def test_each_expert_has_the_options_of_the_run_except_for_its_own():
     assert (high.optimizer.learning_rate, high.optimizer.total_steps) == (1e-4, 70)
     assert low.optimizer.total_steps == 30
     assert options("--low_lora_rank 8").roles(A14B)[1].opts.alpha == 8  # follows the rank, as without experts
+
+
+def test_a_warm_up_is_measured_against_the_steps_of_each_expert():
+    with pytest.raises(UserError, match="--lr_warmup_steps 50 must be below the 20 steps"):
+        train_wan_lora.find_roles(options("--lr_warmup_steps 50 --low_max_train_steps 20"), A14B)
+    long = "--lr_warmup_steps 1500 --high_max_train_steps 2000 --low_max_train_steps 2000"
+    assert len(train_wan_lora.find_roles(options(long), A14B)) == 2
+
+
+def test_steps_of_its_own_take_the_place_of_epochs_for_one_expert():
+    high, low = (role.opts for role in options("--epochs 2 --high_max_train_steps 3").roles(A14B))
+    assert (high.epochs, high.max_train_steps, low.epochs) == (0, 3, 2)
 
 
 def test_a_zero_is_a_value_of_its_own():
@@ -184,8 +205,8 @@ def test_a_model_of_one_transformer_answers_at_every_timestep_and_is_never_moved
         predict = Experts({"transformer": model}, (), DEVICE).predict
         assert moves.seen == []
     for timestep in (1000.0, 0.0):
-        expected = make_predict(model)(draw(), torch.tensor([timestep]), COND)
-        assert torch.equal(predict(draw(), torch.tensor([timestep]), COND), expected)
+        expected = make_predict(model)(draw(), torch.tensor([timestep]), Cond(TEXT))
+        assert torch.equal(predict(draw(), torch.tensor([timestep]), Cond(TEXT)), expected)
 
 
 def test_a_span_brings_the_expert_and_opens_its_adapter():
@@ -210,9 +231,7 @@ def files(tmp_path_factory) -> ModelFiles:
 
 def load(files: ModelFiles, flags: str, with_others: bool) -> tuple[list[Role], Experts, dict[str, LoraAdapter]]:
     roles = options(flags).roles(files.family)
-    layouts = {name: build_transformer(transformer) for name, transformer in files.transformers.items()}
-    plans = {role.name: plan_adapter(role.opts, layouts[role.name], role.name, list(layouts)) for role in roles}
-    return roles, *load_experts(roles, plans, files, Memory(), CPU, with_others)
+    return roles, *load_experts(roles, plan_experts(roles, files), files, Memory(), CPU, with_others)
 
 
 def ranks(model: WanModel) -> set[int]:
@@ -237,3 +256,50 @@ def test_an_expert_that_is_not_trained_serves_previews_as_it_is_or_is_not_loaded
         assert state.keys() == base.state_dict().keys()
         assert all(torch.equal(state[name].float(), tensor) for name, tensor in base.state_dict().items())
         assert not any(parameter.requires_grad for parameter in experts.models[HIGH].parameters())
+
+
+def fused_file(folder: Path, name: str, **metadata: str) -> Path:
+    """A LoRA for one layer of the small experts."""
+    shape = (TINY_SHAPE.dim, TINY_SHAPE.dim)
+    write_lora(folder / name, LoraFile({"blocks.0.self_attn.q": make_pair(shape)}, metadata=metadata))
+    return folder / name
+
+
+def change(model: WanModel, seed: int) -> Tensor:
+    """What the base weights of the small expert with this seed have become in one layer."""
+    weights = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
+    name = "blocks.0.self_attn.q.weight"
+    return weights[name] - tiny_transformer(tiny_shape(A14B), seed).state_dict()[name]
+
+
+def test_a_fused_pair_reaches_the_expert_that_only_serves_previews_too(files, tmp_path, capsys):
+    pair = [fused_file(tmp_path, f"speed_{name}.safetensors") for name in (HIGH, LOW)]
+    _, experts, adapters = load(files, f"--expert high --fuse_lora {tmp_path / 'speed.safetensors'}", with_others=True)
+    assert list(adapters) == [HIGH] and capsys.readouterr().out == ""
+    for seed, (name, path) in enumerate(zip((HIGH, LOW), pair, strict=True)):
+        expected = delta(read_lora(path).pairs["blocks.0.self_attn.q"])
+        torch.testing.assert_close(change(experts.models[name], seed), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fused_lora_of_one_expert_leaves_the_other_as_it_is_and_says_so(files, tmp_path, capsys):
+    path = fused_file(tmp_path, "style.safetensors", expert=LOW)
+    _, experts, _ = load(files, f"--fuse_lora {path}", with_others=False)
+    assert "no --fuse_lora for the high_noise expert: it stays as it is" in capsys.readouterr().out
+    assert change(experts.models[HIGH], 0).abs().max() == 0 < change(experts.models[LOW], 1).abs().max()
+
+
+def test_a_fused_lora_of_an_expert_that_is_not_trained_is_refused(files, tmp_path):
+    path = fused_file(tmp_path, "style.safetensors", expert=HIGH)
+    with pytest.raises(UserError, match=r"--fuse_lora .*style.safetensors is not for the low_noise expert"):
+        plan_experts(options(f"--expert low --fuse_lora {path}").roles(A14B), files)
+
+
+def test_too_little_main_memory_for_the_expert_that_waits_is_reported_before_it_is_read(files, monkeypatch):
+    roles = options().roles(A14B)
+    monkeypatch.setattr(utils.training.experts.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    experts, _ = load_experts(roles[:1], plan_experts(roles, files), files, Memory(), CPU, with_others=False)
+    assert list(experts.models) == [HIGH]
+    with pytest.raises(
+        UserError, match="the low_noise expert waits in main memory while the other is trained: it takes"
+    ):
+        load_experts(roles, plan_experts(roles, files), files, Memory(), DEVICE, with_others=False)

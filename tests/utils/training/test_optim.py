@@ -71,11 +71,12 @@ def test_a_run_has_one_length():
 
 def test_a_warm_up_ends_before_the_run_whether_steps_or_epochs_are_given():
     with pytest.raises(UserError, match="--lr_warmup_steps 12 must be below the 12 steps"):
-        RunOptions(max_train_steps=12, lr_warmup_steps=12).check_length()
+        RunOptions(max_train_steps=12, lr_warmup_steps=12).check_warmup()
     long = RunOptions(epochs=600, lr_warmup_steps=1500)
+    long.check_warmup()  # how many steps they are is not known yet
     assert with_epochs(long, 3).max_train_steps == 1800
     with pytest.raises(UserError, match="--lr_warmup_steps 1500 must be below the 1200 steps"):
-        with_epochs(long, 2).check_length()
+        with_epochs(long, 2).check_warmup()
 
 
 def test_the_warm_up_rises_linearly_and_ends_at_the_full_rate():

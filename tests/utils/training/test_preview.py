@@ -180,8 +180,16 @@ def test_pictures_that_no_preview_could_start_from_are_refused(tmp_path, entries
 
 def test_previews_are_sampled_as_their_family_is_unless_options_say_otherwise():
     a14b = FAMILIES["wan2.2-t2v-A14B"]
-    sampler = Previews(sample_steps=7).preview_sampler(a14b, distilled=False)
+    sampler = Previews(sample_steps=7).preview_sampler(a14b, a14b.size, distilled=False)
     assert sampler == Sampler("unipc", 7, (4.0, 3.0), 12.0, (0.875,))
-    assert Previews().preview_sampler(a14b, distilled=True).guidance == (1.0,)
-    assert Previews(sample_guidance=2.0).preview_sampler(a14b, distilled=True).guidance == (2.0,)
-    assert Previews(sample_guidance=0.0).preview_sampler(I2V, distilled=False).guidance == (0.0,)
+    assert Previews().preview_sampler(a14b, a14b.size, distilled=True).guidance == (1.0,)
+    assert Previews(sample_guidance=(2.0,)).preview_sampler(a14b, a14b.size, distilled=True).guidance == (2.0,)
+    assert Previews(sample_guidance=(0.0,)).preview_sampler(I2V, I2V.size, distilled=False).guidance == (0.0,)
+    assert Previews(sample_guidance=(5.0, 2.0)).preview_sampler(a14b, a14b.size, distilled=False).guidance == (5.0, 2.0)
+    with pytest.raises(UserError, match="--sample_guidance has 2 values, but the model 1 expert"):
+        Previews(sample_guidance=(5.0, 2.0)).preview_sampler(I2V, I2V.size, distilled=False)
+
+
+def test_previews_of_a_model_for_two_sizes_are_sampled_with_the_shift_of_theirs():
+    shifts = [Previews().preview_sampler(I2V, size, False).shift for size in ((832, 480), (480, 832), (1280, 720))]
+    assert shifts == [3.0, 3.0, 5.0]
