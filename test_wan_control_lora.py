@@ -141,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         files = open_model(name)
     request = complete(opts, first, files.family)
     loras = choose_loras(opts.lora_path, opts.strength, opts.also_lora, files)
+    if request.input_video is None and any(chosen.lora.input_shapes for each in loras.values() for chosen in each):
+        raise UserError("--also_lora holds a control LoRA: give it as --lora_path, with --input_video")
     check_vae(files)
     check_writable(opts.output_dir)
     say(describe(request, opts.strength))
@@ -182,12 +184,13 @@ def complete(opts: Options, first: LoraFile, family: Family) -> Request:
             f"--guidance has {len(guidance)} values, but the model {counted(len(family.experts), 'expert')}"
         )
     negative: str | Path | None = opts.negative_embedding or opts.negative_prompt
-    shift, steps = opts.shift or family.shift, opts.steps or family.steps
+    width, height = opts.width or width, opts.height or height
+    shift, steps = opts.shift or family.shift_at(width, height), opts.steps or family.steps
     request = Request(
         text=opts.embedding or opts.prompt or "",
         negative=read_prompt(negative_prompt_file(family)) if negative is None else negative,
-        width=opts.width or width,
-        height=opts.height or height,
+        width=width,
+        height=height,
         frames=opts.frames or frames,
         sampler=Sampler(opts.solver, steps, guidance, shift, family.boundaries),
         seed=opts.seed,

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.adapters.attach import AdapterOptions, LoraAdapter, plan_adapter
+from utils.adapters.attach import AdapterOptions, LoraAdapter
 from utils.adapters.beside import Chosen
 from utils.adapters.lora import speaking
 from utils.common.console import say
 from utils.common.device import describe, explain_out_of_memory, pick_device
 from utils.common.errors import UserError
 from utils.common.files import check_writable
+from utils.common.formatting import counted
 from utils.common.options import option, parse_options, run_script, to_json, training_table
 from utils.common.signals import Stop, stop_on_signals
 from utils.common.temp_rng import MAX_SEED
@@ -58,13 +59,13 @@ from utils.runs.state import Facts, State, check_resume_compatible, find_state
 from utils.setup.doctor import print_findings
 from utils.setup.download import SetupOptions, download_model, suggest_download
 from utils.training.conditions import check_conditions
-from utils.training.experts import Experts, Role, load_experts
+from utils.training.experts import Experts, Role, load_experts, plan_experts
 from utils.training.learner import Learner, Trainable
 from utils.training.optim import with_epochs
 from utils.training.phases import Phase, Schedule, TrainingOptions
 from utils.training.preview import Preview, Scenes, make_preview
 from utils.training.validation import hold_share, quantiles
-from wan.checkpoints import CheckpointError, ModelFiles, build_transformer, check_vae, find_family, open_model
+from wan.checkpoints import CheckpointError, ModelFiles, check_vae, find_family, open_model
 from wan.configs import Family
 from wan.modules.model import WanModel
 
@@ -158,9 +159,13 @@ def open_data(opts: Options, folders: list[Folder], family: Family) -> Dataset:
     # Options for which this model has no use are an error.
     opts.check_given(family, any(folder.rules.reads_first for folder in folders))
     opts.check_control(family)
-    opts.roles(family)
+    for role in opts.roles(family):
+        role.opts.check_warmup()
     limits = opts.limits(family.grid)
     data = open_dataset(folders, limits, family.fps, opts.cache_dir, opts.skip_bad_files)
+    if family.given_as == "channels" and data.num_images:
+        images = counted(data.num_images, "image")
+        say(f"{images} of one frame, which this model is given: it sees the answer, so they teach little")
     say(format_cache_size(data, limits, family, opts.control_lora))
     return data
 
@@ -169,7 +174,7 @@ def load_texts(opts: Options, encoding: TextEncoding, data: Dataset) -> Texts:
     """The embeddings of all captions and prompts; what is not cached yet is encoded."""
     # Distillation and guided previews also need a negative prompt. --cache_embeddings encodes all that ship with us.
     prompts = opts.preview_prompts
-    sampler = opts.preview_sampler(encoding.files.family, bool(opts.distill_cfg))
+    sampler = opts.preview_sampler(encoding.files.family, encoding.files.family.size, bool(opts.distill_cfg))
     guided = bool(opts.distill_cfg) or (bool(prompts) and sampler.is_guided)
     negatives = [opts.distill_negative or negative_prompt_file(encoding.files.family)] if guided else []
     others = shipped_prompts() if opts.cache_embeddings else []
@@ -183,17 +188,17 @@ def make_phase(role: Role[Options], adapter: LoraAdapter, experts: Experts, lear
     )
     update = partial(learner.update, role.trainable, role.opts.max_grad_norm)
     span = partial(experts.speaking, role.name, adapter.speaking)
-    return Phase(role.phase, span, make_predict(adapter.model), loss, update, quantiles(*role.expert.sigmas))
+    updater = learner.trainables[role.trainable].updater
+    sigmas = quantiles(*role.expert.sigmas)
+    return Phase(role.phase, span, make_predict(adapter.model), loss, update, lambda: updater.step_count, sigmas)
 
 
 def open_session(opts: Options, files: ModelFiles, device: torch.device, data: Dataset, plan: Plan) -> Session | None:
     """Encodes and loads what the loop needs, one model after another; None with --cache_only."""
     # First a rehearsal on transformers without weights: a misspelled layer, or a LoRA file that does not fit, should
     # not cost the minutes of loading. Nor should the VAE of another release.
-    roles, layouts = opts.roles(files.family), {name: build_transformer(t) for name, t in files.transformers.items()}
-    plans = {r.name: plan_adapter(r.opts, layouts[r.name], r.name, list(layouts)) for r in roles}
-    for note in dict.fromkeys(note for adapter_plan in plans.values() for note in adapter_plan.notes):
-        say(note)
+    roles = opts.roles(files.family)
+    plans = plan_experts(roles, files)
     opts.preview_images(files.family)
     further = further_loras(opts.also_lora, files)
     check_vae(files)
@@ -228,10 +233,11 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
         say(f"{role.label}{adapters[role.name].describe()}, {rate}")
 
     # A condition that is lost on its way to the model costs hours, and shows only in the result.
-    batch = samples.load_batch(plan.epoch(0)[0])
+    # The longest clips have every condition; a still has no first frame that could be given.
+    batch = samples.load_batch(max(plan.epoch(0), key=lambda windows: windows[0].frames))
     for phase, adapter in zip(phases, adapters.values(), strict=True):
         with phase.speaking():
-            check_conditions(adapter, batch, phase.sigmas[2], opts.control_lora)
+            check_conditions(adapter, batch, phase.sigmas[2], files.family.given, opts.control_lora)
 
     clips = tqdm(watched, "encoding validation clips", leave=False)
     validation = [samples.load_batch([window]).to(CPU) for window in clips]
@@ -251,7 +257,7 @@ def open_preview(
         validation = []
     elif not validation:
         validation = [samples.load_batch([largest_window(chain(*plan.epoch(0)))]).to(CPU)]
-    sampler = opts.preview_sampler(family, bool(opts.distill_cfg))
+    sampler = opts.preview_sampler(family, size.bucket[:2], bool(opts.distill_cfg))
     return make_preview(texts, sampler, opts.seed, samples.open_encoders(), Scenes(size.bucket, validation, images))
 
 
@@ -312,7 +318,7 @@ def take_step(opts: Options, session: Session, run: Run, stream: Iterator[Batch]
     """One step: each phase accumulates the gradients of its batches, then updates what it trains."""
     # Worker processes load the next clips meanwhile, and the host does not wait for the device: losses are copied in
     # the background, and the optimizer skips a gradient that is not finite. A step counts once all phases are updated.
-    due, tokens = session.schedule.due(run.step), 0
+    due, tokens = session.schedule.due(), 0
     session.learner.begin_step(len(due))
     for phase in due:
         loss = torch.zeros(())
@@ -354,13 +360,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     # samples therefore does not depend on worker processes, and a resumed run continues in it.
     plan = make_plan(data.train, opts.limits(files.family.grid), opts.seed, opts.cache_latents)
     opts = with_epochs(opts, plan.steps_per_epoch(opts.gradient_accumulation))
-    total_steps = sum(role.opts.max_train_steps for role in opts.roles(files.family))
+    steps = {role.trainable: role.opts.max_train_steps for role in opts.roles(files.family)}
 
     # A resumed run must have the options and clips of the saved one. Differences are listed, and are an error without
     # --allow_changes.
     state = find_state(opts.resume_from_checkpoint, opts.output_dir) if opts.resume_from_checkpoint else None
     if state is not None:
-        check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes, total_steps)
+        check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes, steps)
 
     device = pick_device()
     with explain_out_of_memory():

@@ -4,7 +4,6 @@
 """
 
 import inspect
-import math
 import re
 import shlex
 import tomllib
@@ -17,14 +16,10 @@ import pytest
 import convert_lora_to_comfy
 import test_wan_control_lora
 import train_wan_lora
-from tests.manifests import load_manifest
+from tests.documents import DOCUMENTS, ROOT, blocks, commands, label, prose, read, toml_files
 from utils.common.options import convert_table, parse_options
 from utils.data.folders import Rules
-from wan.modules.model import is_fp32
 
-ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-DOCUMENTS += [ROOT / "nano" / "README.md", ROOT / "benchmarks" / "RECORDS.md"]
 OPTIONS_PAGE = ROOT / "docs" / "options.md"
 SCRIPTS = {
     "train_wan_lora.py": train_wan_lora.Options,
@@ -34,39 +29,11 @@ SCRIPTS = {
 LONGEST_LINE = 120
 
 # Flags that a text mentions although no script lists them: WanTraining's, those of other programs, Python's own.
-NO_OPTIONS = {"lora", "control_video", "cfg", "negative_embedding", "lora_targets", "control_preprocess"}
+NO_OPTIONS = {"lora_targets", "control_preprocess"}
 NO_OPTIONS |= {"use_dwt_loss", "val_timestep", "lora_format", "compile", "help"}
 
 
-def read(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
-
-
-def label(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-
-
-def prose(text: str) -> Iterator[str]:
-    """The lines outside of code blocks."""
-    inside = False
-    for line in text.splitlines():
-        if line.lstrip().startswith("```"):
-            inside = not inside
-        elif not inside:
-            yield line
-
-
 # ----------------------------------------------------------------------------------------------------------- commands
-
-
-def commands(path: Path) -> list[str]:
-    """The lines of a document's bash blocks, without comments; a backslash joins a line with the next."""
-    lines = "".join(blocks(read(path), "bash")).replace("\\\n", " ").splitlines()
-    return [line.split(" #")[0].strip() for line in lines if line.strip()]
 
 
 COMMANDS = [(path, command) for path in DOCUMENTS for command in commands(path)]
@@ -76,8 +43,7 @@ OF_SCRIPTS = [(path, command) for path, command in COMMANDS if not SCRIPTS.keys(
 @pytest.mark.parametrize("path, command", OF_SCRIPTS, ids=[f"{label(path)}: {line}" for path, line in OF_SCRIPTS])
 def test_every_command_of_a_document_is_understood(path, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for block in blocks(read(path), "toml"):
-        name, content = re.fullmatch(r"# (\S+)\n(.*)", block, flags=re.DOTALL).groups()
+    for name, content in toml_files(path).items():
         (tmp_path / name).write_text(content, encoding="utf-8")
     program, script, *arguments = shlex.split(command)
     assert program == "python"
@@ -108,7 +74,8 @@ def test_every_make_target_that_a_text_mentions_exists():
 
 
 def test_every_option_that_a_text_mentions_exists():
-    known = {spec.name for options in SCRIPTS.values() for spec in fields(options)} | NO_OPTIONS
+    specs = [spec for options in SCRIPTS.values() for spec in fields(options)]
+    known = {name for spec in specs for name in (spec.name, *spec.metadata["aliases"])} | NO_OPTIONS
     for path in DOCUMENTS:
         mentioned = set(re.findall(r"`--(?:no-)?([a-z0-9_]+)", "\n".join(prose(read(path)))))
         assert mentioned <= known, f"{label(path)}: {mentioned - known}"
@@ -228,16 +195,6 @@ def test_help_shows_the_groups_and_options_of_the_table_in_the_same_order(script
         for entry in (*filter(None, [heading]), *(f"--{spec.name}" for spec in specs))
     ]
     assert shown == wanted
-
-
-# ------------------------------------------------------------------------------------------------------------ figures
-
-
-@pytest.mark.parametrize("model, column", [("wan2.1_t2v_1.3b", 1), ("wan2.1_t2v_14b", 2)])
-def test_the_readme_states_the_size_of_the_weights(model, column):
-    stored = sum(math.prod(shape) * (4 if is_fp32(name) else 2) for name, shape in load_manifest(model).items())
-    row = next(line for line in read(ROOT / "README.md").splitlines() if line.startswith("| transformer: bf16"))
-    assert row.strip("| ").split(" | ")[column] == f"{stored / 1e9:.1f} GB"
 
 
 if __name__ == "__main__":

@@ -166,13 +166,20 @@ def plan_adapter(
     what fits is fused. Raises UserError for modules that are not there and for LoRA files that do not fit: before
     weights are loaded, which takes minutes. Uses `layout` up.
     """
-    init, fused = (path and lora_of(path, expert, experts) for path in (opts.init_lora, opts.fuse_lora))
+    init = opts.init_lora and lora_of(opts.init_lora, expert, experts)
     if opts.init_lora is not None and init is None:
         raise UserError(f"--init_lora {opts.init_lora} is not for the {expert} expert: give a pair, or see --expert")
-    plan = AdapterPlan(opts, init=read_lora(init) if init else None)
-    if fused is not None:
-        lora, notes = fitting(read_lora(fused), layout, fused)
-        plan = replace(plan, fusion=LoraFusion(layout, lora, opts.fuse_lora_weight), notes=tuple(notes))
+    plan = plan_fusion(opts, layout, expert, experts)
+    plan = replace(plan, init=read_lora(init) if init else None)
     plan.widen(layout)
     plan.attach(layout)
     return plan
+
+
+def plan_fusion(opts: AdapterOptions, layout: WanModel, expert: str, experts: Sequence[str]) -> AdapterPlan:
+    """As `plan_adapter`, for a transformer that gets the LoRA of --fuse_lora alone. Leaves `layout` as it is."""
+    path = opts.fuse_lora and lora_of(opts.fuse_lora, expert, experts)
+    if path is None:
+        return AdapterPlan(opts)
+    lora, notes = fitting(read_lora(path), layout, path)
+    return AdapterPlan(opts, LoraFusion(layout, lora, opts.fuse_lora_weight), notes=tuple(notes))

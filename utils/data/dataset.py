@@ -18,6 +18,7 @@ from utils.data.folders import DatasetOptions, Folder, Rules
 from utils.data.plan import Batching, Limits, Plan, Window, full_length_windows
 from utils.data.scan import Problem, Source, scan, split_folders
 from utils.data.tables import format_buckets, format_clips
+from utils.media.probing import is_image
 from wan.configs.grid import Grid
 
 
@@ -48,6 +49,11 @@ class Dataset:
         digests.save()
         texts = {name: f"[{', '.join(parts)}]" for name, parts in facts.items()}  # the text that version 0.1 hashed
         return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+
+    @property
+    def num_images(self) -> int:
+        """How many of the training clips are images."""
+        return sum(is_image(source.path) for source in self.train)
 
     @property
     def captions(self) -> list[str]:

@@ -54,6 +54,8 @@ class GivenFrames:
             raise UserError(f"--i2v_probability has no effect: this model {always}")
         if reads_first and not family.given:
             raise UserError("--load_first_frame has no effect: this model is given no frames")
+        if reads_first and self.i2v_probability == 0:
+            raise UserError("--load_first_frame has no effect with --i2v_probability 0: no sample is given its frame")
 
 
 @dataclass(frozen=True)
@@ -261,12 +263,17 @@ def make_predict(model: WanModel) -> Predict[Cond]:
 
 
 def _predict(model: WanModel, latents: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
-    """Input channels for which there is no condition are zeros, as those of a control LoRA without a control."""
+    """A control is zeros where a model that reads one is given none, and left out where a model reads none.
+
+    Raises ValueError for any other number of channels than the model reads.
+    """
+    num_channels = latents.shape[1]
     if cond.first is not None:
         latents, timestep = hold_first(latents, cond.first, cond.held), timestep_rows(timestep, cond.held)
     if cond.channels is not None:
         latents = torch.cat([latents, cond.channels.to(latents.dtype)], dim=1)
-    absent = model.patch_embedding.weight.shape[1] - latents.shape[1]
-    if absent > 0:
-        latents = F.pad(latents, (0, 0, 0, 0, 0, 0, 0, absent))
+    reads, absent = model.patch_embedding.weight.shape[1], model.patch_embedding.weight.shape[1] - latents.shape[1]
+    if absent not in (0, num_channels, -num_channels):
+        raise ValueError(f"the model reads {reads} input channels, and is given {latents.shape[1]}")
+    latents = F.pad(latents, (0, 0, 0, 0, 0, 0, 0, absent)) if absent > 0 else latents[:, :reads]
     return model(latents, timestep, cond.text, cond.image)

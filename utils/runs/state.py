@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.common.checkpoint_names import STATES
+from utils.common.checkpoint_names import LORA, STATES
 from utils.common.console import say
 from utils.common.errors import UserError
 from utils.common.formatting import counted
@@ -59,6 +59,13 @@ class State:
     @property
     def run_folder(self) -> Path:
         return self.path.parent.parent
+
+    @property
+    def steps_taken(self) -> dict[str, int]:
+        """The updates that each trainable has had, by its name."""
+        if self.learner is None:
+            return {LORA: self.step}
+        return {name: saved["optimizer"]["step_count"] for name, saved in self.learner["trainables"].items()}
 
     def state_dict(self) -> StateDict:
         """What `Learner.load_state_dict` takes. Raises UserError for a damaged file."""
@@ -98,11 +105,14 @@ def read_state(path: Path) -> State:
             raise UserError(f"{path} has the state format {content['format']!r}: it was written by a newer version")
         step = content["learner"]["step"] if content["learner"] else content["step"]
         _check_facts(content, step)
+        facts = Facts(content["options"], content["data"])
+        state = State(path, step, facts, content["metrics"], content["learner"])
+        if not all(_is_count(count) for count in state.steps_taken.values()):
+            raise ValueError("step_count")
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = f"missing or invalid {error}" if str(error) else type(error).__name__
         raise UserError(f"{path} is not a training state ({STATES}): {reason}") from None
-    facts = Facts(content["options"], content["data"])
-    return State(path, step, facts, content["metrics"], content["learner"])
+    return state
 
 
 def find_state(wanted: str, output_dir: Path) -> State:
@@ -130,16 +140,20 @@ def find_state(wanted: str, output_dir: Path) -> State:
 
 
 def check_resume_compatible(
-    state: State, options: Any, data: Mapping[str, str], allowed: bool, total_steps: int
+    state: State, options: Any, data: Mapping[str, str], allowed: bool, steps: Mapping[str, int]
 ) -> None:
     """Lists what differs from the run that was saved; raises UserError unless that is allowed.
 
-    Raises it too where the run has already taken more steps than it is now to take: `total_steps`, those of all
-    trainables.
+    `steps` are those that each trainable of this run takes. Raises it too where the saved run trained others, or has
+    taken more steps with one of them.
     """
-    if state.step > total_steps:
-        total = counted(total_steps, "step")
-        raise UserError(f"{state.path} is of step {state.step}, past the {total} of this run: raise --max_train_steps")
+    taken = state.steps_taken
+    if taken.keys() != steps.keys():
+        raise UserError(f"{state.path} holds {', '.join(taken)}, this run trains {', '.join(steps)}: see --expert")
+    for name, count in taken.items():
+        if count > steps[name]:
+            total, of = counted(steps[name], "step"), "this run" if len(steps) == 1 else f"the {name} of this run"
+            raise UserError(f"{state.path} is of step {count}, past the {total} of {of}: raise --max_train_steps")
     changes = [*training_differences(state.facts.options, options), *_data_changes(state.facts.data, data)]
     if not changes:
         return

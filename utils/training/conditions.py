@@ -4,7 +4,7 @@ A condition that is dropped on its way costs hours and shows only in the result:
 was trained without images, or a control that the model never saw.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,14 +16,16 @@ from utils.common.errors import UserError
 from utils.diffusion.flow import Noisy, add_noise, seeded_noise
 from utils.diffusion.objectives import squared_error
 from utils.encoding.conditioning import Batch, Cond, loss_weight, make_predict
+from utils.encoding.pictures import PLACES
 
 REMEDY = "its weights are damaged, or are not those of the model that its folder says it is"
 
 
-def check_conditions(adapter: LoraAdapter, batch: Batch, sigma: float, has_control: bool) -> None:
+def check_conditions(adapter: LoraAdapter, batch: Batch, sigma: float, given: Sequence[int], has_control: bool) -> None:
     """Raises UserError where a condition of this batch does not reach the model, or the control not its LoRA.
 
-    The base model's answer at this noise level must change without each condition. Draws no random numbers, and leaves
+    The base model's answer at this noise level must change without each condition; `given` are the places of the frames
+    that it is given. Draws no random numbers, and leaves
     no gradient behind.
     """
     predict, noisy = make_predict(adapter.model), _noisy(batch, sigma)
@@ -33,7 +35,7 @@ def check_conditions(adapter: LoraAdapter, batch: Batch, sigma: float, has_contr
         return predict(noisy.latents, noisy.timestep, cond)
 
     with speaking(adapter.model, None):
-        unread = _that_do_not_matter(answer, batch.cond, _without_each(batch, has_control))
+        unread = _that_do_not_matter(answer, batch.cond, _without_each(batch, given))
     if unread:
         raise UserError(f"the base model does not read the {' and the '.join(unread)}: {REMEDY}")
     if not has_control:
@@ -67,16 +69,19 @@ def _noisy(batch: Batch, sigma: float) -> Noisy:
     return add_noise(batch.latents, noise, torch.full((len(noise),), sigma, device=noise.device))
 
 
-def _without_each(batch: Batch, has_control: bool) -> dict[str, Cond]:
+def _without_each(batch: Batch, given: Sequence[int]) -> dict[str, Cond]:
     """The conditions without each of those that the base reads, by its name."""
     cond = batch.cond
     found = {"text": replace(cond, text=torch.zeros_like(cond.text))}
-    given = 0 if cond.channels is None else cond.channels.shape[1] - has_control * batch.latents.shape[1]
-    if cond.channels is not None and given:
-        channels = torch.cat([torch.zeros_like(cond.channels[:, :given]), cond.channels[:, given:]], dim=1)
-        found["channels of the given frames"] = replace(cond, channels=channels)
-    if cond.image is not None:
-        found["vision tokens"] = replace(cond, image=torch.zeros_like(cond.image))
+    for number, place in enumerate(given):
+        if cond.channels is not None:
+            channels = cond.channels.clone()
+            channels[:, :, place] = 0  # a control too, which the base does not read
+            found[f"channels of the given {PLACES[place]}"] = replace(cond, channels=channels)
+        if cond.image is not None:
+            image = torch.stack(cond.image.chunk(len(given), dim=1))
+            image[number] = 0
+            found[f"vision tokens of the {PLACES[place]}"] = replace(cond, image=torch.cat([*image], dim=1))
     if cond.first is not None:
         found["given first frame"] = replace(cond, first=torch.zeros_like(cond.first))
     return found

@@ -3,26 +3,33 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Generic, Self, TypeVar
 
+import psutil
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils.adapters.attach import AdapterPlan, LoraAdapter
+from utils.adapters.attach import AdapterOptions, AdapterPlan, LoraAdapter, plan_adapter, plan_fusion
 from utils.adapters.beside import Chosen, beside
+from utils.common.checkpoint_names import LORA
+from utils.common.console import say
 from utils.common.device import compute_dtype
 from utils.common.errors import UserError
+from utils.common.formatting import readable_size
 from utils.common.options import option
 from utils.diffusion.flow import Predict
 from utils.encoding.conditioning import Cond, make_predict
 from utils.training.memory import Memory, prepare
-from wan.checkpoints import ModelFiles, Place, TransformerFiles, build_transformer, cast_to, load_weights
+from wan.checkpoints import ModelFiles, build_transformer, cast_to, load_weights
 from wan.configs import Expert, Family
 from wan.modules.model import WanModel
 from wan.text2video import part_at
 
 T = TypeVar("T")
+Opts = TypeVar("Opts", bound=AdapterOptions)
+CPU = torch.device("cpu")
 SIDES = ("high", "low")
 OWN = ("learning_rate", "lora_rank", "lora_alpha", "max_train_steps")  # options that each expert may have of its own
 
@@ -62,16 +69,18 @@ class ExpertOptions:
             given = next((name for name in OWN if getattr(self, f"{side}_{name}") is not None), None)
             if given and side not in map(_side, names):
                 raise UserError(f"--{side}_{given} would be ignored: no {side}-noise expert is trained")
-        return [
-            Role(expert, self._options_of(expert), alone=not several)
-            for expert in family.experts
-            if expert.name in names
-        ]
+        if len(names) == 1 and self.expert_phase_steps != ExpertOptions.expert_phase_steps:
+            raise UserError("--expert_phase_steps would be ignored: it is for training both experts")
+        trained = (expert for expert in family.experts if expert.name in names)
+        return [Role(expert, self._options_of(expert), alone=not several) for expert in trained]
 
     def _options_of(self, expert: Expert) -> Self:
         """The options as they are for one expert: with its own values where it has any."""
         own = {name: getattr(self, f"{_side(expert.name)}_{name}", None) for name in OWN}
-        return replace(self, **{name: value for name, value in own.items() if value is not None})
+        changes = {name: value for name, value in own.items() if value is not None}
+        if "max_train_steps" in changes:
+            changes["epochs"] = 0  # the length of the other expert's training
+        return replace(self, **changes)
 
 
 def _side(name: str) -> str:
@@ -95,7 +104,7 @@ class Role(Generic[T]):
     @property
     def trainable(self) -> str:
         """The name that tells its files from those of another."""
-        return "lora" if self.alone else self.name
+        return LORA if self.alone else self.name
 
     @property
     def phase(self) -> str:
@@ -123,14 +132,14 @@ class Experts:
         self._further: Mapping[str, Sequence[Chosen]] = {}
         self._undo = ExitStack()  # of those that act on the active expert
         for model in models.values():
-            _move(model, device, trained=True)
+            for parameter in _tensors(model, trained=True):
+                parameter.data = parameter.data.to(device)
 
     def activate(self, name: str) -> None:
-        """Brings an expert's base weights to the device, after those of the other have left it."""
+        """Brings an expert's base weights to the device, and those of the other to the CPU."""
         if name != self.active:
             self._undo.close()
-            _move(self.models[self.active], torch.device("cpu"), trained=False)
-            _move(self.models[name], self.device, trained=False)
+            _exchange(self.models[self.active], self.models[name], self.device)
             self.active = name
             self._act()
 
@@ -174,17 +183,49 @@ class Experts:
         return make_predict(self.models[name])(latents, timestep, cond)
 
 
-def _move(model: nn.Module, device: torch.device, trained: bool) -> None:
-    """Moves the parameters that are trained, or all others, with the buffers."""
-    for parameter in model.parameters():
-        if parameter.requires_grad == trained:
-            parameter.data = parameter.data.to(device)
-    for buffer in () if trained else model.buffers():
-        buffer.data = buffer.data.to(device)
+def _exchange(leaving: nn.Module, coming: nn.Module, device: torch.device) -> None:
+    """Moves the base weights of one model to the CPU and those of another to the device, in turns.
+
+    Of both models together neither ever holds more than the weights of one, and a tensor.
+    """
+    for old, new in zip_longest(_tensors(leaving, trained=False), _tensors(coming, trained=False)):
+        if old is not None:
+            old.data = old.data.to(CPU)
+        if new is not None:
+            new.data = new.data.to(device)
+
+
+def _tensors(model: nn.Module, trained: bool) -> list[Tensor]:
+    """The parameters that are trained, or all others, with the buffers."""
+    parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad == trained]
+    return parameters if trained else [*parameters, *model.buffers()]
+
+
+def plan_experts(roles: Sequence[Role[Opts]], files: ModelFiles) -> dict[str, AdapterPlan]:
+    """What is done to each transformer, tried on models without weights: those in training get an adapter.
+
+    What of --fuse_lora is not used as it is in its file is reported. Raises UserError as `plan_adapter` does, and where
+    --fuse_lora is for none of those in training.
+    """
+    opts, names = {role.name: role.opts for role in roles}, list(files.transformers)
+    plans = {}
+    for name in names:
+        layout = build_transformer(files.transformers[name])
+        plan = plan_adapter if name in opts else plan_fusion
+        plans[name] = plan(opts.get(name, roles[0].opts), layout, name, names)
+    if roles[0].opts.fuse_lora is not None:
+        bare = [name for name, plan in plans.items() if plan.fusion is None]
+        if set(opts) <= set(bare):
+            raise UserError(f"--fuse_lora {roles[0].opts.fuse_lora} is not for the {' and '.join(opts)} expert")
+        for name in bare:
+            say(f"no --fuse_lora for the {name} expert: it stays as it is")
+    for note in dict.fromkeys(note for plan in plans.values() for note in plan.notes):
+        say(note)
+    return plans
 
 
 def load_experts(
-    roles: Sequence[Role[T]],
+    roles: Sequence[Role[Opts]],
     plans: Mapping[str, AdapterPlan],
     files: ModelFiles,
     memory: Memory,
@@ -193,32 +234,37 @@ def load_experts(
 ) -> tuple[Experts, dict[str, LoraAdapter]]:
     """The transformers, and the adapters of those in training, both by name. The first is on the device.
 
-    One that is not trained is loaded `with_others`: it serves previews, where it answers as it is.
+    One that is not trained is loaded `with_others`: it serves previews, where it answers without an adapter. Raises
+    UserError where main memory is too small for those that wait in it.
     """
     models: dict[str, WanModel] = {}
     adapters: dict[str, LoraAdapter] = {}
     trained = [role.name for role in roles]
     for name, transformer in files.transformers.items():
-        where = torch.device("cpu") if models else device
-        place = cast_to(compute_dtype(device), where)
+        if name not in trained and not with_others:
+            continue
+        model, where = build_transformer(transformer), CPU if models else device
+        if where != device:
+            _check_room(model, name, device)
+        plans[name].widen(model)
+        # Each tensor goes through `place` when it is read: it is cast to the compute dtype, and a fused LoRA is added.
+        # This way memory never holds a second copy of the weights.
+        place = plans[name].place(cast_to(compute_dtype(device), where))
+        models[name] = load_weights(model, transformer, place, _progress)
         if name in trained:
-            adapters[name] = _load_trained(transformer, plans[name], memory, place)
-            models[name] = adapters[name].model
-        elif with_others:
-            models[name] = load_weights(build_transformer(transformer), transformer, place, _progress)
+            adapters[name] = prepare(model, memory, plans[name].attach)
     return Experts(models, files.family.boundaries, device), adapters
 
 
-def _load_trained(files: TransformerFiles, plan: AdapterPlan, memory: Memory, place: Place) -> LoraAdapter:
-    """A frozen transformer with the adapter that is trained on it.
-
-    Each tensor goes through `place` when it is read: it is cast to the compute dtype, and a fused LoRA is added. This
-    way memory never holds a second copy of the weights.
-    """
-    model = build_transformer(files)
-    plan.widen(model)
-    load_weights(model, files, plan.place(place), _progress)
-    return prepare(model, memory, plan.attach)
+def _check_room(model: WanModel, name: str, device: torch.device) -> None:
+    """Raises UserError where the weights of a model do not fit into what is free of main memory."""
+    needed = sum(parameter.numel() for parameter in model.parameters()) * compute_dtype(device).itemsize
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"the {name} expert waits in main memory while the other is trained: it takes {readable_size(needed)}, and "
+            f"{readable_size(free)} are free\ntrain one at a time: --expert high, then --expert low, without previews"
+        )
 
 
 def _progress(names: Sequence[str]) -> Iterable[str]:

@@ -34,9 +34,12 @@ class Optimization:
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: no clipping", minimum=0)
 
     def check_length(self) -> None:
-        """Raises UserError for two lengths of the run, and for a warm-up that is as long as the run."""
+        """Raises UserError for two lengths of the run."""
         if self.epochs and self.max_train_steps != Optimization.max_train_steps:
             raise UserError("--epochs and --max_train_steps both say how long to train: give one of them")
+
+    def check_warmup(self) -> None:
+        """Raises UserError for a warm-up that is as long as the run. Epochs are not known to be so many steps yet."""
         if not self.epochs and self.lr_warmup_steps >= self.max_train_steps:
             raise UserError(f"--lr_warmup_steps {self.lr_warmup_steps} must be below the {self.max_train_steps} steps")
 
@@ -83,7 +86,7 @@ def learning_rate_factor(step: int, spec: OptimizerSpec) -> float:
         return (step + 1) / (spec.warmup_steps + 1)
     if spec.schedule == "constant":
         return 1.0
-    progress = (step - spec.warmup_steps) / max(1, spec.total_steps - spec.warmup_steps)
+    progress = min((step - spec.warmup_steps) / max(1, spec.total_steps - spec.warmup_steps), 1.0)
     return 1 - progress if spec.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 

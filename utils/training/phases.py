@@ -29,7 +29,7 @@ class Phase:
     `speaking` opens a span in which one adapter of the model answers. It must hold forward and backward together: a
     checkpointed block runs again in the backward pass, and must meet the adapter that its forward met. Inside,
     `predict` is the model's answer and `loss` maps a batch to a scalar. `step` clips, updates, and moves schedule and
-    average. `sigmas` are the noise levels to validate at. Metrics appear under `name`.
+    average; `taken` counts these updates. `sigmas` are the noise levels to validate at. Metrics appear under `name`.
 
     Ordinary training is one phase. Two experts are two phases that take turns; a student and its critic are two that
     share a step.
@@ -40,6 +40,7 @@ class Phase:
     predict: Predict[Cond]
     loss: Callable[[Batch], Tensor]
     step: Callable[[], Update]
+    taken: Callable[[], int]
     sigmas: Sequence[float]
 
     def validate(self, clips: Iterable[Batch], seed: int) -> Losses:
@@ -61,25 +62,22 @@ class Schedule:
         """The steps of the run."""
         return sum(self.steps)
 
-    def due(self, step: int) -> Sequence[Phase]:
-        """The phases of the step that follows so many steps."""
-        return (self.phases[in_turn(step, self.steps, self.turn)],)
+    def due(self) -> Sequence[Phase]:
+        """The phases of the next step."""
+        taken = [phase.taken() for phase in self.phases]
+        return (self.phases[in_turn(taken, self.steps, self.turn)],)
 
     def updates_before(self, step: int) -> int:
         """The number of phases in all of the steps before this one."""
         return step
 
 
-def in_turn(step: int, steps: Sequence[int], turn: int) -> int:
-    """Whose turn the step after so many is: 0, 1, ... again and again, `turn` steps each.
+def in_turn(taken: Sequence[int], steps: Sequence[int], turn: int) -> int:
+    """Whose turn it is where each has `taken` so many of its own `steps`: 0, 1, ... again and again, `turn` steps each.
 
-    Who has taken its own number of `steps` is left out. After the last step of all it is the last one's turn still.
+    Who has taken all of its steps is left out. An unfinished turn is finished first. Turns are counted from what each
+    has taken, so that a run whose options have changed still gives each its own number.
     """
-    left, last = list(steps), 0
-    while any(left):
-        for index in range(len(left)):
-            taken = min(turn, left[index])
-            if step < taken:
-                return index
-            step, left[index], last = step - taken, left[index] - taken, index if taken else last
-    return last
+    left = [index for index, (count, total) in enumerate(zip(taken, steps, strict=True)) if count < total]
+    unfinished = [index for index in left if taken[index] % turn]
+    return unfinished[0] if unfinished else min(left, key=lambda index: (taken[index] // turn, index))

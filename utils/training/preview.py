@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.common.errors import UserError
+from utils.common.formatting import counted
 from utils.common.options import option
 from utils.common.tensors import map_tensors
 from utils.diffusion.flow import Predict, seeded_noise
@@ -40,9 +41,9 @@ class Previews:
     sample_steps: int = option(
         20, "sampling steps of a preview", minimum=1, requires="sample_prompts", affects_training=False
     )
-    sample_guidance: float | None = option(
-        None,
-        "guidance of previews (default: the model's; 1 with --distill_cfg)",
+    sample_guidance: tuple[float, ...] = option(
+        (),
+        "guidance of previews; two: of the high and the low expert (default: the model's; 1 with --distill_cfg)",
         minimum=0,
         requires="sample_prompts",
         affects_training=False,
@@ -80,11 +81,16 @@ class Previews:
             check_pictures(paths, family, "--sample_images")
         return sets * count if len(sets) == 1 else sets
 
-    def preview_sampler(self, family: Family, distilled: bool) -> Sampler:
-        """As the family is sampled; without guidance where a LoRA has it distilled into it. Options override both."""
-        usual = (1.0,) if distilled else family.guidance
-        guidance = usual if self.sample_guidance is None else (self.sample_guidance,)
-        return Sampler("unipc", self.sample_steps, guidance, family.shift, family.boundaries)
+    def preview_sampler(self, family: Family, size: tuple[int, int], distilled: bool) -> Sampler:
+        """As the family is sampled at this (width, height); without guidance where a LoRA has it distilled into it.
+
+        Options override both. Raises UserError for another number of guidances than experts.
+        """
+        guidance = self.sample_guidance or ((1.0,) if distilled else family.guidance)
+        if len(guidance) not in (1, len(family.experts)):
+            count = counted(len(family.experts), "expert")
+            raise UserError(f"--sample_guidance has {len(guidance)} values, but the model {count}")
+        return Sampler("unipc", self.sample_steps, guidance, family.shift_at(*size), family.boundaries)
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,11 @@ def quantiles(low: float, high: float) -> tuple[float, ...]:
 def hold_share(clips: Sequence[Batch], share: float) -> list[Batch]:
     """The clips with this share of them, evenly spread, given their first latent frame; unchanged without such frames.
 
-    The mode of each clip is the same in every validation, and in every run with as many clips.
+    The mode of each clip is the same in every validation, and in every run with as many clips. A single clip is shown
+    in both modes where samples have both.
     """
+    if len(clips) == 1 and 0 < share < 1 and clips[0].cond.first is not None:
+        clips = [*clips] * 2
     modes = [int((index + 1) * share) > int(index * share) for index in range(len(clips))]
     return [
         clip if clip.cond.first is None else replace(clip, cond=replace(clip.cond, held=torch.tensor([mode])))

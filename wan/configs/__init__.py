@@ -46,13 +46,14 @@ _WAN21_I2V = replace(
     given_as="channels",
     clip="models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
     steps=40,
+    small_shift=3.0,
     negative_prompt="negative_i2v.txt",
 )
 
 FAMILIES: Mapping[str, Family] = {
     "wan2.1-t2v-1.3B": _WAN21_T2V,
     "wan2.1-t2v-14B": replace(_WAN21_T2V, shape=_14B),
-    "wan2.1-i2v-14B-480P": replace(_WAN21_I2V, shift=3.0),
+    "wan2.1-i2v-14B-480P": _WAN21_I2V,
     "wan2.1-i2v-14B-720P": replace(_WAN21_I2V, size=(1280, 720)),
     "wan2.1-flf2v-14B-720P": replace(
         _WAN21_I2V,
@@ -61,6 +62,7 @@ FAMILIES: Mapping[str, Family] = {
         given=(0, -1),
         steps=50,
         shift=16.0,
+        small_shift=None,
         size=(1280, 720),
         negative_prompt="negative_flf2v.txt",
     ),

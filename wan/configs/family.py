@@ -6,6 +6,8 @@ from pathlib import PurePosixPath
 from wan.configs.grid import Grid
 from wan.modules.model import WanShape
 
+SMALL_AREA = 832 * 480  # pixels
+
 
 @dataclass(frozen=True)
 class Expert:
@@ -36,6 +38,7 @@ class Family:
     negative_prompt: str  # file in embeddings/
     given: tuple[int, ...] = ()  # the frames of a clip that the model is given: 0 is the first, -1 the last
     given_as: str = ""  # "channels": encoded in extra input channels; "latents": they replace noisy latents
+    small_shift: float | None = None  # for videos of 832x480 pixels or fewer, where these have another shift
     clip: str = ""  # file of the vision encoder that the model reads given frames through; none for most
 
     @property
@@ -57,6 +60,11 @@ class Family:
     def boundaries(self) -> tuple[float, ...]:
         """The noise levels at and above which an expert answers, for all but the last; none for a single one."""
         return tuple(expert.sigmas[0] for expert in self.experts[:-1])
+
+    def shift_at(self, width: int, height: int) -> float:
+        """The shift that a video of this size is sampled with."""
+        is_small = self.small_shift is not None and width * height <= SMALL_AREA
+        return self.small_shift if is_small and self.small_shift is not None else self.shift
 
     @property
     def grid(self) -> Grid:

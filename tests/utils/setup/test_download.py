@@ -1,6 +1,7 @@
 """Downloading a model: listed first, only what is needed, and nothing twice. A function stands in for the hub."""
 
 import inspect
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from huggingface_hub.errors import DryRunError, HFValidationError, LocalEntryNot
 from utils.common.errors import UserError
 from utils.common.formatting import readable_size
 from utils.setup.download import download_model, suggest_download
-from wan.checkpoints import CheckpointError, find_model
+from wan.checkpoints import CheckpointError, find_family, find_model
+from wan.configs import named_family
 
 NAME = "Wan-AI/Wan2.1-T2V-1.3B"
 FILES = {
@@ -44,14 +46,14 @@ class Planned:
 class Hub:
     """Stands in for `snapshot_download`; writes a small file for each that it would fetch."""
 
-    def __init__(self, files: dict[str, int | None] = FILES) -> None:
-        self.files = files
+    def __init__(self, files: dict[str, int | None] = FILES, name: str = NAME, config: str = "") -> None:
+        self.files, self.name, self.config = files, name, config
         self.fetched: list[str] = []
         self.dry_runs = 0
         self.folders: set[Path] = set()
 
     def __call__(self, name: str, *, local_dir: Path, allow_patterns: list[str], dry_run: bool = False):
-        assert name == NAME
+        assert name == self.name
         self.folders.add(local_dir)
         chosen = [file for file in self.files if any(fnmatch(file, pattern) for pattern in allow_patterns)]
         absent = [file for file in chosen if not (local_dir / file).exists()]
@@ -60,7 +62,7 @@ class Hub:
             return [Planned(file, self.files[file], file in absent) for file in chosen]
         for file in absent:
             (local_dir / file).parent.mkdir(parents=True, exist_ok=True)
-            (local_dir / file).write_text(CONFIG if file == "config.json" else file)
+            (local_dir / file).write_text((self.config or CONFIG) if file.endswith("config.json") else file)
         self.fetched += absent
         return str(local_dir)
 
@@ -98,6 +100,34 @@ def test_only_what_training_needs_is_fetched_into_models(use):
     assert folder == Path("models") / NAME and hub.folders == {folder}
     assert sorted(hub.fetched) == sorted(NEEDED)
     assert (folder / "google" / "umt5-xxl" / "tokenizer.json").exists()
+
+
+CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+SHARDS = ("diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model.safetensors.index.json")
+EXPERTS = ("high_noise_model", "low_noise_model")
+TEXT = ("models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json", "google/umt5-xxl/spiece.model")
+ONE = ("config.json", *SHARDS)
+TWO = tuple(f"{expert}/{file}" for expert in EXPERTS for file in ONE)
+RELEASES = {  # what is needed of each besides the text encoder; task and input channels
+    "Wan-AI/Wan2.1-T2V-14B": ((*ONE, "Wan2.1_VAE.pth"), "t2v", 16),
+    "Wan-AI/Wan2.1-I2V-14B-480P": ((*ONE, "Wan2.1_VAE.pth", CLIP), "i2v", 36),
+    "Wan-AI/Wan2.1-I2V-14B-720P": ((*ONE, "Wan2.1_VAE.pth", CLIP), "i2v", 36),
+    "Wan-AI/Wan2.1-FLF2V-14B-720P": ((*ONE, "Wan2.1_VAE.pth", CLIP), "flf2v", 36),
+    "Wan-AI/Wan2.2-TI2V-5B": ((*ONE, "Wan2.2_VAE.pth"), "ti2v", 48),
+    "Wan-AI/Wan2.2-T2V-A14B": ((*TWO, "Wan2.1_VAE.pth"), "t2v", 16),
+    "Wan-AI/Wan2.2-I2V-A14B": ((*TWO, "Wan2.1_VAE.pth"), "i2v", 36),
+}
+UNREAD = ("README.md", "configuration.json", "examples/i2v_input.JPG", "xlm-roberta-large/tokenizer.json", "nohup.out")
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_of_every_release_just_what_training_needs_is_fetched(use, name):
+    files, task, in_dim = RELEASES[name]
+    config = json.dumps({"model_type": task, "in_dim": in_dim, "dim": named_family(name).shape.dim})
+    hub = use(Hub(dict.fromkeys((*files, *TEXT, *UNREAD), 1), name, config))
+    folder = download_model(name)
+    assert sorted(hub.fetched) == sorted((*files, *TEXT))
+    assert find_family(folder) is find_family(name) is named_family(name)
 
 
 def test_shards_and_their_index_are_fetched_too(use):

@@ -1,0 +1,181 @@
+"""Figures that the documents compute are those that the code and the lists of released tensors give."""
+
+import math
+import re
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.documents import ROOT, read
+from tests.manifests import load_manifest
+from utils.adapters.lora import select_modules
+from utils.data.buckets import bucket_size, count_tokens, max_frames
+from utils.diffusion.flow import unshift_sigma
+from utils.encoding.latent_cache import cached_bytes
+from utils.training.phases import TrainingOptions
+from wan.configs import FAMILIES, Family
+from wan.modules.model import WanModel, is_fp32
+from wan.text2video import part_at
+from wan.utils.fm_solvers import make_solver
+
+README = ROOT / "README.md"
+LISTS = {
+    "wan2.1-t2v-1.3B": "wan2.1_t2v_1.3b",
+    "wan2.1-t2v-14B": "wan2.1_t2v_14b",
+    "wan2.1-i2v-14B-480P": "wan2.1_i2v_14b_480p",
+    "wan2.1-flf2v-14B-720P": "wan2.1_flf2v_14b_720p",
+    "wan2.2-ti2v-5B": "wan2.2_ti2v_5b",
+    "wan2.2-t2v-A14B": "wan2.2_t2v_a14b_high_noise",
+    "wan2.2-i2v-A14B": "wan2.2_i2v_a14b_high_noise",
+}
+PAGES = {
+    "wan21_t2v": ("wan2.1-t2v-1.3B", "wan2.1-t2v-14B"),
+    "wan21_i2v": ("wan2.1-i2v-14B-480P",),
+    "wan21_flf2v": ("wan2.1-flf2v-14B-720P",),
+    "wan22_ti2v_5b": ("wan2.2-ti2v-5B",),
+    "wan22_t2v_a14b": ("wan2.2-t2v-A14B",),
+    "wan22_i2v_a14b": ("wan2.2-i2v-A14B",),
+}
+COLUMNS = ("wan2.1-t2v-1.3B", "wan2.2-ti2v-5B", "wan2.1-t2v-14B", "wan2.1-i2v-14B-480P")  # of the README's tables
+TOKENIZER = 21_458_111  # bytes, as the hub lists its files
+PAGE_NAMES = pytest.mark.parametrize("page", PAGES)
+
+
+def row(path: Path, beginning: str) -> list[str]:
+    """The cells of the only row of a document's tables that begins so."""
+    (line,) = (line for line in read(path).splitlines() if line.startswith(f"| {beginning}"))
+    return [cell.strip() for cell in line.strip("|").split(" | ")]
+
+
+def in_gb(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count < 1e11 else f"{count / 1e9:.0f} GB"
+
+
+@cache
+def count(tensors: str) -> int:
+    return sum(map(math.prod, load_manifest(tensors).values()))
+
+
+def stored(name: str) -> int:
+    """The bytes of a transformer in GPU memory."""
+    tensors = load_manifest(LISTS[name]).items()
+    return sum(math.prod(shape) * (4 if is_fp32(tensor) else 2) for tensor, shape in tensors)
+
+
+def encoders(family: Family) -> int:
+    """The bytes of the VAE in fp32, and of the vision encoder where there is one."""
+    vae = count("wan2.2_vae" if family.vae == "Wan2.2_VAE.pth" else "wan2.1_vae")
+    seen = {name: shape for name, shape in load_manifest("clip_xlm_roberta_vit_h_14").items() if "visual." in name}
+    unread = ("visual.transformer.31.", "visual.post_norm", "visual.head")
+    vision = sum(math.prod(shape) for name, shape in seen.items() if not name.startswith(unread))
+    return 4 * (vae + (vision if family.clip else 0))
+
+
+def download(name: str) -> int:
+    family, clip = FAMILIES[name], count("clip_xlm_roberta_vit_h_14")
+    vae = count("wan2.2_vae" if family.vae == "Wan2.2_VAE.pth" else "wan2.1_vae")
+    weights = count(LISTS[name]) * len(family.experts) + vae + (clip if family.clip else 0)
+    return 4 * weights + 2 * count("t5_umt5_xxl_enc") + TOKENIZER
+
+
+@cache
+def lora(name: str) -> int:
+    """The numbers in a LoRA of rank 32 on attention, of one transformer."""
+    with torch.device("meta"):
+        model = WanModel(FAMILIES[name].shape)
+    layers = (model.get_submodule(layer) for layer in select_modules(model, ["attn"]))
+    return sum(32 * (layer.in_features + layer.out_features) for layer in layers)
+
+
+def kept(name: str, tokens: int) -> str:
+    """What checkpointing keeps: the residual stream, fp32, at each block."""
+    shape = FAMILIES[name].shape
+    return in_gb(4 * tokens * shape.dim * shape.num_layers)
+
+
+# -------------------------------------------------------------------------------------------------------------- sizes
+
+
+@PAGE_NAMES
+def test_a_page_states_the_sizes_of_its_model(page):
+    path, names = ROOT / "docs" / f"{page}.md", PAGES[page]
+    experts = len(FAMILIES[names[0]].experts)
+    assert row(path, "download")[1:] == [in_gb(download(name)) for name in names]
+    weights = row(path, "transformer in GPU" if experts == 1 else "one expert in GPU")
+    assert weights[1:] == [in_gb(stored(name)) for name in names]
+    assert experts == 1 or row(path, "the other in main memory")[1:] == weights[1:]
+    adapter = row(path, "LoRA of rank 32" if experts == 1 else "two LoRAs of rank 32")
+    assert adapter[1:] == [in_gb(16 * experts * lora(name)) for name in names]
+    checkpointed = row(path, "kept by")
+    tokens = [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) tokens", checkpointed[0])]
+    assert checkpointed[1:] == ["; ".join(kept(name, number) for number in tokens) for name in names]
+    assert row(path, "VAE")[1:] == [in_gb(encoders(FAMILIES[name])) for name in names]
+
+
+def test_the_readme_states_the_sizes_of_the_models():
+    sizes = [1 + (frames - 1) // 4 for frames in (21, 81)]
+    assert row(README, "transformer: bf16")[1:] == [in_gb(stored(name)) for name in COLUMNS]
+    assert row(README, "VAE and vision")[1:] == [in_gb(encoders(FAMILIES[name])) for name in COLUMNS]
+    assert row(README, "LoRA of rank 32")[1:] == [in_gb(16 * lora(name)) for name in COLUMNS]
+    for beginning, latent_frames in zip(("block inputs kept", "the same for 81 frames"), sizes, strict=True):
+        tokens = [count_tokens(832, 480, 1, FAMILIES[name].grid) * latent_frames for name in COLUMNS]
+        assert row(README, beginning)[1:] == [kept(*pair) for pair in zip(COLUMNS, tokens, strict=True)]
+    downloads = [in_gb(download(name)) for name in COLUMNS]
+    downloads[2] += f"; {in_gb(download('wan2.2-t2v-A14B'))}"
+    assert row(README, "model files to download")[1:] == downloads
+
+
+def cached(name: str) -> str:
+    """What the cache keeps of a clip of 832x480 with 21 and with 81 frames."""
+    family, unmasked = FAMILIES[name], SimpleNamespace(mask=None)
+    sizes = []
+    for frames in (21, 81):
+        tokens = count_tokens(832, 480, frames, family.grid)
+        window = SimpleNamespace(tokens=tokens, frames=frames, grid=family.grid, source=unmasked)
+        sizes.append(f"{cached_bytes([window], family, has_control=False) / 1e6:.1f} MB")
+    return "; ".join(sizes)
+
+
+def test_the_readme_states_the_sizes_of_what_is_written():
+    assert row(README, "a LoRA file of rank 32")[1:] == [f"{4 * lora(name) / 1e6:.0f} MB" for name in COLUMNS]
+    states = [12 * lora(name) / 1e6 for name in COLUMNS]
+    shown = [f"{state:.0f} MB" if state < 1000 else f"{state / 1e3:.2f} GB" for state in states]
+    shown[2] += f"; {2 * states[2] / 1e3:.2f} GB"
+    assert row(README, "the state to resume from")[1:] == shown
+    assert row(README, "a clip's cached latents")[1:] == [cached(name) for name in COLUMNS]
+    below = " ".join(read(README).split())
+    assert f"I2V-A14B takes {cached('wan2.2-i2v-A14B')}, and one of FLF2V {cached('wan2.1-flf2v-14B-720P')}." in below
+
+
+def test_the_page_of_the_5b_states_its_tokens():
+    page, grid = ROOT / "docs" / "wan22_ti2v_5b.md", FAMILIES["wan2.2-ti2v-5B"].grid
+    for base_res in (624, 832, 960):
+        width, height = bucket_size(1920, 1080, base_res, grid)
+        cells = row(page, f"{width}x{height} (`--base_res {base_res}`")[1:]
+        tokens = count_tokens(width, height, 1, grid), count_tokens(width, height, 121, grid)
+        assert cells == [f"{tokens[0]}", f"{max_frames(width, height, 10_000, grid)}", f"{tokens[1]:,} tokens"]
+
+
+# ------------------------------------------------------------------------------------------------------------ experts
+
+
+@pytest.mark.parametrize("name, page", [("wan2.2-t2v-A14B", "wan22_t2v_a14b"), ("wan2.2-i2v-A14B", "wan22_i2v_a14b")])
+def test_the_samplers_of_comfyui_change_where_the_experts_do(name, page):
+    family = FAMILIES[name]
+    timesteps = make_solver("unipc", family.steps, family.shift, torch.device("cpu")).timesteps
+    steps = sum(part_at(family.boundaries, timestep[None]) == 0 for timestep in timesteps)
+    high, low = row(ROOT / "docs" / f"{page}.md", "KSampler (Advanced)")[1:]
+    for cell, guidance in ((high, family.guidance[0]), (low, family.guidance[1])):
+        assert f"`steps` {family.steps}, `cfg` {guidance}," in cell
+    assert f"`end_at_step` {steps}," in high and f"`start_at_step` {steps}," in low
+    assert row(ROOT / "docs" / f"{page}.md", "ModelSamplingSD3")[1:] == [f"`shift` {family.shift}"] * 2
+
+
+def test_the_page_of_the_experts_states_their_shares_of_the_noise_levels():
+    shift, page = TrainingOptions.shift, read(ROOT / "docs" / "wan22_t2v_a14b.md")
+    shares = [1 - unshift_sigma(FAMILIES[name].boundaries[0], shift) for name in ("wan2.2-t2v-A14B", "wan2.2-i2v-A14B")]
+    high, low = (f"{100 * share:.0f} %" for share in shares)
+    assert f"With `--shift {shift:g}`, the default, {high} of all levels" in page and f"and\n{low} for I2V" in page
