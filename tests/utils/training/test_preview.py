@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.encoders import encoders_of, family_encoders
 from tests.media import image
@@ -12,6 +13,7 @@ from utils.data.loading import Clip
 from utils.encoding.conditioning import Batch, Cond, collate, to_pixels
 from utils.encoding.pictures import load_pictures
 from utils.media.controls import ControlSignal
+from utils.media.frames import save_image
 from utils.training.preview import Preview, Previews, Scenes, make_requests, read_prompts
 from wan.configs import FAMILIES, Family
 from wan.text2video import Sampler
@@ -122,13 +124,20 @@ def test_previews_start_from_the_frames_of_the_clips_whatever_validation_holds(f
     assert torch.equal(request.cond.text, text(1)[None]) and request.noise.shape == clip.latents.shape
 
 
+def noisy(folder: Path, seed: int) -> Path:
+    """A picture unlike that of another seed."""
+    pixels = torch.randint(0, 256, (64, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    save_image(folder / f"{seed}.png", Image.fromarray(pixels.numpy()))
+    return folder / f"{seed}.png"
+
+
 @pytest.mark.parametrize("control", [None, ControlSignal("tile")])
 @GIVEN
 def test_pictures_take_the_place_of_the_clips_frames_and_a_control_stays(tmp_path, family, control):
     encoders, clip = family_encoders(family, control), family_clip(family, control)
-    paths = [image(tmp_path / f"{place}.png", None, (96, 64)) for place in family.given]
-    scenes = Scenes((64, 32, 5), [clip] if control else [], [paths])
-    (request,) = make_requests([("fox", text(1))], scenes, 0, encoders)
+    others, paths = ([noisy(tmp_path, 10 * n + place) for place in family.given] for n in (1, 2))
+    scenes = Scenes((64, 32, 5), [clip] if control else [], [others, paths])
+    _, request = make_requests([("hare", text(2)), ("fox", text(1))], scenes, 0, encoders)
     expected = encoders.condition(text(1), load_pictures(paths, family, 64, 32), 5)
     if control is not None:
         followed = clip.cond.channels[0, -family.out_dim :]
@@ -137,6 +146,8 @@ def test_pictures_take_the_place_of_the_clips_frames_and_a_control_stays(tmp_pat
     batched = Cond(**{name: part if part is None else part[None] for name, part in vars(expected).items()})
     assert same(request.cond, batched)
     assert (request.control is None) == (control is None)
+    if control is not None:
+        assert torch.equal(request.control, to_pixels(encoders.vae.decode(followed[None])[0]))
 
 
 def test_a_preview_of_the_5b_shows_the_first_frame_that_it_is_given():
