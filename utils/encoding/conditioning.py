@@ -265,15 +265,15 @@ def make_predict(model: WanModel) -> Predict[Cond]:
 def _predict(model: WanModel, latents: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
     """A control is zeros where a model that reads one is given none, and left out where a model reads none.
 
-    Raises ValueError for any other number of channels than the model reads.
+    Raises ValueError for any other number of channels than the base model reads, with or without a control.
     """
-    num_channels = latents.shape[1]
+    own, control, reads = model.shape.in_dim, latents.shape[1], model.patch_embedding.weight.shape[1]
     if cond.first is not None:
         latents, timestep = hold_first(latents, cond.first, cond.held), timestep_rows(timestep, cond.held)
     if cond.channels is not None:
         latents = torch.cat([latents, cond.channels.to(latents.dtype)], dim=1)
-    reads, absent = model.patch_embedding.weight.shape[1], model.patch_embedding.weight.shape[1] - latents.shape[1]
-    if absent not in (0, num_channels, -num_channels):
-        raise ValueError(f"the model reads {reads} input channels, and is given {latents.shape[1]}")
-    latents = F.pad(latents, (0, 0, 0, 0, 0, 0, 0, absent)) if absent > 0 else latents[:, :reads]
+    given = latents.shape[1]
+    if given not in (own, own + control):
+        raise ValueError(f"the model reads {own} input channels, and is given {given}")
+    latents = F.pad(latents, (0, 0, 0, 0, 0, 0, 0, reads - given)) if reads > given else latents[:, :reads]
     return model(latents, timestep, cond.text, cond.image)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.encoders import encoders_of
-from tests.tiny import TINY_SHAPE, tiny_transformer, tiny_vae
+from tests.tiny import TINY_SHAPE, tiny_shape, tiny_transformer, tiny_vae
 from utils.adapters.lora import widen_patch_embedding
 from utils.data.loading import Clip
 from utils.encoding.conditioning import (
@@ -23,6 +23,7 @@ from utils.encoding.conditioning import (
     to_unit_range,
 )
 from utils.media.controls import tile
+from wan.configs import FAMILIES
 from wan.modules.vae import WanVAE
 
 WIDTH = TINY_SHAPE.text_dim
@@ -208,3 +209,18 @@ def test_control_channels_follow_the_latents_and_absent_ones_are_zeros():
     absent = predict(batch.latents, timestep, Cond(batch.cond.text))
     assert torch.equal(absent, predict(batch.latents, timestep, zeros))
     assert not torch.allclose(absent, controlled)
+
+
+def test_a_control_is_left_out_where_a_model_reads_none():
+    predict, timestep = make_predict(tiny_transformer()), torch.tensor([500.0])
+    batch = collate([make_encoded(0, 3, control=True)])
+    without = predict(batch.latents, timestep, Cond(batch.cond.text))
+    assert torch.equal(predict(batch.latents, timestep, batch.cond), without)
+
+
+@pytest.mark.parametrize("channels", [None, torch.zeros(1, 4, 2, 4, 6), torch.zeros(1, 16, 2, 4, 6)])
+def test_given_frames_that_are_lost_on_their_way_are_an_error_and_never_zeros(channels):
+    i2v = FAMILIES["wan2.2-i2v-A14B"]
+    predict, batch = make_predict(tiny_transformer(tiny_shape(i2v))), collate([make_encoded(0, 3)])
+    with pytest.raises(ValueError, match="the model reads 36 input channels, and is given"):
+        predict(batch.latents, torch.tensor([500.0]), replace(batch.cond, channels=channels))

@@ -235,6 +235,7 @@ def test_half_of_the_samples_are_given_their_first_frame_unless_a_share_is_set()
         (0.5, False, I2V, "--i2v_probability has no effect: this model is always given its frames"),
         (0.0, False, T2V, "--i2v_probability has no effect: this model is given no frames"),
         (None, True, T2V, "--load_first_frame has no effect: this model is given no frames"),
+        (0.0, True, TI2V, "--load_first_frame has no effect with --i2v_probability 0"),
     ],
 )
 def test_an_option_of_given_frames_without_effect_is_refused(share, reads_first, family, message):

@@ -106,6 +106,25 @@ def test_a_state_past_the_steps_of_the_run_is_refused(tmp_path):
         check_resume_compatible(state, Optimization(), FACTS.data, allowed=True, steps={"lora": 1})
 
 
+def test_a_state_of_other_trainables_or_with_more_steps_of_one_is_refused(tmp_path):
+    learner = small_learner(("high_noise", "low_noise"))
+    for _ in range(3):
+        learner.begin_step()
+        for parameter in learner.trainables["high_noise"].adapter.parameters.values():
+            parameter.grad = torch.ones_like(parameter)
+        learner.update("high_noise", max_grad_norm=1.0)
+    path = tmp_path / "run" / "checkpoints" / "state-00000003.safetensors"
+    path.parent.mkdir(parents=True)
+    write_state(path, learner.state_dict(), FACTS, METRICS)
+    state = read_state(path)
+    assert state.steps_taken == {"high_noise": 3, "low_noise": 0}
+    check_resume_compatible(state, Optimization(), FACTS.data, True, {"high_noise": 3, "low_noise": 1})
+    with pytest.raises(UserError, match="is of step 3, past the 2 steps of the high_noise of this run"):
+        check_resume_compatible(state, Optimization(), FACTS.data, True, {"high_noise": 2, "low_noise": 9})
+    with pytest.raises(UserError, match="holds high_noise, low_noise, this run trains high_noise: see --expert"):
+        check_resume_compatible(state, Optimization(), FACTS.data, True, {"high_noise": 9})
+
+
 def test_every_flipped_bit_is_found(tmp_path):
     path = saved(tmp_path)
     whole = path.read_bytes()

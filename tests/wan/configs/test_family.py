@@ -75,3 +75,11 @@ def test_every_row_is_found_again_by_its_config_and_name(name):
 )
 def test_a_checkpoint_of_another_kind_belongs_to_no_row(task, in_dim, transformers):
     assert match_family(task, in_dim, 1536, transformers) is None
+
+
+def test_small_videos_from_pictures_have_a_shift_of_their_own_whatever_release_makes_them():
+    for release in ("wan2.1-i2v-14B-480P", "wan2.1-i2v-14B-720P"):
+        shifts = [FAMILIES[release].shift_at(*size) for size in ((832, 480), (480, 832), (848, 480), (1280, 720))]
+        assert shifts == [3.0, 3.0, 5.0, 5.0]
+    assert {FAMILIES["wan2.1-flf2v-14B-720P"].shift_at(*size) for size in ((832, 480), (1280, 720))} == {16.0}
+    assert FAMILY.shift_at(832, 480) == 5.0
