@@ -329,7 +329,7 @@ def test_epochs_and_most_frames_decide_how_long_runs_and_samples_are(checkout, r
     del flags[at : at + 2]
     limits = "--epochs 1 --max_frames 4".split()
     said = run(TRAIN, *flags, "--output_dir", case.output("epoch"), *limits, cwd=checkout).stdout
-    assert "x5" in said and "x9" not in said
+    assert "80x48x5" in said and "80x48x9" not in said
     assert lora_files(case.run("epoch"), case.family, 5 * len(case.family.experts))[-1].exists()
 
 
@@ -338,4 +338,5 @@ def test_the_share_of_given_first_frames_decides_what_the_5b_learns(checkout):
     for share in ("0", "1"):
         case.train(f"share{share}", *SHORT, "--i2v_probability", share)
     never, always = (scalars(case.run(f"share{share}")) for share in "01")
-    assert never["val/loss"][0] != always["val/loss"][0] and never["train/loss"][1] != always["train/loss"][1]
+    assert never["val/loss"][0] != always["val/loss"][0]
+    assert never["train/loss"] != always["train/loss"]  # of steps with a picture alone both are equal
