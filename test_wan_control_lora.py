@@ -184,7 +184,7 @@ def complete(opts: Options, first: LoraFile, family: Family) -> Request:
             f"--guidance has {len(guidance)} values, but the model {counted(len(family.experts), 'expert')}"
         )
     negative: str | Path | None = opts.negative_embedding or opts.negative_prompt
-    width, height = opts.width or width, opts.height or height
+    width, height = fill_in_side(opts.width, opts.height, (width, height), family.grid)
     shift, steps = opts.shift or family.shift_at(width, height), opts.steps or family.steps
     request = Request(
         text=opts.embedding or opts.prompt or "",
@@ -200,6 +200,15 @@ def complete(opts: Options, first: LoraFile, family: Family) -> Request:
     )
     check_request(request, family.grid, info)
     return request
+
+
+def fill_in_side(width: int | None, height: int | None, usual: tuple[int, int], grid: Grid) -> tuple[int, int]:
+    """(width, height): those that are given, else the usual ones; one that is given alone keeps the usual shape."""
+    if width and not height:
+        return width, max(round(width * usual[1] / usual[0] / grid.side), 1) * grid.side
+    if height and not width:
+        return max(round(height * usual[0] / usual[1] / grid.side), 1) * grid.side, height
+    return width or usual[0], height or usual[1]
 
 
 def check_given(pictures: Sequence[Path], first: LoraFile, family: Family) -> None:

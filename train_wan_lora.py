@@ -49,6 +49,7 @@ from utils.encoding.conditioning import (
     replace_text,
 )
 from utils.encoding.latent_cache import format_cache_size
+from utils.encoding.pictures import needed_flags
 from utils.encoding.samples import Caches, LatentEncoding, Samples, open_samples
 from utils.encoding.sampling import further_loras
 from utils.encoding.text import TextEncoding, Texts, encode_texts, negative_prompt_file, shipped_prompts
@@ -136,6 +137,7 @@ class Session:
     validation: list[Batch]
     preview: Preview | None
     further: Mapping[str, Sequence[Chosen]]  # LoRAs that act beside those in training in previews
+    needed: str  # the flags that the test script needs to show this model
 
     def watched(self, device: torch.device) -> Iterator[Batch]:
         """The validation clips, one after another on the device."""
@@ -231,7 +233,9 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     trainables = [Trainable(r.trainable, adapters[r.name], r.opts.optimizer, opts.ema_decay) for r in roles]
     learner = Learner(trainables)
     phases = [make_phase(role, adapters[role.name], experts, learner, texts) for role in roles]
-    schedule = Schedule(phases, [role.opts.max_train_steps for role in roles], opts.expert_phase_steps)
+    schedule = Schedule(
+        [[phase] for phase in phases], [role.opts.max_train_steps for role in roles], opts.expert_phase_steps
+    )
     steps_per_epoch = plan.steps_per_epoch(opts.gradient_accumulation)
     say(f"\n{format_plan(plan, steps_per_epoch, schedule.total_steps)} on {describe(device)}")
     distilled = f", guidance {1 + opts.distill_cfg:g} distilled" if opts.distill_cfg else ""
@@ -250,7 +254,8 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     validation = [samples.load_batch([window]).to(CPU) for window in clips]
     preview = open_preview(opts, files.family, texts, samples, plan, validation) if previews else None
     validation = hold_share(validation, opts.held_share)
-    return Session(learner, schedule, experts, samples, plan, steps_per_epoch, validation, preview, further)
+    needed = needed_flags(files.family, opts.control_signal)
+    return Session(learner, schedule, experts, samples, plan, steps_per_epoch, validation, preview, further, needed)
 
 
 def open_preview(
@@ -260,6 +265,8 @@ def open_preview(
     # Previews have the size of the largest clip, or of those that they follow. Without validation clips they follow the
     # largest sample of the first epoch.
     images, size = opts.preview_images(family), largest_window(full_length_windows(plan.sources, plan.limits))
+    if images and family.given_as == "latents" and size.frames == 1:
+        raise UserError("--sample_images has no effect: previews of one frame have no first frame that could be given")
     if not (opts.control_lora or (family.given and opts.held_share and not images)):
         validation = []
     elif not validation:
@@ -316,7 +323,9 @@ def train(opts: Options, device: torch.device, session: Session, run: Run) -> No
 
             if last:
                 files = " ".join(map(str, run.last_saved_files))
-                metrics.say(f"look at it: python test_wan_control_lora.py --lora_path {files} --prompt ...")
+                metrics.say(
+                    f"look at it: python test_wan_control_lora.py --lora_path {files}{session.needed} --prompt ..."
+                )
                 return
             take_step(opts, session, run, stream, stop)
 

@@ -136,7 +136,7 @@ def test_a_mistaken_call_of_the_test_script_is_reported(work, capsys, arguments,
 
 
 def test_all_bad_files_are_reported_together_before_a_model_loads(work, capsys, monkeypatch):
-    monkeypatch.setattr(train_wan_lora, "build_transformer", None)  # whoever calls it fails
+    monkeypatch.setattr(train_wan_lora, "plan_experts", None)  # whoever calls it fails
     (work / "clips" / "broken.mp4").write_bytes((work / "clips" / "fox.mp4").read_bytes()[:700])
     (work / "clips" / "broken.txt").write_text("broken", encoding="utf-8")
     write_video(work / "clips" / "mute.mp4", torch.zeros(9, 3, 48, 80, dtype=torch.uint8), 16)

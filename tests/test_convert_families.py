@@ -44,12 +44,16 @@ def base(shape: WanShape) -> dict[str, Tensor]:
 
 
 def trained(
-    folder: Path, family: Family, targets: tuple[str, ...] = ("all-linear",), control: bool = False
+    folder: Path,
+    family: Family,
+    targets: tuple[str, ...] = ("all-linear",),
+    control: bool = False,
+    alpha: float | None = 3.0,
 ) -> dict[str, Path]:
     """The files of a run, one for each expert."""
     files = {}
     for seed, expert in enumerate(family.experts):
-        opts = AdapterOptions(lora_rank=2, lora_alpha=3.0, lora_target=targets, control_lora=control)
+        opts = AdapterOptions(lora_rank=2, lora_alpha=alpha, lora_target=targets, control_lora=control)
         model = WanModel(small(family.shape)).requires_grad_(False)
         adapter = AdapterPlan(opts).attach(model)
         fill(list(adapter.parameters.values()), seed)
@@ -106,9 +110,16 @@ def test_comfyui_loads_every_key_of_a_familys_lora(tmp_path, family, control):
 
 
 @every_row
-@pytest.mark.parametrize(("layout", "targets"), [("comfy", ("attn", "ffn.*")), ("diffusers", ("all-linear",))])
-def test_diffusers_loads_the_lora_of_each_expert_into_its_transformer(tmp_path, family, layout, targets):
-    files = trained(tmp_path, family, targets)
+@pytest.mark.parametrize(
+    ("layout", "targets", "alpha"),
+    [
+        ("comfy", ("all-linear",), None),
+        ("comfy", ("attn", "ffn.*"), 3.0),
+        ("diffusers", ("all-linear",), 3.0),
+    ],
+)
+def test_diffusers_loads_the_lora_of_each_expert_into_its_transformer(tmp_path, family, layout, targets, alpha):
+    files = trained(tmp_path, family, targets, alpha=alpha)
     given = files if layout == "comfy" else converted(tmp_path, files, layout)
     transformers = [diffusers_transformer(small(family.shape)) for _ in files]
     before = [{name: weight.clone() for name, weight in each.state_dict().items()} for each in transformers]

@@ -30,10 +30,12 @@ class _Layout:
     down: str = "lora_A"
     up: str = "lora_B"
     metadata: Callable[[LoraFile], dict[str, str]] | None = None
+    unscaled: tuple[str, ...] = ()  # modules, by how their names begin, that get no alpha where the scale is 1
 
 
 _LAYOUTS = {
-    "comfy": _Layout(lambda name: f"diffusion_model.{name}"),
+    # diffusers reads the pairs of img_emb in this layout, but takes an alpha beside them for an unknown key.
+    "comfy": _Layout(lambda name: f"diffusion_model.{name}", unscaled=("img_emb.",)),
     "wantraining": _Layout(lambda name: name, metadata=own_metadata),
     "kohya": _Layout(lambda name: f"lora_unet_{name.replace('.', '_')}", "lora_down", "lora_up"),
     "diffusers": _Layout(lambda name: f"transformer.{diffusers_name(name)}", metadata=diffusers_metadata),
@@ -47,7 +49,8 @@ def to_state_dict(
     """The tensors, sorted by key, contiguous and on the CPU, and the metadata of a file in one of `LAYOUTS`.
 
     `dtype` casts matrices and diffs, never alphas or shapes. Where alpha is a tensor it is an fp32 scalar and always
-    there (the rank where alpha is None), because programs differ in what a missing one means. Raises LoraError for
+    there (the rank where alpha is None), because programs differ in what a missing one means. The exceptions are
+    modules whose alpha a program cannot read, where it equals the rank: that is what a missing one means everywhere. Raises LoraError for
     content that the layout cannot hold, and for numbers that are not finite after the cast.
     """
     lora = _cast(lora, dtype)
@@ -58,6 +61,8 @@ def to_state_dict(
     tensors |= {f"{row.stem(name)}.{row.up}.weight": pair.up for name, pair in lora.pairs.items()}
     if row.metadata is None:
         alphas = {name: torch.tensor(pair.effective_alpha, dtype=torch.float32) for name, pair in lora.pairs.items()}
+        unscaled = {name for name, pair in lora.pairs.items() if name.startswith(row.unscaled) and pair.scale == 1}
+        alphas = {name: alpha for name, alpha in alphas.items() if name not in unscaled}
         shapes = {name: torch.tensor(shape, dtype=torch.int64) for name, shape in lora.input_shapes.items()}
         tensors |= {f"{row.stem(name)}.alpha": alpha for name, alpha in alphas.items()}
         tensors |= {f"{row.stem(name)}.reshape_weight": shape for name, shape in shapes.items()}

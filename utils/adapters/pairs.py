@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from utils.adapters.lora_file import LoraError
+from utils.common.checkpoint_names import EXPERTS
 from utils.common.errors import UserError
 from utils.common.tensor_files import file_metadata
 
-HIGH, LOW = "high_noise", "low_noise"
+HIGH, LOW = EXPERTS
 EXPERT_KEY = "expert"  # of a LoRA file's metadata
 DEFAULT_STRENGTH = 1.0
 

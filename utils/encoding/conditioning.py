@@ -137,13 +137,18 @@ class Encoders:
     def encode(self, clip: Clip, text: Tensor) -> Encoded:
         """Encodes a clip and what the model is conditioned on; `text` (T, E) is the clip's caption."""
         video, mask = self._load(clip.pixels), None
-        cond = self.condition(text, self._given_of(clip, video), video.shape[1])
+        latents = encode_video(video, self.vae)
+        if self.family.given_as == "latents" and clip.first is None and video.shape[1] > 1:
+            # The VAE is causal: this is its own first frame, encoded alone.
+            cond = Cond(_to_device(text, self.vae.device), first=latents[:, :1].clone())
+        else:
+            cond = self.condition(text, self._given_of(clip, video), video.shape[1])
         if self.control is not None:
             control = make_control(video, self.control.kind) if clip.control is None else self._load(clip.control)
             cond = self.add_control(cond, control, video[:, :1] if self.control.keeps_first else None)
         if clip.mask is not None:
             mask = pool_mask(clip.mask.to(self.vae.device, non_blocking=True), self.vae.stride)
-        return Encoded(encode_video(video, self.vae), cond, mask)
+        return Encoded(latents, cond, mask)
 
     @torch.no_grad()
     def condition(self, text: Tensor, pictures: Mapping[int, Tensor], num_frames: int) -> Cond:

@@ -8,11 +8,20 @@ from torch import Tensor
 from utils.common.errors import UserError
 from utils.common.formatting import counted
 from utils.encoding.conditioning import to_unit_range
+from utils.media.controls import ControlSignal
 from utils.media.frames import crop_and_resize, read_frames
 from utils.media.probing import probe
 from wan.configs import Family
 
 PLACES = {0: "first frame", -1: "last frame"}
+
+
+def needed_flags(family: Family, control: ControlSignal | None) -> str:
+    """What the test script has to be given besides a LoRA of this family and a prompt, as it is typed."""
+    flags = ["--image", "--last_image"][: len(family.given)] if family.given_as == "channels" else []
+    flags += ["--input_video"] if control is not None else []
+    flags += ["--image"] if control is not None and control.keeps_first else []
+    return "".join(f" {flag} ..." for flag in flags)
 
 
 def check_pictures(paths: Sequence[Path], family: Family, option: str) -> None:

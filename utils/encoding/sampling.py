@@ -91,8 +91,10 @@ class Transformers:
     def fuse(self) -> None:
         """Adds the LoRAs to the weights, now and whenever a transformer is loaded again."""
         self._fused = True
-        if self._loaded is not None:
+        if self._loaded is not None and len(self.files.transformers) == 1:
             self._fuse(*self._loaded)
+        else:
+            self._loaded = None  # of two experts the one in memory is the low one, and the high one is asked next
 
     def predict(self, latents: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
         """The velocity at a timestep (B,), which all samples share."""

@@ -152,8 +152,9 @@ def check_resume_compatible(
         raise UserError(f"{state.path} holds {', '.join(taken)}, this run trains {', '.join(steps)}: see --expert")
     for name, count in taken.items():
         if count > steps[name]:
-            total, of = counted(steps[name], "step"), "this run" if len(steps) == 1 else f"the {name} of this run"
-            raise UserError(f"{state.path} is of step {count}, past the {total} of {of}: raise --max_train_steps")
+            whose = "this run" if name == LORA else f"the {name} expert in this run"
+            total = counted(steps[name], "step")
+            raise UserError(f"{state.path} is of step {count}, past the {total} of {whose}: raise {_length_of(name)}")
     changes = [*training_differences(state.facts.options, options), *_data_changes(state.facts.data, data)]
     if not changes:
         return
@@ -162,6 +163,12 @@ def check_resume_compatible(
     if not allowed:
         raise UserError(f"options or data differ from the saved run:\n{listed}\npass --allow_changes to resume anyway")
     say(f"resuming with changes:\n{listed}")
+
+
+def _length_of(trainable: str) -> str:
+    """The options that say how long it is trained."""
+    own = "" if trainable == LORA else f", or --{trainable.removesuffix('_noise')}_max_train_steps"
+    return f"--max_train_steps{own}"
 
 
 # ------------------------------------------------------------------------------------------------------------ the file

@@ -53,7 +53,7 @@ def check_conditions(adapter: LoraAdapter, batch: Batch, sigma: float, given: Se
     with adapter.speaking():
         unread = _that_do_not_matter(gradient, batch.cond, {"control": _without_control(batch)})
     if unread:
-        raise UserError("the control does not reach the LoRA: is the control of the first clip empty?")
+        raise UserError("the control does not reach the LoRA: is the control of the longest clip empty?")
 
 
 def _that_do_not_matter(answer: Callable[[Cond], Tensor], cond: Cond, without: Mapping[str, Cond]) -> list[str]:

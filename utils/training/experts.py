@@ -69,10 +69,17 @@ class ExpertOptions:
             given = next((name for name in OWN if getattr(self, f"{side}_{name}") is not None), None)
             if given and side not in map(_side, names):
                 raise UserError(f"--{side}_{given} would be ignored: no {side}-noise expert is trained")
+        for name in OWN:
+            if several and getattr(self, name) != getattr(type(self), name) and self._each_has(name, names):
+                raise UserError(f"--{name} would be ignored: each expert has a value of its own")
         if len(names) == 1 and self.expert_phase_steps != ExpertOptions.expert_phase_steps:
             raise UserError("--expert_phase_steps would be ignored: it is for training both experts")
         trained = (expert for expert in family.experts if expert.name in names)
         return [Role(expert, self._options_of(expert), alone=not several) for expert in trained]
+
+    def _each_has(self, name: str, experts: Sequence[str]) -> bool:
+        """Whether each of these experts has its own value of an option."""
+        return all(getattr(self, f"{_side(expert)}_{name}") is not None for expert in experts)
 
     def _options_of(self, expert: Expert) -> Self:
         """The options as they are for one expert: with its own values where it has any."""
@@ -186,7 +193,7 @@ class Experts:
 def _exchange(leaving: nn.Module, coming: nn.Module, device: torch.device) -> None:
     """Moves the base weights of one model to the CPU and those of another to the device, in turns.
 
-    Of both models together neither ever holds more than the weights of one, and a tensor.
+    Neither the CPU nor the device ever holds more than the weights of one model and one tensor.
     """
     for old, new in zip_longest(_tensors(leaving, trained=False), _tensors(coming, trained=False)):
         if old is not None:
@@ -262,7 +269,7 @@ def _check_room(model: WanModel, name: str, device: torch.device) -> None:
     free = psutil.virtual_memory().available
     if needed > free:
         raise UserError(
-            f"the {name} expert waits in main memory while the other is trained: it takes {readable_size(needed)}, and "
+            f"one of the two experts is in main memory at any time: {name} takes {readable_size(needed)}, and "
             f"{readable_size(free)} are free\ntrain one at a time: --expert high, then --expert low, without previews"
         )
 

@@ -24,8 +24,8 @@ _FROM_OPTIONS = ("params", "lr", "initial_lr", "weight_decay")
 class Optimization:
     """optimization"""
 
-    max_train_steps: int = option(1000, "optimizer steps", minimum=1)
-    epochs: int = option(0, "train N epochs instead of --max_train_steps; 0: off", minimum=0)
+    max_train_steps: int = option(1000, "optimizer steps; with two experts, of each", minimum=1)
+    epochs: int = option(0, "train N epochs instead of --max_train_steps; with two experts, each; 0: off", minimum=0)
     learning_rate: float = option(1e-5, "base learning rate", minimum=0)
     lr_scheduler: str = option("constant", "learning rate schedule after the warm-up", choices=SCHEDULES)
     lr_warmup_steps: int = option(0, "steps over which the learning rate rises linearly to its base value", minimum=0)

@@ -51,11 +51,19 @@ class Phase:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which phases a step of the run has: one, in turns of `turn` steps, until each has taken its own number."""
+    """Which phases each step has: those of whose turn it is, `length` steps in a row, until each has taken its own.
 
-    phases: Sequence[Phase]
-    steps: Sequence[int]  # of each phase
-    turn: int = 1
+    Ordinary training has one turn of one phase, two experts have two. All turns have as many phases.
+    """
+
+    turns: Sequence[Sequence[Phase]]
+    steps: Sequence[int]  # of each turn, in all
+    length: int = 1
+
+    @property
+    def phases(self) -> list[Phase]:
+        """The phases of all turns."""
+        return [phase for phases in self.turns for phase in phases]
 
     @property
     def total_steps(self) -> int:
@@ -63,21 +71,21 @@ class Schedule:
         return sum(self.steps)
 
     def due(self) -> Sequence[Phase]:
-        """The phases of the next step."""
-        taken = [phase.taken() for phase in self.phases]
-        return (self.phases[in_turn(taken, self.steps, self.turn)],)
+        """The phases of the next step, all of which belong to it."""
+        taken = [phases[0].taken() for phases in self.turns]
+        return self.turns[in_turn(taken, self.steps, self.length)]
 
     def updates_before(self, step: int) -> int:
         """The number of phases in all of the steps before this one."""
-        return step
+        return step * len(self.turns[0])
 
 
-def in_turn(taken: Sequence[int], steps: Sequence[int], turn: int) -> int:
-    """Whose turn it is where each has `taken` so many of its own `steps`: 0, 1, ... again and again, `turn` steps each.
+def in_turn(taken: Sequence[int], steps: Sequence[int], length: int) -> int:
+    """Whose turn it is where each has `taken` so many of its own `steps`: 0, 1, ... again and again, `length` each.
 
     Who has taken all of its steps is left out. An unfinished turn is finished first. Turns are counted from what each
     has taken, so that a run whose options have changed still gives each its own number.
     """
     left = [index for index, (count, total) in enumerate(zip(taken, steps, strict=True)) if count < total]
-    unfinished = [index for index in left if taken[index] % turn]
-    return unfinished[0] if unfinished else min(left, key=lambda index: (taken[index] // turn, index))
+    unfinished = [index for index in left if taken[index] % length]
+    return unfinished[0] if unfinished else min(left, key=lambda index: (taken[index] // length, index))

@@ -144,7 +144,7 @@ def test_a_control_whose_columns_do_not_reach_the_lora_fails(family):
 def test_a_control_of_zeros_fails():
     batch = make_batch(T2V, control=True)
     empty = replace(batch, cond=replace(batch.cond, channels=torch.zeros_like(batch.cond.channels)))
-    with pytest.raises(UserError, match="is the control of the first clip empty"):
+    with pytest.raises(UserError, match="is the control of the longest clip empty"):
         check_conditions(make_adapter(T2V, control=True), empty, 0.5, T2V.given, True)
 
 

@@ -140,8 +140,8 @@ def test_an_expert_is_validated_at_its_own_noise_levels_with_its_own_lora():
 
 def make_schedule(steps: tuple[int, ...], turn: int, taken: dict[str, int]) -> Schedule:
     """Phases named by letters, which have taken so many steps."""
-    phases = [Phase(letter, None, None, None, None, partial(taken.__getitem__, letter), ()) for letter in taken]
-    return Schedule(phases, steps, turn)
+    turns = [[Phase(letter, None, None, None, None, partial(taken.__getitem__, letter), ())] for letter in taken]
+    return Schedule(turns, steps, turn)
 
 
 def turns(steps: tuple[int, ...], turn: int, taken: tuple[int, ...] = (0, 0)) -> str:
@@ -201,3 +201,11 @@ def test_a_step_of_experts_is_one_update_so_that_batches_are_counted_by_steps():
     schedule = make_schedule((5, 3), 2, {"h": 0, "l": 0})
     assert schedule.total_steps == 8
     assert [schedule.updates_before(step) for step in range(9)] == list(range(9))
+
+
+def test_two_phases_of_one_turn_share_every_step():
+    taken = {"critic": 3, "student": 3}
+    both = [Phase(name, None, None, None, None, partial(taken.__getitem__, name), ()) for name in taken]
+    schedule = Schedule([both], (5,))
+    assert [phase.name for phase in schedule.due()] == ["critic", "student"] and schedule.phases == both
+    assert schedule.total_steps == 5 and schedule.updates_before(3) == 6
