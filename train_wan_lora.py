@@ -174,7 +174,7 @@ def open_data(opts: Options, folders: list[Folder], family: Family) -> Dataset:
     data = open_dataset(folders, limits, family.fps, opts.cache_dir, opts.skip_bad_files)
     if family.given_as == "channels" and data.num_images:
         images = counted(data.num_images, "image")
-        say(f"{images} of one frame, which this model is given: it sees the answer, so they teach little")
+        say(f"{images}: this model is given the first frame, so of an image it sees the answer")
     say(format_cache_size(data, limits, family, opts.control_lora))
     return data
 

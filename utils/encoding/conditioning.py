@@ -2,7 +2,7 @@
 
     Clip --encode_clip--> Encoded --collate--> Batch --predict--> velocity
 
-The only file that knows how families differ in what the model reads besides noisy latents and text.
+How families differ in what their models read besides noisy latents and text is decided here.
 
 Shape letters: B batch, C latent channels, K extra input channels, F H W latent frames, height and width,
 T text tokens, E text width, V vision tokens, I vision width. Of one sample instead of a batch there is no B.

@@ -54,7 +54,7 @@ def residual_blocks(dim: int, out_dim: int, count: int) -> list[nn.Module]:
 
 
 class DownStage(Causal, nn.Module):
-    """Residual blocks and a halving; `halve_time` says whether time is halved too, None that nothing is.
+    """Residual blocks and a halving; `halve_time` says whether time is halved too. None: nothing is halved.
 
     The shortcut is the mean of each 2x2 positions. Where time is halved, two frames become twice the channels, which is
     the width of the next stage; the first frame of a video follows a frame of zeros.
