@@ -50,8 +50,8 @@ def to_state_dict(
 
     `dtype` casts matrices and diffs, never alphas or shapes. Where alpha is a tensor it is an fp32 scalar and always
     there (the rank where alpha is None), because programs differ in what a missing one means. The exceptions are
-    modules whose alpha a program cannot read, where it equals the rank: that is what a missing one means everywhere. Raises LoraError for
-    content that the layout cannot hold, and for numbers that are not finite after the cast.
+    modules whose alpha a program cannot read, where it equals the rank: that is what a missing one means everywhere.
+    Raises LoraError for content that the layout cannot hold, and for numbers that are not finite after the cast.
     """
     lora = _cast(lora, dtype)
     _refuse_what_does_not_fit(lora, layout)
