@@ -35,7 +35,7 @@ from utils.common.signals import Stop, stop_on_signals
 from utils.common.temp_rng import MAX_SEED
 from utils.data.dataset import DataOptions, Dataset, open_dataset
 from utils.data.folders import Folder, Rules, check_paired_files, resolve_folders
-from utils.data.plan import Plan, full_length_windows, largest_window, make_plan, validation_windows
+from utils.data.plan import Plan, Window, full_length_windows, largest_window, make_plan, validation_windows
 from utils.data.tables import format_plan
 from utils.diffusion.flow import sample_noisy
 from utils.diffusion.objectives import guided_target, squared_error
@@ -208,7 +208,8 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     # not cost the minutes of loading. Nor should the VAE of another release.
     roles = find_roles(opts, files.family)
     plans = plan_experts(roles, files)
-    opts.preview_images(files.family)
+    size = largest_window(full_length_windows(plan.sources, plan.limits))
+    opts.preview_images(files.family, size.frames)
     further = further_loras(opts.also_lora, files)
     check_vae(files)
 
@@ -252,21 +253,19 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
 
     clips = tqdm(watched, "encoding validation clips", leave=False)
     validation = [samples.load_batch([window]).to(CPU) for window in clips]
-    preview = open_preview(opts, files.family, texts, samples, plan, validation) if previews else None
+    preview = open_preview(opts, files.family, texts, samples, plan, size, validation) if previews else None
     validation = hold_share(validation, opts.held_share)
     needed = needed_flags(files.family, opts.control_signal)
     return Session(learner, schedule, experts, samples, plan, steps_per_epoch, validation, preview, further, needed)
 
 
 def open_preview(
-    opts: Options, family: Family, texts: Texts, samples: Samples, plan: Plan, validation: list[Batch]
+    opts: Options, family: Family, texts: Texts, samples: Samples, plan: Plan, size: Window, validation: list[Batch]
 ) -> Preview:
     """What previews show: prompts, and for some models the controls and the given frames of validation clips."""
-    # Previews have the size of the largest clip, or of those that they follow. Without validation clips they follow the
-    # largest sample of the first epoch.
-    images, size = opts.preview_images(family), largest_window(full_length_windows(plan.sources, plan.limits))
-    if images and family.given_as == "latents" and size.frames == 1:
-        raise UserError("--sample_images has no effect: previews of one frame have no first frame that could be given")
+    # Previews have the `size` of the largest clip, or of those that they follow. Without validation clips they follow
+    # the largest sample of the first epoch.
+    images = opts.preview_images(family, size.frames)
     if not (opts.control_lora or (family.given and opts.held_share and not images)):
         validation = []
     elif not validation:

@@ -14,6 +14,7 @@ from diffusers import WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import test_wan_control_lora
 from tests.checkout import ROOT, run, write_checkout
 from tests.peers import diffusers_transformer
 from tests.tiny import TINY_SHAPE, write_clips, write_model
@@ -22,6 +23,7 @@ from utils.adapters.lora_file import delta
 from utils.adapters.lora_reader import read_lora
 from utils.media.probing import probe
 from wan.checkpoints import load_transformer, open_model
+from wan.configs import Grid
 from wan.names import diffusers_name
 
 REAL_CLIPS = ROOT.parent / "shared" / "real_clips"
@@ -169,3 +171,11 @@ def test_a_control_lora_is_trained_converted_and_followed(work, tmp_path):
     said = run("test_wan_control_lora.py", *follow, *sizes, cwd=work).stdout
     assert "control | without the LoRA | with the LoRA" in said
     assert probe(next((tmp_path / "samples").glob("*.mp4"))).width == 3 * 96
+
+
+def test_a_side_that_is_given_alone_keeps_the_usual_shape():
+    usual, grid = (832, 480), Grid(frame=4, side=16)
+    sizes = [(None, None), (416, None), (None, 240), (96, 64)]
+    found = [test_wan_control_lora.fill_in_side(*size, usual, grid) for size in sizes]
+    assert found == [(832, 480), (416, 240), (416, 240), (96, 64)]
+    assert test_wan_control_lora.fill_in_side(96, None, (480, 832), grid) == (96, 160)

@@ -68,8 +68,8 @@ class Previews:
         """The prompts of previews, none by default. Raises UserError as `read_prompts` does."""
         return [] if self.sample_prompts is None else read_prompts(self.sample_prompts)
 
-    def preview_images(self, family: Family) -> list[list[Path]]:
-        """The pictures that each preview starts from, or none.
+    def preview_images(self, family: Family, num_frames: int) -> list[list[Path]]:
+        """The pictures that each preview of so many frames starts from, or none.
 
         Raises UserError for another number of entries than prompts, and where one is not what the family is given.
         """
@@ -79,6 +79,8 @@ class Previews:
         sets = [[Path(name.strip()) for name in entry.split(",")] for entry in given]
         for paths in sets:
             check_pictures(paths, family, "--sample_images")
+        if sets and family.given_as == "latents" and num_frames == 1:
+            raise UserError("--sample_images has no effect: in previews of one frame there is no first one to be given")
         return sets * count if len(sets) == 1 else sets
 
     def preview_sampler(self, family: Family, size: tuple[int, int], distilled: bool) -> Sampler:

@@ -17,7 +17,7 @@ from utils.data.loading import load_clip
 from utils.data.plan import Limits, Window, middle_window
 from utils.data.scan import scan
 from utils.encoding.conditioning import Cond, Encoders
-from utils.encoding.pictures import check_pictures, load_picture, load_pictures
+from utils.encoding.pictures import check_pictures, load_picture, load_pictures, needed_flags
 from utils.media.controls import ControlSignal
 from utils.media.frames import read_frames, save_image, write_video
 from utils.media.probing import MediaError
@@ -162,3 +162,15 @@ def test_a_picture_that_cannot_be_read_is_refused(tmp_path):
     check_pictures([image(tmp_path / "b.png", None)], I2V, "--image")
     with pytest.raises(MediaError, match=r"a\.png"):
         check_pictures([tmp_path / "a.png"], I2V, "--image")
+
+
+def test_the_flags_that_the_test_script_needs_are_named():
+    names = "wan2.1-t2v-1.3B", "wan2.2-ti2v-5B", "wan2.2-i2v-A14B", "wan2.1-flf2v-14B-720P"
+    assert [needed_flags(FAMILIES[name], None) for name in names] == [
+        "",
+        "",
+        " --image ...",
+        " --image ... --last_image ...",
+    ]
+    assert needed_flags(FAMILIES[names[2]], ControlSignal("tile")) == " --image ... --input_video ..."
+    assert needed_flags(FAMILIES[names[0]], ControlSignal("tile", keeps_first=True)) == " --input_video ... --image ..."

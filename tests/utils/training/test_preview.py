@@ -165,10 +165,10 @@ def test_previews_have_a_set_of_pictures_each_or_one_for_all(tmp_path):
     a, b = (str(image(tmp_path / f"{name}.png", None)) for name in "ab")
     (tmp_path / "two.txt").write_text("a fox\na hare")
     two = tmp_path / "two.txt"
-    assert previews(prompts=two).preview_images(I2V) == []
-    assert previews(a, prompts=two).preview_images(I2V) == [[Path(a)]] * 2
-    assert previews(a, b, prompts=two).preview_images(TI2V) == [[Path(a)], [Path(b)]]
-    assert previews(f"{a}, {b}", prompts=two).preview_images(FLF2V) == [[Path(a), Path(b)]] * 2
+    assert previews(prompts=two).preview_images(I2V, 5) == []
+    assert previews(a, prompts=two).preview_images(I2V, 5) == [[Path(a)]] * 2
+    assert previews(a, b, prompts=two).preview_images(TI2V, 5) == [[Path(a)], [Path(b)]]
+    assert previews(f"{a}, {b}", prompts=two).preview_images(FLF2V, 5) == [[Path(a), Path(b)]] * 2
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_pictures_that_no_preview_could_start_from_are_refused(tmp_path, entries
     (tmp_path / "two.txt").write_text("a fox\na hare")
     files = [",".join(f"{tmp_path}/{name}.png" for name in entry.split(",")) for entry in entries]
     with pytest.raises(UserError, match=message):
-        previews(*files, prompts=tmp_path / "two.txt").preview_images(family)
+        previews(*files, prompts=tmp_path / "two.txt").preview_images(family, 5)
 
 
 def test_previews_are_sampled_as_their_family_is_unless_options_say_otherwise():
