@@ -7,6 +7,7 @@ WAN_TEST_CLIPS names a folder of others, every story is told with those too.
 import shutil
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,19 +82,23 @@ class Case:
 
     @property
     def flags(self) -> list[str]:
-        """The options of every run."""
+        """The options of every run but its length."""
         base = ["--dataset", self.clips, "--pretrained_model_name_or_path", self.release]
         caches = ["--cache_dir", f"caches/{self.release}-{self.clips}"]
-        steps = self.last // len(self.family.experts)
-        length = f"--max_train_steps {steps} --val_samples 1 --val_steps {PHASE}"
-        return [*base, *SMALL, *caches, *length.split(), *turns(self.family, PHASE)]
+        return [*base, *SMALL, *caches, *f"--val_samples 1 --val_steps {PHASE}".split()]
+
+    @property
+    def length(self) -> list[str]:
+        """The options of a run's length, where experts take turns of PHASE steps."""
+        return ["--max_train_steps", str(self.last // len(self.family.experts)), *turns(self.family, PHASE)]
 
     def output(self, name: str) -> Path:
         return self.checkout / "runs" / f"{self.release}-{self.clips}" / name
 
-    def train(self, name: str, *more: str) -> str:
+    def train(self, name: str, *more: str, length: Sequence[str] | None = None) -> str:
         """What a run printed."""
-        result = run(TRAIN, *self.flags, "--output_dir", self.output(name), *more, cwd=self.checkout)
+        length = self.length if length is None else length
+        result = run(TRAIN, *self.flags, *length, "--output_dir", self.output(name), *more, cwd=self.checkout)
         return result.stdout + result.stderr
 
     def run(self, name: str) -> Path:
@@ -164,7 +169,7 @@ def newest_state(folder: Path) -> int:
 def kill_after(story: Case, step: int, *more: str) -> None:
     """Starts or resumes the run that is killed, and kills it once it has saved this step, inside the same phase."""
     folder = story.output("killed")
-    process = start(TRAIN, *story.flags, "--output_dir", folder, *more, cwd=story.checkout)
+    process = start(TRAIN, *story.flags, *story.length, "--output_dir", folder, *more, cwd=story.checkout)
     while process.poll() is None and newest_state(folder) < step:
         time.sleep(0.002)
     process.kill()
@@ -288,7 +293,7 @@ def test_a_start_picture_is_cached_and_given_instead_of_the_first_frame(checkout
 
 def test_one_expert_is_trained_alone_and_previewed_and_sampled_beside_the_base_of_the_other(checkout):
     case = Case(checkout, "wan2.2-t2v-A14B")
-    case.train("high", *PREVIEW, "--max_train_steps", "3", "--expert", "high")
+    case.train("high", *PREVIEW, "--expert", "high", length=["--max_train_steps", "3"])
     run_folder = case.run("high")
     names = sorted(path.name for path in (run_folder / "checkpoints").glob("wan-lora*"))
     assert names == ["wan-lora_high_noise-00000003.safetensors"]
@@ -302,7 +307,7 @@ def test_one_expert_is_trained_alone_and_previewed_and_sampled_beside_the_base_o
 def test_options_of_one_expert_are_its_own(checkout):
     case = Case(checkout, "wan2.2-i2v-A14B")
     own = "--low_lora_rank 2 --low_lora_alpha 3 --low_learning_rate 2e-3 --low_max_train_steps 3".split()
-    case.train("low", "--boundary_type", "low", *own)
+    case.train("low", "--boundary_type", "low", *own, length=[])
     (file,) = (case.run("low") / "checkpoints").glob("wan-lora*")
     assert file.name == "wan-lora_low_noise-00000003.safetensors"
     assert (metadata_of(file)["rank"], metadata_of(file)["alpha"]) == ("2", "3")
@@ -314,7 +319,7 @@ def test_options_of_one_expert_are_its_own(checkout):
 def test_experts_with_unequal_steps_take_turns_until_both_are_done(checkout):
     case = Case(checkout, "wan2.2-t2v-A14B")
     unequal = "--high_max_train_steps 5 --low_max_train_steps 2 --expert_phase_steps 2".split()
-    case.train("unequal", *unequal)
+    case.train("unequal", length=unequal)
     tags = scalars(case.run("unequal"))
     assert list(tags["high_noise/loss"]) == [1, 2, 5, 6, 7] and list(tags["low_noise/loss"]) == [3, 4]
     assert all(file.exists() for file in lora_files(case.run("unequal"), case.family, 7))
@@ -324,7 +329,7 @@ def test_experts_with_unequal_steps_take_turns_until_both_are_done(checkout):
 def test_epochs_and_most_frames_decide_how_long_runs_and_samples_are(checkout, release):
     case = Case(checkout, release, "short")
     shutil.copytree(checkout / MADE, checkout / "short", dirs_exist_ok=True)
-    flags = list(case.flags)
+    flags = [*case.flags, *case.length]
     at = flags.index("--max_train_steps")
     del flags[at : at + 2]
     limits = "--epochs 1 --max_frames 4".split()
