@@ -69,17 +69,10 @@ class ExpertOptions:
             given = next((name for name in OWN if getattr(self, f"{side}_{name}") is not None), None)
             if given and side not in map(_side, names):
                 raise UserError(f"--{side}_{given} would be ignored: no {side}-noise expert is trained")
-        for name in OWN:
-            if several and getattr(self, name) != getattr(type(self), name) and self._each_has(name, names):
-                raise UserError(f"--{name} would be ignored: each expert has a value of its own")
         if len(names) == 1 and self.expert_phase_steps != ExpertOptions.expert_phase_steps:
             raise UserError("--expert_phase_steps would be ignored: it is for training both experts")
         trained = (expert for expert in family.experts if expert.name in names)
         return [Role(expert, self._options_of(expert), alone=not several) for expert in trained]
-
-    def _each_has(self, name: str, experts: Sequence[str]) -> bool:
-        """Whether each of these experts has its own value of an option."""
-        return all(getattr(self, f"{_side(expert)}_{name}") is not None for expert in experts)
 
     def _options_of(self, expert: Expert) -> Self:
         """The options as they are for one expert: with its own values where it has any."""

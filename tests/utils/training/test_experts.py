@@ -106,13 +106,6 @@ def test_steps_of_its_own_take_the_place_of_epochs_for_one_expert():
     assert (high.epochs, high.max_train_steps, low.epochs) == (0, 3, 2)
 
 
-def test_a_value_that_each_expert_replaces_is_an_error():
-    own = "--high_max_train_steps 3 --low_max_train_steps 2"
-    with pytest.raises(UserError, match="--max_train_steps would be ignored: each expert has a value of its own"):
-        options(f"--max_train_steps 7 {own}").roles(A14B)
-    assert len(options(own).roles(A14B)) == 2 == len(options("--max_train_steps 7 --low_max_train_steps 2").roles(A14B))
-
-
 def test_a_zero_is_a_value_of_its_own():
     high, low = (role.opts for role in options("--high_learning_rate 0").roles(A14B))
     assert (high.learning_rate, low.learning_rate) == (0, 1e-5)
