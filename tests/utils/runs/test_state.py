@@ -121,7 +121,7 @@ def test_a_state_of_other_trainables_or_with_more_steps_of_one_is_refused(tmp_pa
     check_resume_compatible(state, Optimization(), FACTS.data, True, {"high_noise": 3, "low_noise": 1})
     with pytest.raises(
         UserError,
-        match="is of step 3, of the high_noise expert in this run: raise --max_train_steps, or --high_max_train",
+        match="past the 2 steps of the high_noise expert in this run: raise --max_train_steps, or --high_max_train_steps",
     ):
         check_resume_compatible(state, Optimization(), FACTS.data, True, {"high_noise": 2, "low_noise": 9})
     with pytest.raises(UserError, match="holds high_noise, low_noise, this run trains high_noise: see --expert"):
