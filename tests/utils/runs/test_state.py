@@ -119,10 +119,8 @@ def test_a_state_of_other_trainables_or_with_more_steps_of_one_is_refused(tmp_pa
     state = read_state(path)
     assert state.steps_taken == {"high_noise": 3, "low_noise": 0}
     check_resume_compatible(state, Optimization(), FACTS.data, True, {"high_noise": 3, "low_noise": 1})
-    with pytest.raises(
-        UserError,
-        match="past the 2 steps of the high_noise expert in this run: raise --max_train_steps, or --high_max_train_steps",
-    ):
+    past = "past the 2 steps of the high_noise expert in this run: raise --max_train_steps, or --high_max_train_steps"
+    with pytest.raises(UserError, match=past):
         check_resume_compatible(state, Optimization(), FACTS.data, True, {"high_noise": 2, "low_noise": 9})
     with pytest.raises(UserError, match="holds high_noise, low_noise, this run trains high_noise: see --expert"):
         check_resume_compatible(state, Optimization(), FACTS.data, True, {"high_noise": 9})
