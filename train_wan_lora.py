@@ -157,7 +157,7 @@ def find_folders(opts: Options) -> list[Folder]:
 
 
 def find_roles(opts: Options, family: Family) -> list[Role[Options]]:
-    """The transformers that are trained, each with the options as they are for it. Most models have one."""
+    """The transformers that are trained, each with its own options. Most models have one."""
     roles = opts.roles(family)
     for role in roles:
         role.opts.check_warmup()

@@ -1,7 +1,7 @@
 """Every family of Wan by the command line: checked, cached, trained, killed, resumed, sampled and converted.
 
 A release for each way in which they differ, on a small model. Run by `make families-check`. Clips are made, and where
-WAN_TEST_CLIPS names a folder of others, every story is told with those too.
+WAN_TEST_CLIPS names a folder of others, every story is run on those too.
 """
 
 import shutil

@@ -177,7 +177,7 @@ def plan_adapter(
 
 
 def plan_fusion(opts: AdapterOptions, layout: WanModel, expert: str, experts: Sequence[str]) -> AdapterPlan:
-    """As `plan_adapter`, for a transformer that gets the LoRA of --fuse_lora alone. Leaves `layout` as it is."""
+    """As `plan_adapter`, for a transformer that gets the LoRA of --fuse_lora alone. Leaves `layout` unchanged."""
     path = opts.fuse_lora and lora_of(opts.fuse_lora, expert, experts)
     if path is None:
         return AdapterPlan(opts)

@@ -17,7 +17,7 @@ PLACES = {0: "first frame", -1: "last frame"}
 
 
 def needed_flags(family: Family, control: ControlSignal | None) -> str:
-    """What the test script has to be given besides a LoRA of this family and a prompt, as it is typed."""
+    """What the test script has to be given besides a LoRA of this family and a prompt, as typed."""
     flags = ["--image", "--last_image"][: len(family.given)] if family.given_as == "channels" else []
     flags += ["--input_video"] if control is not None else []
     flags += ["--image"] if control is not None and control.keeps_first else []

@@ -30,7 +30,7 @@ def choose_loras(
 ) -> dict[str, list[Chosen]]:
     """The LoRAs of each transformer: those of `paths`, and the `others`, each FILE or FILE:STRENGTH.
 
-    What of them is not used as it is in its file is reported. Raises UserError as `resolve_experts`,
+    What of them is not used, or not unchanged, is reported. Raises UserError as `resolve_experts`,
     `resolve_also_loras` and `fitting` do, before any weights of the model are read.
     """
     experts = list(files.transformers)

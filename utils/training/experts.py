@@ -75,7 +75,7 @@ class ExpertOptions:
         return [Role(expert, self._options_of(expert), alone=not several) for expert in trained]
 
     def _options_of(self, expert: Expert) -> Self:
-        """The options as they are for one expert: with its own values where it has any."""
+        """The options of one expert: the run's, with its own values where it has any."""
         own = {name: getattr(self, f"{_side(expert.name)}_{name}", None) for name in OWN}
         changes = {name: value for name, value in own.items() if value is not None}
         if "max_train_steps" in changes:
@@ -90,7 +90,7 @@ def _side(name: str) -> str:
 
 @dataclass(frozen=True)
 class Role(Generic[T]):
-    """One transformer in training: its row, the run's options as they are for it, and how its results are named."""
+    """One transformer in training: its row, its options, and how its results are named."""
 
     expert: Expert
     opts: T
@@ -204,7 +204,7 @@ def _tensors(model: nn.Module, trained: bool) -> list[Tensor]:
 def plan_experts(roles: Sequence[Role[Opts]], files: ModelFiles) -> dict[str, AdapterPlan]:
     """What is done to each transformer, tried on models without weights: those in training get an adapter.
 
-    What of --fuse_lora is not used as it is in its file is reported. Raises UserError as `plan_adapter` does, and where
+    What of --fuse_lora is not used, or not unchanged, is reported. Raises UserError as `plan_adapter` does, and where
     --fuse_lora is for none of those in training.
     """
     opts, names = {role.name: role.opts for role in roles}, list(files.transformers)
@@ -218,7 +218,7 @@ def plan_experts(roles: Sequence[Role[Opts]], files: ModelFiles) -> dict[str, Ad
         if set(opts) <= set(bare):
             raise UserError(f"--fuse_lora {roles[0].opts.fuse_lora} is not for the {' and '.join(opts)} expert")
         for name in bare:
-            say(f"no --fuse_lora for the {name} expert: it stays as it is")
+            say(f"no --fuse_lora for the {name} expert: it is not changed")
     for note in dict.fromkeys(note for plan in plans.values() for note in plan.notes):
         say(note)
     return plans

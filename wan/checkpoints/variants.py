@@ -43,7 +43,7 @@ _BY_CHANNELS = {
 
 @dataclass(frozen=True)
 class _Traits:
-    """What variants are told apart by, as the tensors or the config.json of a transformer tell it."""
+    """What distinguishes variants, from the tensors or the config.json of a transformer."""
 
     dim: object
     in_dim: object

@@ -286,7 +286,7 @@ def test_a_fused_pair_reaches_the_expert_that_only_serves_previews_too(files, tm
 def test_a_fused_lora_of_one_expert_leaves_the_other_as_it_is_and_says_so(files, tmp_path, capsys):
     path = fused_file(tmp_path, "style.safetensors", expert=LOW)
     _, experts, _ = load(files, f"--fuse_lora {path}", with_others=False)
-    assert "no --fuse_lora for the high_noise expert: it stays as it is" in capsys.readouterr().out
+    assert "no --fuse_lora for the high_noise expert: it is not changed" in capsys.readouterr().out
     assert change(experts.models[HIGH], 0).abs().max() == 0 < change(experts.models[LOW], 1).abs().max()
 
 
