@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from nano.probe import adherence
 from nano.sampling import generate, noise_of
-from nano.training import Stage, faster_attention, fingerprint, fit
+from nano.training import Stage, autocast, faster_attention, fingerprint, fit, training_dtype
 from nano.world import FRAMES, Scene, caption, colourless_caption, made_up_word, recoloured, render, split
 from utils.common.errors import UserError
 from utils.common.tensor_files import TensorFileError, read_tensors, write_tensors
@@ -112,7 +112,7 @@ def encode_clips(work: Path, vae: WanVAE, clips: Sequence[TrainingClip]) -> Tens
     for first in tqdm(range(0, len(clips), ENCODING_BATCH), "encoding clips"):
         numbered = enumerate(clips[first : first + ENCODING_BATCH], first)
         video = to_unit_range(torch.stack([clip.render(random.Random(f"clip {n}")) for n, clip in numbered]))
-        with torch.no_grad(), torch.autocast(vae.device.type, torch.bfloat16), faster_attention(vae.device):
+        with torch.no_grad(), autocast(vae.device), faster_attention(vae.device):
             encoded.append(vae.encode(video.to(vae.device)).cpu())
     latents = torch.cat(encoded).contiguous()
     write_tensors(path, {"latents": latents})
@@ -170,7 +170,7 @@ def train_transformer(work: Path, seed: int, vae: WanVAE, captions: CaptionEncod
     model = initialise(WanModel(SHAPE)).to(device)
     predict = make_predict(model)
     for module in model.blocks.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and training_dtype(device) == torch.bfloat16:
             module.__class__ = Bf16Linear
     prepare(model, Memory(compile=compiled), attach=lambda base: None)
 

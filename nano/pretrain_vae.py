@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nano.training import Stage, faster_attention, fingerprint, fit
+from nano.training import Stage, autocast, faster_attention, fingerprint, fit
 from nano.world import FRAMES, SIDE, doodle, recoloured, render, split
 from utils.encoding.conditioning import to_unit_range
 from utils.media.controls import tile
@@ -148,7 +148,7 @@ def evaluate(vae: WanVAE, step: int) -> str:
     video = torch.stack([to_unit_range(render(scene, rng)) for scene in withheld[:NUM_TESTED]]).to(device)
     drawn = torch.stack([to_unit_range(doodle(rng)) for _ in range(8)]).to(device)
     image = video[:, :, :1]
-    with torch.autocast(device.type, torch.bfloat16):
+    with autocast(device):
         tested = {"clips": video, "images": image, "doodles": drawn}
         figures = {name: psnr(reconstruct(vae, some).float(), some) for name, some in tested.items()}
     return ", ".join(f"{name} {value:.2f} dB" for name, value in figures.items())
@@ -196,7 +196,7 @@ def train_vae(work: Path, device: torch.device, seed: int, compiled: bool) -> Wa
         rng, pieces = random.Random(f"vae {step}"), lesson(step)
         objective = faster if pieces.steps >= MIN_STEPS_COMPILED else loss
         video = draw(pieces, rng).to(device, memory_format=torch.channels_last_3d)
-        with faster_attention(device), torch.autocast(device.type, torch.bfloat16):
+        with faster_attention(device), autocast(device):
             return objective(vae, video, rng.random() < HALVED_SHARE)
 
     average = fit(vae, vae_stage(seed), loss_at, evaluate, work)

@@ -31,6 +31,17 @@ MIN_MATRIX_SIDE = 16
 WARMUP_STEPS = 50
 
 
+def training_dtype(device: torch.device) -> torch.dtype:
+    """bf16, except on a CPU without AVX-512, where bf16 is tens of times slower than fp32."""
+    is_slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+    return torch.float32 if is_slow else torch.bfloat16
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Convolutions and matrix products in the `training_dtype`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=training_dtype(device) == torch.bfloat16)
+
+
 def orthogonalised(matrices: Tensor) -> Tensor:
     """Approximately the nearest orthogonal matrices: (N, R, C) -> the same shape, all singular values near 1.
 

@@ -3,11 +3,22 @@ import torch
 from torch import nn
 
 from nano.pretrain_vae import fold_statistics, initialise
-from nano.training import Muon, Stage, fit, is_matrix, orthogonalised
+from nano.training import Muon, Stage, autocast, fit, is_matrix, orthogonalised, training_dtype
 from tests.tiny import tiny_vae
 from utils.common.errors import UserError
 from utils.encoding.conditioning import to_unit_range
 from wan.modules.vae import WanVAE
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [("AVX512", torch.bfloat16), ("AVX2", torch.float32), ("DEFAULT", torch.float32)]
+)
+def test_a_cpu_that_is_slow_in_bf16_trains_in_fp32(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    device = torch.device("cpu")
+    with autocast(device):
+        assert training_dtype(device) == (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+    assert training_dtype(torch.device("cuda")) == torch.bfloat16
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 40), (2, 40, 16)])
