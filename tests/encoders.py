@@ -32,6 +32,6 @@ def family_vae(file: str) -> WanVAE:
 def tiny_vision() -> VisionEncoder:
     """A small vision encoder, frozen."""
     weights = tiny_clip(IMAGE_DIM)
-    encoder = VisionEncoder(vision_shape(weights))
+    encoder = VisionEncoder(vision_shape({name: tensor.shape for name, tensor in weights.items()}))
     encoder.load_official(weights)
     return encoder.eval().requires_grad_(False)

@@ -1,6 +1,7 @@
 """Prompts to embeddings, through the cache: the text encoder is loaded only if an embedding is missing."""
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -92,7 +93,7 @@ class TextEncoding:
             try:
                 cache.store(texts, encode)
             except ValueError as error:
-                raise UserError(f"{self.files.text_encoder}: {error}") from None
+                raise UserError(f"{self.files.text_encoder.path}: {error}") from None
         for text in cut:
             full = f"fills all {self.files.text_len} tokens of the model, more may be lost"
             say(f"text: a text {full}: {text[:40]!r}...")
@@ -106,11 +107,11 @@ class TextEncoding:
             if len(pair) == 2 and torch.equal(*map(cache.load, pair)):
                 same = f"{pair[0][:40]!r} and {pair[1][:40]!r} have the same embedding"
                 remedy = f"replace the file and remove {cache.folder}"
-                raise UserError(f"{same}: the text encoder {self.files.text_encoder} is damaged\n{remedy}")
+                raise UserError(f"{same}: the text encoder {self.files.text_encoder.path} is damaged\n{remedy}")
 
     @property
     def _bytes(self) -> int:
-        return self.files.text_encoder.stat().st_size
+        return sum(map(math.prod, self.files.text_encoder.shapes.values())) * self.dtype.itemsize
 
     def _choose_device(self) -> torch.device:
         """The GPU if there is one with enough free memory, else the CPU."""

@@ -6,25 +6,37 @@ vae = load_vae(files)
 """
 
 from wan.checkpoints.errors import CheckpointError, ModelNotFoundError
-from wan.checkpoints.find import LOCAL_MODELS, ModelFiles, find_family, find_model, open_model
+from wan.checkpoints.find import (
+    LOCAL_MODELS,
+    PARTS,
+    TOKENIZER,
+    ModelFiles,
+    find_family,
+    find_model,
+    named_row,
+    need_transformers,
+    open_model,
+)
 from wan.checkpoints.fingerprints import text_encoder_fingerprint, vae_fingerprint, vision_fingerprint
-from wan.checkpoints.headers import INDEX, TRANSFORMER, TransformerFiles
 from wan.checkpoints.load import (
     Place,
     Progress,
-    build_transformer,
     cast_to,
-    check_vae,
     load_text_encoder,
     load_transformer,
     load_vae,
     load_vision_encoder,
     load_weights,
 )
+from wan.checkpoints.parts import build_transformer
+from wan.checkpoints.transformer import INDEX, TRANSFORMER, TransformerFiles
+from wan.checkpoints.weights import Weights
 
 __all__ = [
     "INDEX",
     "LOCAL_MODELS",
+    "PARTS",
+    "TOKENIZER",
     "TRANSFORMER",
     "CheckpointError",
     "ModelFiles",
@@ -32,9 +44,9 @@ __all__ = [
     "Place",
     "Progress",
     "TransformerFiles",
+    "Weights",
     "build_transformer",
     "cast_to",
-    "check_vae",
     "find_family",
     "find_model",
     "load_text_encoder",
@@ -42,6 +54,8 @@ __all__ = [
     "load_vae",
     "load_vision_encoder",
     "load_weights",
+    "named_row",
+    "need_transformers",
     "open_model",
     "text_encoder_fingerprint",
     "vae_fingerprint",

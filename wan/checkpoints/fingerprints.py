@@ -5,29 +5,28 @@ from pathlib import Path
 
 import torch
 
-from wan.checkpoints.find import ModelFiles, clip_file
-from wan.checkpoints.headers import existing
+from wan.checkpoints.find import ModelFiles, clip_weights
 
 
 def text_encoder_fingerprint(files: ModelFiles, dtype: torch.dtype) -> str:
     """Equal for equal weights, tokenizer, text length and dtype. Reads up to 4 MB of the weights."""
-    return _fingerprint(f"{files.text_len} {dtype}", files.text_encoder, files.tokenizer / "tokenizer.json")
+    return _fingerprint(f"{files.text_len} {dtype}", *files.text_encoder.files, files.tokenizer / "tokenizer.json")
 
 
 def vae_fingerprint(files: ModelFiles, dtype: torch.dtype) -> str:
     """Equal for equal weights and dtype."""
-    return _fingerprint(f"{dtype}", files.vae)
+    return _fingerprint(f"{dtype}", *files.vae.files)
 
 
 def vision_fingerprint(files: ModelFiles, dtype: torch.dtype) -> str:
     """Equal for equal weights and dtype. Raises CheckpointError for a model without a vision encoder."""
-    return _fingerprint(f"{dtype}", clip_file(files))
+    return _fingerprint(f"{dtype}", *clip_weights(files).files)
 
 
 def _fingerprint(settings: str, *paths: Path) -> str:
     """Reads 64 evenly spaced windows of a large file, not all 11 GB; a fine-tuned one differs in every one."""
     digest = hashlib.sha256(settings.encode())
-    for path in map(existing, paths):
+    for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

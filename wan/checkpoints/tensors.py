@@ -1,7 +1,11 @@
-"""Weights read from files, never unpickled. The only module of wan/ that opens them."""
+"""Tensors read from files, never unpickled. The only module of wan/ that opens weights.
+
+A file is known by its content, not by its ending: safetensors, or the zip archive that torch.save writes.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -10,37 +14,139 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wan.checkpoints.errors import CheckpointError
+from wan.checkpoints.quantised import dequantise
 
 Shape = tuple[int, ...]
+Read = Callable[[str], Tensor]
+
+LONGEST_HEADER = 100 * 10**6  # bytes, of a safetensors file
+_DTYPES = {  # safetensors' names of the dtypes that a .pth file may hold
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+_FOREIGN = {  # how files begin that are something else, and what they are
+    b"GGUF": "a GGUF file, which is not read here: give the safetensors file of the same model",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself: download the file, or run git lfs pull",
+    b"<": "a web page, not the file itself: download it again",
+}
 
 
-def read_shapes(path: Path) -> dict[str, Shape]:
-    """The names and shapes of all tensors in a safetensors file, from its header alone. Raises CheckpointError."""
-    with ExitStack() as stack:
-        file = _open(stack, path, "cpu")
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its tensors, without their content."""
+
+    path: Path
+    shapes: Mapping[str, Shape]
+    dtypes: Mapping[str, str]  # by safetensors' names, such as BF16 and F8_E4M3
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor in a file, and that of its scale where it is quantised."""
+
+    path: Path
+    name: str
+    scale: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a module, and where it is: usually one part; otherwise the parts are its rows, in this order."""
+
+    shape: Shape
+    parts: tuple[Part, ...]
+
+
+def existing(path: Path) -> Path:
+    """The path of a file or folder. Raises CheckpointError if there is none."""
+    if not path.exists():
+        dangling = ": a link to a file that is gone" if path.is_symlink() else "; the layout of the model has it"
+        raise CheckpointError(f"{path} is missing{dangling}")
+    return path
+
+
+def read_header(path: Path) -> Header:
+    """The names, shapes and dtypes of all tensors in a file. Raises CheckpointError for what cannot be read."""
+    if not _is_pth(path):
+        with _open_safetensors(path, "cpu") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, safe_open is no mapping
+            shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
+            dtypes = {name: each.get_dtype() for name, each in slices.items()}
+            return Header(path, shapes, dtypes, dict(file.metadata() or {}))
+    state = _read_pth(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    dtypes = {name: _DTYPES.get(tensor.dtype, str(tensor.dtype)) for name, tensor in state.items()}
+    return Header(path, shapes, dtypes, {})
 
 
 @contextmanager
-def open_tensors(places: Mapping[str, Path], device: torch.device | str) -> Iterator[Callable[[str], Tensor]]:
-    """A function that reads one tensor by name straight to `device`; `places` says which file holds it.
+def open_file(path: Path, device: torch.device | str = "cpu") -> Iterator[Read]:
+    """A function that reads one tensor by name straight to `device`. Raises CheckpointError for what cannot be read.
 
-    Raises CheckpointError for a file that cannot be read.
+    On the CPU a tensor is a view of the file: it takes no memory until it is changed.
     """
-    with ExitStack() as stack:
-        files = {path: _open(stack, path, device) for path in dict.fromkeys(places.values())}
+    if _is_pth(path):
+        state = _read_pth(path)
+        yield lambda name: state[name].to(device)
+        return
+    with _open_safetensors(path, device) as file:
 
         def read(name: str) -> Tensor:
             try:
-                return files[places[name]].get_tensor(name)
+                return file.get_tensor(name)
             except (SafetensorError, OSError) as error:
-                raise _incomplete(places[name], error) from None
+                raise _incomplete(path, error) from None
 
         yield read
 
 
-def read_pth(path: Path) -> dict[str, Tensor]:
-    """The flat dictionary of tensors in a .pth file, memory-mapped. Raises CheckpointError for any other content."""
+@contextmanager
+def open_tensors(entries: Mapping[str, Entry], device: torch.device | str, dtype: torch.dtype) -> Iterator[Read]:
+    """A function that reads one tensor of a module by its official name straight to `device`.
+
+    What is quantised becomes values in `dtype`; everything else keeps the dtype of its file. Raises CheckpointError for
+    a file that cannot be read.
+    """
+    with ExitStack() as stack:
+        paths = {part.path for entry in entries.values() for part in entry.parts}
+        files = {path: stack.enter_context(open_file(path, device)) for path in sorted(paths)}
+
+        def read(name: str) -> Tensor:
+            entry = entries[name]
+            parts = [_read_part(files[part.path], part, dtype) for part in entry.parts]
+            tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return tensor if tensor.shape == entry.shape else tensor.reshape(entry.shape)
+
+        yield read
+
+
+def _read_part(read: Read, part: Part, dtype: torch.dtype) -> Tensor:
+    scale = None if part.scale is None else read(part.scale)
+    return dequantise(read(part.name), scale, dtype)
+
+
+def _is_pth(path: Path) -> bool:
+    """Whether a file is to be read as torch.save writes one. Raises CheckpointError for what is neither of the two."""
+    existing(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(32)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    for sign, kind in _FOREIGN.items():
+        if start.startswith(sign):
+            raise CheckpointError(f"{path} is {kind}")
+    is_safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LONGEST_HEADER
+    return not is_safetensors and (start.startswith(b"PK") or path.suffix != ".safetensors")
+
+
+def _read_pth(path: Path) -> dict[str, Tensor]:
+    """The flat dictionary of tensors in a file of torch.save, memory-mapped."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
@@ -51,9 +157,9 @@ def read_pth(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _open(stack: ExitStack, path: Path, device: torch.device | str) -> safe_open:
+def _open_safetensors(path: Path, device: torch.device | str) -> safe_open:
     try:
-        return stack.enter_context(safe_open(path, framework="pt", device=str(device)))
+        return safe_open(path, framework="pt", device=str(device))
     except (SafetensorError, OSError) as error:
         raise _incomplete(path, error) from None
 

@@ -30,6 +30,7 @@ _BY_TENSOR = {
     "ref_conv.weight": _CONTROL,
 }
 _BY_TASK = {"vace": _VACE, "s2v": _S2V, "humo": _HUMO, "animate": _ANIMATE}
+_BY_CLASS = {"WanVACETransformer3DModel": _VACE, "WanAnimateTransformer3DModel": _ANIMATE}  # in diffusers
 _BY_SETTING = {"vace_layers": _VACE, "add_control_adapter": _CAMERA, "add_ref_conv": _CONTROL}
 # Input channels, output channels, whether it reads image tokens
 _BY_CHANNELS = {
@@ -85,12 +86,15 @@ def refuse_variant_by_tensors(path: Path, shapes: Mapping[str, Shape]) -> None:
 def refuse_variant_by_config(path: Path, values: Mapping[str, Any], transformers: Collection[str]) -> None:
     """Raises CheckpointError, with the name of the model, where the config.json at `path` is a variant's."""
     task = values.get("model_type")
-    # Only Wan 2.1 reads image tokens, and has one transformer. A config.json does not say it.
-    image = task in ("i2v", "flf2v") and len(transformers) == 1
+    # Only Wan 2.1 reads image tokens, and has one transformer. An official config.json does not say it.
+    image = bool(values.get("image_dim")) or (task in ("i2v", "flf2v") and len(transformers) == 1)
     traits = _Traits(values.get("dim"), values.get("in_dim"), values.get("out_dim"), image)
     for name, variant in _BY_TASK.items():
         if task == name:
             _refuse(path, traits, variant, f"model_type {name}")
+    for class_name, variant in _BY_CLASS.items():
+        if values.get("_class_name") == class_name:
+            _refuse(path, traits, variant, class_name)
     for setting, variant in _BY_SETTING.items():
         if values.get(setting):
             _refuse(path, traits, variant, setting)

@@ -4,11 +4,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import PurePath
 
-from wan.configs.family import Expert, Family
+from wan.configs.family import Expert, Family, Traits
 from wan.configs.grid import Grid
 from wan.modules.model import WanShape
 
-__all__ = ["FAMILIES", "Expert", "Family", "Grid", "match_family", "named_family"]
+__all__ = ["FAMILIES", "Expert", "Family", "Grid", "Traits", "match_family", "named_family"]
 
 _14B = WanShape(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=16, out_dim=16)
 _5B = WanShape(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48)
@@ -50,7 +50,7 @@ _WAN21_I2V = replace(
     negative_prompt="negative_i2v.txt",
 )
 
-FAMILIES: Mapping[str, Family] = {
+_ROWS = {
     "wan2.1-t2v-1.3B": _WAN21_T2V,
     "wan2.1-t2v-14B": replace(_WAN21_T2V, shape=_14B),
     "wan2.1-i2v-14B-480P": _WAN21_I2V,
@@ -97,30 +97,30 @@ FAMILIES: Mapping[str, Family] = {
         size=(1280, 704),
     ),
 }
+# Models of others with the tensors of a released one, which therefore are not known by their tensors.
+_ROWS |= {
+    "wan2.1-fun-14B-InP": _ROWS["wan2.1-i2v-14B-480P"],
+    "wan2.2-fun-A14B-InP": _ROWS["wan2.2-i2v-A14B"],
+}
+FAMILIES: Mapping[str, Family] = {name: replace(row, name=name) for name, row in _ROWS.items()}
 
 
 def named_family(name: str) -> Family | None:
-    """The row of a release by the last part of its hub name or folder, such as Wan-AI/Wan2.1-T2V-1.3B."""
-    last = PurePath(name).name.lower()
+    """The row of a release by the last part of its hub name or folder, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."""
+    last = PurePath(name).name.lower().removesuffix("-diffusers")
     return next((row for released, row in FAMILIES.items() if released.lower() == last), None)
 
 
-def match_family(
-    task: object, in_dim: object, dim: object, transformers: Collection[str], name: str = ""
-) -> Family | None:
-    """The row of a checkpoint, by what its config.json says and by the names of its transformers; None for no row.
+def match_family(traits: Traits, transformers: Collection[str], name: str = "") -> Family | None:
+    """The row of a checkpoint, by what is known of it and by the names of its transformers; None for no row.
 
-    A width `dim` that was never released belongs to the first row that agrees in the rest: a Wan of any width is used
-    as its family is. Of rows with the same transformers, the one that the model's folder has its `name` from is taken,
-    or else the first.
+    A width that was never released belongs to the first row that agrees in the rest: a Wan of any width is used as its
+    family is. Of rows with the same transformers, the one that the model's folder has its `name` from is taken, or else
+    the first. One expert is enough to tell that there are two.
     """
-    rows = [
-        row
-        for row in FAMILIES.values()
-        if (row.task, row.in_dim) == (task, in_dim) and {expert.name for expert in row.experts} == set(transformers)
-    ]
+    rows = [row for row in FAMILIES.values() if row.agrees(traits) and row.has_transformers(transformers)]
     if not rows:
         return None
-    first = next((row for row in rows if row.shape.dim == dim), rows[0])
+    first = next((row for row in rows if row.shape.dim == traits.dim), rows[0])
     named = named_family(name)
     return named if named in rows and named.shape == first.shape else first

@@ -1,6 +1,7 @@
 """What a released model is, besides its weights. Each release is one row of `wan.configs.FAMILIES`."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 from pathlib import PurePosixPath
 
 from wan.configs.grid import Grid
@@ -17,6 +18,21 @@ class Expert:
     folder: str  # where its config.json and weights are, relative to the model's folder
     sigmas: tuple[float, float]  # from the lowest to the highest noise level, in 0..1, after the shift
     guidance: float  # of classifier-free guidance at these levels
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What tells the family of a checkpoint: widths, and what else its tensors or its config.json say.
+
+    The widths have any type, because they come from JSON. None stands for what is not known.
+    """
+
+    dim: object
+    in_dim: object
+    out_dim: object
+    image: bool | None = None  # whether image tokens are read
+    positions: bool | None = None  # whether these have learned positions
+    task: object = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,22 @@ class Family:
     given_as: str = ""  # "channels": encoded in extra input channels; "latents": they replace noisy latents
     small_shift: float | None = None  # for videos of 832x480 pixels or fewer, where these have another shift
     clip: str = ""  # file of the vision encoder that the model reads given frames through; none for most
+    name: str = ""  # of the row
+
+    @property
+    def traits(self) -> Traits:
+        """What tells this family."""
+        shape = self.shape
+        return Traits(shape.dim, shape.in_dim, shape.out_dim, self.clip != "", shape.image_positions > 0, self.task)
+
+    def agrees(self, traits: Traits) -> bool:
+        """Whether a checkpoint with these traits can be of this family, whatever its width."""
+        facts = asdict(replace(self.traits, dim=traits.dim))
+        return all(getattr(traits, name) in (None, fact) for name, fact in facts.items())
+
+    def has_transformers(self, names: Collection[str]) -> bool:
+        """Whether transformers of these names are experts of the family, all of them or some."""
+        return set(names) <= {expert.name for expert in self.experts}
 
     @property
     def in_dim(self) -> int:

@@ -63,19 +63,19 @@ class VisionShape:
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
-def vision_shape(weights: Mapping[str, Tensor]) -> VisionShape:
-    """The shape of the encoder with these weights, under their official names.
+def vision_shape(shapes: Mapping[str, tuple[int, ...]]) -> VisionShape:
+    """The shape of the encoder with tensors of these official names and shapes.
 
     No tensor tells the size of a head, the activation or the epsilon of the norms: they are those of the released
     encoder. Raises KeyError for a missing tensor, and ValueError or IndexError for one with other axes.
     """
-    dim, _, patch_size, _ = weights["visual.patch_embedding.weight"].shape
-    _, num_tokens, _ = weights["visual.pos_embedding"].shape
-    _, projection_dim = weights["visual.head"].shape
+    dim, _, patch_size, _ = shapes["visual.patch_embedding.weight"]
+    _, num_tokens, _ = shapes["visual.pos_embedding"]
+    _, projection_dim = shapes.get("visual.head", (dim, VisionShape.projection_dim))
     return VisionShape(
         dim=dim,
-        mlp_dim=weights["visual.transformer.0.mlp.0.weight"].shape[0],
-        num_layers=len({name.split(".")[2] for name in weights if name.startswith("visual.transformer.")}),
+        mlp_dim=shapes["visual.transformer.0.mlp.0.weight"][0],
+        num_layers=len({name.split(".")[2] for name in shapes if name.startswith("visual.transformer.")}),
         patch_size=patch_size,
         image_size=isqrt(num_tokens - 1) * patch_size,
         projection_dim=projection_dim,
@@ -104,6 +104,12 @@ def official_shapes(shape: VisionShape) -> dict[str, tuple[int, ...]]:
     weights = {f"{name}.weight": size for name, size in layers.items()}
     biases = {f"{name}.bias": size[:1] for name, size in layers.items()}
     return {PREFIX + name: size for name, size in (outside | weights | biases).items()}
+
+
+def read_shapes(shape: VisionShape) -> dict[str, tuple[int, ...]]:
+    """What the encoder reads of `official_shapes`: neither the last block, nor the norm and the projection after it."""
+    unread = f"{PREFIX}transformer.{shape.num_layers - 1}.", f"{PREFIX}post_norm.", f"{PREFIX}head"
+    return {name: size for name, size in official_shapes(shape).items() if not name.startswith(unread)}
 
 
 def official_name(name: str) -> str:
@@ -159,7 +165,7 @@ class VisionEncoder(nn.Module):
         self.visual.embeddings.position_ids = torch.arange(shape.num_tokens, device="cpu")[None]
 
     def load_official(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes over, without copies, the weights of these official names and of `official_shapes`."""
+        """Takes over, without copies, the weights of these official names and of `read_shapes`."""
         state = {}
         for name, parameter in self.visual.state_dict().items():
             tensor = weights[official_name(name)]

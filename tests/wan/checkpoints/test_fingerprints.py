@@ -7,6 +7,7 @@ import torch
 from tests.damage import edit_pth, refused
 from tests.tiny import write_clip
 from wan.checkpoints import open_model, text_encoder_fingerprint, vae_fingerprint, vision_fingerprint
+from wan.checkpoints.weights import read_weights
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -22,7 +23,7 @@ def test_the_fingerprint_changes_with_weights_tokenizer_length_and_dtype(folder)
     files = open_model(folder)
     seen = [text_encoder_fingerprint(files, FP32), text_encoder_fingerprint(files, BF16)]
     seen.append(text_encoder_fingerprint(replace(files, text_len=files.text_len - 1), FP32))
-    edit_pth(files.text_encoder, lambda s: s["norm.weight"][0].add_(1))
+    edit_pth(files.text_encoder.path, lambda s: s["norm.weight"][0].add_(1))
     seen.append(text_encoder_fingerprint(files, FP32))
     with (files.tokenizer / "tokenizer.json").open("a") as file:
         file.write("\n")
@@ -33,15 +34,15 @@ def test_the_fingerprint_changes_with_weights_tokenizer_length_and_dtype(folder)
 def test_the_fingerprint_of_a_vae_changes_with_weights_and_dtype(folder):
     files = open_model(folder)
     seen = [vae_fingerprint(files, FP32), vae_fingerprint(files, BF16)]
-    edit_pth(files.vae, lambda s: s["conv2.bias"][0].add_(1))
+    edit_pth(files.vae.path, lambda s: s["conv2.bias"][0].add_(1))
     seen.append(vae_fingerprint(files, FP32))
     assert len(set(seen)) == len(seen)
 
 
 def test_the_fingerprint_of_a_vision_encoder_changes_with_weights_and_dtype(whole, tmp_path):
-    files = replace(open_model(whole), clip=write_clip(tmp_path))
+    files = replace(open_model(whole), clip=read_weights(write_clip(tmp_path), "clip"))
     seen = [vision_fingerprint(files, FP32), vision_fingerprint(files, BF16)]
-    edit_pth(files.clip, lambda s: s["visual.pre_norm.bias"][0].add_(1))
+    edit_pth(files.clip.path, lambda s: s["visual.pre_norm.bias"][0].add_(1))
     seen.append(vision_fingerprint(files, FP32))
     assert len(set(seen)) == len(seen)
     refused("has no vision encoder", vision_fingerprint, replace(files, clip=None), FP32)
@@ -53,6 +54,6 @@ def test_the_fingerprint_of_a_large_file_sees_its_beginning_and_its_end(folder):
         content = bytearray(2**25 + 100)
         if position is not None:
             content[position] = 1
-        files.text_encoder.write_bytes(content)
+        files.text_encoder.path.write_bytes(content)
         seen.add(text_encoder_fingerprint(files, FP32))
     assert len(seen) == 3

@@ -18,7 +18,7 @@ DIM = 160  # two heads
 
 
 def load(weights: dict[str, Tensor]) -> VisionEncoder:
-    encoder = VisionEncoder(vision_shape(weights))
+    encoder = VisionEncoder(vision_shape({name: tensor.shape for name, tensor in weights.items()}))
     encoder.load_official(weights)
     return encoder.eval().requires_grad_(False)
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.damage import edit_config, edit_tensors, refused
 from tests.tiny import TINY_SHAPE, tiny_transformer, write_transformer
-from wan.checkpoints.headers import INDEX, TRANSFORMER, TransformerFiles, read_config, read_transformer
+from wan.checkpoints.transformer import INDEX, TRANSFORMER, TransformerFiles, read_config, read_transformer
 
 
 def read(folder: Path) -> TransformerFiles:

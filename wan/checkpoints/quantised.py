@@ -1,0 +1,139 @@
+"""Quantised weights of single files: fp8, plain or with a scale for each layer. Other formats are refused by name.
+
+Two layouts state scales. The older one has a marker `scaled_fp8` and `<layer>.scale_weight`; the newer one has
+`<layer>.weight_scale` and names its format in `<layer>.comfy_quant`, or in the file's metadata. What a tensor is
+follows from its dtype and its scale alone: tools do not agree on the layers that they leave in high precision.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wan.checkpoints.errors import CheckpointError
+
+SCALES = (".scale_weight", ".weight_scale")
+MARKER = "scaled_fp8"
+FORMAT = ".comfy_quant"
+FORMATS = "_quantization_metadata"  # in the metadata of a file
+# Of activations, which are not quantised here; they do not change the weights.
+_UNREAD = (".scale_input", ".input_scale", FORMAT)
+_READABLE = "bf16, fp16, fp32 and fp8, plain or scaled, are"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_FP8 = ("F8_E4M3", "F8_E5M2")
+# What tensors of these names belong to, and weights of these dtypes, where no format is stated.
+_BY_NAME = {
+    ".quant_state.bitsandbytes__nf4": "nf4 of bitsandbytes",
+    ".quant_state.bitsandbytes__fp4": "fp4 of bitsandbytes",
+    ".weight_scale_2": "nvfp4",
+    ".SCB": "int8 of bitsandbytes",
+    ".qweight": "GPTQ or AWQ",
+    ".pre_quant_scale": "a format with scaled inputs",
+}
+_BY_DTYPE = {"I8": "int8", "U8": "4 or 8 bits", "F8_E8M0": "mxfp8", "F4": "fp4"}
+
+
+def dequantise(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The values of a stored weight in `dtype`, the one in which the model computes; others unchanged.
+
+    weight.to(dtype) * scale.to(dtype), the scale rounded first, as ComfyUI does it. A scale is one value, one for each
+    row (rows, 1), or one for each block along the columns (rows, blocks, 1).
+    """
+    if scale is None:
+        return stored.to(dtype) if stored.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else stored
+    weight = stored.to(dtype, copy=True)
+    scale = scale.to(weight.device, dtype)
+    blocks = weight.view(*scale.shape[:2], -1) if scale.ndim == 3 else weight
+    blocks.mul_(scale)
+    return weight
+
+
+def find_scales(
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+    metadata: Mapping[str, str],
+    read: Callable[[str], Tensor],
+) -> tuple[dict[str, str], set[str]]:
+    """The scale of each quantised tensor of a file, and the names of all tensors that only serve to quantise others.
+
+    `read` reads one tensor by name. Raises CheckpointError, without a path, for weights that are not readable, with the
+    name of their format.
+    """
+    for layer, format_ in _stated_formats(shapes.keys(), metadata, read):
+        if not format_.startswith("float8_e"):
+            raise CheckpointError(f"is quantised to {format_} (at {layer}), which is not read here; {_READABLE}")
+    scales, unread = dict[str, str](), set[str]()
+    for name in shapes:
+        stem, weight = _of_layer(name)
+        if name.endswith(MARKER) or (name.endswith(_UNREAD) and weight in shapes):
+            unread.add(name)
+        elif name.endswith(SCALES) and weight in shapes:
+            _check_scale(name, shapes[name], weight, shapes[weight])
+            scales[weight] = name
+            unread.add(name)
+        elif (kind := next((kind for end, kind in _BY_NAME.items() if name.endswith(end)), "")) and stem:
+            raise CheckpointError(f"is quantised to {kind} (it has {name}), which is not read here; {_READABLE}")
+    for name in shapes.keys() - unread:
+        if name.endswith(".weight") and dtypes[name] not in (*_FLOATS, *_FP8):
+            kind = _BY_DTYPE.get(dtypes[name], dtypes[name])
+            raise CheckpointError(
+                f"is quantised to {kind} ({name} is {dtypes[name]}), which is not read here; {_READABLE}"
+            )
+    return scales, unread
+
+
+def _of_layer(name: str) -> tuple[str, str]:
+    """The layer that a tensor belongs to, and the name of the layer's weight."""
+    stem = name.rpartition(".")[0]
+    return stem, f"{stem}.weight"
+
+
+def _check_scale(name: str, scale: tuple[int, ...], weight_name: str, weight: tuple[int, ...]) -> None:
+    """Raises CheckpointError unless a scale is one value, or one for each row or block of columns of a matrix."""
+    one = scale in ((), (1,), (1, 1))
+    per_row = len(weight) == 2 and scale == (weight[0], 1)
+    per_block = len(weight) == 2 and len(scale) == 3 and scale[::2] == (weight[0], 1) and 0 < scale[1]
+    if not (one or per_row or (per_block and weight[1] % scale[1] == 0)):
+        raise CheckpointError(
+            f"has the scale {name} of shape {list(scale)}, which does not fit {weight_name} {list(weight)}"
+        )
+
+
+def _stated_formats(
+    names: Set[str], metadata: Mapping[str, str], read: Callable[[str], Tensor]
+) -> Iterator[tuple[str, str]]:
+    """Each layer whose format is stated, and that format."""
+    stated = _parse(metadata.get(FORMATS, "{}"), f"the metadata {FORMATS}")
+    layers = stated.get("layers", {})
+    if not isinstance(layers, dict):
+        raise CheckpointError(f"has metadata {FORMATS} without a table of layers")
+    for layer, settings in layers.items():
+        yield layer, _format_of(settings, f"the metadata of {layer}")
+    for name in names:
+        if name.endswith(FORMAT):
+            yield name.removesuffix(FORMAT), _format_of(_parse(_text(read(name), name), name), name)
+
+
+def _format_of(settings: Any, where: str) -> str:
+    format_ = settings.get("format") if isinstance(settings, dict) else settings
+    if not isinstance(format_, str):
+        raise CheckpointError(f"states no format in {where}")
+    return format_
+
+
+def _text(tensor: Tensor, name: str) -> str:
+    if tensor.dtype != torch.uint8 or tensor.ndim != 1:
+        raise CheckpointError(f"has {name} that is no text")
+    return bytes(tensor.tolist()).decode("utf-8", errors="replace")
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"has {where} that is not a JSON object")
+    return value

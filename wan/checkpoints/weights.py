@@ -1,0 +1,155 @@
+"""The weights of one part of a model on disk: where they are, and which tensor of the module each of them is."""
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from wan.checkpoints.errors import CheckpointError
+from wan.checkpoints.quantised import find_scales
+from wan.checkpoints.spellings import Spelling, find_spelling, spellings_of
+from wan.checkpoints.tensors import Entry, Header, Part, Shape, existing, open_file, read_header
+
+STEMS = ("diffusion_pytorch_model", "model")  # of the files in a folder, in the official layout and in diffusers'
+PARTS = {
+    "transformer": "a Wan transformer",
+    "vae": "a Wan VAE",
+    "text_encoder": "a UMT5 text encoder",
+    "clip": "a CLIP vision encoder",
+}
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_LORA = re.compile(r"[._]lora_(?:A|B|up|down|mid)\b|\.lora\.(?:up|down)\.|\.(?:hada_w\d_[ab]|lokr_w\d|diff|diff_b)$")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A part of a model on disk."""
+
+    path: Path  # the file, or the index or the folder of several
+    tensors: Mapping[str, Entry]  # by their official names, in the order of reading
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shape of each tensor by its official name."""
+        return {name: entry.shape for name, entry in self.tensors.items()}
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted({part.path for entry in self.tensors.values() for part in entry.parts})
+
+
+def read_weights(place: Path, part: str) -> Weights:
+    """What a file, or a folder with one file or with shards, holds of one of the PARTS, in any known layout.
+
+    Raises CheckpointError for a file that is missing or cannot be read, and for one that holds something else.
+    """
+    path, files = _find_files(existing(place), part) if place.is_dir() else (existing(place), [place])
+    headers = [read_header(file) for file in files]
+    names = {name for header in headers for name in header.shapes}
+    spelling, prefix = find_spelling(names, part) or (Spelling(part, ()), "")
+    if not spelling.signs:
+        _refuse_other(path, names, part)
+    pieces: dict[str, dict[int, tuple[Part, Shape]]] = {}
+    for header in headers:
+        for (official, number), piece in _read_parts(header, spelling, prefix).items():
+            pieces.setdefault(official, {}).setdefault(number, piece)
+    return Weights(path, {name: _join(path, name, rows) for name, rows in pieces.items()})
+
+
+@contextmanager
+def reading_widths(path: Path) -> Iterator[None]:
+    """Inside, a tensor that is missing or has other axes than the official one becomes a CheckpointError."""
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(f"{path} lacks the tensor {error.args[0]}: not the official layout") from None
+    except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path} has a tensor of unexpected shape: {error}") from None
+
+
+def count_blocks(names: Collection[str]) -> int:
+    """The number of blocks that tensors of these names belong to."""
+    return len({name.split(".")[1] for name in names if name.startswith("blocks.")})
+
+
+def _read_parts(header: Header, spelling: Spelling, prefix: str) -> dict[tuple[str, int], tuple[Part, Shape]]:
+    """The tensors of one file by their places: the official name, and the number among those that are joined to it."""
+    with open_file(header.path) as read:
+        try:
+            scales, unread = find_scales(header.shapes, header.dtypes, header.metadata, read)
+        except CheckpointError as error:
+            raise CheckpointError(f"{header.path} {error}") from None
+    parts: dict[tuple[str, int], tuple[Part, Shape]] = {}
+    for name, shape in header.shapes.items():
+        own = name.removeprefix(prefix)
+        if name in unread or not name.startswith(prefix) or own.startswith(spelling.unread or ("\0",)):
+            continue
+        parts.setdefault(spelling.place(own), (Part(header.path, name, scales.get(name)), shape))
+    return parts
+
+
+def _join(path: Path, name: str, rows: Mapping[int, tuple[Part, Shape]]) -> Entry:
+    """One tensor of the module from its parts, which are its rows."""
+    parts, shapes = zip(*(rows[number] for number in sorted(rows)), strict=True)
+    shape = shapes[0]
+    if len(parts) > 1:
+        if len({each[1:] for each in shapes}) > 1 or not shape:
+            raise CheckpointError(f"{path} has parts of {name} that do not fit together")
+        shape = (sum(each[0] for each in shapes), *shape[1:])
+    return Entry(shape, parts)
+
+
+def _refuse_other(path: Path, names: Collection[str], part: str) -> None:
+    """Raises CheckpointError where the tensors are recognised as something else than this part."""
+    if any(map(_LORA.search, names)):
+        raise CheckpointError(f"{path} is a LoRA, not {PARTS[part]}")
+    if found := [PARTS[spelling.part] for spelling, _ in spellings_of(names)]:
+        raise CheckpointError(f"{path} is {found[0]}, not {PARTS[part]}")
+
+
+def _find_files(folder: Path, part: str) -> tuple[Path, list[Path]]:
+    """The one file in a folder, or the index, or the folder itself, and the shards."""
+    files = sorted(folder.glob("*.safetensors"))
+    for stem in STEMS:
+        whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if whole in files:
+            return whole, [whole]
+        if index.exists():
+            return index, _indexed(index)
+    if shards := _unindexed(folder, files):
+        return folder, shards
+    fitting = [file for file in files if find_spelling(read_header(file).shapes.keys(), part)]
+    if len(fitting) == 1:
+        return fitting[0], fitting
+    if fitting:
+        raise CheckpointError(f"{folder} has several files of {PARTS[part]}: give the one to use")
+    gguf = next(iter(sorted(folder.glob("*.gguf"))), None)
+    if gguf:
+        read_header(gguf)
+    raise CheckpointError(f"{folder} holds no weights of {PARTS[part]}: no {STEMS[0]}.safetensors, nor its index")
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The shards that an index names. Raises CheckpointError for an index that is none, and for missing shards."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{index} is not a valid index of safetensors shards") from None
+    # A name from a file's content is never followed out of the folder.
+    if outside:
+        raise CheckpointError(f"{index} names a shard outside its folder: {outside[0]}")
+    return [existing(index.parent / name) for name in names]
+
+
+def _unindexed(folder: Path, files: Collection[Path]) -> list[Path]:
+    """The shards in a folder without an index, which their names count; none where there are none."""
+    shards = [match for match in (_SHARD.fullmatch(file.name) for file in files) if match]
+    if not shards:
+        return []
+    stem, count = shards[0]["stem"], shards[0]["count"]
+    names = [f"{stem}-{number + 1:05d}-of-{count}.safetensors" for number in range(int(count))]
+    return [existing(folder / name) for name in names]
