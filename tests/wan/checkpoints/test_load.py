@@ -31,7 +31,6 @@ from wan.checkpoints import (
     TransformerFiles,
     build_transformer,
     cast_to,
-    check_vae,
     load_text_encoder,
     load_transformer,
     load_vae,
@@ -39,7 +38,7 @@ from wan.checkpoints import (
     load_weights,
     open_model,
 )
-from wan.checkpoints.headers import read_config, read_transformer
+from wan.checkpoints.transformer import read_config, read_transformer
 from wan.configs import FAMILIES
 from wan.modules.clip import VisionEncoder, vision_shape
 from wan.modules.model import is_fp32
