@@ -257,7 +257,7 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     validation = [samples.load_batch([window]).to(CPU) for window in clips]
     preview = open_preview(opts, files.family, texts, samples, plan, size, validation) if previews else None
     validation = hold_share(validation, opts.held_share)
-    needed = opts.flags + needed_flags(files.family, opts.control_signal)
+    needed = opts.flags(files) + needed_flags(files.family, opts.control_signal)
     return Session(learner, schedule, experts, samples, plan, steps_per_epoch, validation, preview, further, needed)
 
 

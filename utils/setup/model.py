@@ -1,6 +1,7 @@
 """Which model a run is for: its folder, and single files beside the folder or instead of it."""
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +38,12 @@ class SingleFiles:
         given = {name: getattr(self, name) for name in PARTS}
         return {name: path for name, path in given.items() if path is not None}
 
-    @property
-    def flags(self) -> str:
-        """The options, as typed, with which another script opens the same files."""
-        family = [] if self.family is None else [f" --family {self.family}"]
-        return "".join([f" --{name} {path}" for name, path in self.files.items()] + family)
+    def flags(self, found: ModelFiles) -> str:
+        """The options, as typed, with which another script opens the same files; none for a folder alone."""
+        given: dict[str, object] = {**self.files} | ({"family": self.family} if self.family else {})
+        if given and found.source != str(next(iter(found.transformers.values())).path):
+            given = {"pretrained_model_name_or_path": found.source} | given
+        return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given.items())
 
     def open_model(self, name: str | None, is_default: bool = False) -> ModelFiles:
         """The model of a folder or hub name and of the given files; what they are taken for is printed.
