@@ -94,7 +94,7 @@ def _check_scale(name: str, scale: tuple[int, ...], weight_name: str, weight: tu
     """Raises CheckpointError unless a scale is one value, or one for each row or block of columns of a matrix."""
     one = scale in ((), (1,), (1, 1))
     per_row = len(weight) == 2 and scale == (weight[0], 1)
-    per_block = len(weight) == 2 and len(scale) == 3 and scale[::2] == (weight[0], 1) and 0 < scale[1]
+    per_block = len(weight) == 2 and len(scale) == 3 and scale[::2] == (weight[0], 1) and scale[1] > 0
     if not (one or per_row or (per_block and weight[1] % scale[1] == 0)):
         raise CheckpointError(
             f"has the scale {name} of shape {list(scale)}, which does not fit {weight_name} {list(weight)}"
