@@ -58,7 +58,8 @@ from utils.runs.ending import save_on_exit
 from utils.runs.run import Run, RunOptions, RunSettings, open_run
 from utils.runs.state import Facts, State, check_resume_compatible, find_state
 from utils.setup.doctor import print_findings
-from utils.setup.download import SetupOptions, download_model, suggest_download
+from utils.setup.download import SetupOptions, download_model, download_tokenizer
+from utils.setup.model import SingleFiles
 from utils.training.conditions import check_conditions
 from utils.training.experts import Experts, Role, load_experts, plan_experts
 from utils.training.learner import Learner, Trainable
@@ -66,7 +67,7 @@ from utils.training.optim import with_epochs
 from utils.training.phases import Phase, Schedule, TrainingOptions
 from utils.training.preview import Preview, Scenes, make_preview
 from utils.training.validation import hold_share, quantiles
-from wan.checkpoints import CheckpointError, ModelFiles, check_vae, find_family, open_model
+from wan.checkpoints import CheckpointError, ModelFiles
 from wan.configs import Family
 from wan.modules.model import WanModel
 
@@ -86,7 +87,9 @@ class General:
 
 
 @dataclass(frozen=True)
-class Options(General, SetupOptions, DataOptions, Caches, GivenFrames, AdapterOptions, TrainingOptions, RunOptions):
+class Options(
+    General, SetupOptions, SingleFiles, DataOptions, Caches, GivenFrames, AdapterOptions, TrainingOptions, RunOptions
+):
     """Train a LoRA for a Wan video model on your own clips."""
 
     def __post_init__(self) -> None:
@@ -205,13 +208,12 @@ def make_phase(role: Role[Options], adapter: LoraAdapter, experts: Experts, lear
 def open_session(opts: Options, files: ModelFiles, device: torch.device, data: Dataset, plan: Plan) -> Session | None:
     """Encodes and loads what the loop needs, one model after another; None with --cache_only."""
     # First a rehearsal on transformers without weights: a misspelled layer, or a LoRA file that does not fit, should
-    # not cost the minutes of loading. Nor should the VAE of another release.
+    # not cost the minutes of loading.
     roles = find_roles(opts, files.family)
-    plans = plan_experts(roles, files)
+    plans = plan_experts(roles, files, with_others=bool(opts.preview_prompts))
     size = largest_window(full_length_windows(plan.sources, plan.limits))
     opts.preview_images(files.family, size.frames)
     further = further_loras(opts.also_lora, files)
-    check_vae(files)
 
     # The text encoder takes 11 GB. It is loaded only if an embedding is missing, and freed before the next model.
     texts = load_texts(opts, TextEncoding(files, device), data)
@@ -255,7 +257,7 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     validation = [samples.load_batch([window]).to(CPU) for window in clips]
     preview = open_preview(opts, files.family, texts, samples, plan, size, validation) if previews else None
     validation = hold_share(validation, opts.held_share)
-    needed = needed_flags(files.family, opts.control_signal)
+    needed = opts.flags(files) + needed_flags(files.family, opts.control_signal)
     return Session(learner, schedule, experts, samples, plan, steps_per_epoch, validation, preview, further, needed)
 
 
@@ -277,7 +279,8 @@ def open_preview(
 def start_run(opts: Options, data: Dataset, session: Session, state: State | None) -> Run:
     """Creates the run's folder, or restores the learner from a saved state and continues in that run's folder."""
     control = FROM_FILE if any(source.control for source in data.train) else opts.control_type * opts.control_lora
-    about = {"base_model": opts.pretrained_model_name_or_path, "control": control, "shift": f"{opts.shift:g}"}
+    base = opts.base_name(opts.pretrained_model_name_or_path)
+    about = {"base_model": base, "control": control, "shift": f"{opts.shift:g}"}
     about |= {"control_i2v": "true"} if opts.control_i2v else {}
     options, facts = to_json(opts), Facts(training_table(opts), data.fingerprint)
     total, name = session.schedule.total_steps, opts.output_name
@@ -357,18 +360,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if opts.doctor:
         print_findings()
         return
-    if opts.download_model:
-        download_model(name)
+    if opts.download_model or opts.download_tokenizer:
+        download_model(name) if opts.download_model else download_tokenizer()
         return
 
     # What is wrong with options, clips or a state is found here, before anything takes long.
-    folders = find_folders(opts)
-    with suggest_download():
-        if opts.check_dataset:  # a released model need not be downloaded for it
-            open_data(opts, folders, find_family(name))
-            return
-        check_writable(opts.output_dir)
-        files = open_model(name)
+    folders, is_default = find_folders(opts), name == Options.pretrained_model_name_or_path
+    if opts.check_dataset:  # a released model need not be downloaded for it
+        open_data(opts, folders, opts.find_family(name, is_default))
+        return
+    check_writable(opts.output_dir)
+    files = opts.open_model(name, is_default)
     data = open_data(opts, folders, files.family)
 
     # The plan draws everything random about the data, from the seed and the number of the epoch alone. The order of

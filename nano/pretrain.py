@@ -24,7 +24,7 @@ from utils.common.files import check_writable
 from utils.common.options import option, parse_options, run_script
 from utils.common.temp_rng import MAX_SEED
 from utils.encoding.text import negative_prompt_file, read_prompt
-from wan.checkpoints import CheckpointError, ModelFiles, load_text_encoder, load_vae
+from wan.checkpoints import CheckpointError, ModelFiles, load_text_encoder, load_vae, read_weights
 from wan.configs import FAMILIES
 
 NANO = Path(__file__).resolve().parent
@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def encoder_files(folder: Path) -> ModelFiles:
     """The files of a model in this folder that has no transformer yet."""
-    vae, text_encoder, tokenizer = (folder / name for name in (FAMILY.vae, FAMILY.text_encoder, FAMILY.tokenizer))
-    return ModelFiles(str(folder), FAMILY, {}, vae, text_encoder, tokenizer, SHAPE.text_len)
+    vae, text_encoder = (read_weights(folder / getattr(FAMILY, part), part) for part in ("vae", "text_encoder"))
+    return ModelFiles(str(folder), FAMILY, {}, vae, text_encoder, folder / FAMILY.tokenizer, SHAPE.text_len)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,35 @@
 """Downloads a model's files from the Hugging Face hub: the only use of the network, and only on request."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from utils.common.console import say
 from utils.common.errors import UserError
 from utils.common.files import existing_parent
 from utils.common.formatting import readable_size
 from utils.common.options import option
-from wan.checkpoints import LOCAL_MODELS, ModelNotFoundError, find_family
+from wan.checkpoints import LOCAL_MODELS, TOKENIZER, ModelNotFoundError, find_family
 from wan.configs import FAMILIES
+
+TOKENIZER_SOURCE = "Wan-AI/Wan2.1-T2V-1.3B"  # every release has the same one
+# Of a repository in the layout of diffusers; the transformer with the first of these decides that it is one.
+DIFFUSERS_CONFIGS = ("transformer/config.json", "transformer_2/config.json")
+DIFFUSERS_PATTERNS = (
+    "model_index.json",
+    "transformer*/*.json",
+    "transformer*/*.safetensors",
+    "vae/*.json",
+    "vae/*.safetensors",
+    "text_encoder/*.json",
+    "text_encoder/*.safetensors",
+    "image_encoder/*.json",
+    "image_encoder/*.safetensors",
+    "tokenizer/*",
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +39,9 @@ class SetupOptions:
     pretrained_model_name_or_path: str = option("Wan-AI/Wan2.1-T2V-1.3B", "model folder, or hub name under ./models/")
     download_model: bool = option(
         False, "download the model's files from the hub to ./models/, then stop", affects_training=False
+    )
+    download_tokenizer: bool = option(
+        False, "download the tokenizer alone (23 MB) to ./models/google/umt5-xxl, then stop", affects_training=False
     )
     doctor: bool = option(
         False, "print versions, devices and known problems of this machine, then stop", affects_training=False
@@ -41,22 +61,52 @@ def suggest_download() -> Iterator[None]:
 def download_model(name: str) -> Path:
     """Downloads what training needs of a hub model to ./models/<name>; returns that folder.
 
-    Files and sizes are listed first. Interrupted downloads resume, and files that exist are skipped. Raises UserError
-    for a name that the hub does not know, without a connection, and for too little disk space.
+    Repositories in the official layout and in that of diffusers are known. Files and sizes are listed first.
+    Interrupted downloads resume, and files that exist are skipped. Raises UserError for a name that the hub does not
+    know, without a connection, and for too little disk space.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import DryRunError, HFValidationError, RepositoryNotFoundError
-
     folder = LOCAL_MODELS / name
-    configs = sorted({file for family in FAMILIES.values() for file in family.config_files})
-    try:
-        snapshot_download(name, local_dir=folder, allow_patterns=configs)
+    configs = sorted({file for family in FAMILIES.values() for file in family.config_files} | set(DIFFUSERS_CONFIGS))
+    with _explain(name):
+        _snapshot(name, folder, configs)
         if not any((folder / file).exists() for file in configs):
             raise UserError(f"{name} has none of the files of a Wan model ({', '.join(configs)})")
         # An unsupported model is reported here, before gigabytes are downloaded.
-        patterns = list(find_family(folder).hub_patterns)
-        _report(snapshot_download(name, local_dir=folder, allow_patterns=patterns, dry_run=True), folder)
-        snapshot_download(name, local_dir=folder, allow_patterns=patterns)
+        family = find_family(folder)
+        patterns = DIFFUSERS_PATTERNS if (folder / DIFFUSERS_CONFIGS[0]).exists() else family.hub_patterns
+        _fetch(name, folder, patterns)
+    say(f"{name} is complete in {folder}")
+    return folder
+
+
+def download_tokenizer() -> Path:
+    """Downloads the tokenizer alone, which is the same for every model, to where `open_model` finds it."""
+    folder = LOCAL_MODELS / TOKENIZER
+    with _explain(TOKENIZER_SOURCE):
+        _fetch(TOKENIZER_SOURCE, LOCAL_MODELS, [f"{TOKENIZER.as_posix()}/*"])
+    say(f"the tokenizer is complete in {folder}")
+    return folder
+
+
+def _fetch(name: str, folder: Path, patterns: Sequence[str]) -> None:
+    """Downloads what matches, after listing it. Raises UserError where the disk has no space for it."""
+    _report(_snapshot(name, folder, patterns, dry_run=True), folder)
+    _snapshot(name, folder, patterns)
+
+
+def _snapshot(name: str, folder: Path, patterns: Sequence[str], **settings: bool) -> Any:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(name, local_dir=folder, allow_patterns=list(patterns), **settings)
+
+
+@contextmanager
+def _explain(name: str) -> Iterator[None]:
+    """Inside, errors of the hub and of the connection become a UserError of one line."""
+    from huggingface_hub.errors import DryRunError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        yield
     except RepositoryNotFoundError:
         raise UserError(f"the hub has no model {name}, or it requires a login; check the spelling") from None
     except DryRunError:
@@ -64,8 +114,6 @@ def download_model(name: str) -> Path:
     except (HFValidationError, OSError) as error:  # OSError: the errors of the hub and of the connection
         reason = str(error) or type(error).__name__
         raise UserError(f"cannot download {name}: {reason.splitlines()[0]}") from None
-    say(f"{name} is complete in {folder}")
-    return folder
 
 
 def _report(plan: list, folder: Path) -> None:

@@ -30,7 +30,7 @@ from wan.checkpoints.load import (
 )
 from wan.checkpoints.parts import build_transformer
 from wan.checkpoints.transformer import INDEX, TRANSFORMER, TransformerFiles
-from wan.checkpoints.weights import Weights
+from wan.checkpoints.weights import Weights, read_weights
 
 __all__ = [
     "INDEX",
@@ -57,6 +57,7 @@ __all__ = [
     "named_row",
     "need_transformers",
     "open_model",
+    "read_weights",
     "text_encoder_fingerprint",
     "vae_fingerprint",
     "vision_fingerprint",

@@ -150,7 +150,7 @@ def _given_files(files: Mapping[str, AnyPath | None]) -> dict[str, Path]:
 
 
 def _places(folder: Path | None, given: Mapping[str, Path], row: Family | None) -> dict[str, Path]:
-    """Where the transformers are, by their names: those of the folder, some of them replaced, or given ones.
+    """Where the transformers are, by their names: the folder's, of which given ones replace some, or given ones alone.
 
     Given ones that the folder does not have replace all of its own: the folder then has the other parts.
     """
@@ -277,7 +277,10 @@ def _find_part(name: str, row: Family, given: Mapping[str, Path], folder: Path |
     official = folder / getattr(row, name)
     known = [official, official.with_suffix(".safetensors"), folder / _DIFFUSERS[name], *([alone] if alone else [])]
     usual = folder / _DIFFUSERS[name] if (folder / ALONE).is_dir() else official
-    return next((place for place in known if place.exists()), None) or existing(usual)
+    if found := next((place for place in known if place.exists()), None):
+        return found
+    gone = ", a link to a file that is gone" if usual.is_symlink() else ""
+    raise CheckpointError(f"{usual} is missing{gone}, and no {name} is given instead")
 
 
 def _find_tokenizer(place: Path) -> Path:

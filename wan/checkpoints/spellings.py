@@ -1,4 +1,4 @@
-"""What a Wan's tensors are called in other layouts than the official one: diffusers, transformers, ComfyUI, OpenCLIP.
+"""What the tensors of a Wan are called in other layouts: those of diffusers, transformers, ComfyUI and OpenCLIP.
 
 ComfyUI has the official names of the transformer and the VAE, and transformers' names of the text encoder and the
 vision encoder, mostly below a prefix. A name that has no official one is left as it is.
@@ -38,7 +38,7 @@ class Spelling:
 
 
 def find_spelling(names: Collection[str], part: str) -> tuple[Spelling, str] | None:
-    """The spelling of a part that tensors of these names have, and the prefix before them; None without the part."""
+    """How tensors of these names spell a part, and the prefix before them; None where the part is not among them."""
     found = spellings_of(names)
     return next(((spelling, prefix) for spelling, prefix in found if spelling.part == part), None)
 

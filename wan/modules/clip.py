@@ -165,6 +165,7 @@ class VisionEncoder(nn.Module):
         model = CLIPVisionModel(config)
         self.shape = shape
         self.visual = getattr(model, "vision_model", model)  # the first releases of transformers 5 have one module more
+        self.visual.post_layernorm = nn.Identity()  # of a pooled output that nothing reads
         # Not in the checkpoint, so they have values even if the module is built on the meta device.
         self.visual.embeddings.position_ids = torch.arange(shape.num_tokens, device="cpu")[None]
 
