@@ -10,7 +10,7 @@ from pathlib import Path
 from wan.checkpoints.errors import CheckpointError, shown
 from wan.checkpoints.quantised import find_scales, is_float
 from wan.checkpoints.spellings import Spelling, find_spelling, spellings_of
-from wan.checkpoints.tensors import Entry, Header, Part, Shape, existing, open_file, read_header
+from wan.checkpoints.tensors import LONGEST_NAME, Entry, Header, Part, Shape, existing, open_file, read_header
 
 STEMS = ("diffusion_pytorch_model", "model")  # of the files in a folder, in the official layout and in diffusers'
 PARTS = {
@@ -148,7 +148,9 @@ def _indexed(index: Path) -> list[Path]:
     """The shards that an index names. Raises CheckpointError for an index that is none, and for missing shards."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
+        outside = [name for name in names if Path(name).name != name or name == ".."]
+        if not all(name.isprintable() and len(name) <= LONGEST_NAME for name in names):
+            raise ValueError
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{index} is not a valid index of safetensors shards") from None
     # A name from a file's content is never followed out of the folder.

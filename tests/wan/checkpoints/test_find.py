@@ -104,7 +104,11 @@ def test_what_is_supported_is_listed_once(folder):
     edit_config(folder, in_dim=36)
     wide = "model with 36 input and 16 output channels"
     kinds = ["t2v model with 16 input and 16 output channels", f"i2v {wide} and image tokens"]
-    kinds += [f"flf2v {wide} and image tokens", f"i2v {wide}", "ti2v model with 48 input and 48 output channels"]
+    kinds += [
+        f"flf2v {wide} and image tokens and image positions",
+        f"i2v {wide}",
+        "ti2v model with 48 input and 48 output channels",
+    ]
     assert refused(None, find_family, folder).endswith(f"\nsupported: {', '.join(kinds)}")
     refused("says in_dim 36, but the weights have 16", open_model, folder)
 

@@ -1,9 +1,12 @@
 """Every tensor of every released part is known by each of its names, at full size, by the published maps."""
 
+import json
+
 import pytest
 
+from tests.layouts import to_diffusers
 from tests.manifests import load_manifest
-from tests.spellings import published, rename
+from tests.tiny import DATA
 from wan.checkpoints.spellings import PREFIXES, SPELLINGS, find_spelling, spellings_of
 
 # Layout, manifest, part
@@ -19,7 +22,7 @@ TRANSFORMERS += ["wan2.2_t2v_a14b_high_noise", "wan2.2_i2v_a14b_low_noise", "wan
 
 def pairs_of(layout: str) -> dict[str, list[str]]:
     """Official name -> the stored names that are joined to it, for all tensors that are read."""
-    pairs = published(layout)["pairs"]
+    pairs = json.loads((DATA / f"keymap_{layout}.json").read_text(encoding="utf-8"))["pairs"]
     unread = ("visual.head",)  # transposed, and not used
     return {
         official: [stored] if isinstance(stored, str) else stored
@@ -55,7 +58,7 @@ def test_the_names_of_a_clip_are_known_with_the_prefix_of_files_and_with_what_is
 @pytest.mark.parametrize("manifest", TRANSFORMERS)
 def test_a_transformer_is_known_by_the_names_of_diffusers_and_by_its_own(manifest):
     official = list(load_manifest(manifest))
-    stored = [rename(name, published("diffusers")["dit"]) for name in official]
+    stored = [to_diffusers(name) for name in official]
     assert not set(stored) & {name for name in official if not name.startswith(("patch_emb", "vace_patch_emb"))}
     spelling, prefix = find_spelling(stored, "transformer")
     assert (prefix, [spelling.place(name) for name in stored]) == ("", [(name, 0) for name in official])
