@@ -48,7 +48,10 @@ gc.collect()
 before = anonymous()
 thread = threading.Thread(target=watch)
 thread.start()
-model = load_transformer(files, dtype) if part == "transformer" else _load(build_text_encoder(files), files, "cpu", dtype)
+if part == "transformer":
+    model = load_transformer(files, dtype)
+else:
+    model = _load(build_text_encoder(files), files, "cpu", dtype)
 done.set()
 thread.join()
 largest = max(tensor.nbytes for tensor in model.state_dict().values())
