@@ -1,17 +1,11 @@
 """The same model as other libraries build it."""
 
-import json
-import re
-from pathlib import Path
-
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
+from tests.layouts import to_diffusers as to_diffusers
+from tests.layouts import vae22_to_diffusers
 from wan.modules.model import WanShape
 from wan.modules.vae2_2 import Wan22VAE
-
-VAE22_NAMES = json.loads((Path(__file__).parent / "data" / "keymap_vae22_diffusers.json").read_text(encoding="utf-8"))
-
-KEYMAP = json.loads((Path(__file__).parent / "data" / "keymap_diffusers.json").read_text(encoding="utf-8"))
 
 
 def diffusers_transformer(shape: WanShape) -> WanTransformer3DModel:
@@ -31,15 +25,6 @@ def diffusers_transformer(shape: WanShape) -> WanTransformer3DModel:
     ).eval()
 
 
-def to_diffusers(name: str) -> str:
-    """The diffusers name of an official parameter: the first rule that matches."""
-    for pattern, replacement in KEYMAP["dit"]:
-        renamed, count = re.subn(pattern, replacement, name)
-        if count:
-            return renamed
-    raise KeyError(name)
-
-
 def diffusers_vae22(vae: Wan22VAE) -> AutoencoderKLWan:
     """diffusers' VAE of Wan 2.2 with the weights of ours, frozen; its statistics are those of Wan 2.1."""
     reference = AutoencoderKLWan(
@@ -56,14 +41,3 @@ def diffusers_vae22(vae: Wan22VAE) -> AutoencoderKLWan:
     state = {vae22_to_diffusers(name): tensor for name, tensor in vae.state_dict().items()}
     reference.load_state_dict(state, assign=True)
     return reference.eval().requires_grad_(False)
-
-
-def vae22_to_diffusers(name: str) -> str:
-    """The name in AutoencoderKLWan of a parameter of Wan22VAE."""
-    for pattern, replacement in VAE22_NAMES["rules_structural"]:
-        name, count = re.subn(pattern, replacement, name)
-        if count:
-            break
-    for pattern, replacement in VAE22_NAMES["then_all"]:
-        name = re.sub(pattern, replacement, name)
-    return name

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nano.text_encoder import write_tokenizer
 from utils.adapters.full_model import write_config, write_pth
 from utils.media.frames import save_image, write_video
-from wan.checkpoints import INDEX, TRANSFORMER
+from wan.checkpoints import TRANSFORMER
 from wan.configs import FAMILIES, Family
 from wan.modules.clip import VisionShape, official_shapes
 from wan.modules.model import WanModel, WanShape
@@ -106,9 +106,9 @@ def write_clip(folder: Path, dim: int = IMAGE_DIM) -> Path:
     return folder / CLIP
 
 
-def tiny_shape(family: Family) -> WanShape:
+def tiny_shape(family: Family, base: WanShape = TINY_SHAPE) -> WanShape:
     """The widths of a small model of this family: its channels are the family's, as are its image positions."""
-    shape = replace(TINY_SHAPE, in_dim=family.in_dim, out_dim=family.out_dim)
+    shape = replace(base, in_dim=family.in_dim, out_dim=family.out_dim)
     positions = family.shape.image_positions
     return replace(shape, image_dim=IMAGE_DIM, image_positions=positions) if family.clip else shape
 
@@ -123,25 +123,29 @@ def tiny_transformer(shape: WanShape = TINY_SHAPE, seed: int = 0) -> WanModel:
 def write_transformer(folder: Path, model: WanModel, shards: int = 1, family: Family = FAMILY) -> None:
     """Write config.json and the weights as one file, or as shards with their index."""
     write_config(folder, model.shape, family)
-    state, stem = model.state_dict(), TRANSFORMER.removesuffix(".safetensors")
+    write_weights(folder, model.state_dict(), TRANSFORMER.removesuffix(".safetensors"), shards)
+
+
+def write_weights(folder: Path, state: Mapping[str, Tensor], stem: str, shards: int = 1) -> None:
+    """Write tensors as one file, or as shards with their index."""
     if shards == 1:
-        save_file(state, folder / TRANSFORMER)
+        save_file(state, folder / f"{stem}.safetensors")
         return
     names = [f"{stem}-{n + 1:05d}-of-{shards:05d}.safetensors" for n in range(shards)]
     weight_map = {key: names[i % shards] for i, key in enumerate(state)}
     for name in names:
         save_file({key: tensor for key, tensor in state.items() if weight_map[key] == name}, folder / name)
     index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index))
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write_model(folder: Path, family: Family = FAMILY, shards: int = 1) -> Path:
+def write_model(folder: Path, family: Family = FAMILY, shards: int = 1, base: WanShape = TINY_SHAPE) -> Path:
     """Write a whole small Wan in the official layout of its family: transformers, VAE, text encoder, tokenizer, CLIP.
 
-    Experts differ in their weights.
+    The transformers have the widths of `base` where the family does not say. Experts differ in their weights.
     """
     for seed, expert in enumerate(family.experts):
-        write_transformer(folder / expert.folder, tiny_transformer(tiny_shape(family), seed), shards, family)
+        write_transformer(folder / expert.folder, tiny_transformer(tiny_shape(family, base), seed), shards, family)
     write_vae(folder, tiny_vae() if family.vae == FAMILY.vae else tiny_vae22(), family)
     write_text_encoder(folder, tiny_text_encoder(TINY_SHAPE.text_dim))
     if family.clip:

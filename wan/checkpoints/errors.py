@@ -1,4 +1,8 @@
-"""What the loading of a model raises."""
+"""What the loading of a model raises, and how what a file says is shown in a message."""
+
+import reprlib
+
+_LONGEST = 100  # characters
 
 
 class CheckpointError(Exception):
@@ -11,3 +15,10 @@ class ModelNotFoundError(CheckpointError):
     def __init__(self, name: str, message: str) -> None:
         super().__init__(message)
         self.name = name
+
+
+def shown(value: object) -> str:
+    """What a file says, for a message: short, and on one line."""
+    text = value if isinstance(value, str) else reprlib.repr(value)
+    short = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return short if short.isprintable() else repr(short)

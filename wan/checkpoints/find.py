@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from wan.checkpoints.errors import CheckpointError, ModelNotFoundError
+from wan.checkpoints.errors import CheckpointError, ModelNotFoundError, shown
 from wan.checkpoints.parts import (
     build_text_encoder,
     build_transformer,
@@ -247,10 +247,10 @@ def _check_row(row: Family, traits: Traits, places: Mapping[str, Path]) -> None:
 
 
 def _describe(traits: Traits) -> str:
-    task = f"{traits.task} model" if traits.task else "model"
-    tokens = " and image tokens" if traits.image else ""
-    outputs = f" and {traits.out_dim} output" if traits.out_dim else ""
-    return f"{task} with {traits.in_dim} input{outputs} channels{tokens}"
+    task = f"{shown(traits.task)} model" if traits.task else "model"
+    tokens = (" and image tokens" if traits.image else "") + (" and image positions" if traits.positions else "")
+    outputs = f" and {shown(traits.out_dim)} output" if traits.out_dim else ""
+    return f"{task} with {shown(traits.in_dim)} input{outputs} channels{tokens}"
 
 
 def _check_same_widths(first: TransformerFiles, other: TransformerFiles) -> None:
@@ -302,11 +302,11 @@ def _check_parts(files: ModelFiles) -> None:
     check_module(vae, files.vae)
     encoder = build_text_encoder(files.text_encoder)
     check_module(encoder, files.text_encoder)
-    widths = {files.text_encoder.path: (encoder.token_embedding.embedding_dim, transformer.shape.text_dim)}
+    widths = [(files.text_encoder.path, encoder.token_embedding.embedding_dim, transformer.shape.text_dim)]
     if files.clip is not None:
         vision = shape_of_vision(files.clip)
         check_vision(files.clip, vision)
-        widths[files.clip.path] = vision.dim, transformer.shape.image_dim
-    for path, (given, read) in widths.items():
+        widths.append((files.clip.path, vision.dim, transformer.shape.image_dim))
+    for path, given, read in widths:
         if given != read:
             raise CheckpointError(f"{path} has the width {given}, but {transformer.path} reads {read}")

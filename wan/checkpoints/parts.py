@@ -22,7 +22,8 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def build_transformer(files: TransformerFiles) -> WanModel:
     """The frozen transformer without weights, on the meta device: it has every name and shape, and costs nothing."""
-    return on_meta(lambda: WanModel(files.shape))
+    with reading_widths(files.path):
+        return on_meta(lambda: WanModel(files.shape))
 
 
 def build_vae(weights: Weights) -> WanVAE:

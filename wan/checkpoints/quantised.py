@@ -6,13 +6,13 @@ follows from its dtype and its scale alone: tools do not agree on the layers tha
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wan.checkpoints.errors import CheckpointError
+from wan.checkpoints.errors import CheckpointError, shown
 
 SCALES = (".scale_weight", ".weight_scale")
 MARKER = "scaled_fp8"
@@ -20,6 +20,7 @@ FORMAT = ".comfy_quant"
 FORMATS = "_quantization_metadata"  # in the metadata of a file
 # Of activations, which are not quantised here; they do not change the weights.
 _UNREAD = (".scale_input", ".input_scale", FORMAT)
+_LONGEST_TEXT = 2**20  # bytes, of the JSON beside a layer
 _READABLE = "bf16, fp16, fp32 and fp8, plain or scaled, are"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _FP8 = ("F8_E4M3", "F8_E5M2")
@@ -43,8 +44,10 @@ def dequantise(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
     """
     if scale is None:
         return stored.to(dtype) if stored.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else stored
-    weight = stored.to(dtype, copy=True)
+    weight = stored.to(dtype, copy=True, memory_format=torch.contiguous_format)
     scale = scale.to(weight.device, dtype)
+    if scale.numel() == 1:
+        return weight.mul_(scale.reshape(()))
     blocks = weight.view(*scale.shape[:2], -1) if scale.ndim == 3 else weight
     blocks.mul_(scale)
     return weight
@@ -63,31 +66,45 @@ def find_scales(
     """
     for layer, format_ in _stated_formats(shapes.keys(), metadata, read):
         if not format_.startswith("float8_e"):
-            raise CheckpointError(f"is quantised to {format_} (at {layer}), which is not read here; {_READABLE}")
+            facts = f"{shown(format_)} (at {shown(layer)})"
+            raise CheckpointError(f"is quantised to {facts}, which is not read here; {_READABLE}")
+    for name in shapes:
+        if kind := next((kind for end, kind in _BY_NAME.items() if name.endswith(end)), ""):
+            raise CheckpointError(f"is quantised to {kind} (it has {name}), which is not read here; {_READABLE}")
     scales, unread = dict[str, str](), set[str]()
     for name in shapes:
-        stem, weight = _of_layer(name)
+        weight = _weight_of(name)
         if name.endswith(MARKER) or (name.endswith(_UNREAD) and weight in shapes):
             unread.add(name)
         elif name.endswith(SCALES) and weight in shapes:
+            _refuse_dtype(weight, dtypes[weight], (*_FLOATS, *_FP8))
+            _refuse_dtype(name, dtypes[name], _FLOATS)
             _check_scale(name, shapes[name], weight, shapes[weight])
+            if weight in scales:
+                raise CheckpointError(f"has two scales of {weight}: {scales[weight]} and {name}")
             scales[weight] = name
             unread.add(name)
-        elif (kind := next((kind for end, kind in _BY_NAME.items() if name.endswith(end)), "")) and stem:
-            raise CheckpointError(f"is quantised to {kind} (it has {name}), which is not read here; {_READABLE}")
-    for name in shapes.keys() - unread:
-        if name.endswith(".weight") and dtypes[name] not in (*_FLOATS, *_FP8):
-            kind = _BY_DTYPE.get(dtypes[name], dtypes[name])
-            raise CheckpointError(
-                f"is quantised to {kind} ({name} is {dtypes[name]}), which is not read here; {_READABLE}"
-            )
+    for name in shapes:
+        if name.endswith(".weight"):
+            _refuse_dtype(name, dtypes[name], (*_FLOATS, *_FP8))
     return scales, unread
 
 
-def _of_layer(name: str) -> tuple[str, str]:
-    """The layer that a tensor belongs to, and the name of the layer's weight."""
-    stem = name.rpartition(".")[0]
-    return stem, f"{stem}.weight"
+def is_float(dtype: str) -> bool:
+    """Whether tensors of this dtype, by safetensors' name, hold values that need no other tensor to be read."""
+    return dtype in (*_FLOATS, *_FP8)
+
+
+def _refuse_dtype(name: str, dtype: str, known: Collection[str]) -> None:
+    """Raises CheckpointError for a tensor of a quantised layer that has none of the known dtypes."""
+    if dtype not in known:
+        kind = _BY_DTYPE.get(dtype, dtype)
+        raise CheckpointError(f"is quantised to {kind} ({name} is {dtype}), which is not read here; {_READABLE}")
+
+
+def _weight_of(name: str) -> str:
+    """The name of the weight of the layer that a tensor belongs to."""
+    return f"{name.rpartition('.')[0]}.weight"
 
 
 def _check_scale(name: str, scale: tuple[int, ...], weight_name: str, weight: tuple[int, ...]) -> None:
@@ -110,7 +127,7 @@ def _stated_formats(
     if not isinstance(layers, dict):
         raise CheckpointError(f"has metadata {FORMATS} without a table of layers")
     for layer, settings in layers.items():
-        yield layer, _format_of(settings, f"the metadata of {layer}")
+        yield layer, _format_of(settings, f"the metadata of {shown(layer)}")
     for name in names:
         if name.endswith(FORMAT):
             yield name.removesuffix(FORMAT), _format_of(_parse(_text(read(name), name), name), name)
@@ -124,7 +141,7 @@ def _format_of(settings: Any, where: str) -> str:
 
 
 def _text(tensor: Tensor, name: str) -> str:
-    if tensor.dtype != torch.uint8 or tensor.ndim != 1:
+    if tensor.dtype != torch.uint8 or tensor.ndim != 1 or tensor.numel() > _LONGEST_TEXT:
         raise CheckpointError(f"has {name} that is no text")
     return bytes(tensor.tolist()).decode("utf-8", errors="replace")
 

@@ -5,7 +5,7 @@ vision encoder, mostly below a prefix. A name that has no official one is left a
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from wan.modules.clip import official_name as official_clip_name
@@ -33,6 +33,8 @@ class Spelling:
     signs: tuple[str, ...]  # tensors that only this part in this layout has; one is enough
     place: Callable[[str], Place] = field(default=lambda name: (name, 0))
     unread: tuple[str, ...] = ()  # beginnings of the names of what may be in the same file, and is not read
+    tied: tuple[str, ...] = ()  # names of second copies of other tensors
+    axes: Mapping[str, int] = field(default_factory=dict)  # of official tensors that are stored without the first ones
 
 
 def find_spelling(names: Collection[str], part: str) -> tuple[Spelling, str] | None:
@@ -174,6 +176,7 @@ def _open_clip(name: str) -> Place:
 _TEXT_SIDE = ("textual.", "text_model.", "text_projection.", "visual_projection.", "log_scale", "logit_scale")
 _OLD_CLIP = ("vision_model.embeddings.position_ids", "embeddings.position_ids")
 _OPEN_TEXT_SIDE = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text.")
+_CLIP_AXES = {"visual.cls_embedding": 3, "visual.pos_embedding": 3}  # (1, 1, width) and (1, tokens, width)
 SPELLINGS = (
     Spelling("transformer", ("head.modulation", "head.head.weight", "blocks.0.self_attn.q.weight")),
     Spelling("transformer", ("condition_embedder.time_proj.weight", "blocks.0.attn1.to_q.weight"), _transformer),
@@ -186,6 +189,7 @@ SPELLINGS = (
         ("encoder.block.0.layer.0.SelfAttention.q.weight", "encoder.block.0.layer.0.layer_norm.weight"),
         _text_encoder,
         ("decoder.", "lm_head.", "spiece_model"),
+        tied=("encoder.embed_tokens.weight",),
     ),
     Spelling("clip", ("visual.cls_embedding", "visual.transformer.0.attn.to_qkv.weight"), unread=_TEXT_SIDE),
     Spelling(
@@ -193,6 +197,7 @@ SPELLINGS = (
         ("vision_model.embeddings.class_embedding", "embeddings.class_embedding"),
         _clip,
         (*_TEXT_SIDE, *_OLD_CLIP),
+        axes=_CLIP_AXES,
     ),
-    Spelling("clip", ("visual.class_embedding",), _open_clip, (*_TEXT_SIDE, *_OPEN_TEXT_SIDE)),
+    Spelling("clip", ("visual.class_embedding",), _open_clip, (*_TEXT_SIDE, *_OPEN_TEXT_SIDE), axes=_CLIP_AXES),
 )

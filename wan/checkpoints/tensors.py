@@ -1,25 +1,26 @@
 """Tensors read from files, never unpickled. The only module of wan/ that opens weights.
 
-A file is known by its content, not by its ending: safetensors, or the zip archive that torch.save writes.
+Safetensors are known by their content, whatever the file is called. Other files are read as torch.save writes them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wan.checkpoints.errors import CheckpointError
+from wan.checkpoints.errors import CheckpointError, shown
 from wan.checkpoints.quantised import dequantise
 
 Shape = tuple[int, ...]
 Read = Callable[[str], Tensor]
 
 LONGEST_HEADER = 100 * 10**6  # bytes, of a safetensors file
+LONGEST_NAME = 256  # characters
+MOST_AXES = 8
 _DTYPES = {  # safetensors' names of the dtypes that a .pth file may hold
     torch.float64: "F64",
     torch.float32: "F32",
@@ -64,7 +65,11 @@ class Entry:
 
 def existing(path: Path) -> Path:
     """The path of a file or folder. Raises CheckpointError if there is none."""
-    if not path.exists():
+    try:
+        is_there = path.exists()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {shown(str(path))}: {error.strerror}") from None
+    if not is_there:
         dangling = ": a link to a file that is gone" if path.is_symlink() else "; the layout of the model has it"
         raise CheckpointError(f"{path} is missing{dangling}")
     return path
@@ -77,10 +82,13 @@ def read_header(path: Path) -> Header:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, safe_open is no mapping
             shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
             dtypes = {name: each.get_dtype() for name, each in slices.items()}
-            return Header(path, shapes, dtypes, dict(file.metadata() or {}))
+            metadata = dict(file.metadata() or {})
+        _check_names(path, shapes)
+        return Header(path, shapes, dtypes, metadata)
     state = _read_pth(path)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     dtypes = {name: _DTYPES.get(tensor.dtype, str(tensor.dtype)) for name, tensor in state.items()}
+    _check_names(path, shapes)
     return Header(path, shapes, dtypes, {})
 
 
@@ -138,22 +146,31 @@ def _is_pth(path: Path) -> bool:
             start = file.read(32)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    # First, because the length of a header may have the first byte of another kind of file.
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LONGEST_HEADER:
+        return False
     for sign, kind in _FOREIGN.items():
         if start.startswith(sign):
             raise CheckpointError(f"{path} is {kind}")
-    is_safetensors = start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LONGEST_HEADER
-    return not is_safetensors and (start.startswith(b"PK") or path.suffix != ".safetensors")
+    if start.startswith(b"PK") and path.suffix == ".safetensors":  # some versions of torch go by the name
+        raise CheckpointError(f"{path} was written by torch.save: rename it to {path.stem}.pth")
+    return path.suffix != ".safetensors"
 
 
 def _read_pth(path: Path) -> dict[str, Tensor]:
     """The flat dictionary of tensors in a file of torch.save, memory-mapped."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is not a complete file of plain tensors: {reason}\ndownload it again") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    except Exception as error:  # a damaged one ends in almost any error, such as those of a wrong index or argument
+        reason = f"{_first_line(error)}\ndownload it again"
+        raise CheckpointError(f"{path} is not a complete file of plain tensors: {reason}") from None
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise CheckpointError(f"{path} does not hold a flat dictionary of tensors")
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise CheckpointError(f"{path} has the tensor {shown(name)} with values that are not stored one by one")
     return state
 
 
@@ -165,4 +182,17 @@ def _open_safetensors(path: Path, device: torch.device | str) -> safe_open:
 
 
 def _incomplete(path: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path} is not a complete safetensors file: {error}\ndownload it again")
+    return CheckpointError(f"{path} is not a complete safetensors file: {_first_line(error)}\ndownload it again")
+
+
+def _first_line(error: Exception) -> str:
+    return shown(next(iter(str(error).splitlines()), type(error).__name__))
+
+
+def _check_names(path: Path, shapes: Mapping[str, Shape]) -> None:
+    """Raises CheckpointError for names and shapes that are no module's: messages could not show them."""
+    for name, shape in shapes.items():
+        if len(name) > LONGEST_NAME or not name.isprintable():
+            raise CheckpointError(f"{path} has a tensor of the strange name {shown(name)}")
+        if len(shape) > MOST_AXES:
+            raise CheckpointError(f"{path} has the tensor {name} with {len(shape)} axes")

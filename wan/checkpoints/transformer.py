@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wan.checkpoints.errors import CheckpointError
+from wan.checkpoints.errors import CheckpointError, shown
 from wan.checkpoints.tensors import Shape, existing
 from wan.checkpoints.variants import refuse_variant_by_tensors
 from wan.checkpoints.weights import Weights, count_blocks, read_weights, reading_widths
@@ -43,9 +43,10 @@ class Config:
         """
         task, dim, in_dim, out_dim = (self.values.get(name) for name in ("model_type", "dim", "in_dim", "out_dim"))
         if self.is_official:
-            return Traits(dim, in_dim, out_dim, task=task, image=task in ("i2v", "flf2v") and is_alone)
+            image = None if task is None else task in ("i2v", "flf2v") and is_alone
+            return Traits(dim, in_dim, out_dim, image, task=task)
         image, positions = (bool(self.values.get(name)) for name in ("image_dim", "pos_embed_seq_len"))
-        return Traits(dim, in_dim, out_dim, image=image, positions=positions)
+        return Traits(dim, in_dim, out_dim, image, positions)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _disagreement(shape: WanShape, config: Config) -> str:
     for name in WIDTHS:
         ours, theirs = getattr(shape, name), config.values.get(name)
         if name in config.values and theirs not in (ours, list(ours) if isinstance(ours, tuple) else ours):
-            return f"says {name} {theirs}, but the weights have {ours}"
+            return f"says {name} {shown(theirs)}, but the weights have {ours}"
     return ""
 
 
@@ -138,10 +139,10 @@ def _complete(shape: WanShape, config: Config) -> WanShape:
     except (KeyError, TypeError, ValueError, OverflowError):
         raise CheckpointError(f"{config.path} lacks a valid num_heads or eps") from None
     if num_heads < 1 or shape.dim % num_heads:
-        raise CheckpointError(f"{config.path}: {num_heads} heads do not divide the width {shape.dim}")
+        raise CheckpointError(f"{config.path}: {shown(num_heads)} heads do not divide the width {shape.dim}")
     if not 0 < eps < 1:
         raise CheckpointError(f"{config.path} lacks a valid num_heads or eps: eps is {eps}")
     text_len = config.values.get("text_len", 512)
     if type(text_len) is not int or not 0 < text_len <= LONGEST_TEXT:
-        raise CheckpointError(f"{config.path}: text_len must be a positive whole number, not {text_len!r}")
+        raise CheckpointError(f"{config.path}: text_len must be a positive whole number, not {shown(repr(text_len))}")
     return replace(shape, num_heads=num_heads, eps=eps, text_len=text_len)

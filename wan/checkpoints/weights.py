@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from wan.checkpoints.errors import CheckpointError
-from wan.checkpoints.quantised import find_scales
+from wan.checkpoints.errors import CheckpointError, shown
+from wan.checkpoints.quantised import find_scales, is_float
 from wan.checkpoints.spellings import Spelling, find_spelling, spellings_of
-from wan.checkpoints.tensors import Entry, Header, Part, Shape, existing, open_file, read_header
+from wan.checkpoints.tensors import LONGEST_NAME, Entry, Header, Part, Shape, existing, open_file, read_header
 
 STEMS = ("diffusion_pytorch_model", "model")  # of the files in a folder, in the official layout and in diffusers'
 PARTS = {
@@ -19,6 +19,7 @@ PARTS = {
     "text_encoder": "a UMT5 text encoder",
     "clip": "a CLIP vision encoder",
 }
+MOST_BLOCKS = 1000  # of one part; no released one has more than 40
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _LORA = re.compile(r"[._]lora_(?:A|B|up|down|mid)\b|\.lora\.(?:up|down)\.|\.(?:hada_w\d_[ab]|lokr_w\d|diff|diff_b)$")
 
@@ -53,10 +54,16 @@ def read_weights(place: Path, part: str) -> Weights:
     if not spelling.signs:
         _refuse_other(path, names, part)
     pieces: dict[str, dict[int, tuple[Part, Shape]]] = {}
-    for header in headers:
-        for (official, number), piece in _read_parts(header, spelling, prefix).items():
-            pieces.setdefault(official, {}).setdefault(number, piece)
-    return Weights(path, {name: _join(path, name, rows) for name, rows in pieces.items()})
+    stored = [(part, shape) for header in headers for part, shape in _read_parts(header, spelling, prefix)]
+    # What is tied comes last: it is read where the file has nothing else in its place.
+    for piece, shape in sorted(stored, key=lambda each: each[0].name.endswith(spelling.tied)):
+        official, number = spelling.place(piece.name.removeprefix(prefix))
+        rows = pieces.setdefault(official, {})
+        if number not in rows:
+            rows[number] = piece, shape
+        elif not piece.name.endswith(spelling.tied):
+            raise CheckpointError(f"{path} has {official} twice, as {rows[number][0].name} and {piece.name}")
+    return Weights(path, {name: _join(path, spelling, name, rows) for name, rows in pieces.items()})
 
 
 @contextmanager
@@ -66,40 +73,45 @@ def reading_widths(path: Path) -> Iterator[None]:
         yield
     except KeyError as error:
         raise CheckpointError(f"{path} lacks the tensor {error.args[0]}: not the official layout") from None
-    except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path} has a tensor of unexpected shape: {error}") from None
+    except (ValueError, IndexError, TypeError, ZeroDivisionError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(f"{path} has a tensor of unexpected shape: {shown(str(error))}") from None
 
 
 def count_blocks(names: Collection[str]) -> int:
-    """The number of blocks that tensors of these names belong to."""
-    return len({name.split(".")[1] for name in names if name.startswith("blocks.")})
+    """The number of blocks that tensors of these names belong to. Raises ValueError for more than any module has."""
+    count = len({name.split(".")[1] for name in names if name.startswith("blocks.")})
+    if count > MOST_BLOCKS:
+        raise ValueError(f"{count} blocks")
+    return count
 
 
-def _read_parts(header: Header, spelling: Spelling, prefix: str) -> dict[tuple[str, int], tuple[Part, Shape]]:
-    """The tensors of one file by their places: the official name, and the number among those that are joined to it."""
+def _read_parts(header: Header, spelling: Spelling, prefix: str) -> Iterator[tuple[Part, Shape]]:
+    """The tensors in one file that are of the part, with their shapes. Raises CheckpointError for what is no weight."""
     with open_file(header.path) as read:
         try:
             scales, unread = find_scales(header.shapes, header.dtypes, header.metadata, read)
         except CheckpointError as error:
             raise CheckpointError(f"{header.path} {error}") from None
-    parts: dict[tuple[str, int], tuple[Part, Shape]] = {}
     for name, shape in header.shapes.items():
         own = name.removeprefix(prefix)
         if name in unread or not name.startswith(prefix) or own.startswith(spelling.unread or ("\0",)):
             continue
-        parts.setdefault(spelling.place(own), (Part(header.path, name, scales.get(name)), shape))
-    return parts
+        if not is_float(header.dtypes[name]):
+            raise CheckpointError(f"{header.path} has {name} of dtype {header.dtypes[name]}, which is none of weights")
+        if 0 in shape:
+            raise CheckpointError(f"{header.path} has {name} of shape {list(shape)}, which is empty")
+        yield Part(header.path, name, scales.get(name)), shape
 
 
-def _join(path: Path, name: str, rows: Mapping[int, tuple[Part, Shape]]) -> Entry:
+def _join(path: Path, spelling: Spelling, name: str, rows: Mapping[int, tuple[Part, Shape]]) -> Entry:
     """One tensor of the module from its parts, which are its rows."""
     parts, shapes = zip(*(rows[number] for number in sorted(rows)), strict=True)
     shape = shapes[0]
     if len(parts) > 1:
-        if len({each[1:] for each in shapes}) > 1 or not shape:
+        if not all(shapes) or len({each[1:] for each in shapes}) > 1:
             raise CheckpointError(f"{path} has parts of {name} that do not fit together")
         shape = (sum(each[0] for each in shapes), *shape[1:])
-    return Entry(shape, parts)
+    return Entry((1,) * (spelling.axes.get(name, 0) - len(shape)) + shape, parts)
 
 
 def _refuse_other(path: Path, names: Collection[str], part: str) -> None:
@@ -136,12 +148,14 @@ def _indexed(index: Path) -> list[Path]:
     """The shards that an index names. Raises CheckpointError for an index that is none, and for missing shards."""
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
+        outside = [name for name in names if Path(name).name != name or name == ".."]
+        if not all(name.isprintable() and len(name) <= LONGEST_NAME for name in names):
+            raise ValueError
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{index} is not a valid index of safetensors shards") from None
     # A name from a file's content is never followed out of the folder.
     if outside:
-        raise CheckpointError(f"{index} names a shard outside its folder: {outside[0]}")
+        raise CheckpointError(f"{index} names a shard outside its folder: {shown(outside[0])}")
     return [existing(index.parent / name) for name in names]
 
 
@@ -150,6 +164,8 @@ def _unindexed(folder: Path, files: Collection[Path]) -> list[Path]:
     shards = [match for match in (_SHARD.fullmatch(file.name) for file in files) if match]
     if not shards:
         return []
-    stem, count = shards[0]["stem"], shards[0]["count"]
+    (stem, count), *others = sorted({(shard["stem"], shard["count"]) for shard in shards})
+    if others:
+        raise CheckpointError(f"{folder} has several sets of shards, such as {stem} and {others[0][0]}: remove one")
     names = [f"{stem}-{number + 1:05d}-of-{count}.safetensors" for number in range(int(count))]
     return [existing(folder / name) for name in names]

@@ -44,7 +44,10 @@ _QKV = re.compile(r"\.([qkv])_proj\.")
 
 @dataclass(frozen=True)
 class VisionShape:
-    """The widths of one vision encoder; the defaults are those of the released one."""
+    """The widths of one vision encoder; the defaults are those of the released one.
+
+    Raises ValueError for a width that is not that of whole heads.
+    """
 
     dim: int = 1280
     mlp_dim: int = 5120
@@ -52,6 +55,10 @@ class VisionShape:
     patch_size: int = 14
     image_size: int = 224  # height and width in pixels
     projection_dim: int = 1024  # of the head, which is not used
+
+    def __post_init__(self) -> None:
+        if self.dim > HEAD_SIZE and self.dim % HEAD_SIZE:
+            raise ValueError(f"the width {self.dim} is not a multiple of {HEAD_SIZE}, the size of a head")
 
     @property
     def num_heads(self) -> int:
@@ -67,7 +74,7 @@ def vision_shape(shapes: Mapping[str, tuple[int, ...]]) -> VisionShape:
     """The shape of the encoder with tensors of these official names and shapes.
 
     No tensor tells the size of a head, the activation or the epsilon of the norms: they are those of the released
-    encoder. Raises KeyError for a missing tensor, and ValueError or IndexError for one with other axes.
+    encoder. Raises KeyError for a missing tensor, and ValueError or IndexError for one with other axes or widths.
     """
     dim, _, patch_size, _ = shapes["visual.patch_embedding.weight"]
     _, num_tokens, _ = shapes["visual.pos_embedding"]
@@ -137,14 +144,11 @@ def preprocess(frames: Tensor, image_size: int) -> Tensor:
 class VisionEncoder(nn.Module):
     """The ViT up to its last but one block, which gives the tokens that Wan was trained on.
 
-    Exact GELU, a norm before the first block, no bias in the patch embedding. The last block is not built. Raises
-    ValueError for a width that is not that of whole heads.
+    Exact GELU, a norm before the first block, no bias in the patch embedding. The last block is not built.
     """
 
     def __init__(self, shape: VisionShape) -> None:
         super().__init__()
-        if shape.dim > HEAD_SIZE and shape.dim % HEAD_SIZE:
-            raise ValueError(f"the width {shape.dim} is not a multiple of {HEAD_SIZE}, the size of a head")
         # Only here, because the import takes seconds, and most models have no vision encoder.
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -161,6 +165,7 @@ class VisionEncoder(nn.Module):
         model = CLIPVisionModel(config)
         self.shape = shape
         self.visual = getattr(model, "vision_model", model)  # the first releases of transformers 5 have one module more
+        self.visual.post_layernorm = nn.Identity()  # of a pooled output that nothing reads
         # Not in the checkpoint, so they have values even if the module is built on the meta device.
         self.visual.embeddings.position_ids = torch.arange(shape.num_tokens, device="cpu")[None]
 
