@@ -179,6 +179,8 @@ def _open_safetensors(path: Path, device: torch.device | str) -> safe_open:
         return safe_open(path, framework="pt", device=str(device))
     except (SafetensorError, OSError) as error:
         raise _incomplete(path, error) from None
+    except RuntimeError:  # Linux may refuse to map a file that is larger than its memory; it can be read all the same
+        return safe_open(path, framework="pt", device=str(device), backend="pread")
 
 
 def _incomplete(path: Path, error: Exception) -> CheckpointError:
