@@ -248,7 +248,7 @@ def _check_row(row: Family, traits: Traits, places: Mapping[str, Path]) -> None:
 
 def _describe(traits: Traits) -> str:
     task = f"{shown(traits.task)} model" if traits.task else "model"
-    tokens = " and image tokens" if traits.image else ""
+    tokens = (" and image tokens" if traits.image else "") + (" and image positions" if traits.positions else "")
     outputs = f" and {shown(traits.out_dim)} output" if traits.out_dim else ""
     return f"{task} with {shown(traits.in_dim)} input{outputs} channels{tokens}"
 

@@ -1,6 +1,6 @@
 """Tensors read from files, never unpickled. The only module of wan/ that opens weights.
 
-A file is known by its content, not by its ending: safetensors, or the zip archive that torch.save writes.
+Safetensors are known by their content, whatever the file is called. Other files are read as torch.save writes them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -65,7 +65,11 @@ class Entry:
 
 def existing(path: Path) -> Path:
     """The path of a file or folder. Raises CheckpointError if there is none."""
-    if not path.exists():
+    try:
+        is_there = path.exists()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {shown(str(path))}: {error.strerror}") from None
+    if not is_there:
         dangling = ": a link to a file that is gone" if path.is_symlink() else "; the layout of the model has it"
         raise CheckpointError(f"{path} is missing{dangling}")
     return path
@@ -75,7 +79,7 @@ def read_header(path: Path) -> Header:
     """The names, shapes and dtypes of all tensors in a file. Raises CheckpointError for what cannot be read."""
     if not _is_pth(path):
         with _open_safetensors(path, "cpu") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, safe_open is no mapping
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}  # in the order of the file
             shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
             dtypes = {name: each.get_dtype() for name, each in slices.items()}
             metadata = dict(file.metadata() or {})
@@ -148,7 +152,9 @@ def _is_pth(path: Path) -> bool:
     for sign, kind in _FOREIGN.items():
         if start.startswith(sign):
             raise CheckpointError(f"{path} is {kind}")
-    return start.startswith(b"PK") or path.suffix != ".safetensors"
+    if start.startswith(b"PK") and path.suffix == ".safetensors":  # some versions of torch go by the name
+        raise CheckpointError(f"{path} was written by torch.save: rename it to {path.stem}.pth")
+    return path.suffix != ".safetensors"
 
 
 def _read_pth(path: Path) -> dict[str, Tensor]:

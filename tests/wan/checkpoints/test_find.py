@@ -23,6 +23,7 @@ from wan.checkpoints import (
     find,
     find_family,
     find_model,
+    need_transformers,
     open_model,
 )
 from wan.checkpoints.errors import ModelNotFoundError
@@ -50,7 +51,7 @@ def test_the_family_of_a_release_is_known_without_its_files_but_a_folder_comes_f
     folder.rename("Wan2.1-T2V-14B")
     assert find_family("Wan2.1-T2V-14B") is FAMILIES["wan2.1-t2v-1.3B"]  # the first of the same kind
     edit_config(Path("Wan2.1-T2V-14B"), model_type="i2v")
-    refused("a kind that is not supported: i2v with 16 input channels", find_family, "Wan2.1-T2V-14B")
+    refused("a kind that is not supported: a i2v model with 16 input", find_family, "Wan2.1-T2V-14B")
     with pytest.raises(ModelNotFoundError) as caught:
         find_family("Wan-AI/Wan9-T2V")
     assert caught.value.name == "Wan-AI/Wan9-T2V"
@@ -62,18 +63,18 @@ def test_a_folder_is_opened_with_all_its_parts(whole):
     assert files.family.task == "t2v" and files.family.shift == 5.0
     assert list(files.transformers) == ["transformer"] and files.transformer.path == whole / TRANSFORMER
     assert files.transformer.shape == TINY_SHAPE and files.text_len == TINY_SHAPE.text_len
-    assert (files.vae, files.text_encoder) == (whole / FAMILY.vae, whole / FAMILY.text_encoder)
-    assert files.tokenizer == whole / FAMILY.tokenizer
+    assert (files.vae.path, files.text_encoder.path) == (whole / FAMILY.vae, whole / FAMILY.text_encoder)
+    assert files.tokenizer == whole / FAMILY.tokenizer and files.clip is None
 
 
 def test_a_folder_is_read_once(whole, monkeypatch):
     read = []
-    for name in ("read_config", "read_transformer"):
+    for name in ("read_config", "read_transformer", "read_weights"):
         original = getattr(find, name)
         monkeypatch.setattr(find, name, lambda *args, original=original: read.append(original) or original(*args))
     files = open_model(whole)
-    assert files.transformer.shape and files.text_len
-    assert len(read) == 2  # the config and the headers
+    assert files.transformer.shape and files.text_len and files.vae.shapes
+    assert len(read) == 4  # the config, and the headers of the transformer, the VAE and the text encoder
 
 
 @pytest.mark.parametrize("missing", FILES)
@@ -84,18 +85,30 @@ def test_a_missing_file_is_named(folder, missing):
     assert Path(missing).name in message and str(folder) in message
 
 
-@pytest.mark.parametrize("changes", [{"model_type": "i2v"}, {"model_type": None}, {"in_dim": None}, {"model_type": []}])
-def test_a_model_of_an_unsupported_kind_is_refused_with_what_is_supported(folder, changes):
-    edit_config(folder, **changes)
+@pytest.mark.parametrize("task", ["i2v", [], {}, 7, "a\nb\nc\nd", "long" * 100, "[" * 100])
+def test_a_model_of_an_unsupported_kind_is_refused_with_what_is_supported(folder, task):
+    edit_config(folder, model_type=task)
     for find_it in (find_family, open_model):
-        refused("supported: t2v with 16", find_it, folder)
+        assert len(refused("supported: t2v model with 16 input", find_it, folder)) < 800
+
+
+@pytest.mark.parametrize("name", ["model_type", "in_dim", "out_dim", "dim"])
+def test_what_a_config_does_not_say_the_tensors_tell(tmp_path, name):
+    for family in (FAMILY, I2V):
+        folder = write_model(tmp_path / family.name, family)
+        edit_config(folder, **{name: None})
+        assert open_model(folder).family is find_family(folder) is family
 
 
 def test_what_is_supported_is_listed_once(folder):
     edit_config(folder, in_dim=36)
-    kinds = [f"{task} input channels" for task in ("t2v with 16", "i2v with 36", "flf2v with 36")]
-    kinds += ["t2v with 16 input channels and 2 experts", "i2v with 36 input channels and 2 experts"]
-    kinds += ["ti2v with 48 input channels"]
+    wide = "model with 36 input and 16 output channels"
+    kinds = ["t2v model with 16 input and 16 output channels", f"i2v {wide} and image tokens"]
+    kinds += [
+        f"flf2v {wide} and image tokens and image positions",
+        f"i2v {wide}",
+        "ti2v model with 48 input and 48 output channels",
+    ]
     assert refused(None, find_family, folder).endswith(f"\nsupported: {', '.join(kinds)}")
     refused("says in_dim 36, but the weights have 16", open_model, folder)
 
@@ -109,13 +122,14 @@ def test_a_small_model_of_every_row_is_found_with_all_its_parts(tmp_path, name):
     folder = write_model(tmp_path / name, family)
     files = open_model(folder)
     assert files.family is find_family(folder)
-    assert replace(files.family, shape=family.shape) == family  # small T2V models are of the first width
+    # Small T2V models are of the first width.
+    assert replace(files.family, shape=family.shape, name=name) == family
     assert [place.path for place in files.transformers.values()] == [
         folder / expert.folder / TRANSFORMER for expert in family.experts
     ]
     assert {place.shape for place in files.transformers.values()} == {tiny_shape(family)}
-    assert files.vae == folder / family.vae
-    assert files.clip == (folder / family.clip if family.clip else None)
+    assert files.vae.path == folder / family.vae
+    assert (files.clip and files.clip.path) == (folder / family.clip if family.clip else None)
 
 
 def test_the_name_of_the_folder_tells_480p_from_720p(tmp_path, monkeypatch):
@@ -133,10 +147,10 @@ def test_the_vision_encoder_is_needed_where_the_model_reads_through_one_and_only
     folder = write_model(tmp_path / "i2v", I2V)
     elsewhere = (folder / I2V.clip).rename(tmp_path / "clip.pth")
     refused(f"{folder / I2V.clip} is missing", open_model, folder)
-    assert open_model(folder, clip=elsewhere).clip == elsewhere
+    assert open_model(folder, clip=elsewhere).clip.path == elsewhere
     files = {name: folder / file for name, file in names_of(I2V).items() if name != "clip"}
     refused("no clip is given", open_model, transformer=folder / TRANSFORMER, **files)
-    assert open_model(transformer=folder / TRANSFORMER, clip=elsewhere, **files).clip == elsewhere
+    assert open_model(transformer=folder / TRANSFORMER, clip=elsewhere, **files).clip.path == elsewhere
     refused("the model has no part called clip", open_model, whole, clip=elsewhere)
 
 
@@ -149,7 +163,8 @@ def test_an_i2v_without_image_tokens_is_not_that_of_wan_2_1_and_one_with_them_is
     folder = write_model(tmp_path / "i2v", I2V)
     write_transformer(folder, tiny_transformer(tiny_shape(EXPERTS)), family=EXPERTS)
     kind = "i2v model with 36 input and 16 output channels"
-    refused(f"is of a {kind}, not of a {kind} and image tokens", open_model, folder)
+    refused(r"one of two experts \(wan2.2-i2v-A14B, .+\): give it as high_noise or low_noise", open_model, folder)
+    refused(f"is of a {kind}, but {I2V.name} is a {kind} and image tokens", open_model, folder, I2V.name)
     write_transformer(two_experts / "low_noise_model", tiny_transformer(tiny_shape(I2V)), family=I2V)
     assert "low_noise_model" in refused(f"is of a {kind} and image tokens, not of a {kind}$", open_model, two_experts)
 
@@ -161,7 +176,7 @@ def test_each_part_may_be_another_file(whole, tmp_path):
     write_vae(tmp_path, tiny_vae(seed=1))
     write_transformer(tmp_path / "sharded", tiny_transformer(replace(TINY_SHAPE, num_layers=3)), shards=2)
     files = open_model(str(whole), vae=tmp_path / FAMILY.vae, transformer=str(tmp_path / "sharded"), clip=None)
-    assert files.vae == tmp_path / FAMILY.vae and files.text_encoder == whole / FAMILY.text_encoder
+    assert files.vae.path == tmp_path / FAMILY.vae and files.text_encoder.path == whole / FAMILY.text_encoder
     assert files.transformer.path == tmp_path / "sharded" / INDEX and files.transformer.shape.num_layers == 3
 
 
@@ -169,7 +184,7 @@ def test_a_transformer_without_a_config_is_read_by_that_of_the_folder(whole, tmp
     (tmp_path / "alone").mkdir()
     file = Path(shutil.copy(whole / TRANSFORMER, tmp_path / "alone" / "tuned.safetensors"))
     assert open_model(whole, transformer=file).transformer.path == file
-    refused(r"alone/config\.json is missing", open_model, transformer=file)
+    refused(r"tuned.safetensors has the width 48, .+; it needs a config.json beside it", open_model, transformer=file)
 
 
 def test_a_model_may_be_made_of_single_files(whole):
@@ -187,10 +202,19 @@ def test_a_given_file_that_is_not_there_is_named(whole, tmp_path):
         refused(f"{tmp_path}/nowhere is missing", open_model, whole, **{name: tmp_path / "nowhere"})
 
 
-@pytest.mark.parametrize("name", ["high_noise", "low_noise", "clip"])
-def test_a_part_that_the_model_does_not_have_is_refused(whole, name):
-    message = f"some.safetensors cannot be used: the model has no part called {name}"
-    refused(message, open_model, whole, **{name: "some.safetensors"})
+def test_a_part_that_the_model_does_not_have_is_refused(whole, two_experts):
+    message = "some.safetensors cannot be used: "
+    refused(f"{message}the model has no part called clip", open_model, whole, clip="some.safetensors")
+    refused(f"{message}{two_experts} has two experts", open_model, two_experts, transformer=Path("some.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["high_noise", "low_noise"])
+def test_the_only_transformer_of_a_model_is_no_expert(tmp_path, name):
+    folder = write_model(tmp_path / "i2v", I2V)
+    message = "is no expert, but the only transformer of wan2.1-i2v-14B-480P, .+: give it as transformer"
+    refused(message, open_model, folder, **{name: folder / TRANSFORMER})
+    refused(f"{I2V.name} has transformer, but .+ is given as {name}", open_model, folder, I2V.name, **{name: folder})
+    refused("transformer and high_noise exclude each other", open_model, transformer=folder, high_noise=folder)
 
 
 def test_a_vision_encoder_alone_is_no_model():
@@ -205,8 +229,9 @@ def test_an_unknown_part_is_a_mistake_of_the_program(whole):
 def test_a_transformer_of_another_kind_is_refused(whole, tmp_path):
     write_transformer(tmp_path, tiny_transformer(replace(TINY_SHAPE, in_dim=36)))
     edit_config(tmp_path, model_type="i2v")
-    message = "is of a i2v model with 36 input and 16 output channels, not of a t2v model with 16 input and 16 output"
-    assert str(tmp_path) in refused(message, open_model, whole, transformer=tmp_path)
+    assert str(tmp_path) in refused("is one of two experts", open_model, whole, transformer=tmp_path)
+    message = "is of a i2v model with 36 input and 16 output channels, but wan2.1-t2v-1.3B is a t2v model with 16 input"
+    assert str(tmp_path) in refused(message, open_model, whole, FAMILY.name, transformer=tmp_path)
 
 
 def test_output_channels_that_are_no_latents_of_the_family_are_refused(folder):
@@ -236,7 +261,9 @@ def test_each_expert_may_be_another_file(two_experts, whole, tmp_path):
     changed = open_model(two_experts, low_noise=other / TRANSFORMER)
     assert changed.transformers["low_noise"].path == other / TRANSFORMER
     assert changed.transformers["high_noise"] == files.transformers["high_noise"]
-    refused("the model has no part called transformer", open_model, two_experts, transformer=whole / TRANSFORMER)
+    refused("has two experts, high_noise and low_noise", open_model, two_experts, transformer=whole / TRANSFORMER)
+    mixed = refused(None, open_model, two_experts, low_noise=whole / TRANSFORMER)
+    assert f"{whole / TRANSFORMER} is of a t2v model with 16 input and 16 output channels, not of a i2v" in mixed
 
 
 def test_two_experts_may_be_given_as_single_files(two_experts, tmp_path):
@@ -244,8 +271,11 @@ def test_two_experts_may_be_given_as_single_files(two_experts, tmp_path):
     high, low = (two_experts / f"{name}_noise_model" / TRANSFORMER for name in ("high", "low"))
     opened = open_model(high_noise=high, low_noise=low, **files)
     assert replace(opened, source=str(two_experts)) == open_model(two_experts)
-    refused("no low_noise is given", open_model, high_noise=high, **files)
-    refused("no high_noise is given", open_model, low_noise=low, **files)
+    for name, path, other in (("high_noise", high, "low_noise"), ("low_noise", low, "high_noise")):
+        alone = open_model(**{name: path}, **files)
+        assert alone.transformers == {name: opened.transformers[name]} and alone.family is opened.family is EXPERTS
+        need_transformers(alone, [name])
+        refused(f"no {other} is given, and no model folder that has one", need_transformers, alone, [name, other])
     beside = {name: tmp_path / f"{name}.safetensors" for name in ("high_noise", "low_noise")}
     shutil.copy(two_experts / "high_noise_model" / "config.json", tmp_path)
     for source, target in zip((high, low), beside.values(), strict=True):
@@ -257,7 +287,7 @@ def test_two_experts_may_be_given_as_single_files(two_experts, tmp_path):
 def test_an_expert_that_is_missing_is_named(two_experts):
     shutil.rmtree(two_experts / "low_noise_model")
     for find_it in (find_family, open_model):
-        refused("low_noise_model/config.json is missing", find_it, two_experts)
+        refused("low_noise_model is missing", find_it, two_experts)
 
 
 @pytest.mark.parametrize(("changes", "name"), [({"ffn_dim": 64}, "ffn_dim"), ({"num_layers": 3}, "num_layers")])

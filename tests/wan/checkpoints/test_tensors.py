@@ -1,7 +1,9 @@
 """Weights are read as they were written, one by one, and nothing in a file is ever run."""
 
+import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +11,18 @@ from safetensors.torch import save_file
 
 from tests.damage import edit_pth, refused
 from tests.tiny import FAMILY
-from wan.checkpoints import TRANSFORMER
-from wan.checkpoints.tensors import open_tensors, read_pth, read_shapes
+from wan.checkpoints import TRANSFORMER, CheckpointError
+from wan.checkpoints.tensors import Entry, Part, existing, open_file, open_tensors, read_header
 
 VAE, TEXT_ENCODER = FAMILY.vae, FAMILY.text_encoder
+FP32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
+
+
+def entry(path: Path, name: str, shape: tuple[int, ...], scale: str | None = None) -> Entry:
+    return Entry(shape, (Part(path, name, scale),))
+
+
+# ---------------------------------------------------------------------------------------------------- what is read
 
 
 def test_tensors_of_several_files_are_read_by_name(tmp_path):
@@ -20,15 +30,72 @@ def test_tensors_of_several_files_are_read_by_name(tmp_path):
     places = {"a": tmp_path / "1.safetensors", "b": tmp_path / "2.safetensors", "c": tmp_path / "1.safetensors"}
     for path in set(places.values()):
         save_file({name: content[name] for name in content if places[name] == path}, path)
-    assert read_shapes(places["a"]) == {"a": (2, 3), "c": (3,)}
-    with open_tensors(places, "cpu") as read:
-        assert all(torch.equal(read(name), tensor) for name, tensor in content.items())
+    header = read_header(places["a"])
+    assert (header.path, header.shapes) == (places["a"], {"a": (2, 3), "c": (3,)})
+    assert (header.dtypes, header.metadata) == ({"a": "F32", "c": "I64"}, {})
+    entries = {f"our {name}": entry(path, name, tuple(content[name].shape)) for name, path in places.items()}
+    with open_tensors(entries, "cpu", BF16) as read:
+        for name, tensor in content.items():
+            assert torch.equal(read(f"our {name}"), tensor) and read(f"our {name}").dtype == tensor.dtype
+
+
+DTYPES = {torch.float64: "F64", FP32: "F32", torch.float16: "F16", BF16: "BF16", FP8: "F8_E4M3"}
+DTYPES |= {torch.float8_e5m2: "F8_E5M2"}
+
+
+@pytest.mark.parametrize(("dtype", "name"), DTYPES.items())
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".bin", ".sft", ""])
+def test_both_kinds_of_file_say_the_same_whatever_they_are_called(tmp_path, dtype, name, suffix):
+    content, metadata = {"a.b": torch.ones(2, 3).to(dtype), "c": torch.ones(()).to(dtype)}, {"format": "pt"}
+    first, second = tmp_path / f"first{suffix}", tmp_path / f"second{suffix if suffix != '.safetensors' else '.pth'}"
+    save_file(content, first, metadata)
+    torch.save(content, second)
+    for path in (first, second):
+        header = read_header(path)
+        assert (header.shapes, set(header.dtypes.values())) == ({"a.b": (2, 3), "c": ()}, {name})
+        assert header.metadata == (metadata if path == first else {})
+        with open_file(path) as read:
+            assert read("a.b").dtype == dtype and torch.equal(read("a.b").float(), torch.ones(2, 3))
+
+
+def test_rows_are_joined_in_their_order_and_take_the_axes_of_the_module(tmp_path):
+    content = {name: torch.randn(2, 3) for name in "qkv"} | {"x": torch.randn(4)}
+    for name, tensor in content.items():
+        save_file({name: tensor}, tmp_path / name)
+    parts = tuple(Part(tmp_path / name, name) for name in "kqv")
+    entries = {"qkv": Entry((6, 3), parts), "x": entry(tmp_path / "x", "x", (1, 1, 4))}
+    with open_tensors(entries, "cpu", FP32) as read:
+        assert torch.equal(read("qkv"), torch.cat([content[name] for name in "kqv"]))
+        assert torch.equal(read("x"), content["x"][None, None])
+
+
+def test_what_is_quantised_becomes_values_in_the_dtype_of_the_computation(tmp_path):
+    path, weight, scale = tmp_path / "a.safetensors", torch.randn(2, 3).to(FP8), torch.tensor(0.3)
+    save_file({"w": weight, "s": scale, "b": torch.ones(2)}, path)
+    entries = {"w": entry(path, "w", (2, 3), "s"), "plain": entry(path, "w", (2, 3)), "b": entry(path, "b", (2,))}
+    entries["joined"] = Entry((4, 3), (Part(path, "w", "s"), Part(path, "w")))
+    with open_tensors(entries, "cpu", BF16) as read:
+        scaled, plain = weight.to(BF16) * scale.to(BF16), weight.to(BF16)
+        assert torch.equal(read("w"), scaled) and torch.equal(read("plain"), plain)
+        assert read("b").dtype == FP32 and read("plain").dtype == BF16
+        assert torch.equal(read("joined"), torch.cat([scaled, plain]))
+
+
+def test_the_length_of_a_header_is_not_taken_for_another_kind_of_file(tmp_path):
+    table = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    header = table.ljust(256 + ord("<"))
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert read_header(tmp_path / "a.safetensors").shapes == {"a": (1,)}
 
 
 def test_an_error_of_the_one_who_reads_is_not_blamed_on_the_file(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "1.safetensors")
-    with pytest.raises(OSError, match="a disk is full"), open_tensors({"a": tmp_path / "1.safetensors"}, "cpu"):
+    entries = {"a": entry(tmp_path / "1.safetensors", "a", (1,))}
+    with pytest.raises(OSError, match="a disk is full"), open_tensors(entries, "cpu", FP32):
         raise OSError("a disk is full")
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, -1])
@@ -36,10 +103,10 @@ def test_a_truncated_safetensors_file_is_named(folder, kept):
     path = folder / TRANSFORMER
     path.write_bytes(path.read_bytes()[:kept])
     message = f"{path} is not a complete safetensors file: .*\ndownload it again"
-    refused(message, read_shapes, path)
-    with open_tensors({}, "cpu"):
+    refused(message, read_header, path)
+    with open_tensors({}, "cpu", FP32):
         pass
-    refused(message, open_tensors({"a": path}, "cpu").__enter__)
+    refused(message, open_tensors({"a": entry(path, "a", (1,))}, "cpu", FP32).__enter__)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 1000, -1])
@@ -47,12 +114,129 @@ def test_a_truncated_safetensors_file_is_named(folder, kept):
 def test_a_truncated_pth_file_is_named(folder, file, kept):
     path = folder / file
     path.write_bytes(path.read_bytes()[:kept])
-    refused(f"{path} is not a complete file of plain tensors: .*\ndownload it again", read_pth, path)
+    refused(f"{path} is not a complete file of plain tensors: .*\ndownload it again", read_header, path)
 
 
 def test_a_pth_file_must_hold_a_flat_dictionary(folder):
     edit_pth(folder / VAE, lambda state: state.update(other={"nested": 1}))
-    refused("does not hold a flat dictionary of tensors", read_pth, folder / VAE)
+    refused("does not hold a flat dictionary of tensors", read_header, folder / VAE)
+
+
+@pytest.mark.parametrize(
+    "content", [{1: torch.ones(1)}, {("a",): torch.ones(1)}, [torch.ones(1)], torch.ones(1), 7, {"a": 7}]
+)
+def test_what_else_torch_saves_is_no_flat_dictionary_of_tensors(tmp_path, content):
+    torch.save(content, tmp_path / "a.pth")
+    refused("does not hold a flat dictionary of tensors", read_header, tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(1).expand(10**9, 10**9), torch.eye(3).to_sparse()])
+def test_a_tensor_that_is_larger_than_its_file_is_refused(tmp_path, tensor):
+    torch.save({"a": tensor}, tmp_path / "a.pth")
+    refused(
+        "has the tensor a with values that are not stored one by one|not a complete file",
+        read_header,
+        tmp_path / "a.pth",
+    )
+
+
+@pytest.mark.parametrize("name", ["a\nb\nc\nd", "\x1b[31m", "x" * 257, "a\0"])
+@pytest.mark.parametrize("save", [save_file, torch.save])
+def test_a_name_that_no_message_can_show_is_refused(tmp_path, name, save):
+    save({name: torch.ones(1)}, tmp_path / "a")
+    assert len(refused("has a tensor of the strange name", read_header, tmp_path / "a")) < 400
+
+
+def test_a_tensor_of_a_thousand_axes_is_refused(tmp_path):
+    write_safetensors(tmp_path / "a", {"a": {"dtype": "F32", "shape": [1] * 1000, "data_offsets": [0, 4]}})
+    refused("has the tensor a with 1000 axes", read_header, tmp_path / "a")
+
+
+def write_safetensors(path: Path, table: object) -> None:
+    header = table if isinstance(table, bytes) else json.dumps(table).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+
+
+ONE = '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+HEADERS = {
+    "brackets": b'{"a": ' + b"[" * 100_000,
+    "no object": b"{1: 2}",
+    "bytes": b"{\xff\xfe\0",
+    "an unknown dtype": ('{"a": ' + ONE.replace("F32", "F\\n\\n\\n\\n" + "8" * 9999) + "}").encode(),
+    "offsets beyond the file": ('{"a": ' + ONE.replace("4", "99") + "}").encode(),
+    "offsets that do not fit": ('{"a": ' + ONE.replace("[1]", "[2]") + "}").encode(),
+    "negative axes": ('{"a": ' + ONE.replace("[1]", "[-1]") + "}").encode(),
+    "axes that overflow": ('{"a": ' + ONE.replace("[1]", "[4294967296, 4294967296, 4294967296]") + "}").encode(),
+    "no dtype": b'{"a": {"shape": [1], "data_offsets": [0, 4]}}',
+    "metadata of numbers": ('{"__metadata__": {"a": 1}, "a": ' + ONE + "}").encode(),
+    "one name twice": ('{"a": ' + ONE + ', "b": ' + ONE + "}").encode(),
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_damaged_header_is_refused_in_a_short_message(tmp_path, kind):
+    write_safetensors(tmp_path / "a.safetensors", HEADERS[kind])
+    message = refused("a.safetensors is not a complete safetensors file: ", read_header, tmp_path / "a.safetensors")
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize("length", [0, 2**26, 100 * 10**6 + 1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_header_of_a_false_length_is_refused(tmp_path, length, suffix):
+    (tmp_path / f"a{suffix}").write_bytes(length.to_bytes(8, "little") + b"{}" + bytes(99))
+    refused(f"a{suffix} is not a complete .*file.*: ", read_header, tmp_path / f"a{suffix}")
+
+
+def test_the_same_name_twice_is_one_tensor(tmp_path):
+    write_safetensors(tmp_path / "a", ('{"a": ' + ONE + ', "a": ' + ONE + "}").encode())
+    assert read_header(tmp_path / "a").shapes == {"a": (1,)}
+
+
+FOREIGN = {
+    b"GGUF\3\0\0\0": "is a GGUF file, which is not read here: give the safetensors file",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "is a pointer of Git LFS, not the file itself",
+    b"<!DOCTYPE html><html>": "is a web page, not the file itself",
+    b"": "is not a complete",
+    b"{}": "is not a complete",
+    b"\x89PNG\r\n": "is not a complete",
+}
+
+
+@pytest.mark.parametrize("start", FOREIGN)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ""])
+def test_another_kind_of_file_is_named(tmp_path, start, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(start)
+    assert str(path) in refused(FOREIGN[start], read_header, path)
+
+
+def test_what_torch_saved_as_safetensors_is_to_be_renamed(tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+    refused("a.safetensors was written by torch.save: rename it to a.pth", read_header, tmp_path / "a.safetensors")
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    refused(f"cannot read {tmp_path}: Is a directory", read_header, tmp_path)
+    refused(f"{tmp_path}/a is missing; the layout", read_header, tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    refused(f"{tmp_path}/link is missing: a link to a file that is gone", existing, tmp_path / "link")
+    assert len(refused("cannot read .+: File name too long", existing, tmp_path / ("a" * 5000))) < 300
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_pth_file_with_changed_bytes_is_refused_or_read(folder, seed):
+    path, generator = folder / VAE, torch.Generator().manual_seed(seed)
+    content = bytearray(path.read_bytes())
+    start = content.index(b"data.pkl")
+    for _ in range(40):
+        damaged = bytearray(content)
+        for position in torch.randint(start, start + 3000, (3,), generator=generator).tolist():
+            damaged[position] = int(torch.randint(256, (), generator=generator))
+        path.write_bytes(damaged)
+        try:
+            read_header(path)
+        except CheckpointError as error:
+            assert str(path) in str(error) and len(str(error).splitlines()) <= 3
 
 
 class Trap:
@@ -67,7 +251,7 @@ class Trap:
 def test_a_pickled_object_is_refused_and_never_run(folder, monkeypatch, file, zipped):
     monkeypatch.chdir(folder)
     torch.save({"conv2.weight": Trap()}, folder / file, _use_new_zipfile_serialization=zipped)
-    refused("is not a complete file of plain tensors", read_pth, folder / file)
+    refused("is not a complete file of plain tensors", read_header, folder / file)
     assert not (folder / "sprung").exists()
     torch.load(folder / file, weights_only=False)
     assert (folder / "sprung").exists()  # the trap works where it is let

@@ -10,7 +10,9 @@ import torch
 
 from tests.damage import edit_config, edit_tensors, refused
 from tests.tiny import TINY_SHAPE, tiny_transformer, write_transformer
+from wan.checkpoints.tensors import read_header
 from wan.checkpoints.transformer import INDEX, TRANSFORMER, TransformerFiles, read_config, read_transformer
+from wan.configs import Traits
 
 
 def read(folder: Path) -> TransformerFiles:
@@ -43,7 +45,12 @@ def test_every_tensor_is_known_with_the_file_that_holds_it(tmp_path, shards):
     files = read(tmp_path)
     assert files.path == tmp_path / (TRANSFORMER if shards == 1 else INDEX)
     assert files.tensors.keys() == tiny_transformer().state_dict().keys()
-    assert len(set(files.tensors.values())) == shards
+    assert len(files.files) == shards
+    for name, entry in files.tensors.items():
+        (part,) = entry.parts
+        assert (part.name, part.scale) == (name, None)
+        assert name in read_header(part.path).shapes
+    assert files.shapes == {name: tuple(tensor.shape) for name, tensor in tiny_transformer().state_dict().items()}
 
 
 def test_a_file_is_read_by_a_config_from_elsewhere(whole, tmp_path):
@@ -57,8 +64,12 @@ def test_a_file_is_read_by_a_config_from_elsewhere(whole, tmp_path):
     [
         (lambda s: s.pop("patch_embedding.weight"), r"lacks the tensor patch_embedding\.weight"),
         (lambda s: s.update({"patch_embedding.weight": torch.ones(48)}), "unexpected shape"),
-        (lambda s: s.update({"patch_embedding.weight": torch.ones(48, 16, 1, 0, 2)}), "unexpected shape"),
+        (lambda s: s.update({"patch_embedding.weight": torch.ones(48, 16, 1, 0, 2)}), "of shape .+, which is empty"),
         (lambda s: s.update({"head.head.weight": torch.tensor(1.0)}), "unexpected shape"),
+        (lambda s: s.update({"patch_embedding.weight": torch.ones(0, 16, 1, 2, 2)}), "of shape .+, which is empty"),
+        (lambda s: s.update({"blocks.0.ffn.0.weight": torch.ones(0, 48)}), "of shape .+, which is empty"),
+        (lambda s: s.update({"blocks.0.ffn.0.bias": torch.ones(96).long()}), "of dtype I64, which is none of weights"),
+        (lambda s: s.update({f"blocks.{n}.x": torch.ones(1) for n in range(1001)}), "unexpected shape: 1001 blocks"),
         (lambda s: s.update({"img_emb.proj.1.weight": torch.ones(9)}), "unexpected shape"),
         (lambda s: s.update({"img_emb.emb_pos": torch.ones(9)}), "unexpected shape"),
     ],
@@ -74,6 +85,11 @@ def test_tensors_that_have_no_widths_are_named(folder, edit, message):
         ({"dim": 64}, "config.json says dim 64, but the weights have 48"),
         ({"num_layers": 3}, "config.json says num_layers 3, but the weights have 2"),
         ({"in_dim": 36}, "config.json says in_dim 36, but the weights have 16"),
+        ({"in_dim": "16\n\n\n"}, "config.json says in_dim '16"),
+        ({"in_dim": "x" * 10_000}, "config.json says in_dim x+[.]{3}, but the weights have 16"),
+        ({"ffn_dim": [[[96]]] * 999}, "config.json says ffn_dim .+, but the weights have 96"),
+        ({"num_heads": 10**4000}, "heads do not divide the width 48"),
+        ({"text_len": "x\n\n\n" * 999}, "text_len must be a positive whole number"),
         ({"patch_size": [1, 4, 4]}, "patch_size"),
         ({"num_heads": 5}, "5 heads do not divide the width 48"),
         ({"num_heads": 0}, "0 heads do not divide"),
@@ -106,11 +122,12 @@ def test_an_index_never_leads_out_of_its_folder(folder, name):
         shutil.copy(folder / TRANSFORMER, place / "evil.safetensors")
     (folder / TRANSFORMER).unlink()
     (folder / INDEX).write_text(json.dumps({"weight_map": {"head.head.weight": name}}))
-    refused("names a shard outside its folder|is not a complete safetensors file", read, folder)
+    refused("names a shard outside its folder", read, folder)
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{}", "[]", "[" * 100_000, '{"weight_map": ["a"]}', '{"weight_map": {"a": 7}}']
+    "content",
+    ["", "{}", "[]", "[" * 100_000, '{"weight_map": ["a"]}', '{"weight_map": {"a": 7}}', '{"weight_map": {"a": []}}'],
 )
 def test_an_index_that_is_none_is_refused(folder, content):
     (folder / TRANSFORMER).unlink()
@@ -118,8 +135,97 @@ def test_an_index_that_is_none_is_refused(folder, content):
     refused(f"{INDEX} is not a valid index of safetensors shards", read, folder)
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "a\n\n\nb", "", "\ud800"])
+def test_an_index_of_strange_names_is_refused(folder, name):
+    (folder / TRANSFORMER).unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"head.head.weight": name}}))
+    assert len(refused(None, read, folder)) < 500
+
+
 def test_a_shard_that_the_index_names_but_the_folder_lacks_is_named(tmp_path):
     write_transformer(tmp_path, tiny_transformer(), shards=2)
     name = "diffusion_pytorch_model-00002-of-00002.safetensors"
     (tmp_path / name).unlink()
     refused(f"{name} is missing", read, tmp_path)
+
+
+# -------------------------------------------------------------------------------------------- what no tensor tells
+
+
+def test_without_a_config_heads_and_text_are_those_of_the_released_models(tmp_path):
+    write_transformer(tmp_path, tiny_transformer(replace(TINY_SHAPE, dim=256)))
+    shape = read_transformer(tmp_path).shape
+    assert (shape.num_heads, shape.text_len, shape.eps) == (2, 512, 1e-6)
+    write_transformer(tmp_path, tiny_transformer())
+    refused("has the width 48, which is no multiple of 128: its number of heads", read_transformer, tmp_path)
+
+
+def test_the_first_config_with_the_same_widths_tells_what_no_tensor_does(whole, tmp_path):
+    config, file = read_config(whole), Path(shutil.copy(whole / TRANSFORMER, tmp_path))
+    wider = replace(config, values=dict(config.values) | {"dim": 96})
+    other = replace(config, values=dict(config.values) | {"num_heads": 4})
+    assert read_transformer(file, others=[wider, config, other]).shape.num_heads == TINY_SHAPE.num_heads
+    assert read_transformer(file, others=[other, config]).shape.num_heads == 4
+    assert read_transformer(file, config, [other]).shape.num_heads == TINY_SHAPE.num_heads
+    refused("says dim 96", read_transformer, file, wider, [config])
+
+
+DIFFUSERS = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "in_channels": 16,
+    "out_channels": 16,
+    "ffn_dim": 96,
+    "num_layers": 2,
+    "text_dim": 32,
+    "freq_dim": 32,
+    "patch_size": [1, 2, 2],
+    "eps": 1e-5,
+    "image_dim": None,
+    "pos_embed_seq_len": None,
+}
+
+
+def test_the_config_of_diffusers_says_the_same_in_other_words(folder):
+    (folder / "config.json").write_text(json.dumps(DIFFUSERS))
+    config = read_config(folder)
+    assert not config.is_official and config.is_of_transformer
+    assert read(folder).shape == replace(TINY_SHAPE, text_len=512, eps=1e-5)
+    traits = Traits(48, 16, 16, image=False, positions=False)
+    assert config.traits(is_alone=True) == config.traits(is_alone=False) == traits
+    edit_config(folder, image_dim=80, pos_embed_seq_len=514)
+    assert read_config(folder).traits(True) == replace(traits, image=True, positions=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 3}, "config.json says dim 72, but the weights have 48"),
+        ({"in_channels": 36}, "config.json says in_dim 36, but the weights have 16"),
+        ({"num_attention_heads": "2"}, None),
+        ({"num_attention_heads": None}, "lacks a valid num_heads"),
+    ],
+)
+def test_a_config_of_diffusers_that_disagrees_is_refused(folder, changes, message):
+    (folder / "config.json").write_text(json.dumps(DIFFUSERS))
+    edit_config(folder, **changes)
+    if message:
+        refused(message, read, folder)
+    else:
+        assert read(folder).shape.num_heads == 2
+
+
+@pytest.mark.parametrize(
+    ("task", "is_alone", "image"),
+    [("t2v", True, False), ("i2v", True, True), ("i2v", False, False), ("flf2v", True, True), (None, True, None)],
+)
+def test_an_official_config_tells_image_tokens_by_its_task_and_by_being_alone(whole, task, is_alone, image):
+    config = read_config(whole)
+    said = replace(config, values={"model_type": task, "dim": 48})
+    assert said.is_official and said.traits(is_alone) == Traits(48, None, None, image, task=task)
+
+
+def test_a_config_of_another_part_is_known_as_such(tmp_path):
+    for values in ({"hidden_size": 80, "num_attention_heads": 1, "architectures": []}, {"z_dim": 16}, {}):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        assert read_config(tmp_path).is_of_transformer == ("num_attention_heads" in values)

@@ -3,23 +3,32 @@
 import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.manifests import load_manifest
-from tests.tiny import tiny_clip
-from wan.modules.clip import MEAN, STD, VisionEncoder, VisionShape, official_shapes, preprocess, vision_shape
+from tests.tiny import DATA, tiny_clip
+from wan.modules.clip import (
+    MEAN,
+    STD,
+    VisionEncoder,
+    VisionShape,
+    official_shapes,
+    preprocess,
+    read_shapes,
+    vision_shape,
+)
 
-KEYMAP = json.loads((Path(__file__).parents[2] / "data" / "keymap_clip_transformers.json").read_text(encoding="utf-8"))
+KEYMAP = json.loads((DATA / "keymap_clip_transformers.json").read_text(encoding="utf-8"))
 DIM = 160  # two heads
 
 
 def load(weights: dict[str, Tensor]) -> VisionEncoder:
-    encoder = VisionEncoder(vision_shape({name: tensor.shape for name, tensor in weights.items()}))
-    encoder.load_official(weights)
+    shape = vision_shape({name: tensor.shape for name, tensor in weights.items()})
+    encoder = VisionEncoder(shape)
+    encoder.load_official({name: weights[name] for name in read_shapes(shape)})
     return encoder.eval().requires_grad_(False)
 
 
@@ -192,24 +201,25 @@ def transformers_names(name: str) -> list[str]:
     raise KeyError(name)
 
 
-def test_the_released_checkpoint_fills_the_whole_encoder_and_leaves_only_the_last_block_and_the_head():
+def test_the_released_checkpoint_fills_the_whole_encoder_and_leaves_only_what_comes_after_it():
     released = {name: size for name, size in load_manifest("clip_xlm_roberta_vit_h_14").items() if "visual." in name}
     assert official_shapes(VisionShape()) == released and len(released) == 392
-    weights = {name: torch.empty(size, device="meta") for name, size in released.items()}
-    assert vision_shape(weights) == VisionShape() and VisionShape().num_heads == 16
+    assert vision_shape(released) == VisionShape() and VisionShape().num_heads == 16
+    weights = {name: torch.empty(size, device="meta") for name, size in read_shapes(VisionShape()).items()}
+    assert len(weights) == 392 - 12 - 3  # without the last block, the norm and the projection after it
     with torch.device("meta"):
         encoder = VisionEncoder(VisionShape())
     encoder.load_official(weights)
     renamed = {new for name in released.keys() - {"visual.head"} for new in transformers_names(name)}
-    unused = {name for name in renamed if name.startswith("encoder.layers.31.")}
-    assert len(renamed) == 519 and len(unused) == 16
+    unused = {name for name in renamed if name.startswith(("encoder.layers.31.", "post_layernorm."))}
+    assert len(renamed) == 519 and len(unused) == 16 + 2
     assert encoder.visual.state_dict().keys() == renamed - unused
 
 
 def test_each_official_tensor_goes_where_the_published_map_says(weights, encoder):
     loaded = encoder.visual.state_dict()
     for name, tensor in weights.items():
-        if name == "visual.head" or name.startswith("visual.transformer.2."):
+        if name.startswith(("visual.head", "visual.post_norm.", "visual.transformer.2.")):
             continue
         names = transformers_names(name)
         assert torch.equal(torch.cat([loaded[new] for new in names]).flatten(), tensor.flatten()), name
@@ -221,6 +231,12 @@ def test_weights_are_taken_over_without_a_copy(weights, encoder):
     assert q.untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()
 
 
+def test_a_file_without_the_projection_tells_the_same_shape():
+    released = load_manifest("clip_xlm_roberta_vit_h_14")
+    del released["visual.head"]
+    assert vision_shape(released) == VisionShape()
+
+
 @pytest.mark.parametrize(("dim", "heads"), [(32, 1), (80, 1), (160, 2), (1280, 16)])
 def test_heads_have_80_channels_or_are_a_single_smaller_one(dim, heads):
     assert VisionShape(dim=dim).num_heads == heads
@@ -228,5 +244,8 @@ def test_heads_have_80_channels_or_are_a_single_smaller_one(dim, heads):
 
 @pytest.mark.parametrize("dim", [768, 1024, 1408])
 def test_the_widths_of_other_clips_are_refused(dim):
-    with pytest.raises(ValueError, match="not a multiple of 80"), torch.device("meta"):
-        VisionEncoder(VisionShape(dim=dim))
+    with pytest.raises(ValueError, match="not a multiple of 80"):
+        VisionShape(dim=dim)
+    shapes = {name: size for name, size in load_manifest("clip_xlm_roberta_vit_h_14").items() if "visual." in name}
+    with pytest.raises(ValueError, match="not a multiple of 80"):
+        vision_shape(shapes | {"visual.patch_embedding.weight": (dim, 3, 14, 14)})
