@@ -399,7 +399,7 @@ def write_parts(folder: Path, model: Model) -> dict[str, Path]:
         "text_encoder": write_single(
             folder / "text_encoders/umt5.safetensors", stored(model.text_encoder, bf16), name_of=to_umt5, more=spiece
         ),
-        "tokenizer": model.tokenizer,
+        "tokenizer": Path(shutil.copytree(model.tokenizer, folder / "tokenizer")),
     }
     if model.clip:
         clip = stored(to_clip_vision(model.clip), fp16)
