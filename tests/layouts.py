@@ -5,9 +5,11 @@ Nothing here uses the code that reads these layouts.
 """
 
 import json
+import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import struct
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -364,22 +366,28 @@ def write_single(
     return path
 
 
-@dataclass(frozen=True)
-class Single:
-    """A model in single files: their places by the names of the parts, and what they have of each transformer."""
-
-    places: Mapping[str, Path]
-    transformers: Mapping[str, Mapping[str, Stored]]
-
-
-def write_singles(folder: Path, model: Model, kind: Kind, parts: Mapping[str, Path]) -> Single:
-    """Write the transformers in single files of this kind; `parts` are the other parts of the model."""
-    found = {name: stored(state, kind.store) for name, state in model.transformers.items()}
+def write_transformers(folder: Path, model: Model, kind: Kind) -> tuple[dict[str, Path], dict[str, dict[str, Stored]]]:
+    """Write the transformers in single files of this kind; their places and what is stored, by the experts' names."""
+    tensors = {name: stored(state, kind.store) for name, state in model.transformers.items()}
     places = {
-        name: write_single(folder / f"wan_{name}.safetensors", tensors, kind.prefix, kind.scales)
-        for name, tensors in found.items()
+        name: write_single(folder / f"wan_{name}.safetensors", each, kind.prefix, kind.scales)
+        for name, each in tensors.items()
     }
-    return Single(places | dict(parts), found)
+    return places, tensors
+
+
+def write_empty(path: Path, shapes: Mapping[str, Sequence[int]]) -> Path:
+    """Write a file of zeros in bf16 of any size, which takes no room on a disk that keeps sparse files."""
+    header, start = {}, 0
+    for name, shape in shapes.items():
+        end = start + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + start)
+    return path
 
 
 def write_parts(folder: Path, model: Model) -> dict[str, Path]:
@@ -391,7 +399,7 @@ def write_parts(folder: Path, model: Model) -> dict[str, Path]:
         "text_encoder": write_single(
             folder / "text_encoders/umt5.safetensors", stored(model.text_encoder, bf16), name_of=to_umt5, more=spiece
         ),
-        "tokenizer": model.tokenizer,
+        "tokenizer": Path(shutil.copytree(model.tokenizer, folder / "tokenizer")),
     }
     if model.clip:
         clip = stored(to_clip_vision(model.clip), fp16)

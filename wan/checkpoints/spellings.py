@@ -200,4 +200,5 @@ SPELLINGS = (
         axes=_CLIP_AXES,
     ),
     Spelling("clip", ("visual.class_embedding",), _open_clip, (*_TEXT_SIDE, *_OPEN_TEXT_SIDE), axes=_CLIP_AXES),
+    Spelling("transformer", ("vace_patch_embedding.weight",)),  # of a module that turns a T2V model into VACE
 )

@@ -79,7 +79,7 @@ def read_header(path: Path) -> Header:
     """The names, shapes and dtypes of all tensors in a file. Raises CheckpointError for what cannot be read."""
     if not _is_pth(path):
         with _open_safetensors(path, "cpu") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, safe_open is no mapping
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}  # in the order of the file
             shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
             dtypes = {name: each.get_dtype() for name, each in slices.items()}
             metadata = dict(file.metadata() or {})
@@ -179,6 +179,8 @@ def _open_safetensors(path: Path, device: torch.device | str) -> safe_open:
         return safe_open(path, framework="pt", device=str(device))
     except (SafetensorError, OSError) as error:
         raise _incomplete(path, error) from None
+    except RuntimeError:  # Linux may refuse to map a file that is larger than its memory; it can be read all the same
+        return safe_open(path, framework="pt", device=str(device), backend="pread")
 
 
 def _incomplete(path: Path, error: Exception) -> CheckpointError:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from wan.checkpoints.errors import CheckpointError, shown
 from wan.checkpoints.quantised import find_scales, is_float
@@ -50,9 +51,7 @@ def read_weights(place: Path, part: str) -> Weights:
     path, files = _find_files(existing(place), part) if place.is_dir() else (existing(place), [place])
     headers = [read_header(file) for file in files]
     names = {name for header in headers for name in header.shapes}
-    spelling, prefix = find_spelling(names, part) or (Spelling(part, ()), "")
-    if not spelling.signs:
-        _refuse_other(path, names, part)
+    spelling, prefix = find_spelling(names, part) or _refuse_other(path, names, part)
     pieces: dict[str, dict[int, tuple[Part, Shape]]] = {}
     stored = [(part, shape) for header in headers for part, shape in _read_parts(header, spelling, prefix)]
     # What is tied comes last: it is read where the file has nothing else in its place.
@@ -114,12 +113,14 @@ def _join(path: Path, spelling: Spelling, name: str, rows: Mapping[int, tuple[Pa
     return Entry((1,) * (spelling.axes.get(name, 0) - len(shape)) + shape, parts)
 
 
-def _refuse_other(path: Path, names: Collection[str], part: str) -> None:
-    """Raises CheckpointError where the tensors are recognised as something else than this part."""
+def _refuse_other(path: Path, names: Collection[str], part: str) -> NoReturn:
+    """Raises CheckpointError for tensors that are none of this part, with what they are where that is known."""
     if any(map(_LORA.search, names)):
         raise CheckpointError(f"{path} is a LoRA, not {PARTS[part]}")
     if found := [PARTS[spelling.part] for spelling, _ in spellings_of(names)]:
         raise CheckpointError(f"{path} is {found[0]}, not {PARTS[part]}")
+    others = f"tensors such as {min(names)}" if names else "no tensors"
+    raise CheckpointError(f"{path} is not {PARTS[part]}: it has {others}")
 
 
 def _find_files(folder: Path, part: str) -> tuple[Path, list[Path]]:
