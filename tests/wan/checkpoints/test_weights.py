@@ -280,9 +280,12 @@ def test_a_lora_is_named(tmp_path, name):
         refused(f"^{path} is a LoRA, not {PARTS[part]}$", read_weights, path, part)
 
 
-def test_a_file_of_nothing_known_keeps_its_names_for_a_message_about_what_it_lacks(tmp_path):
-    path = write(tmp_path / "a.safetensors", {"x.weight": torch.ones(2)})
-    assert_reads(read_weights(path, "vae"), {"x.weight": torch.ones(2)})
+@pytest.mark.parametrize("part", PART_NAMES)
+def test_a_file_of_nothing_known_is_refused_with_one_of_its_names(tmp_path, part):
+    path = write(tmp_path / "a.safetensors", {"y": torch.arange(2), "x.weight": torch.ones(2)})
+    refused(f"^{path} is not {PARTS[part]}: it has tensors such as x.weight$", read_weights, path, part)
+    torch.save({}, tmp_path / "none.pth")
+    refused(f"is not {PARTS[part]}: it has no tensors$", read_weights, tmp_path / "none.pth", part)
 
 
 # --------------------------------------------------------------------------------------------- ties, rows and doubles
