@@ -17,23 +17,27 @@ from safetensors.torch import load_file, save_file
 import convert_lora_to_comfy
 import test_wan_control_lora
 import train_wan_lora
+from nano.text_encoder import write_tokenizer
 from tests.documents import ROOT, commands, read, toml_files
+from tests.layouts import KINDS, read_model, stored, to_umt5, write_single
 from tests.media import image as picture
 from tests.media import video
-from tests.tiny import tiny_shape, tiny_transformer, write_clips, write_model
+from tests.tiny import WORDS, tiny_shape, tiny_transformer, write_clips, write_model
 from utils.adapters.lora import add_lora, extract_lora, select_modules
 from utils.adapters.lora_writer import write_lora
 from utils.common.options import parse_options
 from utils.encoding.text import EMBEDDINGS
 from utils.media.frames import save_image
-from wan.checkpoints import LOCAL_MODELS
+from wan.checkpoints import LOCAL_MODELS, TOKENIZER
 from wan.configs import FAMILIES, named_family
 
 RUN = re.compile(r"outputs/2026-01-31_12-00-00/checkpoints/[\w-]+-(\d{8})\.safetensors")
+SINGLE = re.compile(r"ComfyUI/models/[\w./-]+\.safetensors")
+STORED = {"fp8_scaled": "fp8-scaled-old", "fp16": "fp16"}  # by a part of the file's name
 SMALL = "--base_res 64 --token_limit 60 --num_workers 0 --val_samples 1 --lr_warmup_steps 0"
 SHORT = "--width 64 --height 64 --frames 5 --steps 1"
 FAMILY_PAGES = ("wan21_t2v", "wan21_i2v", "wan21_flf2v", "wan22_ti2v_5b", "wan22_t2v_a14b", "wan22_i2v_a14b")
-PAGES = (*FAMILY_PAGES, "diffusion_pipe", "onetrainer", "datasets")
+PAGES = (*FAMILY_PAGES, "models", "diffusion_pipe", "onetrainer", "datasets")
 
 
 @pytest.fixture
@@ -42,6 +46,7 @@ def desk(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", Path(shutil.copytree(EMBEDDINGS, tmp_path / "embeddings")))
     monkeypatch.setattr(train_wan_lora, "download_model", write_released)
+    monkeypatch.setattr(train_wan_lora, "download_tokenizer", lambda: write_tokenizer(LOCAL_MODELS / TOKENIZER, WORDS))
     Path("nano").symlink_to(ROOT / "nano")
     for folder in ("my_clips", "datasets/videos", "fox_clips", "landscapes"):
         write_clips(Path(folder))
@@ -61,6 +66,23 @@ def write_foreign_lora(path: Path) -> None:
     path.parent.mkdir()
     write_lora(path, extract_lora(model, {}))
     save_file({name: tensor for name, tensor in load_file(path).items() if not name.endswith(".alpha")}, path)
+
+
+def write_single_files(page: str) -> None:
+    """Puts small models where a page says that ComfyUI has its files, with what their names say that they hold."""
+    places = {Path(match) for match in SINGLE.findall(page)}
+    for family in (FAMILIES["wan2.1-t2v-1.3B"], FAMILIES["wan2.2-t2v-A14B"]) if places else ():
+        model = read_model(write_model(Path(family.name), family), family)
+        for path in places:
+            kind = next((kind for word, kind in STORED.items() if word in path.name), "bf16")
+            if path.name.startswith(family.name[:6]):
+                name = next((name for name in model.transformers if name in path.name), "transformer")
+                write_single(path, stored(model.transformers[name], KINDS[kind].store), scales=KINDS[kind].scales)
+            elif path.parent.name == "vae":
+                write_single(path, stored(model.vae, KINDS["bf16"].store))
+            elif path.parent.name == "text_encoders":
+                write_single(path, stored(model.text_encoder, KINDS["bf16"].store), name_of=to_umt5)
+        shutil.rmtree(model.folder)
 
 
 def write_released(name: str) -> None:
@@ -93,6 +115,7 @@ def put_results(page: str) -> None:
 def run_page(name: str) -> None:
     """Runs every command of a page that is one of the scripts'."""
     path = ROOT / "docs" / f"{name}.md"
+    write_single_files(read(path))
     for file, content in toml_files(path).items():
         Path(file).write_text(content, encoding="utf-8")
     for command in commands(path):
