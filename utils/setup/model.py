@@ -12,7 +12,7 @@ from utils.common.formatting import format_table
 from utils.common.options import option
 from utils.setup.download import suggest_download
 from wan.checkpoints import PARTS, ModelFiles, ModelNotFoundError, find_family, find_model, open_model
-from wan.configs import FAMILIES, Family
+from wan.configs import FAMILIES, Family, named_family
 
 _TASKS = {"t2v", "i2v", "flf2v", "ti2v", "fun", "vace"}
 _SIDES = {"high": "high_noise", "low": "low_noise", "highnoise": "high_noise", "lownoise": "low_noise"}
@@ -54,11 +54,13 @@ class SingleFiles:
         name = self._present(name, is_default)
         with suggest_download():
             found = open_model(name, self.family or "", **self.files)
-        if self.files or self.family:
-            say(format_table(("part", "file"), [(part, path) for part, path in _parts(found)]))
-            say(f"model: {found.family.name}{self._doubt(found)}")
-            for remark in contradictions(self.files, found.family):
-                say(remark)
+        if self.files:
+            say(format_table(("part", "file"), list(_parts(found))))
+        reason = "as --family says" if self.family else "; ".join(doubts(found, bool(self.files)))
+        if self.files or reason:
+            say(f"model: {found.family.name}{reason and ', '}{reason}")
+        for remark in contradictions(self.files, found.family):
+            say(remark)
         return found
 
     def find_family(self, name: str | None, is_default: bool = False) -> Family:
@@ -79,17 +81,21 @@ class SingleFiles:
                 return None if self.files else name
         return name
 
-    def _doubt(self, found: ModelFiles) -> str:
-        """Which other models have the same tensors."""
-        if self.family:
-            return ", as --family says"
-        traits = next(iter(found.transformers.values())).traits
-        others = [
-            family.name
-            for family in FAMILIES.values()
-            if family.agrees(traits) and family.shape == found.family.shape and family is not found.family
-        ]
-        return f" (the same tensors as {', '.join(others)}: if it is another, say so with --family)" if others else ""
+
+def doubts(found: ModelFiles, is_given: bool) -> Iterator[str]:
+    """What else the transformers could be by their tensors, and what would say so.
+
+    A folder is in doubt only where its name is not that of a release; files that are given, whatever they are called.
+    """
+    traits = next(iter(found.transformers.values())).traits
+    alike = [row for row in FAMILIES.values() if row.agrees(traits) and row.shape == found.family.shape]
+    others = [row for row in alike if row.has_transformers(found.transformers) and row is not found.family]
+    if others and (is_given or named_family(str(Path(found.source).absolute())) is None):
+        yield f"unless --family says {' or '.join(row.name for row in others)}"
+    otherwise = [row for row in alike if not row.has_transformers(found.transformers)]
+    if otherwise and is_given:
+        options = " and ".join(f"--{expert.name}" for expert in otherwise[0].experts)
+        yield f"because it is given so; by {options} it is {' or '.join(row.name for row in otherwise)}"
 
 
 def contradictions(files: Mapping[str, Path], family: Family) -> Iterator[str]:
