@@ -33,7 +33,7 @@ from wan.checkpoints import (
     need_transformers,
     open_model,
 )
-from wan.checkpoints.errors import ModelNotFoundError
+from wan.checkpoints.errors import ModelNotFoundError, shown
 from wan.configs import FAMILIES
 
 TOKENIZER_FILE = f"{FAMILY.tokenizer}/tokenizer.json"
@@ -119,6 +119,14 @@ def test_what_is_supported_is_listed_once(folder):
     ]
     assert refused(None, find_family, folder).endswith(f"\nsupported: {', '.join(kinds)}")
     refused("says in_dim 36, but the weights have 16", open_model, folder)
+
+
+SHOWN = [("t2v", "t2v"), (16, "16"), (None, "None"), ([1], "[1]"), ("a\nb", r"'a\nb'"), ("x" * 101, "x" * 100 + "...")]
+
+
+@pytest.mark.parametrize(("value", "text"), SHOWN)
+def test_what_a_file_says_is_shown_short_and_on_one_line(value, text):
+    assert shown(value) == text
 
 
 # ---------------------------------------------------------------------------------------------------- every family
