@@ -5,11 +5,9 @@ Nothing here uses the code that reads these layouts.
 """
 
 import json
-import math
 import re
 import shutil
-import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -374,20 +372,6 @@ def write_transformers(folder: Path, model: Model, kind: Kind) -> tuple[dict[str
         for name, each in tensors.items()
     }
     return places, tensors
-
-
-def write_empty(path: Path, shapes: Mapping[str, Sequence[int]]) -> Path:
-    """Write a file of zeros in bf16 of any size, which takes no room on a disk that keeps sparse files."""
-    header, start = {}, 0
-    for name, shape in shapes.items():
-        end = start + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + start)
-    return path
 
 
 def write_parts(folder: Path, model: Model) -> dict[str, Path]:

@@ -114,8 +114,8 @@ def sampled(patch: pytest.MonkeyPatch, *arguments: object) -> Tensor:
     written: list[dict[str, Tensor]] = []
     patch.setattr(test_wan_control_lora, "write", lambda folder, name, videos, fps: written.append(videos))
     test_wan_control_lora.main([*map(str, arguments), *SIZES])
-    ((video,),) = (videos.values() for videos in written)
-    return video
+    (videos,) = written
+    return videos["with the LoRA"]
 
 
 def test_a_model_trains_and_samples_as_its_official_folder_does(story, capsys, monkeypatch):

@@ -25,12 +25,11 @@ from tests.layouts import (
     to_diffusers,
     to_umt5,
     write_diffusers,
-    write_empty,
     write_parts,
     write_single,
     write_transformers,
 )
-from tests.manifests import load_manifest
+from tests.manifests import load_manifest, write_empty
 from tests.tiny import FAMILY, TINY_SHAPE, write_model
 from wan.checkpoints import (
     CheckpointError,
