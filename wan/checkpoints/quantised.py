@@ -44,7 +44,7 @@ def dequantise(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
     """
     if scale is None:
         return stored.to(dtype) if stored.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else stored
-    weight = stored.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    weight = stored.to(dtype, copy=True)
     scale = scale.to(weight.device, dtype)
     if scale.numel() == 1:
         return weight.mul_(scale.reshape(()))

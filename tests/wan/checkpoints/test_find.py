@@ -1,19 +1,26 @@
 """A model is found by name or path, its family by what the folder holds, and its parts may come from elsewhere."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.damage import edit_config, edit_tensors, refused
+from tests.layouts import read_model, to_umt5, write_diffusers
 from tests.tiny import (
     FAMILY,
     TINY_SHAPE,
+    tiny_clip,
     tiny_shape,
+    tiny_text_encoder,
     tiny_transformer,
     tiny_vae,
+    write_clip,
     write_model,
+    write_text_encoder,
     write_transformer,
     write_vae,
 )
@@ -26,12 +33,13 @@ from wan.checkpoints import (
     need_transformers,
     open_model,
 )
-from wan.checkpoints.errors import ModelNotFoundError
+from wan.checkpoints.errors import ModelNotFoundError, shown
 from wan.configs import FAMILIES
 
 TOKENIZER_FILE = f"{FAMILY.tokenizer}/tokenizer.json"
 I2V, I2V_720P = FAMILIES["wan2.1-i2v-14B-480P"], FAMILIES["wan2.1-i2v-14B-720P"]
 EXPERTS = FAMILIES["wan2.2-i2v-A14B"]
+A14B = "wan2.2-t2v-A14B"
 FILES = ("config.json", TRANSFORMER, FAMILY.vae, FAMILY.text_encoder, FAMILY.tokenizer, TOKENIZER_FILE)
 
 
@@ -111,6 +119,14 @@ def test_what_is_supported_is_listed_once(folder):
     ]
     assert refused(None, find_family, folder).endswith(f"\nsupported: {', '.join(kinds)}")
     refused("says in_dim 36, but the weights have 16", open_model, folder)
+
+
+SHOWN = [("t2v", "t2v"), (16, "16"), (None, "None"), ([1], "[1]"), ("a\nb", r"'a\nb'"), ("x" * 101, "x" * 100 + "...")]
+
+
+@pytest.mark.parametrize(("value", "text"), SHOWN)
+def test_what_a_file_says_is_shown_short_and_on_one_line(value, text):
+    assert shown(value) == text
 
 
 # ---------------------------------------------------------------------------------------------------- every family
@@ -307,3 +323,73 @@ def test_experts_of_2_1_and_2_2_differ_by_where_their_transformers_are(two_exper
     assert find_family(two_experts) is EXPERTS
     single = write_model(tmp_path / "single", I2V)
     assert find_family(single) is I2V
+
+
+# ----------------------------------------------------------------------------------------------- what fits each other
+
+
+def test_a_vae_whose_latents_the_model_cannot_read_is_refused_and_the_right_one_named(whole, tmp_path):
+    coarse = FAMILIES["wan2.2-ti2v-5B"]
+    folder = write_model(tmp_path / "5b", coarse)
+    text = refused("the Wan 2.1 VAE, which has 16 latent", open_model, folder, vae=whole / FAMILY.vae)
+    assert str(whole / FAMILY.vae) in text and "the model has 48: give it Wan2.2_VAE.pth" in text
+    text = refused("the Wan 2.2 VAE, which has 48 latent", open_model, whole, vae=folder / coarse.vae)
+    assert str(folder / coarse.vae) in text and "the model has 16: give it Wan2.1_VAE.pth" in text
+
+
+def test_encoders_of_other_widths_than_the_transformer_reads_are_refused(tmp_path):
+    folder, other = write_model(tmp_path / "i2v", I2V), tmp_path / "other"
+    write_text_encoder(other, tiny_text_encoder(16))
+    wrong = other / FAMILY.text_encoder
+    reader = re.escape(str(folder / TRANSFORMER))
+    refused(f"{wrong} has the width 16, but {reader} reads 32", open_model, folder, text_encoder=wrong)
+    clip = write_clip(other, 160)
+    refused(f"{clip} has the width 160, but {reader} reads 80", open_model, folder, clip=clip)
+    # Both in one file, of which only the second fits.
+    both = {f"text_encoders.umt5xxl.transformer.{to_umt5(n)}": t for n, t in tiny_text_encoder(16).state_dict().items()}
+    both |= {f"model.{name}": tensor for name, tensor in tiny_clip().items()}
+    torch.save(both, other / "both.pth")
+    refused("has the width 16", open_model, folder, text_encoder=other / "both.pth", clip=other / "both.pth")
+
+
+def test_a_named_row_must_be_one_and_fit(whole, folder):
+    for find_it in (find_family, open_model):
+        refused(f"there is no family wan9\nthere are: {', '.join(FAMILIES)}$", find_it, whole, "wan9")
+        refused("but wan2.1-i2v-14B-480P is a i2v model with 36 input", find_it, whole, I2V.name)
+        refused("wan2.2-t2v-A14B has high_noise and low_noise, but .+ is given as transformer", find_it, whole, A14B)
+        assert getattr(find_it(whole, FAMILY.name), "family", FAMILY) is FAMILY
+    edit_config(folder, dim=5120)
+    refused("has the width 5120, but wan2.1-t2v-1.3B has 1536", find_family, folder, FAMILY.name)
+    assert find_family(family=A14B) is FAMILIES[A14B]
+    assert find_family("Wan-AI/Unheard", A14B) is FAMILIES[A14B]
+
+
+def test_a_file_is_no_folder_of_a_model(whole):
+    refused("is a file, not the folder of a model: give it as the part", open_model, whole / TRANSFORMER)
+
+
+def test_given_experts_replace_the_only_transformer_of_a_folder_that_has_the_other_parts(whole, two_experts):
+    given = {f"{name}_noise": two_experts / f"{name}_noise_model" for name in ("high", "low")}
+    files = open_model(whole, **given)
+    assert files.family is find_family(whole, **given) is EXPERTS
+    assert files.transformers == open_model(two_experts).transformers
+    assert files.vae.path == whole / FAMILY.vae and files.source == str(whole)
+
+
+@pytest.mark.parametrize("missing", ["vae", "text_encoder", "tokenizer", "transformer", "image_encoder"])
+def test_a_missing_part_of_a_diffusers_folder_is_named(tmp_path, missing):
+    model = read_model(write_model(tmp_path / "i2v", I2V), I2V)
+    folder = write_diffusers(tmp_path / "diffusers", model)
+    files = open_model(folder)
+    assert files.family is find_family(folder) is I2V
+    assert files.tokenizer == folder / "tokenizer" and files.clip.files == [folder / "image_encoder/model.safetensors"]
+    shutil.rmtree(folder / missing)
+    assert str(folder) in refused(missing, open_model, folder)
+
+
+def test_the_second_transformer_of_a_diffusers_folder_is_that_of_low_noise(two_experts, tmp_path):
+    folder = write_diffusers(tmp_path / "diffusers", read_model(two_experts, EXPERTS))
+    files = open_model(folder)
+    assert files.family is find_family(folder) is EXPERTS
+    places = {name: each.path.parent for name, each in files.transformers.items()}
+    assert places == {"high_noise": folder / "transformer", "low_noise": folder / "transformer_2"}

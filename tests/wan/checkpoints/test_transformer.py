@@ -162,7 +162,7 @@ def test_without_a_config_heads_and_text_are_those_of_the_released_models(tmp_pa
 
 def test_the_first_config_with_the_same_widths_tells_what_no_tensor_does(whole, tmp_path):
     config, file = read_config(whole), Path(shutil.copy(whole / TRANSFORMER, tmp_path))
-    wider = replace(config, values=dict(config.values) | {"dim": 96})
+    wider = replace(config, values=dict(config.values) | {"dim": 96, "num_heads": 8})
     other = replace(config, values=dict(config.values) | {"num_heads": 4})
     assert read_transformer(file, others=[wider, config, other]).shape.num_heads == TINY_SHAPE.num_heads
     assert read_transformer(file, others=[other, config]).shape.num_heads == 4
