@@ -176,11 +176,12 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
 
 def _open_safetensors(path: Path, device: torch.device | str) -> safe_open:
     try:
-        return safe_open(path, framework="pt", device=str(device))
-    except (SafetensorError, OSError) as error:
+        try:
+            return safe_open(path, framework="pt", device=str(device))
+        except RuntimeError:  # Linux may refuse to map a file larger than its memory; it can be read all the same
+            return safe_open(path, framework="pt", device=str(device), backend="pread")
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise _incomplete(path, error) from None
-    except RuntimeError:  # Linux may refuse to map a file that is larger than its memory; it can be read all the same
-        return safe_open(path, framework="pt", device=str(device), backend="pread")
 
 
 def _incomplete(path: Path, error: Exception) -> CheckpointError:

@@ -4,14 +4,16 @@ import json
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tests.damage import edit_pth, refused
 from tests.tiny import FAMILY
-from wan.checkpoints import TRANSFORMER, CheckpointError
+from wan.checkpoints import TRANSFORMER, CheckpointError, tensors
 from wan.checkpoints.tensors import Entry, Part, existing, open_file, open_tensors, read_header
 
 VAE, TEXT_ENCODER = FAMILY.vae, FAMILY.text_encoder
@@ -178,6 +180,23 @@ def test_a_damaged_header_is_refused_in_a_short_message(tmp_path, kind):
     write_safetensors(tmp_path / "a.safetensors", HEADERS[kind])
     message = refused("a.safetensors is not a complete safetensors file: ", read_header, tmp_path / "a.safetensors")
     assert len(message) < 500
+
+
+def test_a_file_that_cannot_be_mapped_is_read_without_a_map_and_a_damaged_one_is_named(tmp_path, monkeypatch):
+    def refuse_maps(path, framework, device, backend="mmap"):
+        if backend == "mmap":
+            raise RuntimeError("unable to mmap")
+        return safe_open(path, framework=framework, device=device, backend=backend)
+
+    monkeypatch.setattr(tensors, "safe_open", refuse_maps)
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(3)}, path)
+    with open_file(path) as read:
+        assert read_header(path).shapes == {"a": (3,)} and torch.equal(read("a"), torch.ones(3))
+    path.write_bytes(path.read_bytes()[:-1])
+    refused("is not a complete safetensors file", read_header, path)
+    monkeypatch.setattr(tensors, "safe_open", Mock(side_effect=RuntimeError("out of memory")))
+    refused("is not a complete safetensors file: out of memory", read_header, path)
 
 
 @pytest.mark.parametrize("length", [0, 2**26, 100 * 10**6 + 1, 2**63, 2**64 - 1])

@@ -360,6 +360,8 @@ RELEASED = {
     "wan2.2-t2v-A14B": ["wan2.2_t2v_a14b_high_noise", "wan2.2_t2v_a14b_low_noise"],
     "wan2.2-i2v-A14B": ["wan2.2_i2v_a14b_high_noise", "wan2.2_i2v_a14b_low_noise"],
     "wan2.2-ti2v-5B": ["wan2.2_ti2v_5b"],
+    "wan2.1-fun-14B-InP": ["wan2.1_fun_14b_inp"],
+    "wan2.2-fun-A14B-InP": ["wan2.2_i2v_a14b_high_noise", "wan2.2_i2v_a14b_low_noise"],  # in the layout of I2V-A14B
 }
 
 
