@@ -299,6 +299,7 @@ def test_one_expert_replaces_that_of_the_folder_and_alone_makes_a_model_of_one(m
     pair = models("wan2.2-t2v-A14B")
     high, low = swapped["high_noise"], swapped["low_noise"]
     files = open_model(pair.official.folder, low_noise=high)
+    assert list(files.transformers) == ["high_noise", "low_noise"]
     for each in files.transformers.values():
         assert_equal(load_transformer(each, FP32).state_dict(), pair.official.transformers["high_noise"])
     alone = open_model(low_noise=low, **pair.parts)
