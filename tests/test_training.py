@@ -29,7 +29,7 @@ from utils.runs.metrics import Metrics
 from utils.training.memory import prepare
 from utils.training.optim import OptimizerSpec, ParameterGroup, Updater
 from wan.checkpoints import build_transformer, load_transformer
-from wan.checkpoints.headers import read_config, read_transformer
+from wan.checkpoints.transformer import read_config, read_transformer
 from wan.modules.model import is_fp32
 
 

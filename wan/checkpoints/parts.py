@@ -57,7 +57,11 @@ def build_text_encoder(weights: Weights) -> UMT5Encoder:
 def shape_of_vision(weights: Weights) -> VisionShape:
     """The widths of a vision encoder. Raises CheckpointError."""
     with reading_widths(weights.path):
-        return vision_shape(weights.shapes)
+        shape = vision_shape(weights.shapes)
+    # The last block is not read, so a file may lack it. Counted from there, an earlier one would be left out.
+    if shape.dim == VisionShape.dim and shape.num_layers != VisionShape.num_layers:
+        raise CheckpointError(f"{weights.path} has {shape.num_layers} blocks, not {VisionShape.num_layers}")
+    return shape
 
 
 def check_vision(weights: Weights, shape: VisionShape) -> None:

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,7 +30,7 @@ class Weights:
     """A part of a model on disk."""
 
     path: Path  # the file, or the index or the folder of several
-    tensors: Mapping[str, Entry]  # by their official names, in the order of reading
+    tensors: Mapping[str, Entry] = field(repr=False)  # by their official names, in the order of reading
 
     @property
     def shapes(self) -> dict[str, Shape]:

@@ -28,7 +28,7 @@ from utils.runs.metrics import Metrics
 from utils.training.experts import Experts
 from utils.training.memory import checkpoint_blocks
 from wan.checkpoints import load_transformer, open_model
-from wan.checkpoints.headers import read_config, read_transformer
+from wan.checkpoints.transformer import read_config, read_transformer
 from wan.configs import FAMILIES
 from wan.modules.model import WanModel
 from wan.text2video import Sampler

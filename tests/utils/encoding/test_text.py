@@ -10,7 +10,7 @@ from tests.tiny import FAMILY, TINY_SHAPE, tiny_text_encoder, write_text_encoder
 from utils.common.errors import UserError
 from utils.encoding.text import EMBEDDINGS, TextEncoding, load_prompt, read_prompt
 from utils.encoding.text_cache import load_embedding
-from wan.checkpoints import ModelFiles, load_text_encoder
+from wan.checkpoints import ModelFiles, Weights, load_text_encoder, read_weights
 from wan.modules.t5 import UMT5Encoder
 
 CPU = torch.device("cpu")
@@ -19,8 +19,8 @@ CPU = torch.device("cpu")
 def write_files(folder: Path, encoder: UMT5Encoder) -> ModelFiles:
     """A model of which only the text encoder is there."""
     write_text_encoder(folder, encoder)
-    parts = (folder / name for name in (FAMILY.vae, FAMILY.text_encoder, FAMILY.tokenizer))
-    return ModelFiles("tiny", FAMILY, {}, *parts, text_len=TINY_SHAPE.text_len)
+    weights, nothing = read_weights(folder / FAMILY.text_encoder, "text_encoder"), Weights(folder, {})
+    return ModelFiles("tiny", FAMILY, {}, nothing, weights, folder / FAMILY.tokenizer, TINY_SHAPE.text_len)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_a_broken_encoder_is_reported_with_its_file(tmp_path):
     encoder.token_embedding.weight.data.zero_()
     broken = write_files(tmp_path / "broken", encoder)
     stage = TextEncoding(broken, CPU)
-    with pytest.raises(UserError, match=f"{broken.text_encoder}: .*the text encoder's weights are broken"):
+    with pytest.raises(UserError, match=f"{broken.text_encoder.path}: .*the text encoder's weights are broken"):
         stage.encode_missing({stage.cache(tmp_path / "cache"): ["a fox", "a cat"]})
 
 

@@ -77,6 +77,8 @@ def test_the_released_parts_are_built_by_their_shapes_and_cost_no_memory(manifes
 def test_the_released_vision_encoder_is_known_by_its_shapes():
     released = {name: shape for name, shape in load_manifest("clip_xlm_roberta_vit_h_14").items() if "visual." in name}
     assert shape_of_vision(weights_of(released)) == VisionShape()
+    shortened = {name: shape for name, shape in released.items() if not name.startswith("visual.transformer.31.")}
+    refused("has 31 blocks, not 32", shape_of_vision, weights_of(shortened))
     check_clip(weights_of(released))
     check_clip(weights_of({name: released[name] for name in read_shapes(VisionShape())} | last_block(released)))
 
