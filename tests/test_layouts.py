@@ -346,10 +346,10 @@ def test_tensors_of_the_released_widths_tell_the_family_in_every_spelling(row, t
 
 
 def test_a_file_that_the_system_does_not_map_is_read_without(models, tmp_path, monkeypatch):
-    def refuse(path: Path, framework: str, device: str, backend: str = "mmap") -> safe_open:
+    def refuse(path: Path, framework: str, backend: str = "mmap") -> safe_open:
         if backend == "mmap":
             raise RuntimeError("unable to mmap: Cannot allocate memory")
-        return safe_open(path, framework=framework, device=device, backend=backend)
+        return safe_open(path, framework=framework, backend=backend)
 
     monkeypatch.setattr("wan.checkpoints.tensors.safe_open", refuse)
     model = models(FAMILY.name).official

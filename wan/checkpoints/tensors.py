@@ -78,7 +78,7 @@ def existing(path: Path) -> Path:
 def read_header(path: Path) -> Header:
     """The names, shapes and dtypes of all tensors in a file. Raises CheckpointError for what cannot be read."""
     if not _is_pth(path):
-        with _open_safetensors(path, "cpu") as file:
+        with _open_safetensors(path) as file:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}  # in the order of the file
             shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
             dtypes = {name: each.get_dtype() for name, each in slices.items()}
@@ -93,16 +93,16 @@ def read_header(path: Path) -> Header:
 
 
 @contextmanager
-def open_file(path: Path, device: torch.device | str = "cpu") -> Iterator[Read]:
-    """A function that reads one tensor by name straight to `device`. Raises CheckpointError for what cannot be read.
+def open_file(path: Path) -> Iterator[Read]:
+    """A function that reads one tensor by name. Raises CheckpointError for what cannot be read.
 
-    On the CPU a tensor is a view of the file: it takes no memory until it is changed.
+    A tensor is a view of the file: it takes no memory until it is changed.
     """
     if _is_pth(path):
         state = _read_pth(path)
-        yield lambda name: state[name].to(device)
+        yield lambda name: state[name]
         return
-    with _open_safetensors(path, device) as file:
+    with _open_safetensors(path) as file:
 
         def read(name: str) -> Tensor:
             try:
@@ -115,27 +115,27 @@ def open_file(path: Path, device: torch.device | str = "cpu") -> Iterator[Read]:
 
 @contextmanager
 def open_tensors(entries: Mapping[str, Entry], device: torch.device | str, dtype: torch.dtype) -> Iterator[Read]:
-    """A function that reads one tensor of a module by its official name straight to `device`.
+    """A function that reads one tensor of a module by its official name to `device`.
 
-    What is quantised becomes values in `dtype`; everything else keeps the dtype of its file. Raises CheckpointError for
-    a file that cannot be read.
+    What is quantised becomes values in `dtype` there; everything else keeps the dtype of its file. Raises
+    CheckpointError for a file that cannot be read.
     """
     with ExitStack() as stack:
         paths = {part.path for entry in entries.values() for part in entry.parts}
-        files = {path: stack.enter_context(open_file(path, device)) for path in sorted(paths)}
+        files = {path: stack.enter_context(open_file(path)) for path in sorted(paths)}
 
         def read(name: str) -> Tensor:
             entry = entries[name]
-            parts = [_read_part(files[part.path], part, dtype) for part in entry.parts]
+            parts = [_read_part(files[part.path], part, device, dtype) for part in entry.parts]
             tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
             return tensor if tensor.shape == entry.shape else tensor.reshape(entry.shape)
 
         yield read
 
 
-def _read_part(read: Read, part: Part, dtype: torch.dtype) -> Tensor:
+def _read_part(read: Read, part: Part, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     scale = None if part.scale is None else read(part.scale)
-    return dequantise(read(part.name), scale, dtype)
+    return dequantise(read(part.name).to(device), scale, dtype)
 
 
 def _is_pth(path: Path) -> bool:
@@ -174,12 +174,12 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _open_safetensors(path: Path, device: torch.device | str) -> safe_open:
+def _open_safetensors(path: Path) -> safe_open:
     try:
         try:
-            return safe_open(path, framework="pt", device=str(device))
+            return safe_open(path, framework="pt")
         except RuntimeError:  # Linux may refuse to map a file larger than its memory; it can be read all the same
-            return safe_open(path, framework="pt", device=str(device), backend="pread")
+            return safe_open(path, framework="pt", backend="pread")
     except (SafetensorError, OSError, RuntimeError) as error:
         raise _incomplete(path, error) from None
 

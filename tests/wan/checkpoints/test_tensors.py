@@ -184,10 +184,10 @@ def test_a_damaged_header_is_refused_in_a_short_message(tmp_path, kind):
 
 
 def test_a_file_that_cannot_be_mapped_is_read_without_a_map_and_a_damaged_one_is_named(tmp_path, monkeypatch):
-    def refuse_maps(path, framework, device, backend="mmap"):
+    def refuse_maps(path, framework, backend="mmap"):
         if backend == "mmap":
             raise RuntimeError("unable to mmap")
-        return safe_open(path, framework=framework, device=device, backend=backend)
+        return safe_open(path, framework=framework, backend=backend)
 
     monkeypatch.setattr(tensors, "safe_open", refuse_maps)
     path = tmp_path / "a.safetensors"
