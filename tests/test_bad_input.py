@@ -163,7 +163,7 @@ def test_a_model_of_another_family_is_refused_with_its_name(work, capsys):
     assert "is of Wan 2.1 VACE (model_type vace): not trained here yet" in ends(train_wan_lora.main, TRAIN, capsys)
     config.write_text(original.replace('"t2v"', '"i2v"'))
     message = ends(train_wan_lora.main, TRAIN, capsys)
-    assert "a kind that is not supported: i2v with 16 input channels\nsupported: t2v with 16" in message
+    assert "a kind that is not supported: i2v with 16 input and 16 output channels\nsupported: t2v with 16" in message
 
 
 def test_a_ready_embedding_without_guidance_needs_no_text_encoder(work, capsys, monkeypatch):

@@ -104,7 +104,7 @@ def ends(main: Callable, arguments: str, capsys: pytest.CaptureFixture) -> str:
         ("--vae nowhere.safetensors", "nowhere.safetensors is missing"),
         (f"--transformer model/{TRANSFORMER} --high_noise x", "transformer and high_noise exclude each other"),
         (f"--transformer experts/high_noise_model/{TRANSFORMER}", "is one of two experts (wan2.2-i2v-A14B"),
-        ("--family wan2.2-ti2v-5B", "with 16 input and 16 output channels, but wan2.2-ti2v-5B is a ti2v model with 48"),
+        ("--family wan2.2-ti2v-5B", "with 16 input and 16 output channels, but wan2.2-ti2v-5B has ti2v with 48"),
         ("--family wan2.2-t2v-A14B", "wan2.2-t2v-A14B has high_noise and low_noise, but"),
         (f"--high_noise model/{TRANSFORMER} --low_noise deep", "has num_layers 3, but"),
         (f"--high_noise model/{TRANSFORMER}", "no low_noise is given"),

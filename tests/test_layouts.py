@@ -323,7 +323,7 @@ def test_a_file_that_cannot_be_what_it_is_given_as_is_refused(models, swapped, t
         find_family(transformer=file)
     with pytest.raises(CheckpointError, match="wan2.2-i2v-A14B has high_noise and low_noise, but .* as transformer"):
         find_family(transformer=file, family="wan2.2-i2v-A14B")
-    with pytest.raises(CheckpointError, match="36 input .*but wan2.2-t2v-A14B is a t2v model with 16 input"):
+    with pytest.raises(CheckpointError, match="36 input .*but wan2.2-t2v-A14B has t2v with 16 input"):
         find_family(high_noise=file, family="wan2.2-t2v-A14B")
     with pytest.raises(CheckpointError, match="exclude each other"):
         find_family(transformer=file, low_noise=file)

@@ -207,9 +207,7 @@ def _read_transformers(
     family = _family_of(next(iter(traits.values())), places, folder or first.path.parent, row)
     for name, files in found.items():
         if not family.agrees(traits[name]):
-            raise CheckpointError(
-                f"{files.path} is of a {_describe(traits[name])}, not of a {_describe(family.traits)}"
-            )
+            raise CheckpointError(f"{files.path} {_otherwise(traits[name], family)}")
         _check_same_widths(first, files)
         check_module(build_transformer(files), files)
     return family, found
@@ -230,7 +228,7 @@ def _family_of(traits: Traits, places: Mapping[str, Path], folder: Path | None, 
         raise CheckpointError(f"{place} is no expert, but the only transformer of {names}: give it as transformer")
     known = dict.fromkeys(_describe(family.traits) for family in FAMILIES.values())
     kind = _describe(traits)
-    raise CheckpointError(f"{place} is of a kind that is not supported: a {kind}\nsupported: {', '.join(known)}")
+    raise CheckpointError(f"{place} is of a kind that is not supported: {kind}\nsupported: {', '.join(known)}")
 
 
 def _check_row(row: Family, traits: Traits, places: Mapping[str, Path]) -> None:
@@ -240,17 +238,21 @@ def _check_row(row: Family, traits: Traits, places: Mapping[str, Path]) -> None:
         experts = " and ".join(expert.name for expert in row.experts)
         raise CheckpointError(f"{row.name} has {experts}, but {place} is given as {next(iter(places))}")
     if not row.agrees(traits):
-        raise CheckpointError(f"{place} is of a {_describe(traits)}, but {row.name} is a {_describe(row.traits)}")
+        raise CheckpointError(f"{place} {_otherwise(traits, row)}")
     released = {family.shape.dim for family in FAMILIES.values()}
     if traits.dim in released and traits.dim != row.shape.dim:
         raise CheckpointError(f"{place} has the width {traits.dim}, but {row.name} has {row.shape.dim}")
 
 
+def _otherwise(traits: Traits, family: Family) -> str:
+    return f"has {_describe(traits)}, but {family.name} has {_describe(family.traits)}"
+
+
 def _describe(traits: Traits) -> str:
-    task = f"{shown(traits.task)} model" if traits.task else "model"
-    tokens = (" and image tokens" if traits.image else "") + (" and image positions" if traits.positions else "")
+    task = f"{shown(traits.task)} with " if traits.task else ""
     outputs = f" and {shown(traits.out_dim)} output" if traits.out_dim else ""
-    return f"{task} with {shown(traits.in_dim)} input{outputs} channels{tokens}"
+    tokens = (" and image tokens" if traits.image else "") + (" and image positions" if traits.positions else "")
+    return f"{task}{shown(traits.in_dim)} input{outputs} channels{tokens}"
 
 
 def _check_same_widths(first: TransformerFiles, other: TransformerFiles) -> None:

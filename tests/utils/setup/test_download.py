@@ -15,7 +15,7 @@ from huggingface_hub.errors import DryRunError, HFValidationError, LocalEntryNot
 
 from utils.common.errors import UserError
 from utils.common.formatting import readable_size
-from utils.setup.download import download_model, suggest_download
+from utils.setup.download import download_model, download_tokenizer, suggest_download
 from wan.checkpoints import CheckpointError, find_family, find_model
 from wan.configs import named_family
 
@@ -128,6 +128,64 @@ def test_of_every_release_just_what_training_needs_is_fetched(use, name):
     folder = download_model(name)
     assert sorted(hub.fetched) == sorted((*files, *TEXT))
     assert find_family(folder) is find_family(name) is named_family(name)
+
+
+SHARDED = ("diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model.safetensors.index.json")
+DIFFUSERS = (
+    "model_index.json",
+    *(f"transformer/{file}" for file in ("config.json", *SHARDED)),
+    *(f"vae/{file}" for file in ("config.json", "diffusion_pytorch_model.safetensors")),
+    *(f"text_encoder/{file}" for file in ("config.json", "model-00001-of-00003.safetensors")),
+    "tokenizer/tokenizer.json",
+    "tokenizer/spiece.model",
+)
+SECOND = tuple(f"transformer_2/{file}" for file in ("config.json", *SHARDED))
+VISION = tuple(f"image_encoder/{file}" for file in ("config.json", "model.safetensors"))
+UNREAD_BY_US = ("README.md", "scheduler/scheduler_config.json", "image_processor/preprocessor_config.json", "a.mp4")
+I2V, FLF2V = {"in_channels": 36, "image_dim": 1280}, {"in_channels": 36, "image_dim": 1280, "pos_embed_seq_len": 514}
+DIFFUSERS_RELEASES = {  # what is needed of each, and what the transformer's config.json says
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (DIFFUSERS, {"in_channels": 16}, 12),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": (DIFFUSERS, {"in_channels": 16}, 40),
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": ((*DIFFUSERS, *VISION), I2V, 40),
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": ((*DIFFUSERS, *VISION), I2V, 40),
+    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": ((*DIFFUSERS, *VISION), FLF2V, 40),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": (DIFFUSERS, {"in_channels": 48, "out_channels": 48}, 24),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": ((*DIFFUSERS, *SECOND), {"in_channels": 16}, 40),
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": ((*DIFFUSERS, *SECOND), {"in_channels": 36}, 40),
+}
+
+
+@pytest.mark.parametrize("name", DIFFUSERS_RELEASES)
+def test_of_a_diffusers_repository_just_what_training_needs_is_fetched(use, name):
+    files, says, heads = DIFFUSERS_RELEASES[name]
+    usual = {"image_dim": None, "pos_embed_seq_len": None, "out_channels": 16, "attention_head_dim": 128}
+    config = usual | {"num_attention_heads": heads} | says
+    hub = use(Hub(dict.fromkeys((*files, *UNREAD_BY_US), 1), name, json.dumps(config)))
+    folder = download_model(name)
+    assert sorted(hub.fetched) == sorted(files)
+    assert find_family(folder) is find_family(name) is named_family(name)
+
+
+def test_a_diffusers_repository_of_another_model_is_reported_before_its_weights_are_fetched(use):
+    config = '{"_class_name": "WanVACETransformer3DModel", "in_channels": 16, "num_attention_heads": 40}'
+    hub = use(Hub(dict.fromkeys(DIFFUSERS, 1), config=config))
+    with pytest.raises(CheckpointError, match="is of Wan 2.1 VACE-14B"):
+        download_model(NAME)
+    assert hub.fetched == ["transformer/config.json"]
+
+
+def test_the_tokenizer_alone_is_fetched_to_where_it_is_found(use, capsys):
+    hub = use(Hub())
+    folder = download_tokenizer()
+    assert hub.fetched == NEEDED[4:] and folder == Path("models/google/umt5-xxl")
+    assert (folder / "tokenizer.json").exists()
+    assert capsys.readouterr().out.splitlines()[-1] == "the tokenizer is complete in models/google/umt5-xxl"
+
+
+def test_a_tokenizer_that_cannot_be_fetched_is_reported_in_one_line(use):
+    use(raising(OSError("no route")))
+    with pytest.raises(UserError, match="cannot download Wan-AI/Wan2.1-T2V-1.3B: no route"):
+        download_tokenizer()
 
 
 def test_shards_and_their_index_are_fetched_too(use):

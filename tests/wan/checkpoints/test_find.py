@@ -59,7 +59,7 @@ def test_the_family_of_a_release_is_known_without_its_files_but_a_folder_comes_f
     folder.rename("Wan2.1-T2V-14B")
     assert find_family("Wan2.1-T2V-14B") is FAMILIES["wan2.1-t2v-1.3B"]  # the first of the same kind
     edit_config(Path("Wan2.1-T2V-14B"), model_type="i2v")
-    refused("a kind that is not supported: a i2v model with 16 input", find_family, "Wan2.1-T2V-14B")
+    refused("a kind that is not supported: i2v with 16 input", find_family, "Wan2.1-T2V-14B")
     with pytest.raises(ModelNotFoundError) as caught:
         find_family("Wan-AI/Wan9-T2V")
     assert caught.value.name == "Wan-AI/Wan9-T2V"
@@ -97,7 +97,7 @@ def test_a_missing_file_is_named(folder, missing):
 def test_a_model_of_an_unsupported_kind_is_refused_with_what_is_supported(folder, task):
     edit_config(folder, model_type=task)
     for find_it in (find_family, open_model):
-        assert len(refused("supported: t2v model with 16 input", find_it, folder)) < 800
+        assert len(refused("supported: t2v with 16 input", find_it, folder)) < 800
 
 
 @pytest.mark.parametrize("name", ["model_type", "in_dim", "out_dim", "dim"])
@@ -110,12 +110,12 @@ def test_what_a_config_does_not_say_the_tensors_tell(tmp_path, name):
 
 def test_what_is_supported_is_listed_once(folder):
     edit_config(folder, in_dim=36)
-    wide = "model with 36 input and 16 output channels"
-    kinds = ["t2v model with 16 input and 16 output channels", f"i2v {wide} and image tokens"]
+    wide = "with 36 input and 16 output channels"
+    kinds = ["t2v with 16 input and 16 output channels", f"i2v {wide} and image tokens"]
     kinds += [
         f"flf2v {wide} and image tokens and image positions",
         f"i2v {wide}",
-        "ti2v model with 48 input and 48 output channels",
+        "ti2v with 48 input and 48 output channels",
     ]
     assert refused(None, find_family, folder).endswith(f"\nsupported: {', '.join(kinds)}")
     refused("says in_dim 36, but the weights have 16", open_model, folder)
@@ -178,11 +178,13 @@ def names_of(family) -> dict[str, str]:
 def test_an_i2v_without_image_tokens_is_not_that_of_wan_2_1_and_one_with_them_is_no_expert(tmp_path, two_experts):
     folder = write_model(tmp_path / "i2v", I2V)
     write_transformer(folder, tiny_transformer(tiny_shape(EXPERTS)), family=EXPERTS)
-    kind = "i2v model with 36 input and 16 output channels"
+    kind = "i2v with 36 input and 16 output channels"
     refused(r"one of two experts \(wan2.2-i2v-A14B, .+\): give it as high_noise or low_noise", open_model, folder)
-    refused(f"is of a {kind}, but {I2V.name} is a {kind} and image tokens", open_model, folder, I2V.name)
+    refused(f"has {kind}, but {I2V.name} has {kind} and image tokens", open_model, folder, I2V.name)
     write_transformer(two_experts / "low_noise_model", tiny_transformer(tiny_shape(I2V)), family=I2V)
-    assert "low_noise_model" in refused(f"is of a {kind} and image tokens, not of a {kind}$", open_model, two_experts)
+    assert "low_noise_model" in refused(
+        f"has {kind} and image tokens, but {EXPERTS.name} has {kind}$", open_model, two_experts
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- single files
@@ -246,7 +248,7 @@ def test_a_transformer_of_another_kind_is_refused(whole, tmp_path):
     write_transformer(tmp_path, tiny_transformer(replace(TINY_SHAPE, in_dim=36)))
     edit_config(tmp_path, model_type="i2v")
     assert str(tmp_path) in refused("is one of two experts", open_model, whole, transformer=tmp_path)
-    message = "is of a i2v model with 36 input and 16 output channels, but wan2.1-t2v-1.3B is a t2v model with 16 input"
+    message = "has i2v with 36 input and 16 output channels, but wan2.1-t2v-1.3B has t2v with 16 input"
     assert str(tmp_path) in refused(message, open_model, whole, FAMILY.name, transformer=tmp_path)
 
 
@@ -279,7 +281,7 @@ def test_each_expert_may_be_another_file(two_experts, whole, tmp_path):
     assert changed.transformers["high_noise"] == files.transformers["high_noise"]
     refused("has two experts, high_noise and low_noise", open_model, two_experts, transformer=whole / TRANSFORMER)
     mixed = refused(None, open_model, two_experts, low_noise=whole / TRANSFORMER)
-    assert f"{whole / TRANSFORMER} is of a t2v model with 16 input and 16 output channels, not of a i2v" in mixed
+    assert f"{whole / TRANSFORMER} has t2v with 16 input and 16 output channels, but wan2.2-i2v-A14B has i2v" in mixed
 
 
 def test_two_experts_may_be_given_as_single_files(two_experts, tmp_path):
@@ -355,7 +357,7 @@ def test_encoders_of_other_widths_than_the_transformer_reads_are_refused(tmp_pat
 def test_a_named_row_must_be_one_and_fit(whole, folder):
     for find_it in (find_family, open_model):
         refused(f"there is no family wan9\nthere are: {', '.join(FAMILIES)}$", find_it, whole, "wan9")
-        refused("but wan2.1-i2v-14B-480P is a i2v model with 36 input", find_it, whole, I2V.name)
+        refused("but wan2.1-i2v-14B-480P has i2v with 36 input", find_it, whole, I2V.name)
         refused("wan2.2-t2v-A14B has high_noise and low_noise, but .+ is given as transformer", find_it, whole, A14B)
         assert getattr(find_it(whole, FAMILY.name), "family", FAMILY) is FAMILY
     edit_config(folder, dim=5120)

@@ -278,7 +278,7 @@ def test_a_tokenizer_that_is_gone_or_broken_is_named(folder, name):
 def test_image_positions_of_a_model_without_image_tokens_are_refused(folder):
     edit_tensors(folder, lambda s: s.update({"img_emb.emb_pos": torch.ones(1, 514, 1280)}))
     refused(r"foreign tensor img_emb\.emb_pos", load_transformer, files_of(folder), FP32)
-    refused("not supported: a t2v model with 16 input and 16 output channels and image positions", open_model, folder)
+    refused("not supported: t2v with 16 input and 16 output channels and image positions", open_model, folder)
 
 
 def test_many_missing_tensors_are_counted_not_listed(folder):
