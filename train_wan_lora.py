@@ -59,7 +59,7 @@ from utils.runs.run import Run, RunOptions, RunSettings, open_run
 from utils.runs.state import Facts, State, check_resume_compatible, find_state
 from utils.setup.doctor import print_findings
 from utils.setup.download import SetupOptions, download_model, download_tokenizer
-from utils.setup.model import SingleFiles
+from utils.setup.model import SingleFiles, find_given_family, need_experts, open_given
 from utils.training.conditions import check_conditions
 from utils.training.experts import Experts, Role, load_experts, plan_experts
 from utils.training.learner import Learner, Trainable
@@ -210,7 +210,7 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     # First a rehearsal on transformers without weights: a misspelled layer, or a LoRA file that does not fit, should
     # not cost the minutes of loading.
     roles = find_roles(opts, files.family)
-    plans = plan_experts(roles, files, with_others=bool(opts.preview_prompts))
+    plans = plan_experts(roles, files)
     size = largest_window(full_length_windows(plan.sources, plan.limits))
     opts.preview_images(files.family, size.frames)
     further = further_loras(opts.also_lora, files)
@@ -279,8 +279,7 @@ def open_preview(
 def start_run(opts: Options, data: Dataset, session: Session, state: State | None) -> Run:
     """Creates the run's folder, or restores the learner from a saved state and continues in that run's folder."""
     control = FROM_FILE if any(source.control for source in data.train) else opts.control_type * opts.control_lora
-    base = opts.base_name(opts.pretrained_model_name_or_path)
-    about = {"base_model": base, "control": control, "shift": f"{opts.shift:g}"}
+    about = {**opts.base(opts.pretrained_model_name_or_path), "control": control, "shift": f"{opts.shift:g}"}
     about |= {"control_i2v": "true"} if opts.control_i2v else {}
     options, facts = to_json(opts), Facts(training_table(opts), data.fingerprint)
     total, name = session.schedule.total_steps, opts.output_name
@@ -360,17 +359,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if opts.doctor:
         print_findings()
         return
+    if opts.download_model:
+        download_model(name)
+    if opts.download_tokenizer:
+        download_tokenizer()
     if opts.download_model or opts.download_tokenizer:
-        download_model(name) if opts.download_model else download_tokenizer()
         return
 
     # What is wrong with options, clips or a state is found here, before anything takes long.
     folders, is_default = find_folders(opts), name == Options.pretrained_model_name_or_path
     if opts.check_dataset:  # a released model need not be downloaded for it
-        open_data(opts, folders, opts.find_family(name, is_default))
+        open_data(opts, folders, find_given_family(opts, name, is_default))
         return
     check_writable(opts.output_dir)
-    files = opts.open_model(name, is_default)
+    files = open_given(opts, name, is_default)
+    need_experts(files, [role.name for role in find_roles(opts, files.family)], bool(opts.preview_prompts))
     data = open_data(opts, folders, files.family)
 
     # The plan draws everything random about the data, from the seed and the number of the epoch alone. The order of

@@ -99,7 +99,7 @@ def ends(main: Callable, arguments: str, capsys: pytest.CaptureFixture) -> str:
         (f"--text_encoder model/{TRANSFORMER}", "is a Wan transformer, not a UMT5 text encoder"),
         (f"--vae vae22/{FAMILY.vae}", "the Wan 2.2 VAE, which has 48 latent channels; the model has 16"),
         (f"--text_encoder wide/{FAMILY.text_encoder}", "has the width 64, but"),
-        (f"--clip clip/{I2V.clip}", "the model has no part called clip"),
+        (f"--clip clip/{I2V.clip}", "reads no image tokens, leave clip out"),
         ("--tokenizer clips", "clips/tokenizer.json is missing"),
         ("--vae nowhere.safetensors", "nowhere.safetensors is missing"),
         (f"--transformer model/{TRANSFORMER} --high_noise x", "transformer and high_noise exclude each other"),
@@ -107,7 +107,7 @@ def ends(main: Callable, arguments: str, capsys: pytest.CaptureFixture) -> str:
         ("--family wan2.2-ti2v-5B", "with 16 input and 16 output channels, but wan2.2-ti2v-5B has ti2v with 48"),
         ("--family wan2.2-t2v-A14B", "wan2.2-t2v-A14B has high_noise and low_noise, but"),
         (f"--high_noise model/{TRANSFORMER} --low_noise deep", "has num_layers 3, but"),
-        (f"--high_noise model/{TRANSFORMER}", "no low_noise is given"),
+        (f"--high_noise model/{TRANSFORMER}", "the low_noise expert is not given: --low_noise FILE, or train"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_by_what_it_is(work, capsys, options, message):
@@ -128,14 +128,15 @@ def test_what_single_files_lack_is_named(work, capsys):
 def test_both_experts_are_needed_for_previews_and_for_sampling(work, capsys):
     one = f"--high_noise model/{TRANSFORMER} {PARTS}"
     preview = "--expert high --sample_prompts fox --sample_every 1"
-    assert "no low_noise is given" in ends(train_wan_lora.main, f"{TRAIN} {one} {preview}", capsys)
+    message = "the low_noise expert is not given, and sampling goes through both: --low_noise FILE"
+    assert message in ends(train_wan_lora.main, f"{TRAIN} {one} {preview}", capsys)
     arguments = f"--lora_path lora.safetensors {one} --prompt fox"
-    assert "no low_noise is given" in ends(test_wan_control_lora.main, arguments, capsys)
+    assert message in ends(test_wan_control_lora.main, arguments, capsys)
 
 
 def test_a_lora_of_single_files_asks_for_them(work, capsys):
     pair = LoraPair(torch.ones(2, TINY_SHAPE.dim), torch.ones(TINY_SHAPE.dim, 2), 2.0)
-    metadata = {"base_model": "wan2.1_t2v_14B.safetensors"}
+    metadata = {"base_model": "wan.safetensors", "base_files": "--transformer wan.safetensors"}
     write_lora(Path("own.safetensors"), LoraFile({"blocks.0.self_attn.q": pair}, metadata=metadata))
     message = ends(test_wan_control_lora.main, "--lora_path own.safetensors --prompt fox", capsys)
-    assert "wan2.1_t2v_14B.safetensors: give the file with --transformer" in message
+    assert "on single files: give them again, --transformer wan.safetensors\nand --vae" in message

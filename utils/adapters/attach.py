@@ -1,6 +1,6 @@
 """Which adapter is trained: its options, how it gets onto the model, and the file that it becomes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,11 +29,11 @@ from utils.adapters.wantraining import TRAINER
 from utils.common.errors import UserError
 from utils.common.options import Replaced, option
 from utils.media.controls import CONTROL_TYPES, ControlSignal
+from wan.checkpoints import Place
 from wan.configs import Family
 from wan.modules.model import WanModel
 
 ALONE = "transformer"  # the name of a model's only transformer
-Place = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -317,6 +317,8 @@ def _convert_scalar(spec: Field, scalar: type, given: _Given) -> Any:
     allowed = {bool: (bool,), int: (int, str), float: numbers, str: numbers}.get(scalar, (str, Path))
     if not isinstance(value, allowed) or (isinstance(value, bool) and scalar is not bool):
         raise wrong
+    if scalar is Path and not str(value):
+        raise UserError(f"--{name} is empty: it must be a path")
     try:
         converted = scalar(value)
     except ValueError:

@@ -33,7 +33,7 @@ def choose_loras(
     What of them is not used, or not unchanged, is reported. Raises UserError as `resolve_experts`,
     `resolve_also_loras` and `fitting` do, before any weights of the model are read.
     """
-    experts = list(files.transformers)
+    experts = [expert.name for expert in files.family.experts]
     own, further = resolve_experts(paths, experts), resolve_also_loras(others, experts)
     wanted = {name: [*([(own[name], strength)] if name in own else []), *further[name]] for name in experts}
     return _read_loras(wanted, files, remarks(own, experts))
@@ -46,7 +46,7 @@ def further_loras(texts: Sequence[str], files: ModelFiles) -> dict[str, list[Cho
     """
     if not texts:
         return {}
-    wanted = resolve_also_loras(texts, list(files.transformers))
+    wanted = resolve_also_loras(texts, [expert.name for expert in files.family.experts])
     loras = _read_loras(wanted, files)
     for (path, _), chosen in zip(chain(*wanted.values()), chain(*loras.values()), strict=True):
         if chosen.lora.input_shapes:

@@ -49,11 +49,16 @@ class SetupOptions:
 
 
 @contextmanager
-def suggest_download() -> Iterator[None]:
-    """Adds the command that downloads a model to the error for a missing one."""
+def suggest_download(family: str | None = None) -> Iterator[None]:
+    """Adds the command that downloads a model to the error for a missing one.
+
+    With a `family` the missing one is a default, which is not what was asked for.
+    """
     try:
         yield
     except ModelNotFoundError as error:
+        if family is not None:
+            raise UserError(f"--family {family}: name its folder with --pretrained_model_name_or_path") from None
         command = f"python train_wan_lora.py --download_model --pretrained_model_name_or_path {error.name}"
         raise UserError(f"{error}\ndownload it with: {command}") from None
 

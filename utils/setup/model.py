@@ -2,136 +2,202 @@
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.adapters.pairs import expert_of
 from utils.common.console import say
 from utils.common.errors import UserError
 from utils.common.formatting import format_table
 from utils.common.options import option
 from utils.setup.download import suggest_download
-from wan.checkpoints import PARTS, ModelFiles, ModelNotFoundError, find_family, find_model, open_model
+from wan.checkpoints import (
+    PARTS,
+    TRANSFORMERS,
+    CheckpointError,
+    MissingPartsError,
+    ModelFiles,
+    find_family,
+    find_model,
+    open_model,
+)
 from wan.configs import FAMILIES, Family, named_family
 
+DOWNLOAD_TOKENIZER = "python train_wan_lora.py --download_tokenizer"
+BASE_FILES = "base_files"  # in a LoRA's metadata: the options that its base model was given by, with file names alone
+
 _TASKS = {"t2v", "i2v", "flf2v", "ti2v", "fun", "vace"}
-_SIDES = {"high": "high_noise", "low": "low_noise", "highnoise": "high_noise", "lownoise": "low_noise"}
-_RELEASE = re.compile(r"wan[ ._-]?2[._-]?([12])(?!\d)", re.IGNORECASE)
+_SIZE = re.compile(r"(?<![a-z0-9])(480p|720p)(?![a-z0-9])")
+_PARAMETERS = re.compile(r"(?<![a-z0-9.])a?(1[._]3|5|14)b(?![a-z0-9])")
+_RELEASE = re.compile(r"wan[ ._-]?2[._-]?([12])(?!\d)")
+_GENERIC = ("diffusion_pytorch_model", "model")  # how files are called that have their name from their folder
 
 
 @dataclass(frozen=True)
 class SingleFiles:
     """single files of a model"""
 
-    transformer: Path | None = option(None, "transformer of a model that has one: a file, such as ComfyUI's, or folder")
-    high_noise: Path | None = option(None, "high-noise expert of Wan 2.2 A14B, likewise")
-    low_noise: Path | None = option(None, "low-noise expert, likewise")
-    vae: Path | None = option(None, "VAE")
-    text_encoder: Path | None = option(None, "UMT5 text encoder")
-    clip: Path | None = option(None, "CLIP vision encoder, for Wan 2.1 I2V and FLF2V")
+    transformer: Path | None = option(None, "the transformer, for models with a single one: a file or a folder")
+    high_noise: Path | None = option(None, "the high-noise expert of Wan 2.2 A14B")
+    low_noise: Path | None = option(None, "the low-noise expert of Wan 2.2 A14B")
+    vae: Path | None = option(None, "the VAE")
+    text_encoder: Path | None = option(None, "the UMT5 text encoder")
+    clip: Path | None = option(None, "the CLIP vision encoder, for Wan 2.1 I2V and FLF2V")
     tokenizer: Path | None = option(None, "folder with the tokenizer.json of UMT5")
-    family: str | None = option(None, "which model it is, where tensors do not tell", choices=tuple(FAMILIES))
+    family: str | None = option(None, "which model it is, if several have the same tensors", choices=tuple(FAMILIES))
 
     @property
-    def files(self) -> dict[str, Path]:
+    def given(self) -> dict[str, Path]:
         """The given files by the names of the parts that they are."""
-        given = {name: getattr(self, name) for name in PARTS}
-        return {name: path for name, path in given.items() if path is not None}
+        paths = {name: getattr(self, name) for name in PARTS}
+        return {name: path for name, path in paths.items() if path is not None}
 
-    def flags(self, found: ModelFiles) -> str:
-        """The options, as typed, with which another script opens the same files; none for a folder alone."""
-        given: dict[str, object] = {**self.files} | ({"family": self.family} if self.family else {})
-        if given and found.source != str(next(iter(found.transformers.values())).path):
-            given = {"pretrained_model_name_or_path": found.source} | given
-        return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given.items())
+    @property
+    def given_transformers(self) -> dict[str, Path]:
+        """Those of them that are transformers."""
+        return {name: path for name, path in self.given.items() if name in TRANSFORMERS}
 
-    def open_model(self, name: str | None, is_default: bool = False) -> ModelFiles:
-        """The model of a folder or hub name and of the given files; what they are taken for is printed.
+    def flags(self, files: ModelFiles) -> str:
+        """The options, as typed, with which the test script opens these files; none for a folder alone."""
+        options: dict[str, object] = {**self.given} | ({"family": self.family} if self.family else {})
+        if options and files.source != str(next(iter(files.transformers.values())).path):
+            options = {"pretrained_model_name_or_path": files.source} | options
+        typed = [f" --{name} {shlex.quote(str(value))}" for name, value in options.items()]
+        return "".join(typed + [f" --{name} ..." for name in _missing_experts(files)])
 
-        With files, a name that `is_default` may be of a folder that does not exist. Raises UserError where it is not
-        there, and CheckpointError as `wan.checkpoints.open_model` does.
-        """
-        name = self._present(name, is_default)
-        with suggest_download():
-            found = open_model(name, self.family or "", **self.files)
-        if self.files:
-            say(format_table(("part", "file"), list(_parts(found))))
-        reason = "as --family says" if self.family else "; ".join(doubts(found, bool(self.files)))
-        if self.files or reason:
-            say(f"model: {found.family.name}{reason and ', '}{reason}")
-        for remark in contradictions(self.files, found.family):
-            say(remark)
-        return found
-
-    def find_family(self, name: str | None, is_default: bool = False) -> Family:
-        """The family of the same model, for which only its transformers are needed, and none for a release."""
-        with suggest_download():
-            return find_family(self._present(name, is_default), self.family or "", **self.files)
-
-    def base_name(self, name: str) -> str:
-        """What a LoRA names its base model by: the folder, or the file names of the transformers that are given."""
-        transformers = [path.name for part, path in self.files.items() if part in PARTS[:3]]
-        return " + ".join(transformers) or name
-
-    def _present(self, name: str | None, is_default: bool) -> str | None:
-        if name is not None and is_default and (self.files or self.family):
-            try:
-                find_model(name)
-            except ModelNotFoundError:
-                return None if self.files else name
-        return name
+    def base(self, name: str) -> dict[str, str]:
+        """What the metadata of a LoRA says of its base model: the folder, or the names of the given transformers."""
+        if not (given := self.given_transformers):
+            return {"base_model": name}
+        flags = " ".join(f"--{part} {path.name}" for part, path in given.items())
+        return {"base_model": " + ".join(path.name for path in given.values()), BASE_FILES: flags}
 
 
-def doubts(found: ModelFiles, is_given: bool) -> Iterator[str]:
+def open_given(opts: SingleFiles, name: str | None, is_default: bool = False) -> ModelFiles:
+    """The model of a folder or hub name and of the given files; what they are taken for is printed.
+
+    A folder that `is_default` need not be there where transformers are given. Raises UserError where parts are missing,
+    and CheckpointError as `open_model` does.
+    """
+    with suggest_download(opts.family if is_default else None):
+        try:
+            files = open_model(_present(opts, name, is_default), opts.family or "", **opts.given)
+        except MissingPartsError as error:
+            raise UserError(f"{error}\n{_advice(error.parts)}") from None
+    if opts.given:
+        say(format_table(("part", "file"), list(_parts(files))))
+    reason = ", as --family says" if opts.family else "".join(doubts(files, bool(opts.given_transformers)))
+    if opts.given or reason:
+        say(f"model: {files.family.name}{reason}")
+    for remark in contradictions(opts.given_transformers, files.family):
+        say(remark)
+    return files
+
+
+def find_given_family(opts: SingleFiles, name: str, is_default: bool = False) -> Family:
+    """The family of the same model, for which only its transformers are needed, and none for a release."""
+    with suggest_download():
+        return find_family(_present(opts, name, is_default), opts.family or "", **opts.given)
+
+
+def need_experts(files: ModelFiles, trained: Sequence[str], with_others: bool) -> None:
+    """Raises UserError where an expert was not given that is trained or, `with_others`, that sampling goes through."""
+    for name in _missing_experts(files):
+        if name in trained:
+            (there,) = files.transformers
+            other = f"train the other one alone: --expert {there.removesuffix('_noise')}"
+            raise UserError(f"the {name} expert is not given: --{name} FILE, or {other}")
+        if with_others:
+            raise UserError(f"the {name} expert is not given, and sampling goes through both: --{name} FILE")
+
+
+def refuse_missing_base(opts: SingleFiles, metadata: Mapping[str, str]) -> None:
+    """Raises UserError for a LoRA whose base model was given as single files, unless they are given again."""
+    if (flags := metadata.get(BASE_FILES)) and not opts.given_transformers:
+        raise UserError(
+            f"the LoRA was trained on single files: give them again, {flags}\n"
+            "and --vae, --text_encoder and --tokenizer, or the folder that has these as --pretrained_model_name_or_path"
+        )
+
+
+def doubts(files: ModelFiles, is_given: bool) -> Iterator[str]:
     """What else the transformers could be by their tensors, and what would say so.
 
-    A folder is in doubt only where its name is not that of a release; files that are given, whatever they are called.
+    A folder is in doubt only where its name is not that of a release; given transformers, whatever they are called.
     """
-    traits = next(iter(found.transformers.values())).traits
-    alike = [row for row in FAMILIES.values() if row.agrees(traits) and row.shape == found.family.shape]
-    others = [row for row in alike if row.has_transformers(found.transformers) and row is not found.family]
-    if others and (is_given or named_family(str(Path(found.source).absolute())) is None):
-        yield f"unless --family says {' or '.join(row.name for row in others)}"
-    otherwise = [row for row in alike if not row.has_transformers(found.transformers)]
-    if otherwise and is_given:
-        options = " and ".join(f"--{expert.name}" for expert in otherwise[0].experts)
-        yield f"because it is given so; by {options} it is {' or '.join(row.name for row in otherwise)}"
+    traits = next(iter(files.transformers.values())).traits
+    same_tensors = [row for row in FAMILIES.values() if row.agrees(traits) and row.shape.dim == traits.dim]
+    same_option = [row for row in same_tensors if row.allows_transformers(files.transformers)]
+    others = [row.name for row in same_option if row is not files.family]
+    if others and (is_given or named_family(str(Path(files.source).absolute())) is None):
+        yield f"; if it is another: --family {' or '.join(others)}"
+    other_option = [row for row in same_tensors if row not in same_option]
+    if other_option and is_given:
+        options = " and ".join(f"--{expert.name}" for expert in other_option[0].experts)
+        yield f" (the same tensors as {' or '.join(row.name for row in other_option)}, which is given with {options})"
 
 
-def contradictions(files: Mapping[str, Path], family: Family) -> Iterator[str]:
+def contradictions(transformers: Mapping[str, Path], family: Family) -> Iterator[str]:
     """A sentence for each transformer whose file name says something else than what it is used as.
 
     Names decide nothing: anyone may rename a file.
     """
-    for part, path in files.items():
-        if part not in PARTS[:3]:
-            continue
-        words = set(re.split(r"[^a-z0-9]+", path.stem.lower()))
-        said = [word for word, side in _SIDES.items() if word in words and side != part]
-        kind = set(re.split(r"[^a-z0-9]+", family.name.lower()))
-        said += sorted((words & _TASKS) - kind)
-        release = _RELEASE.search(path.name)
-        if release and f"2.{release[1]}" not in family.name:
-            said.append(f"2.{release[1]}")
+    swapped = []
+    for part, path in transformers.items():
+        name = _telling_name(path)
+        said = []
+        if (expert := expert_of(Path(f"{name}.safetensors"), {})) not in (None, part):
+            said.append(str(expert))
+            swapped.append(part)
+        words, kind = name.lower(), family.name.lower()
+        said += sorted((set(re.split(r"[^a-z0-9]+", words)) & _TASKS) - set(re.split(r"[^a-z0-9]+", kind)))
+        for pattern in (_SIZE, _PARAMETERS, _RELEASE):
+            ours, theirs = pattern.search(f" {kind}"), pattern.search(words)
+            if ours and theirs and ours[1] != theirs[1].replace("_", "."):
+                said.append(theirs[0].replace("_", "."))
         if said:
             facts = f"its name says {' and '.join(said)}, but it is used as {part} of {family.name}"
             yield f"note: {path.name}: {facts}"
+    if len(swapped) == 2:
+        yield "note: the files of the two experts seem to be swapped"
 
 
-def refuse_missing_base(name: str) -> None:
-    """Raises UserError for a LoRA whose base model was given as single files: their places are not known."""
-    if name.endswith(".safetensors"):
-        raise UserError(
-            f"the LoRA was trained on {name}: give the file with --transformer, or two with --high_noise and "
-            "--low_noise, and the other parts with --vae, --text_encoder and --tokenizer"
-        )
+def _telling_name(path: Path) -> str:
+    """The name of a file without its ending, or that of its folder where all files of this kind have the same."""
+    name = path.name.removesuffix(".safetensors").removesuffix(".pth")
+    if name.startswith(_GENERIC):
+        name = path.absolute().parent.name
+    return "low_noise" if name == "transformer_2" else name
 
 
-def _parts(found: ModelFiles) -> Iterator[tuple[str, Path]]:
-    for name, transformer in found.transformers.items():
+def _present(opts: SingleFiles, name: str | None, is_default: bool) -> str | None:
+    """The folder's name; None for a default that is not there and need not be, since transformers are given."""
+    if name is None or not is_default:
+        return name
+    try:
+        find_model(name)
+    except CheckpointError:
+        return None if opts.given_transformers else name
+    return name
+
+
+def _missing_experts(files: ModelFiles) -> list[str]:
+    return [expert.name for expert in files.family.experts if expert.name not in files.transformers]
+
+
+def _advice(parts: Sequence[str]) -> str:
+    flags = [f"--{part}" for part in parts]
+    listed = f"{', '.join(flags[:-1])} and {flags[-1]}" if len(flags) > 1 else flags[0]
+    advice = f"give {listed}, or a folder that has them as --pretrained_model_name_or_path"
+    return f"{advice}; the tokenizer alone: {DOWNLOAD_TOKENIZER}" if "tokenizer" in parts else advice
+
+
+def _parts(files: ModelFiles) -> Iterator[tuple[str, Path]]:
+    for name, transformer in files.transformers.items():
         yield name, transformer.path
-    yield "vae", found.vae.path
-    yield "text_encoder", found.text_encoder.path
-    if found.clip is not None:
-        yield "clip", found.clip.path
-    yield "tokenizer", found.tokenizer
+    yield "vae", files.vae.path
+    yield "text_encoder", files.text_encoder.path
+    if files.clip is not None:
+        yield "clip", files.clip.path
+    yield "tokenizer", files.tokenizer

@@ -22,7 +22,7 @@ from utils.common.options import option
 from utils.diffusion.flow import Predict
 from utils.encoding.conditioning import Cond, make_predict
 from utils.training.memory import Memory, prepare
-from wan.checkpoints import ModelFiles, build_transformer, cast_to, load_weights, need_transformers
+from wan.checkpoints import ModelFiles, build_transformer, cast_to, load_weights
 from wan.configs import Expert, Family
 from wan.modules.model import WanModel
 from wan.text2video import part_at
@@ -201,18 +201,17 @@ def _tensors(model: nn.Module, trained: bool) -> list[Tensor]:
     return parameters if trained else [*parameters, *model.buffers()]
 
 
-def plan_experts(roles: Sequence[Role[Opts]], files: ModelFiles, with_others: bool) -> dict[str, AdapterPlan]:
+def plan_experts(roles: Sequence[Role[Opts]], files: ModelFiles) -> dict[str, AdapterPlan]:
     """What is done to each transformer, tried on models without weights: those in training get an adapter.
 
     What of --fuse_lora is not used, or not unchanged, is reported. Raises UserError as `plan_adapter` does, and where
-    --fuse_lora is for none of those in training; CheckpointError where one of them, or `with_others` any, is missing.
+    --fuse_lora is for none of those in training.
     """
-    needed = files.family.experts if with_others else [role.expert for role in roles]
-    need_transformers(files, [expert.name for expert in needed])
-    opts, names = {role.name: role.opts for role in roles}, list(files.transformers)
+    # A LoRA may be for an expert whose file is not given.
+    opts, names = {role.name: role.opts for role in roles}, [expert.name for expert in files.family.experts]
     plans = {}
-    for name in names:
-        layout = build_transformer(files.transformers[name])
+    for name, transformer in files.transformers.items():
+        layout = build_transformer(transformer)
         plan = plan_adapter if name in opts else plan_fusion
         plans[name] = plan(opts.get(name, roles[0].opts), layout, name, names)
     if roles[0].opts.fuse_lora is not None:
@@ -251,8 +250,9 @@ def load_experts(
         plans[name].widen(model)
         # Each tensor goes through `place` when it is read: it is cast to the compute dtype, and a fused LoRA is added.
         # This way memory never holds a second copy of the weights.
-        place = plans[name].place(cast_to(compute_dtype(device), where))
-        models[name] = load_weights(model, transformer, place, _progress, where, compute_dtype(device))
+        dtype = compute_dtype(device)
+        place = plans[name].place(cast_to(dtype))
+        models[name] = load_weights(model, transformer, place, _progress, where, dtype)
         if name in trained:
             adapters[name] = prepare(model, memory, plans[name].attach)
     return Experts(models, files.family.boundaries, device), adapters

@@ -5,7 +5,8 @@ model = load_transformer(files.transformer, torch.bfloat16)     one transformer
 vae = load_vae(files)
 """
 
-from wan.checkpoints.errors import CheckpointError, ModelNotFoundError
+from wan.checkpoints.errors import CheckpointError, MissingPartsError, ModelNotFoundError
+from wan.checkpoints.families import TRANSFORMERS
 from wan.checkpoints.find import (
     LOCAL_MODELS,
     PARTS,
@@ -13,8 +14,6 @@ from wan.checkpoints.find import (
     ModelFiles,
     find_family,
     find_model,
-    named_row,
-    need_transformers,
     open_model,
 )
 from wan.checkpoints.fingerprints import text_encoder_fingerprint, vae_fingerprint, vision_fingerprint
@@ -38,7 +37,9 @@ __all__ = [
     "PARTS",
     "TOKENIZER",
     "TRANSFORMER",
+    "TRANSFORMERS",
     "CheckpointError",
+    "MissingPartsError",
     "ModelFiles",
     "ModelNotFoundError",
     "Place",
@@ -54,8 +55,6 @@ __all__ = [
     "load_vae",
     "load_vision_encoder",
     "load_weights",
-    "named_row",
-    "need_transformers",
     "open_model",
     "read_weights",
     "text_encoder_fingerprint",

@@ -1,6 +1,7 @@
 """What the loading of a model raises, and how what a file says is shown in a message."""
 
 import reprlib
+from collections.abc import Sequence
 
 _LONGEST = 100  # characters
 
@@ -15,6 +16,14 @@ class ModelNotFoundError(CheckpointError):
     def __init__(self, name: str, message: str) -> None:
         super().__init__(message)
         self.name = name
+
+
+class MissingPartsError(CheckpointError):
+    """Parts of a model are neither given nor in its folder."""
+
+    def __init__(self, parts: Sequence[str], message: str) -> None:
+        super().__init__(message)
+        self.parts = parts
 
 
 def shown(value: object) -> str:

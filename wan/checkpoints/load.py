@@ -22,7 +22,7 @@ from wan.checkpoints.parts import (
 from wan.checkpoints.tensors import open_tensors
 from wan.checkpoints.transformer import TransformerFiles
 from wan.checkpoints.weights import Weights
-from wan.modules.clip import VisionEncoder, read_shapes
+from wan.modules.clip import VisionEncoder, used_shapes
 from wan.modules.model import WanModel, is_fp32
 from wan.modules.t5 import TextEncoder
 from wan.modules.tokenizers import Tokenizer
@@ -44,20 +44,20 @@ def load_weights(
 ) -> WanModel:
     """Gives a model from `build_transformer` its weights; returns it.
 
-    Each tensor is read straight to `device` and passed to `place` before the next one is read, so that memory never
-    holds a second copy of the model. `place` returns what the model will hold: the tensor in another dtype, on another
-    device, quantised, with a LoRA added. The model may have been changed before, such as by wider inputs or layers of
-    another class. fp8 is read into values of `dtype`, which is that of the model's computation. Raises CheckpointError
-    unless its names are those of the file and its shapes those `place` returns.
+    Each tensor is read, moved to `device` and passed to `place` before the next one is read, so that memory never holds
+    a second copy of the model, and a cast on the device makes no copy on the host. `place` returns what the model will
+    hold: the tensor in another dtype, on another device, quantised, with a LoRA added. The model may have been changed
+    before, such as by wider inputs or layers of another class. fp8 is read into values of `dtype`, which is that of the
+    model's computation. Raises CheckpointError unless its names are those of the file and its shapes those `place`
+    returns.
     """
     check_names(model.state_dict(), files.tensors, files.path)
     return _fill(model, files, place, progress, device, dtype)
 
 
-def cast_to(dtype: torch.dtype, device: Device = "cpu") -> Place:
-    """A `place` that casts to `dtype` on `device`, except for the parameters that stay fp32 (`is_fp32`)."""
-    # Moved first, so that the cast runs on the device and makes no copy in host memory.
-    return lambda name, tensor: tensor.to(device).to(torch.float32 if is_fp32(name) else dtype)
+def cast_to(dtype: torch.dtype) -> Place:
+    """A `place` that casts to `dtype`, except for the parameters that stay fp32 (`is_fp32`)."""
+    return lambda name, tensor: tensor.to(torch.float32 if is_fp32(name) else dtype)
 
 
 def load_transformer(
@@ -67,7 +67,7 @@ def load_transformer(
 
     Raises CheckpointError for a missing, unexpected or misshapen tensor, and for a file that cannot be read.
     """
-    return load_weights(build_transformer(files), files, cast_to(dtype, device), progress, device, dtype)
+    return load_weights(build_transformer(files), files, cast_to(dtype), progress, device, dtype)
 
 
 def load_vae(files: ModelFiles, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
@@ -94,16 +94,16 @@ def load_vision_encoder(files: ModelFiles, device: Device = "cpu", dtype: torch.
     shape = shape_of_vision(weights)
     check_vision(weights, shape)
     encoder = on_meta(lambda: VisionEncoder(shape))
-    read_only = {name: weights.tensors[name] for name in read_shapes(shape)}
+    read_only = {name: weights.tensors[name] for name in used_shapes(shape)}
     with open_tensors(read_only, device, dtype) as read:
-        encoder.load_official({name: read(name).to(device, dtype) for name in read_only})
+        encoder.load_official({name: read(name).to(dtype) for name in read_only})
     return encoder.to(device, dtype)
 
 
 def _load(module: Module, weights: Weights, device: Device, dtype: torch.dtype) -> Module:
     """The module with its weights, all of them in one dtype."""
     check_module(module, weights)
-    return _fill(module, weights, lambda _, tensor: tensor.to(device, dtype), iter, device, dtype)
+    return _fill(module, weights, lambda _, tensor: tensor.to(dtype), iter, device, dtype)
 
 
 def _fill(

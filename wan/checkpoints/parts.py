@@ -11,7 +11,7 @@ from wan.checkpoints.errors import CheckpointError
 from wan.checkpoints.tensors import Shape
 from wan.checkpoints.transformer import TransformerFiles
 from wan.checkpoints.weights import Weights, count_blocks, reading_widths
-from wan.modules.clip import VisionShape, official_shapes, read_shapes, vision_shape
+from wan.modules.clip import VisionShape, official_shapes, used_shapes, vision_shape
 from wan.modules.model import WanModel
 from wan.modules.t5 import UMT5Encoder
 from wan.modules.vae import WanVAE
@@ -66,7 +66,7 @@ def shape_of_vision(weights: Weights) -> VisionShape:
 
 def check_vision(weights: Weights, shape: VisionShape) -> None:
     """Raises CheckpointError unless the weights are a vision encoder's, whether all of it or what is read of it."""
-    known, needed = official_shapes(shape), read_shapes(shape)
+    known, needed = official_shapes(shape), used_shapes(shape)
     check_names(needed, (name for name in weights.tensors if name in needed or name not in known), weights.path)
     check_shapes(needed, {name: weights.tensors[name].shape for name in needed}, weights.path)
 

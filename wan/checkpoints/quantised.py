@@ -14,12 +14,12 @@ from torch import Tensor
 
 from wan.checkpoints.errors import CheckpointError, shown
 
-SCALES = (".scale_weight", ".weight_scale")
-MARKER = "scaled_fp8"
-FORMAT = ".comfy_quant"
-FORMATS = "_quantization_metadata"  # in the metadata of a file
+_SCALES = (".scale_weight", ".weight_scale")
+_MARKER = "scaled_fp8"
+_LAYER_FORMAT = ".comfy_quant"
+_FILE_FORMATS = "_quantization_metadata"  # in the metadata of a file
 # Of activations, which are not quantised here; they do not change the weights.
-_UNREAD = (".scale_input", ".input_scale", FORMAT)
+_UNREAD = (".scale_input", ".input_scale", _LAYER_FORMAT)
 _LONGEST_TEXT = 2**20  # bytes, of the JSON beside a layer
 _READABLE = "bf16, fp16, fp32 and fp8, plain or scaled, are"
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -64,7 +64,8 @@ def find_scales(
     `read` reads one tensor by name. Raises CheckpointError, without a path, for weights that are not readable, with the
     name of their format.
     """
-    for layer, format_ in _stated_formats(shapes.keys(), metadata, read):
+    stated = dict(_stated_formats(shapes.keys(), metadata, read))
+    for layer, format_ in stated.items():
         if not format_.startswith("float8_e"):
             facts = f"{shown(format_)} (at {shown(layer)})"
             raise CheckpointError(f"is quantised to {facts}, which is not read here; {_READABLE}")
@@ -74,9 +75,9 @@ def find_scales(
     scales, unread = dict[str, str](), set[str]()
     for name in shapes:
         weight = _weight_of(name)
-        if name.endswith(MARKER) or (name.endswith(_UNREAD) and weight in shapes):
+        if name.endswith(_MARKER) or (name.endswith(_UNREAD) and weight in shapes):
             unread.add(name)
-        elif name.endswith(SCALES) and weight in shapes:
+        elif name.endswith(_SCALES) and weight in shapes:
             _refuse_dtype(weight, dtypes[weight], (*_FLOATS, *_FP8))
             _refuse_dtype(name, dtypes[name], _FLOATS)
             _check_scale(name, shapes[name], weight, shapes[weight])
@@ -87,11 +88,19 @@ def find_scales(
     for name in shapes:
         if name.endswith(".weight"):
             _refuse_dtype(name, dtypes[name], (*_FLOATS, *_FP8))
+        layer = name.removesuffix(".weight")
+        if dtypes[name] in _FP8 and name not in scales and (layer in stated or _bare(layer) in stated):
+            raise CheckpointError(f"has no scale of {name}, which is stated to be scaled")
     return scales, unread
 
 
+def _bare(layer: str) -> str:
+    """The name of a layer as the metadata of a file may have it: without the prefix of the tensors."""
+    return layer.removeprefix("model.").removeprefix("diffusion_model.")
+
+
 def is_float(dtype: str) -> bool:
-    """Whether tensors of this dtype, by safetensors' name, hold values that need no other tensor to be read."""
+    """Whether a dtype, by safetensors' name, is one of floating-point numbers that can be read."""
     return dtype in (*_FLOATS, *_FP8)
 
 
@@ -122,15 +131,15 @@ def _stated_formats(
     names: Set[str], metadata: Mapping[str, str], read: Callable[[str], Tensor]
 ) -> Iterator[tuple[str, str]]:
     """Each layer whose format is stated, and that format."""
-    stated = _parse(metadata.get(FORMATS, "{}"), f"the metadata {FORMATS}")
+    stated = _parse(metadata.get(_FILE_FORMATS, "{}"), f"the metadata {_FILE_FORMATS}")
     layers = stated.get("layers", {})
     if not isinstance(layers, dict):
-        raise CheckpointError(f"has metadata {FORMATS} without a table of layers")
+        raise CheckpointError(f"has metadata {_FILE_FORMATS} without a table of layers")
     for layer, settings in layers.items():
         yield layer, _format_of(settings, f"the metadata of {shown(layer)}")
     for name in names:
-        if name.endswith(FORMAT):
-            yield name.removesuffix(FORMAT), _format_of(_parse(_text(read(name), name), name), name)
+        if name.endswith(_LAYER_FORMAT):
+            yield name.removesuffix(_LAYER_FORMAT), _format_of(_parse(_text(read(name), name), name), name)
 
 
 def _format_of(settings: Any, where: str) -> str:

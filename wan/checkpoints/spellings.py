@@ -5,7 +5,7 @@ vision encoder, mostly below a prefix. A name that has no official one is left a
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from wan.modules.clip import official_name as official_clip_name
@@ -22,7 +22,7 @@ PREFIXES = (
     "vae.",
     "text_encoders.umt5xxl.transformer.",
 )
-Place = tuple[str, int]  # an official name, and which of the tensors that are joined to it, counted from 0
+Target = tuple[str, int]  # an official name, and which of the tensors that are joined to it, counted from 0
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Spelling:
 
     part: str
     signs: tuple[str, ...]  # tensors that only this part in this layout has; one is enough
-    place: Callable[[str], Place] = field(default=lambda name: (name, 0))
+    target: Callable[[str], Target] = field(default=lambda name: (name, 0))
     unread: tuple[str, ...] = ()  # beginnings of the names of what may be in the same file, and is not read
     tied: tuple[str, ...] = ()  # names of second copies of other tensors
-    axes: Mapping[str, int] = field(default_factory=dict)  # of official tensors that are stored without the first ones
+    flat: tuple[str, ...] = ()  # official names of tensors whose first axes, of size one, are not stored
 
 
 def find_spelling(names: Collection[str], part: str) -> tuple[Spelling, str] | None:
@@ -56,7 +56,7 @@ def spellings_of(names: Collection[str]) -> list[tuple[Spelling, str]]:
 # --------------------------------------------------------------------------------------------------------- transformer
 
 
-def _transformer(name: str) -> Place:
+def _transformer(name: str) -> Target:
     stem, _, leaf = name.rpartition(".")
     if leaf in ("weight", "bias"):
         module = official_name(stem)
@@ -97,8 +97,8 @@ for _stage in range(4):
     _VAE22_BLOCKS[f"{_up}.upsampler."] = f"decoder.upsamples.{_stage}.upsamples.3."
 
 
-def _vae(blocks: dict[str, str]) -> Callable[[str], Place]:
-    def place(name: str) -> Place:
+def _vae(blocks: dict[str, str]) -> Callable[[str], Target]:
+    def target(name: str) -> Target:
         for start, official in blocks.items():
             if name.startswith(start):
                 rest = name.removeprefix(start)
@@ -106,7 +106,7 @@ def _vae(blocks: dict[str, str]) -> Callable[[str], Place]:
                 return official + _VAE_IN_BLOCK.get(inner, "") + rest.removeprefix(inner), 0
         return name, 0
 
-    return place
+    return target
 
 
 # -------------------------------------------------------------------------------------------------------- text encoder
@@ -128,7 +128,7 @@ _T5_OUTSIDE = {
 }
 
 
-def _text_encoder(name: str) -> Place:
+def _text_encoder(name: str) -> Target:
     if (block := _T5_BLOCK.fullmatch(name)) and block[2] in _T5_IN_BLOCK:
         return f"blocks.{block[1]}.{_T5_IN_BLOCK[block[2]]}.weight", 0
     return _T5_OUTSIDE.get(name, name), 0
@@ -156,7 +156,7 @@ _OPEN_OUTSIDE = {
 }
 
 
-def _clip(name: str) -> Place:
+def _clip(name: str) -> Target:
     """q, k and v are rows of one tensor in the official layout."""
     letter = _QKV.search(name)
     try:
@@ -165,7 +165,7 @@ def _clip(name: str) -> Place:
         return name, 0
 
 
-def _open_clip(name: str) -> Place:
+def _open_clip(name: str) -> Target:
     if (block := _OPEN_BLOCK.fullmatch(name)) and block[2] in _OPEN_IN_BLOCK:
         return f"visual.transformer.{block[1]}.{_OPEN_IN_BLOCK[block[2]]}.{block[3]}", 0
     return _OPEN_OUTSIDE.get(name, name), 0
@@ -176,7 +176,7 @@ def _open_clip(name: str) -> Place:
 _TEXT_SIDE = ("textual.", "text_model.", "text_projection.", "visual_projection.", "log_scale", "logit_scale")
 _OLD_CLIP = ("vision_model.embeddings.position_ids", "embeddings.position_ids")
 _OPEN_TEXT_SIDE = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text.")
-_CLIP_AXES = {"visual.cls_embedding": 3, "visual.pos_embedding": 3}  # (1, 1, width) and (1, tokens, width)
+_FLAT = ("visual.cls_embedding", "visual.pos_embedding")  # officially (1, 1, width) and (1, tokens, width)
 SPELLINGS = (
     Spelling("transformer", ("head.modulation", "head.head.weight", "blocks.0.self_attn.q.weight")),
     Spelling("transformer", ("condition_embedder.time_proj.weight", "blocks.0.attn1.to_q.weight"), _transformer),
@@ -197,8 +197,8 @@ SPELLINGS = (
         ("vision_model.embeddings.class_embedding", "embeddings.class_embedding"),
         _clip,
         (*_TEXT_SIDE, *_OLD_CLIP),
-        axes=_CLIP_AXES,
+        flat=_FLAT,
     ),
-    Spelling("clip", ("visual.class_embedding",), _open_clip, (*_TEXT_SIDE, *_OPEN_TEXT_SIDE), axes=_CLIP_AXES),
+    Spelling("clip", ("visual.class_embedding",), _open_clip, (*_TEXT_SIDE, *_OPEN_TEXT_SIDE), flat=_FLAT),
     Spelling("transformer", ("vace_patch_embedding.weight",)),  # of a module that turns a T2V model into VACE
 )

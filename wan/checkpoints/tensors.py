@@ -18,9 +18,9 @@ from wan.checkpoints.quantised import dequantise
 Shape = tuple[int, ...]
 Read = Callable[[str], Tensor]
 
-LONGEST_HEADER = 100 * 10**6  # bytes, of a safetensors file
+_LONGEST_HEADER = 100 * 10**6  # bytes, of a safetensors file
 LONGEST_NAME = 256  # characters
-MOST_AXES = 8
+_MOST_AXES = 8
 _DTYPES = {  # safetensors' names of the dtypes that a .pth file may hold
     torch.float64: "F64",
     torch.float32: "F32",
@@ -47,7 +47,7 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Part:
+class Piece:
     """A tensor in a file, and that of its scale where it is quantised."""
 
     path: Path
@@ -60,17 +60,17 @@ class Entry:
     """One tensor of a module, and where it is: usually one part; otherwise the parts are its rows, in this order."""
 
     shape: Shape
-    parts: tuple[Part, ...]
+    parts: tuple[Piece, ...]
 
 
-def existing(path: Path) -> Path:
-    """The path of a file or folder. Raises CheckpointError if there is none."""
+def existing(path: Path, why: str = "the layout of the model has it") -> Path:
+    """The path of a file or folder. Raises CheckpointError if there is none; `why` says why there should be one."""
     try:
         is_there = path.exists()
     except OSError as error:
         raise CheckpointError(f"cannot read {shown(str(path))}: {error.strerror}") from None
     if not is_there:
-        dangling = ": a link to a file that is gone" if path.is_symlink() else "; the layout of the model has it"
+        dangling = ": a link to a file that is gone" if path.is_symlink() else f"; {why}"
         raise CheckpointError(f"{path} is missing{dangling}")
     return path
 
@@ -133,7 +133,7 @@ def open_tensors(entries: Mapping[str, Entry], device: torch.device | str, dtype
         yield read
 
 
-def _read_part(read: Read, part: Part, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+def _read_part(read: Read, part: Piece, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     scale = None if part.scale is None else read(part.scale)
     return dequantise(read(part.name).to(device), scale, dtype)
 
@@ -147,7 +147,7 @@ def _is_pth(path: Path) -> bool:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     # First, because the length of a header may have the first byte of another kind of file.
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LONGEST_HEADER:
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER:
         return False
     for sign, kind in _FOREIGN.items():
         if start.startswith(sign):
@@ -197,5 +197,5 @@ def _check_names(path: Path, shapes: Mapping[str, Shape]) -> None:
     for name, shape in shapes.items():
         if len(name) > LONGEST_NAME or not name.isprintable():
             raise CheckpointError(f"{path} has a tensor of the strange name {shown(name)}")
-        if len(shape) > MOST_AXES:
+        if len(shape) > _MOST_AXES:
             raise CheckpointError(f"{path} has the tensor {name} with {len(shape)} axes")

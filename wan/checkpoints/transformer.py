@@ -17,8 +17,8 @@ CONFIG = "config.json"
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
 INDEX = f"{TRANSFORMER}.index.json"
 WIDTHS = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "text_dim", "freq_dim", "patch_size")  # in the tensors
-HEAD_DIM = 128  # channels of an attention head of every released Wan
-LONGEST_TEXT = 2**16  # tokens; no Wan reads more than 512
+_HEAD_DIM = 128  # channels of an attention head of every released Wan
+_LONGEST_TEXT = 2**16  # tokens; no Wan reads more than 512
 # What diffusers' config.json calls the same.
 _DIFFUSERS = {"in_channels": "in_dim", "out_channels": "out_dim", "num_attention_heads": "num_heads"}
 
@@ -34,17 +34,22 @@ class Config:
     @property
     def is_of_transformer(self) -> bool:
         """Whether it is a transformer's at all; in diffusers every part has a config.json."""
-        return any(name in self.values for name in ("model_type", "dim", "num_heads", "attention_head_dim"))
+        return "num_heads" in self.values and ("dim" if self.is_official else "attention_head_dim") in self.values
+
+    @property
+    def task(self) -> Any:
+        """The task that an official config.json states."""
+        return self.values.get("model_type")
 
     def traits(self, is_alone: bool) -> Traits:
         """What it says of the family. Without the tensors an official one does not tell whether image tokens are read.
 
         They are where the task starts from pictures and the transformer `is_alone`, not one of two experts.
         """
-        task, dim, in_dim, out_dim = (self.values.get(name) for name in ("model_type", "dim", "in_dim", "out_dim"))
+        dim, in_dim, out_dim = (self.values.get(name) for name in ("dim", "in_dim", "out_dim"))
         if self.is_official:
-            image = None if task is None else task in ("i2v", "flf2v") and is_alone
-            return Traits(dim, in_dim, out_dim, image, task=task)
+            image = None if self.task is None else self.task in ("i2v", "flf2v") and is_alone
+            return Traits(dim, in_dim, out_dim, image, task=self.task)
         image, positions = (bool(self.values.get(name)) for name in ("image_dim", "pos_embed_seq_len"))
         return Traits(dim, in_dim, out_dim, image, positions)
 
@@ -74,13 +79,13 @@ def read_config(folder: Path) -> Config:
     if "dim" in values or "model_type" in values:
         return Config(path, values)
     values = {_DIFFUSERS.get(name, name): value for name, value in values.items()}
-    head_dim, num_heads = values.get("attention_head_dim", HEAD_DIM), values.get("num_heads")
+    head_dim, num_heads = values.get("attention_head_dim", _HEAD_DIM), values.get("num_heads")
     if type(head_dim) is int and type(num_heads) is int:
         values["dim"] = head_dim * num_heads
     return Config(path, values, is_official=False)
 
 
-def read_transformer(place: Path, own: Config | None = None, others: Iterable[Config] = ()) -> TransformerFiles:
+def read_transformer(path: Path, own: Config | None = None, others: Iterable[Config] = ()) -> TransformerFiles:
     """The transformer in a file, or in a folder as one file or as shards.
 
     Widths come from the tensors, so that a Wan of any size loads. The rest is from its `own` config.json, or from the
@@ -88,7 +93,7 @@ def read_transformer(place: Path, own: Config | None = None, others: Iterable[Co
     missing or unreadable file, for tensors that are not a Wan's, for a variant of Wan that is not trained here, and
     where the tensors and the transformer's own config disagree.
     """
-    weights = read_weights(place, "transformer")
+    weights = read_weights(path, "transformer")
     refuse_variant_by_tensors(weights.path, weights.shapes)
     shape = _read_shape(weights.path, weights.shapes)
     if own is not None and (fault := _disagreement(shape, own)):
@@ -126,15 +131,17 @@ def _disagreement(shape: WanShape, config: Config) -> str:
 
 def _released(shape: WanShape, path: Path) -> WanShape:
     """The shape with what no tensor tells, as all released models have it."""
-    if shape.dim % HEAD_DIM:
-        fault = f"has the width {shape.dim}, which is no multiple of {HEAD_DIM}: its number of heads is not known"
+    if shape.dim % _HEAD_DIM:
+        fault = f"has the width {shape.dim}, which is no multiple of {_HEAD_DIM}: its number of heads is not known"
         raise CheckpointError(f"{path} {fault}; it needs a {CONFIG} beside it")
-    return replace(shape, num_heads=shape.dim // HEAD_DIM)
+    return replace(shape, num_heads=shape.dim // _HEAD_DIM)
 
 
 def _complete(shape: WanShape, config: Config) -> WanShape:
     """The shape with what no tensor tells: the number of heads, eps and the text length."""
     try:
+        if isinstance(config.values["num_heads"], bool):
+            raise TypeError
         num_heads, eps = int(config.values["num_heads"]), float(config.values.get("eps", 1e-6))
     except (KeyError, TypeError, ValueError, OverflowError):
         raise CheckpointError(f"{config.path} lacks a valid num_heads or eps") from None
@@ -143,6 +150,6 @@ def _complete(shape: WanShape, config: Config) -> WanShape:
     if not 0 < eps < 1:
         raise CheckpointError(f"{config.path} lacks a valid num_heads or eps: eps is {eps}")
     text_len = config.values.get("text_len", 512)
-    if type(text_len) is not int or not 0 < text_len <= LONGEST_TEXT:
+    if type(text_len) is not int or not 0 < text_len <= _LONGEST_TEXT:
         raise CheckpointError(f"{config.path}: text_len must be a positive whole number, not {shown(repr(text_len))}")
     return replace(shape, num_heads=num_heads, eps=eps, text_len=text_len)

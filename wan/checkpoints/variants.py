@@ -4,13 +4,13 @@ A variant is known by tensors that no other model has, or by its channels. A Fun
 released one is that model (Fun-14B-InP: Wan 2.1 I2V, Fun-A14B-InP: Wan 2.2 I2V): it is no variant.
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from wan.checkpoints.errors import CheckpointError
 from wan.checkpoints.tensors import Shape
+from wan.configs import Traits
 
 _VACE, _CAMERA, _CONTROL, _INPAINT = "Wan 2.1 VACE", "Control-Camera", "Control", "InP"
 _S2V, _HUMO, _ANIMATE = "Wan 2.2 S2V", "HuMo", "Wan 2.2 Animate"
@@ -42,55 +42,26 @@ _BY_CHANNELS = {
 }
 
 
-@dataclass(frozen=True)
-class _Traits:
-    """What distinguishes variants, from the tensors or the config.json of a transformer."""
-
-    dim: object
-    in_dim: object
-    out_dim: object
-    image: bool  # whether it reads image tokens
-
-    @property
-    def by_channels(self) -> str:
-        """The variant that has these channels, or an empty string."""
-        channels = self.in_dim, self.out_dim, self.image
-        if channels == (36, 16, True) and self.dim == 1536:  # the only I2V of this width is Fun's
-            return _INPAINT
-        return next((variant for key, variant in _BY_CHANNELS.items() if key == channels), "")
-
-    def full_name(self, variant: str) -> str:
-        """The name of a variant with its size where that was released."""
-        size = _SIZES.get(self.dim, "") if isinstance(self.dim, int) else ""
-        if variant not in _FUN:
-            return f"{variant}-{size}" if size and variant.startswith("Wan ") else variant
-        release = "Wan 2.1 Fun" if self.image else "Wan 2.2 Fun"
-        if size == "14B" and not self.image:
-            size = "A14B"
-        return "-".join(part for part in (release, size, variant) if part)
-
-
 def refuse_variant_by_tensors(path: Path, shapes: Mapping[str, Shape]) -> None:
     """Raises CheckpointError, with the name of the model, where the tensors at `path` are a variant's."""
     dim, in_dim, *_ = (*shapes.get("patch_embedding.weight", ()), 0, 0)
     rows = (*shapes.get("head.head.weight", ()), 0)[0]
-    traits = _Traits(dim, in_dim, rows // 4, "img_emb.proj.1.weight" in shapes)
+    traits = Traits(dim, in_dim, rows // 4, "img_emb.proj.1.weight" in shapes)
     for tensor, variant in _BY_TENSOR.items():
         if tensor in shapes:
             _refuse(path, traits, variant, f"it has {tensor}")
-    if variant := traits.by_channels:
+    if variant := _by_channels(traits):
         tokens = "and reads image tokens" if traits.image else "and reads no image tokens"
         _refuse(path, traits, variant, f"it has {in_dim} input channels {tokens}")
 
 
-def refuse_variant_by_config(path: Path, values: Mapping[str, Any], transformers: Collection[str]) -> None:
-    """Raises CheckpointError, with the name of the model, where the config.json at `path` is a variant's."""
-    task = values.get("model_type")
-    # Only Wan 2.1 reads image tokens, and has one transformer. An official config.json does not say it.
-    image = bool(values.get("image_dim")) or (task in ("i2v", "flf2v") and len(transformers) == 1)
-    traits = _Traits(values.get("dim"), values.get("in_dim"), values.get("out_dim"), image)
+def refuse_variant_by_config(path: Path, values: Mapping[str, Any], traits: Traits) -> None:
+    """Raises CheckpointError, with the name of the model, where the config.json at `path` is a variant's.
+
+    `traits` is what the same `values` say of the family.
+    """
     for name, variant in _BY_TASK.items():
-        if task == name:
+        if traits.task == name:
             _refuse(path, traits, variant, f"model_type {name}")
     for class_name, variant in _BY_CLASS.items():
         if values.get("_class_name") == class_name:
@@ -98,9 +69,28 @@ def refuse_variant_by_config(path: Path, values: Mapping[str, Any], transformers
     for setting, variant in _BY_SETTING.items():
         if values.get(setting):
             _refuse(path, traits, variant, setting)
-    if variant := traits.by_channels:
-        _refuse(path, traits, variant, f"model_type {task} with {traits.in_dim} input channels")
+    if variant := _by_channels(traits):
+        _refuse(path, traits, variant, f"model_type {traits.task} with {traits.in_dim} input channels")
 
 
-def _refuse(path: Path, traits: _Traits, variant: str, sign: str) -> None:
-    raise CheckpointError(f"{path} is of {traits.full_name(variant)} ({sign}): not trained here yet")
+def _by_channels(traits: Traits) -> str:
+    """The variant that has these channels, or an empty string."""
+    channels = traits.in_dim, traits.out_dim, bool(traits.image)
+    if channels == (36, 16, True) and traits.dim == 1536:  # the only I2V of this width is Fun's
+        return _INPAINT
+    return next((variant for key, variant in _BY_CHANNELS.items() if key == channels), "")
+
+
+def _full_name(variant: str, traits: Traits) -> str:
+    """The name of a variant with its size where that was released."""
+    size = _SIZES.get(traits.dim, "") if isinstance(traits.dim, int) else ""
+    if variant not in _FUN:
+        return f"{variant}-{size}" if size and variant.startswith("Wan ") else variant
+    release = "Wan 2.1 Fun" if traits.image else "Wan 2.2 Fun"
+    if size == "14B" and not traits.image:
+        size = "A14B"
+    return "-".join(part for part in (release, size, variant) if part)
+
+
+def _refuse(path: Path, traits: Traits, variant: str, sign: str) -> NoReturn:
+    raise CheckpointError(f"{path} is of {_full_name(variant, traits)} ({sign}): not trained here yet")

@@ -11,16 +11,16 @@ from typing import NoReturn
 from wan.checkpoints.errors import CheckpointError, shown
 from wan.checkpoints.quantised import find_scales, is_float
 from wan.checkpoints.spellings import Spelling, find_spelling, spellings_of
-from wan.checkpoints.tensors import LONGEST_NAME, Entry, Header, Part, Shape, existing, open_file, read_header
+from wan.checkpoints.tensors import LONGEST_NAME, Entry, Header, Piece, Shape, existing, open_file, read_header
 
-STEMS = ("diffusion_pytorch_model", "model")  # of the files in a folder, in the official layout and in diffusers'
-PARTS = {
+_STEMS = ("diffusion_pytorch_model", "model")  # of the files in a folder, in the official layout and in diffusers'
+DESCRIPTIONS = {
     "transformer": "a Wan transformer",
     "vae": "a Wan VAE",
     "text_encoder": "a UMT5 text encoder",
     "clip": "a CLIP vision encoder",
 }
-MOST_BLOCKS = 1000  # of one part; no released one has more than 40
+_MOST_BLOCKS = 1000  # of one part; no released one has more than 40
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _LORA = re.compile(r"[._]lora_(?:A|B|up|down|mid)\b|\.lora\.(?:up|down)\.|\.(?:hada_w\d_[ab]|lokr_w\d|diff|diff_b)$")
 
@@ -43,20 +43,20 @@ class Weights:
         return sorted({part.path for entry in self.tensors.values() for part in entry.parts})
 
 
-def read_weights(place: Path, part: str) -> Weights:
-    """What a file, or a folder with one file or with shards, holds of one of the PARTS, in any known layout.
+def read_weights(path: Path, part: str) -> Weights:
+    """What a file, or a folder with one file or with shards, holds of one of the parts, in any known layout.
 
     Raises CheckpointError for a file that is missing or cannot be read, and for one that holds something else.
     """
-    path, files = _find_files(existing(place), part) if place.is_dir() else (existing(place), [place])
+    path, files = _find_files(path, part) if existing(path).is_dir() else (path, [path])
     headers = [read_header(file) for file in files]
     names = {name for header in headers for name in header.shapes}
     spelling, prefix = find_spelling(names, part) or _refuse_other(path, names, part)
-    pieces: dict[str, dict[int, tuple[Part, Shape]]] = {}
+    pieces: dict[str, dict[int, tuple[Piece, Shape]]] = {}
     stored = [(part, shape) for header in headers for part, shape in _read_parts(header, spelling, prefix)]
     # What is tied comes last: it is read where the file has nothing else in its place.
     for piece, shape in sorted(stored, key=lambda each: each[0].name.endswith(spelling.tied)):
-        official, number = spelling.place(piece.name.removeprefix(prefix))
+        official, number = spelling.target(piece.name.removeprefix(prefix))
         rows = pieces.setdefault(official, {})
         if number not in rows:
             rows[number] = piece, shape
@@ -79,12 +79,12 @@ def reading_widths(path: Path) -> Iterator[None]:
 def count_blocks(names: Collection[str]) -> int:
     """The number of blocks that tensors of these names belong to. Raises ValueError for more than any module has."""
     count = len({name.split(".")[1] for name in names if name.startswith("blocks.")})
-    if count > MOST_BLOCKS:
+    if count > _MOST_BLOCKS:
         raise ValueError(f"{count} blocks")
     return count
 
 
-def _read_parts(header: Header, spelling: Spelling, prefix: str) -> Iterator[tuple[Part, Shape]]:
+def _read_parts(header: Header, spelling: Spelling, prefix: str) -> Iterator[tuple[Piece, Shape]]:
     """The tensors in one file that are of the part, with their shapes. Raises CheckpointError for what is no weight."""
     with open_file(header.path) as read:
         try:
@@ -93,16 +93,16 @@ def _read_parts(header: Header, spelling: Spelling, prefix: str) -> Iterator[tup
             raise CheckpointError(f"{header.path} {error}") from None
     for name, shape in header.shapes.items():
         own = name.removeprefix(prefix)
-        if name in unread or not name.startswith(prefix) or own.startswith(spelling.unread or ("\0",)):
+        if name in unread or not name.startswith(prefix) or own.startswith(spelling.unread):
             continue
         if not is_float(header.dtypes[name]):
             raise CheckpointError(f"{header.path} has {name} of dtype {header.dtypes[name]}, which is none of weights")
         if 0 in shape:
             raise CheckpointError(f"{header.path} has {name} of shape {list(shape)}, which is empty")
-        yield Part(header.path, name, scales.get(name)), shape
+        yield Piece(header.path, name, scales.get(name)), shape
 
 
-def _join(path: Path, spelling: Spelling, name: str, rows: Mapping[int, tuple[Part, Shape]]) -> Entry:
+def _join(path: Path, spelling: Spelling, name: str, rows: Mapping[int, tuple[Piece, Shape]]) -> Entry:
     """One tensor of the module from its parts, which are its rows."""
     parts, shapes = zip(*(rows[number] for number in sorted(rows)), strict=True)
     shape = shapes[0]
@@ -110,23 +110,23 @@ def _join(path: Path, spelling: Spelling, name: str, rows: Mapping[int, tuple[Pa
         if not all(shapes) or len({each[1:] for each in shapes}) > 1:
             raise CheckpointError(f"{path} has parts of {name} that do not fit together")
         shape = (sum(each[0] for each in shapes), *shape[1:])
-    return Entry((1,) * (spelling.axes.get(name, 0) - len(shape)) + shape, parts)
+    return Entry((1,) * (3 - len(shape)) + shape if name in spelling.flat else shape, parts)
 
 
 def _refuse_other(path: Path, names: Collection[str], part: str) -> NoReturn:
     """Raises CheckpointError for tensors that are none of this part, with what they are where that is known."""
     if any(map(_LORA.search, names)):
-        raise CheckpointError(f"{path} is a LoRA, not {PARTS[part]}")
-    if found := [PARTS[spelling.part] for spelling, _ in spellings_of(names)]:
-        raise CheckpointError(f"{path} is {found[0]}, not {PARTS[part]}")
+        raise CheckpointError(f"{path} is a LoRA, not {DESCRIPTIONS[part]}")
+    if found := [DESCRIPTIONS[spelling.part] for spelling, _ in spellings_of(names)]:
+        raise CheckpointError(f"{path} is {found[0]}, not {DESCRIPTIONS[part]}")
     others = f"tensors such as {min(names)}" if names else "no tensors"
-    raise CheckpointError(f"{path} is not {PARTS[part]}: it has {others}")
+    raise CheckpointError(f"{path} is not {DESCRIPTIONS[part]}: it has {others}")
 
 
 def _find_files(folder: Path, part: str) -> tuple[Path, list[Path]]:
     """The one file in a folder, or the index, or the folder itself, and the shards."""
     files = sorted(folder.glob("*.safetensors"))
-    for stem in STEMS:
+    for stem in _STEMS:
         whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         if whole in files:
             return whole, [whole]
@@ -134,15 +134,28 @@ def _find_files(folder: Path, part: str) -> tuple[Path, list[Path]]:
             return index, _indexed(index)
     if shards := _unindexed(folder, files):
         return folder, shards
-    fitting = [file for file in files if find_spelling(read_header(file).shapes.keys(), part)]
+    faults: list[CheckpointError] = []
+    fitting = [file for file in files if _holds(file, part, faults)]
     if len(fitting) == 1:
         return fitting[0], fitting
     if fitting:
-        raise CheckpointError(f"{folder} has several files of {PARTS[part]}: give the one to use")
-    gguf = next(iter(sorted(folder.glob("*.gguf"))), None)
-    if gguf:
-        read_header(gguf)
-    raise CheckpointError(f"{folder} holds no weights of {PARTS[part]}: no {STEMS[0]}.safetensors, nor its index")
+        raise CheckpointError(f"{folder} has several files of {DESCRIPTIONS[part]}: give the one to use")
+    for gguf in sorted(folder.glob("*.gguf"))[:1]:
+        _holds(gguf, part, faults)
+    raise (
+        faults[0]
+        if faults
+        else CheckpointError(f"{folder} has no file of {DESCRIPTIONS[part]}, such as {_STEMS[0]}.safetensors")
+    )
+
+
+def _holds(file: Path, part: str, faults: list[CheckpointError]) -> bool:
+    """Whether a file has tensors of this part. Why it cannot be read is appended to `faults`."""
+    try:
+        return find_spelling(read_header(file).shapes.keys(), part) is not None
+    except CheckpointError as error:
+        faults.append(error)
+        return False
 
 
 def _indexed(index: Path) -> list[Path]:

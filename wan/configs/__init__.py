@@ -115,12 +115,14 @@ def match_family(traits: Traits, transformers: Collection[str], name: str = "") 
     """The row of a checkpoint, by what is known of it and by the names of its transformers; None for no row.
 
     A width that was never released belongs to the first row that agrees in the rest: a Wan of any width is used as its
-    family is. Of rows with the same transformers, the one that the model's folder has its `name` from is taken, or else
-    the first. One expert is enough to tell that there are two.
+    family is. One that was released belongs to its own rows alone. Of rows with the same transformers, the one that the
+    model's folder has its `name` from is taken, or else the first. One expert is enough to tell that there are two.
     """
-    rows = [row for row in FAMILIES.values() if row.agrees(traits) and row.has_transformers(transformers)]
+    rows = [row for row in FAMILIES.values() if row.agrees(traits) and row.allows_transformers(transformers)]
+    if traits.dim in [row.shape.dim for row in FAMILIES.values()]:
+        rows = [row for row in rows if row.shape.dim == traits.dim]
     if not rows:
         return None
-    first = next((row for row in rows if row.shape.dim == traits.dim), rows[0])
+    first = rows[0]
     named = named_family(name)
     return named if named in rows and named.shape == first.shape else first

@@ -69,8 +69,8 @@ class Family:
         facts = asdict(replace(self.traits, dim=traits.dim))
         return all(getattr(traits, name) in (None, fact) for name, fact in facts.items())
 
-    def has_transformers(self, names: Collection[str]) -> bool:
-        """Whether transformers of these names are experts of the family, all of them or some."""
+    def allows_transformers(self, names: Collection[str]) -> bool:
+        """Whether the family has transformers of all these names; it may have more."""
         return set(names) <= {expert.name for expert in self.experts}
 
     @property

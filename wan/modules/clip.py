@@ -113,7 +113,7 @@ def official_shapes(shape: VisionShape) -> dict[str, tuple[int, ...]]:
     return {PREFIX + name: size for name, size in (outside | weights | biases).items()}
 
 
-def read_shapes(shape: VisionShape) -> dict[str, tuple[int, ...]]:
+def used_shapes(shape: VisionShape) -> dict[str, tuple[int, ...]]:
     """What the encoder reads of `official_shapes`: neither the last block, nor the norm and the projection after it."""
     unread = f"{PREFIX}transformer.{shape.num_layers - 1}.", f"{PREFIX}post_norm.", f"{PREFIX}head"
     return {name: size for name, size in official_shapes(shape).items() if not name.startswith(unread)}
@@ -170,7 +170,7 @@ class VisionEncoder(nn.Module):
         self.visual.embeddings.position_ids = torch.arange(shape.num_tokens, device="cpu")[None]
 
     def load_official(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes over, without copies, the weights of these official names and of `read_shapes`."""
+        """Takes over, without copies, the weights of these official names and of `used_shapes`."""
         state = {}
         for name, parameter in self.visual.state_dict().items():
             tensor = weights[official_name(name)]

@@ -17,6 +17,17 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+def vocabulary_size(folder: Path) -> int:
+    """The number of tokens that the tokenizer in `folder` knows. Raises ValueError for a file that is none."""
+    from tokenizers import Tokenizer as Reader
+
+    path = folder / "tokenizer.json"
+    try:
+        return Reader.from_file(str(path)).get_vocab_size()
+    except Exception as error:  # the library raises nothing more specific
+        raise ValueError(f"{path} is not a tokenizer file: {error}") from None
+
+
 class Tokenizer:
     """The UMT5 tokenizer in `folder` (google/umt5-xxl of a Wan checkpoint), for prompts of up to `text_len` tokens.
 

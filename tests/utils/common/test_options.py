@@ -131,6 +131,7 @@ def test_a_mistaken_config_file_is_refused_by_name(tmp_path, text, message):
         ("--rank 0", "rank must be at least 1"),
         ("--rank three", "rank must be of type int, not 'three'"),
         ("--rate nan", "rate must be at least 0"),
+        ("--folder=", "folder is empty: it must be a path"),
         ("--rank", "expected one argument"),
         ("--kind depth", "kind must be one of tile, none"),
         ("--checkpointing half", "checkpointing must be one of none, full"),

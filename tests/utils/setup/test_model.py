@@ -2,6 +2,7 @@
 
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,15 @@ import pytest
 from tests.tiny import FAMILY, write_model
 from utils.common.errors import UserError
 from utils.common.options import parse_options
-from utils.setup.model import SingleFiles, contradictions, doubts, refuse_missing_base
+from utils.setup.model import (
+    SingleFiles,
+    contradictions,
+    doubts,
+    find_given_family,
+    need_experts,
+    open_given,
+    refuse_missing_base,
+)
 from wan.checkpoints import TRANSFORMER, CheckpointError, ModelFiles, TransformerFiles, Weights
 from wan.configs import FAMILIES
 
@@ -42,72 +51,124 @@ def released(name: str, source: str = "folder", **places: str) -> ModelFiles:
 
 
 def test_single_files_make_a_model_though_the_default_folder_is_not_there(files, capsys):
-    found = files.open_model(DEFAULT, is_default=True)
+    found = open_given(files, DEFAULT, is_default=True)
     assert found.source == str(files.transformer) and found.family is FAMILY
     said = capsys.readouterr().out
-    assert all(str(path) in said for path in files.files.values())
+    assert all(str(path) in said for path in files.given.values())
     assert said.splitlines()[-1] == "model: wan2.1-t2v-1.3B"
-    assert files.find_family(DEFAULT, is_default=True) is FAMILY
+    assert find_given_family(files, DEFAULT, is_default=True) is FAMILY
 
 
 def test_a_folder_that_is_named_has_to_be_there(files):
     with pytest.raises(UserError, match="no model at Wan-AI/Wan2.1-T2V-1.3B.*\ndownload it with"):
-        files.open_model(DEFAULT)
-    with pytest.raises(UserError, match="download it with"):
-        SingleFiles().open_model(DEFAULT, is_default=True)
+        open_given(files, DEFAULT)
+    for options in (SingleFiles(), SingleFiles(vae=files.vae)):
+        with pytest.raises(UserError, match="download it with"):
+            open_given(options, DEFAULT, is_default=True)
+    with pytest.raises(UserError, match="--family wan2.2-t2v-A14B: name its folder with --pretrained_model_name_or_pa"):
+        open_given(SingleFiles(family=EXPERTS.name), DEFAULT, is_default=True)
+
+
+def test_a_file_of_the_name_of_the_base_is_no_folder(files, kept, tmp_path):
+    (tmp_path / "wan.safetensors").symlink_to(kept / TRANSFORMER)
+    assert open_given(files, "wan.safetensors", is_default=True).source == str(files.transformer)
 
 
 def test_the_default_folder_has_the_other_parts_where_it_is_there(files, kept):
     folder = Path(shutil.copytree(kept, Path("models") / DEFAULT))
-    found = SingleFiles(transformer=files.transformer).open_model(DEFAULT, is_default=True)
+    found = open_given(SingleFiles(transformer=files.transformer), DEFAULT, is_default=True)
     assert found.transformer.path == files.transformer and found.vae.path == folder / FAMILY.vae
     assert found.source == DEFAULT
 
 
 def test_of_a_folder_alone_nothing_is_printed(kept, capsys):
-    assert SingleFiles().open_model(str(kept)).source == str(kept)
+    assert open_given(SingleFiles(), str(kept)).source == str(kept)
     assert capsys.readouterr().out == ""
 
 
-def test_a_family_that_is_named_needs_no_files_to_be_known(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert SingleFiles(family=EXPERTS.name).find_family(DEFAULT, is_default=True) is EXPERTS
-    assert SingleFiles().find_family(DEFAULT, is_default=True) is FAMILY
+def test_a_family_that_is_named_needs_no_files_to_be_known(files):
+    for vae in (None, files.vae):
+        named = SingleFiles(family=EXPERTS.name, vae=vae)
+        assert find_given_family(named, DEFAULT, is_default=True) is EXPERTS
+        assert find_given_family(SingleFiles(vae=vae), DEFAULT, is_default=True) is FAMILY
 
 
 def test_a_named_family_is_printed_and_checked(kept, capsys):
-    assert SingleFiles(family=FAMILY.name).open_model(str(kept)).family is FAMILY
+    assert open_given(SingleFiles(family=FAMILY.name), str(kept)).family is FAMILY
     assert capsys.readouterr().out == "model: wan2.1-t2v-1.3B, as --family says\n"
     with pytest.raises(CheckpointError, match="wan2.2-t2v-A14B has high_noise and low_noise"):
-        SingleFiles(family=EXPERTS.name).open_model(str(kept))
+        open_given(SingleFiles(family=EXPERTS.name), str(kept))
+
+
+@pytest.mark.parametrize(
+    ("missing", "advice"),
+    [
+        (("vae",), "give --vae, or a folder that has them as --pretrained_model_name_or_path"),
+        (("vae", "text_encoder"), "give --vae and --text_encoder, or a folder"),
+        (
+            ("vae", "text_encoder", "tokenizer"),
+            "give --vae, --text_encoder and --tokenizer, or a folder that has them as --pretrained_model_name_or_path; "
+            "the tokenizer alone: python train_wan_lora.py --download_tokenizer",
+        ),
+    ],
+)
+def test_all_parts_that_are_missing_are_named_with_the_options_that_give_them(files, missing, advice):
+    incomplete = replace(files, **dict.fromkeys(missing))
+    with pytest.raises(UserError) as caught:
+        open_given(incomplete, None)
+    first, second = str(caught.value).splitlines()
+    assert first == f"no {', no '.join(missing)} is given, and no model folder that has it" and advice in second
 
 
 def test_the_flags_of_a_run_open_the_same_files_again(files, kept, tmp_path):
     spaced = Path(shutil.copy(files.transformer, tmp_path / "a file.safetensors"))
     given = SingleFiles(transformer=spaced, family=FAMILY.name)
     for options, name in ((files, None), (given, str(kept))):
-        found = options.open_model(name)
+        found = open_given(options, name)
         words = shlex.split(options.flags(found))
         folder = words[words.index("--pretrained_model_name_or_path") + 1] if name else None
         rest = [word for word in words if word not in ("--pretrained_model_name_or_path", folder)]
         again = parse_options(SingleFiles, rest)
         assert again == options and folder == name
-        assert again.open_model(folder).transformer == found.transformer
-    assert SingleFiles().flags(SingleFiles().open_model(str(kept))) == ""
+        assert open_given(again, folder).transformer == found.transformer
+    assert SingleFiles().flags(open_given(SingleFiles(), str(kept))) == ""
 
 
-def test_a_lora_names_its_base_by_the_folder_or_by_the_files():
-    assert SingleFiles(vae=Path("a/vae.safetensors")).base_name(DEFAULT) == DEFAULT
-    assert SingleFiles(transformer=Path("a/wan.safetensors")).base_name(DEFAULT) == "wan.safetensors"
+def test_the_flags_of_a_run_of_one_expert_ask_for_the_other():
+    alone = released(EXPERTS.name, "h.safetensors", high_noise="h.safetensors")
+    options = SingleFiles(high_noise=Path("h.safetensors"))
+    assert options.flags(alone) == " --high_noise h.safetensors --low_noise ..."
+
+
+def test_the_experts_that_are_trained_or_sampled_with_have_to_be_given():
+    alone = released(EXPERTS.name, low_noise="low.safetensors")
+    need_experts(alone, ["low_noise"], with_others=False)
+    need_experts(released(EXPERTS.name), ["high_noise", "low_noise"], with_others=True)
+    with pytest.raises(UserError, match="the high_noise expert is not given: --high_noise FILE, or train .* low$"):
+        need_experts(alone, ["high_noise", "low_noise"], with_others=False)
+    with pytest.raises(UserError, match="high_noise expert is not given, and sampling goes through both"):
+        need_experts(alone, ["low_noise"], with_others=True)
+
+
+def test_a_lora_names_its_base_by_the_folder_or_by_the_files(files):
+    assert SingleFiles(vae=Path("a/vae.safetensors")).base(DEFAULT) == {"base_model": DEFAULT}
+    one = SingleFiles(transformer=Path("a/transformer"))
+    assert one.base(DEFAULT) == {"base_model": "transformer", "base_files": "--transformer transformer"}
     both = SingleFiles(high_noise=Path("x/h.safetensors"), low_noise=Path("x/l.safetensors"))
-    assert both.base_name(DEFAULT) == "h.safetensors + l.safetensors"
-    for name in ("wan.safetensors", both.base_name(DEFAULT)):
-        with pytest.raises(UserError, match="give the file with --transformer"):
-            refuse_missing_base(name)
-    refuse_missing_base(DEFAULT)
+    flags = "--high_noise h.safetensors --low_noise l.safetensors"
+    assert both.base(DEFAULT) == {"base_model": "h.safetensors + l.safetensors", "base_files": flags}
+    for options in (SingleFiles(), SingleFiles(vae=files.vae)):
+        with pytest.raises(UserError, match=f"give them again, {flags}\nand --vae, --text_encoder and --tokenizer"):
+            refuse_missing_base(options, both.base(DEFAULT))
+    refuse_missing_base(both, both.base(DEFAULT))
+    refuse_missing_base(SingleFiles(), {"base_model": DEFAULT})
 
 
 # ------------------------------------------------------------------------------------------- what tensors do not tell
+
+OTHERS = "; if it is another: --family wan2.1-i2v-14B-720P or wan2.1-fun-14B-InP"
+AS_EXPERTS = " (the same tensors as wan2.2-t2v-A14B, which is given with --high_noise and --low_noise)"
+AS_ONE = " (the same tensors as wan2.1-t2v-14B, which is given with --transformer)"
 
 
 @pytest.mark.parametrize(
@@ -116,17 +177,16 @@ def test_a_lora_names_its_base_by_the_folder_or_by_the_files():
         ("wan2.1-t2v-1.3B", True, []),
         ("wan2.2-ti2v-5B", True, []),
         ("wan2.1-flf2v-14B-720P", True, []),
-        ("wan2.1-t2v-14B", True, ["by --high_noise and --low_noise it is wan2.2-t2v-A14B"]),
+        ("wan2.1-t2v-14B", True, [AS_EXPERTS]),
         ("wan2.1-t2v-14B", False, []),
-        ("wan2.2-t2v-A14B", True, ["by --transformer it is wan2.1-t2v-14B"]),
-        ("wan2.1-i2v-14B-480P", True, ["unless --family says wan2.1-i2v-14B-720P or wan2.1-fun-14B-InP"]),
-        ("wan2.1-i2v-14B-480P", False, ["unless --family says wan2.1-i2v-14B-720P or wan2.1-fun-14B-InP"]),
-        ("wan2.2-i2v-A14B", True, ["unless --family says wan2.2-fun-A14B-InP"]),
+        ("wan2.2-t2v-A14B", True, [AS_ONE]),
+        ("wan2.1-i2v-14B-480P", True, [OTHERS]),
+        ("wan2.1-i2v-14B-480P", False, [OTHERS]),
+        ("wan2.2-i2v-A14B", True, ["; if it is another: --family wan2.2-fun-A14B-InP"]),
     ],
 )
 def test_models_with_the_same_tensors_are_named(name, is_given, expected):
-    found = list(doubts(released(name), is_given))
-    assert len(found) == len(expected) and all(end in text for text, end in zip(found, expected, strict=True))
+    assert list(doubts(released(name), is_given)) == expected
 
 
 def test_the_name_of_a_folder_leaves_no_doubt():
@@ -134,32 +194,54 @@ def test_the_name_of_a_folder_leaves_no_doubt():
 
 
 def test_one_expert_alone_is_one_of_two():
-    (text,) = doubts(released("wan2.2-t2v-A14B", low_noise="low.safetensors"), True)
-    assert text == "because it is given so; by --transformer it is wan2.1-t2v-14B"
+    assert list(doubts(released("wan2.2-t2v-A14B", low_noise="low.safetensors"), True)) == [AS_ONE]
+
+
+def test_of_a_width_that_was_never_released_nothing_is_known_of_others():
+    found = released("wan2.1-t2v-14B")
+    (files,) = found.transformers.values()
+    small = replace(files, shape=replace(files.shape, dim=192))
+    assert not list(doubts(replace(found, transformers={"transformer": small}), True))
 
 
 @pytest.mark.parametrize(
     ("part", "file", "family", "said"),
     [
         ("transformer", "wan2.1_t2v_1.3B_bf16", "wan2.1-t2v-1.3B", ""),
+        ("transformer", "Wan2_1-T2V-1_3B_bf16", "wan2.1-t2v-1.3B", ""),
         ("transformer", "Wan2_1-T2V-14B_fp8_e4m3fn", "wan2.1-t2v-14B", ""),
         ("transformer", "wan2.2_ti2v_5B_fp16", "wan2.2-ti2v-5B", ""),
         ("transformer", "wan2.1_i2v_480p_14B_fp16", "wan2.1-i2v-14B-480P", ""),
         ("transformer", "diffusion_pytorch_model", "wan2.2-ti2v-5B", ""),
-        ("transformer", "my_yellow_highlights", "wan2.1-t2v-14B", ""),
+        ("transformer", "my_yellow_highlights_480p", "wan2.1-t2v-14B", ""),
         ("high_noise", "wan2.2_t2v_high_noise_14B_fp8_scaled", "wan2.2-t2v-A14B", ""),
         ("low_noise", "Wan2_2-T2V-A14B-LOW_fp8_e4m3fn_scaled_KJ", "wan2.2-t2v-A14B", ""),
         ("low_noise", "wan2.2_fun_inpaint_low_noise_14B_bf16", "wan2.2-fun-A14B-InP", ""),
-        ("high_noise", "Wan2_2-T2V-A14B-LOW_fp8_e4m3fn_scaled_KJ", "wan2.2-t2v-A14B", "low"),
-        ("low_noise", "Wan2.2-I2V-A14B-HighNoise-bf16", "wan2.2-i2v-A14B", "highnoise"),
-        ("transformer", "wan2.2_t2v_high_noise_14B_fp16", "wan2.1-t2v-14B", "high and 2.2"),
-        ("high_noise", "wan2.1_t2v_14B_fp16", "wan2.2-t2v-A14B", "2.1"),
+        ("high_noise", "Wan2_2-T2V-A14B-LOW_fp8_e4m3fn_scaled_KJ", "wan2.2-t2v-A14B", "low_noise"),
+        ("low_noise", "Wan2.2-I2V-A14B-HighNoise-bf16", "wan2.2-i2v-A14B", "high_noise"),
+        ("low_noise", "wan22I2VHighNoise_v1", "wan2.2-i2v-A14B", "high_noise"),
+        ("high_noise", "low_noise_model/diffusion_pytorch_model-00001-of-00006", "wan2.2-t2v-A14B", "low_noise"),
+        ("high_noise", "transformer_2/diffusion_pytorch_model", "wan2.2-t2v-A14B", "low_noise"),
+        ("transformer", "wan2.2_t2v_high_noise_14B_fp16", "wan2.1-t2v-14B", "high_noise and wan2.2"),
+        ("high_noise", "wan2.1_t2v_14B_fp16", "wan2.2-t2v-A14B", "wan2.1"),
         ("high_noise", "wan22_i2v_high_noise", "wan2.2-t2v-A14B", "i2v"),
         ("high_noise", "wan2.2_fun_inpaint_high_noise_14B_bf16", "wan2.2-i2v-A14B", "fun"),
-        ("vae", "wan2.2_vae_low", "wan2.1-t2v-14B", ""),
+        ("transformer", "wan2.1_i2v_720p_14B_fp8_e4m3fn", "wan2.1-i2v-14B-480P", "720p"),
+        ("transformer", "wan2.1_t2v_14B_fp16", "wan2.1-t2v-1.3B", "14b"),
+        ("transformer", "wan2_1_t2v_1_3B", "wan2.1-t2v-14B", "1.3b"),
     ],
 )
 def test_a_file_name_that_says_something_else_is_reported_and_decides_nothing(part, file, family, said):
-    remarks = list(contradictions({part: Path(f"somewhere/{file}.safetensors")}, FAMILIES[family]))
-    expected = f"note: {file}.safetensors: its name says {said}, but it is used as {part} of {family}"
-    assert remarks == ([expected] if said else [])
+    path = Path(f"somewhere/{file}.safetensors")
+    expected = f"note: {path.name}: its name says {said}, but it is used as {part} of {family}"
+    assert list(contradictions({part: path}, FAMILIES[family])) == ([expected] if said else [])
+
+
+def test_a_folder_of_diffusers_is_known_by_its_own_name():
+    (remark,) = contradictions({"high_noise": Path("model/transformer_2")}, EXPERTS)
+    assert remark.startswith("note: transformer_2: its name says low_noise, but it is used as high_noise")
+
+
+def test_two_swapped_files_are_said_to_be_so():
+    swapped = {"high_noise": Path("wan_low_noise.safetensors"), "low_noise": Path("wan_high_noise.safetensors")}
+    assert list(contradictions(swapped, EXPERTS))[-1] == "note: the files of the two experts seem to be swapped"

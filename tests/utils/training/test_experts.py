@@ -233,7 +233,7 @@ def files(tmp_path_factory) -> ModelFiles:
 
 def load(files: ModelFiles, flags: str, with_others: bool) -> tuple[list[Role], Experts, dict[str, LoraAdapter]]:
     roles = options(flags).roles(files.family)
-    return roles, *load_experts(roles, plan_experts(roles, files, with_others=True), files, Memory(), CPU, with_others)
+    return roles, *load_experts(roles, plan_experts(roles, files), files, Memory(), CPU, with_others)
 
 
 def ranks(model: WanModel) -> set[int]:
@@ -293,13 +293,13 @@ def test_a_fused_lora_of_one_expert_leaves_the_other_as_it_is_and_says_so(files,
 def test_a_fused_lora_of_an_expert_that_is_not_trained_is_refused(files, tmp_path):
     path = fused_file(tmp_path, "style.safetensors", expert=HIGH)
     with pytest.raises(UserError, match=r"--fuse_lora .*style.safetensors is not for the low_noise expert"):
-        plan_experts(options(f"--expert low --fuse_lora {path}").roles(A14B), files, with_others=True)
+        plan_experts(options(f"--expert low --fuse_lora {path}").roles(A14B), files)
 
 
 def test_too_little_main_memory_for_the_expert_that_waits_is_reported_before_it_is_read(files, monkeypatch):
     roles = options().roles(A14B)
     monkeypatch.setattr(utils.training.experts.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    plans = plan_experts(roles, files, with_others=True)
+    plans = plan_experts(roles, files)
     experts, _ = load_experts(roles[:1], plans, files, Memory(), CPU, with_others=False)
     assert list(experts.models) == [HIGH]
     with pytest.raises(UserError, match="in main memory at any time: low_noise takes 0.36 MB, and"):

@@ -20,10 +20,10 @@ from wan.checkpoints.parts import (
     on_meta,
     shape_of_vision,
 )
-from wan.checkpoints.tensors import Entry, Part
+from wan.checkpoints.tensors import Entry, Piece
 from wan.checkpoints.transformer import TransformerFiles
 from wan.checkpoints.weights import Weights, count_blocks, reading_widths
-from wan.modules.clip import VisionShape, read_shapes
+from wan.modules.clip import VisionShape, used_shapes
 from wan.modules.model import WanShape
 from wan.modules.vae2_2 import Wan22VAE
 
@@ -32,7 +32,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def weights_of(shapes: Shapes) -> Weights:
-    return Weights(PATH, {name: Entry(shape, (Part(PATH, name),)) for name, shape in shapes.items()})
+    return Weights(PATH, {name: Entry(shape, (Piece(PATH, name),)) for name, shape in shapes.items()})
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -80,7 +80,7 @@ def test_the_released_vision_encoder_is_known_by_its_shapes():
     shortened = {name: shape for name, shape in released.items() if not name.startswith("visual.transformer.31.")}
     refused("has 31 blocks, not 32", shape_of_vision, weights_of(shortened))
     check_clip(weights_of(released))
-    check_clip(weights_of({name: released[name] for name in read_shapes(VisionShape())} | last_block(released)))
+    check_clip(weights_of({name: released[name] for name in used_shapes(VisionShape())} | last_block(released)))
 
 
 def last_block(shapes: Shapes) -> Shapes:

@@ -103,6 +103,18 @@ def test_marks_and_scales_of_inputs_are_of_no_module():
     assert unread == facts.keys() - LAYER.keys() | {"a.comfy_quant"}
 
 
+@pytest.mark.parametrize("layer", ["a", "model.diffusion_model.a", "diffusion_model.a"])
+def test_an_fp8_weight_that_is_stated_to_be_scaled_needs_its_scale(layer):
+    facts = {f"{layer}.weight": ((6, 8), "F8_E4M3")}
+    message = f"has no scale of {layer}.weight, which is stated to be scaled"
+    refused(message, scales_of, facts, texts={f"{layer}.comfy_quant": '{"format": "float8_e4m3fn"}'})
+    refused(message, scales_of, facts, metadata=header({"format": "float8_e4m3fn"}))
+    other = {name.replace("a.weight", "b.weight"): fact for name, fact in facts.items()}
+    assert scales_of(other, metadata=header({"format": "float8_e4m3fn"})) == ({}, set())
+    in_bf16 = {f"{layer}.weight": ((6, 8), "BF16")}
+    assert scales_of(in_bf16, metadata=header({"format": "float8_e4m3fn"})) == ({}, set())
+
+
 def test_what_belongs_to_no_layer_is_left_to_be_refused_as_foreign():
     facts = LAYER | {"b.weight_scale": ((), "F32"), "b.input_scale": ((), "F32"), "scale_weight": ((), "F32")}
     assert scales_of(facts) == ({}, set())

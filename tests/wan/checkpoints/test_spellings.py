@@ -38,7 +38,7 @@ def test_our_map_is_the_published_one_in_both_directions_with_nothing_left_over(
     assert prefix == ""
     found: dict[str, dict[int, str]] = {}
     for stored in (name for names in pairs.values() for name in names):
-        official, number = spelling.place(stored)
+        official, number = spelling.target(stored)
         assert number not in found.setdefault(official, {}) and not stored.startswith(spelling.unread or ("\0",))
         found[official][number] = stored
     assert {official: [rows[number] for number in sorted(rows)] for official, rows in found.items()} == pairs
@@ -50,7 +50,7 @@ def test_the_names_of_a_clip_are_known_with_the_prefix_of_files_and_with_what_is
     stored = [name for names in pairs_of("clip_transformers").values() for name in names]
     beside = ["visual_projection.weight", "text_model.embeddings.position_ids", "logit_scale"]
     spelling, _ = find_spelling([f"vision_model.{name}" for name in stored], "clip")
-    assert [spelling.place(f"vision_model.{name}") for name in stored] == [spelling.place(name) for name in stored]
+    assert [spelling.target(f"vision_model.{name}") for name in stored] == [spelling.target(name) for name in stored]
     for name in (*beside, "vision_model.embeddings.position_ids", "embeddings.position_ids"):
         assert name.startswith(spelling.unread)
 
@@ -61,16 +61,16 @@ def test_a_transformer_is_known_by_the_names_of_diffusers_and_by_its_own(manifes
     stored = [to_diffusers(name) for name in official]
     assert not set(stored) & {name for name in official if not name.startswith(("patch_emb", "vace_patch_emb"))}
     spelling, prefix = find_spelling(stored, "transformer")
-    assert (prefix, [spelling.place(name) for name in stored]) == ("", [(name, 0) for name in official])
+    assert (prefix, [spelling.target(name) for name in stored]) == ("", [(name, 0) for name in official])
     own, _ = find_spelling(official, "transformer")
-    assert [own.place(name) for name in official] == [(name, 0) for name in official] and own is not spelling
+    assert [own.target(name) for name in official] == [(name, 0) for name in official] and own is not spelling
 
 
 @pytest.mark.parametrize(("manifest", "part"), [(manifest, part) for _, manifest, part in MAPS])
 def test_official_names_are_what_they_are(manifest, part):
     names = [name for name in load_manifest(manifest) if not name.startswith(("textual.", "log_scale"))]
     spelling, prefix = find_spelling(names, part)
-    assert (prefix, [spelling.place(name) for name in names]) == ("", [(name, 0) for name in names])
+    assert (prefix, [spelling.target(name) for name in names]) == ("", [(name, 0) for name in names])
     assert not any(name.startswith(spelling.unread or ("\0",)) for name in names)
 
 
@@ -99,7 +99,7 @@ def test_the_names_of_open_clip_are_those_of_the_whole_encoder():
     released = {name for name in load_manifest("clip_xlm_roberta_vit_h_14") if name.startswith("visual.")}
     assert set(OPEN_CLIP.values()) == released and len(OPEN_CLIP) == len(released)
     spelling, _ = find_spelling(OPEN_CLIP, "clip")
-    assert {name: spelling.place(name) for name in OPEN_CLIP} == {name: (ours, 0) for name, ours in OPEN_CLIP.items()}
+    assert {name: spelling.target(name) for name in OPEN_CLIP} == {name: (ours, 0) for name, ours in OPEN_CLIP.items()}
     for beside in (
         "transformer.resblocks.0.ln_1.weight",
         "token_embedding.weight",
@@ -132,4 +132,4 @@ def test_names_of_nothing_known_stay_as_they_are(part):
     names += ["encoder.block.0.layer.9.x.weight", "encoder.down_blocks.99.x", "encoder.layers.0.nothing.weight"]
     for spelling in SPELLINGS:
         if spelling.part == part:
-            assert [spelling.place(name) for name in names] == [(name, 0) for name in names]
+            assert [spelling.target(name) for name in names] == [(name, 0) for name in names]

@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 from tests.damage import edit_pth, refused
 from tests.tiny import FAMILY
 from wan.checkpoints import TRANSFORMER, CheckpointError, tensors
-from wan.checkpoints.tensors import Entry, Part, existing, open_file, open_tensors, read_header
+from wan.checkpoints.tensors import Entry, Piece, existing, open_file, open_tensors, read_header
 
 VAE, TEXT_ENCODER = FAMILY.vae, FAMILY.text_encoder
 FP32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
 
 
 def entry(path: Path, name: str, shape: tuple[int, ...], scale: str | None = None) -> Entry:
-    return Entry(shape, (Part(path, name, scale),))
+    return Entry(shape, (Piece(path, name, scale),))
 
 
 # ---------------------------------------------------------------------------------------------------- what is read
@@ -64,7 +64,7 @@ def test_rows_are_joined_in_their_order_and_take_the_axes_of_the_module(tmp_path
     content = {name: torch.randn(2, 3) for name in "qkv"} | {"x": torch.randn(4)}
     for name, tensor in content.items():
         save_file({name: tensor}, tmp_path / name)
-    parts = tuple(Part(tmp_path / name, name) for name in "kqv")
+    parts = tuple(Piece(tmp_path / name, name) for name in "kqv")
     entries = {"qkv": Entry((6, 3), parts), "x": entry(tmp_path / "x", "x", (1, 1, 4))}
     with open_tensors(entries, "cpu", FP32) as read:
         assert torch.equal(read("qkv"), torch.cat([content[name] for name in "kqv"]))
@@ -75,7 +75,7 @@ def test_what_is_quantised_becomes_values_in_the_dtype_of_the_computation(tmp_pa
     path, weight, scale = tmp_path / "a.safetensors", torch.randn(2, 3).to(FP8), torch.tensor(0.3)
     save_file({"w": weight, "s": scale, "b": torch.ones(2)}, path)
     entries = {"w": entry(path, "w", (2, 3), "s"), "plain": entry(path, "w", (2, 3)), "b": entry(path, "b", (2,))}
-    entries["joined"] = Entry((4, 3), (Part(path, "w", "s"), Part(path, "w")))
+    entries["joined"] = Entry((4, 3), (Piece(path, "w", "s"), Piece(path, "w")))
     with open_tensors(entries, "cpu", BF16) as read:
         scaled, plain = weight.to(BF16) * scale.to(BF16), weight.to(BF16)
         assert torch.equal(read("w"), scaled) and torch.equal(read("plain"), plain)

@@ -226,6 +226,8 @@ def test_an_official_config_tells_image_tokens_by_its_task_and_by_being_alone(wh
 
 
 def test_a_config_of_another_part_is_known_as_such(tmp_path):
-    for values in ({"hidden_size": 80, "num_attention_heads": 1, "architectures": []}, {"z_dim": 16}, {}):
+    vision = {"hidden_size": 80, "num_attention_heads": 1, "patch_size": 14}
+    text = {"model_type": "umt5", "d_model": 4096, "num_heads": 64, "num_layers": 24}
+    for values in (vision, text, {"z_dim": 16}, {}):
         (tmp_path / "config.json").write_text(json.dumps(values))
-        assert read_config(tmp_path).is_of_transformer == ("num_attention_heads" in values)
+        assert not read_config(tmp_path).is_of_transformer

@@ -1,6 +1,8 @@
 """VACE, Fun and their like are recognised by tensors and by config.json, and refused by name; plain Wan is not."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tests.damage import edit_config, edit_tensors, refused
 from tests.manifests import FOLDER, load_manifest
 from tests.tiny import write_model
 from wan.checkpoints import find_family, open_model
+from wan.checkpoints.transformer import Config
 from wan.checkpoints.variants import refuse_variant_by_config, refuse_variant_by_tensors
 from wan.configs import FAMILIES
 
@@ -36,6 +39,11 @@ SIGNS = {
     "patch_embedding_global.weight": "WanDancer",
 }
 PLAIN = sorted(path.stem for path in FOLDER.glob("wan2.?_*") if not path.stem.endswith("vae"))
+
+
+def by_config(values: dict[str, Any], transformers: Sequence[str]) -> None:
+    traits = Config(PATH, values).traits(is_alone=len(transformers) == 1)
+    refuse_variant_by_config(PATH, values, traits)
 
 
 def message(name: str) -> str:
@@ -67,7 +75,7 @@ def test_the_released_layouts_are_no_variants(manifest):
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 def test_the_configs_of_released_models_are_no_variants(family):
     values = {"model_type": family.task, "dim": family.shape.dim, "in_dim": family.in_dim, "out_dim": family.out_dim}
-    refuse_variant_by_config(PATH, values, [expert.name for expert in family.experts])
+    by_config(values, [expert.name for expert in family.experts])
 
 
 @pytest.mark.parametrize("shapes", [{}, {"patch_embedding.weight": ()}, {"head.head.weight": (7,), "x": ()}])
@@ -94,7 +102,7 @@ def test_tensors_that_are_no_wan_are_no_variants(shapes):
     ],
 )
 def test_a_variant_is_named_by_its_config(values, transformers, name):
-    refused(message(name), refuse_variant_by_config, PATH, values, transformers)
+    refused(message(name), by_config, values, transformers)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +115,7 @@ def test_a_variant_is_named_by_its_config(values, transformers, name):
     ],
 )
 def test_other_configs_are_no_variants(values):
-    refuse_variant_by_config(PATH, values, ONE)
+    by_config(values, ONE)
 
 
 @pytest.mark.parametrize("task", ["t2v", "vace", "unheard"])

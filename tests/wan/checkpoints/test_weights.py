@@ -24,7 +24,7 @@ from tests.layouts import (
 )
 from tests.tiny import tiny_clip, tiny_text_encoder, tiny_transformer, tiny_vae, tiny_vae22, write_weights
 from wan.checkpoints.tensors import open_tensors
-from wan.checkpoints.weights import PARTS, Weights, read_weights
+from wan.checkpoints.weights import DESCRIPTIONS, Weights, read_weights
 
 State = dict[str, Tensor]
 PART_NAMES = ("transformer", "vae", "text_encoder", "clip")
@@ -71,7 +71,7 @@ def open_clip(state: State) -> State:
     return found
 
 
-# Part, its official tensors, and how they are stored
+# Piece, its official tensors, and how they are stored
 LAYOUTS: dict[str, tuple[str, State, State]] = {
     "transformer": ("transformer", official("transformer"), official("transformer")),
     "transformer of diffusers": (
@@ -238,8 +238,8 @@ def test_a_shard_that_is_missing_is_named_even_without_an_index(tmp_path, number
         ("model-00001-of-00001.safetensors", b"", "is not a complete safetensors file"),
         ("model-00001-of-00000.safetensors", b"", "is not a complete safetensors file"),
         ("model-00001-of-99999.safetensors", b"", "model-00002-of-99999.safetensors is missing"),
-        ("x.pth", b"", "holds no weights of a Wan VAE: no diffusion_pytorch_model.safetensors, nor its index"),
-        ("config.json", b"{}", "holds no weights of a Wan VAE"),
+        ("x.pth", b"", "has no file of a Wan VAE, such as diffusion_pytorch_model.safetensors"),
+        ("config.json", b"{}", "has no file of a Wan VAE"),
     ],
 )
 def test_a_folder_without_weights_says_what_it_has(tmp_path, name, content, message):
@@ -262,7 +262,7 @@ def test_another_part_is_named(tmp_path, layout, part):
     own, _, state = LAYOUTS[layout]
     if own != part:
         path = write(tmp_path / "a.safetensors", state)
-        refused(f"^{path} is {PARTS[own]}, not {PARTS[part]}$", read_weights, path, part)
+        refused(f"^{path} is {DESCRIPTIONS[own]}, not {DESCRIPTIONS[part]}$", read_weights, path, part)
 
 
 @pytest.mark.parametrize(
@@ -281,15 +281,15 @@ def test_another_part_is_named(tmp_path, layout, part):
 def test_a_lora_is_named(tmp_path, name):
     path = write(tmp_path / "a.safetensors", {name: torch.ones(2), "other": torch.ones(1)})
     for part in PART_NAMES:
-        refused(f"^{path} is a LoRA, not {PARTS[part]}$", read_weights, path, part)
+        refused(f"^{path} is a LoRA, not {DESCRIPTIONS[part]}$", read_weights, path, part)
 
 
 @pytest.mark.parametrize("part", PART_NAMES)
 def test_a_file_of_nothing_known_is_refused_with_one_of_its_names(tmp_path, part):
     path = write(tmp_path / "a.safetensors", {"y": torch.arange(2), "x.weight": torch.ones(2)})
-    refused(f"^{path} is not {PARTS[part]}: it has tensors such as x.weight$", read_weights, path, part)
+    refused(f"^{path} is not {DESCRIPTIONS[part]}: it has tensors such as x.weight$", read_weights, path, part)
     torch.save({}, tmp_path / "none.pth")
-    refused(f"is not {PARTS[part]}: it has no tensors$", read_weights, tmp_path / "none.pth", part)
+    refused(f"is not {DESCRIPTIONS[part]}: it has no tensors$", read_weights, tmp_path / "none.pth", part)
 
 
 # --------------------------------------------------------------------------------------------- ties, rows and doubles

@@ -81,7 +81,7 @@ def test_every_row_is_found_again_by_its_tensors_and_name(name):
     assert match_family(known, experts, f"Wan-AI/{name}") is row
     for alone in experts:  # one expert is enough
         assert match_family(known, [alone], f"Wan-AI/{name}") is row
-        assert row.has_transformers([alone]) and not row.has_transformers([alone, "other"])
+        assert row.allows_transformers([alone]) and not row.allows_transformers([alone, "other"])
     assert match_family(known, experts).shape == row.shape  # and without the name one with the same transformers
 
 

@@ -17,7 +17,7 @@ from wan.modules.clip import (
     VisionShape,
     official_shapes,
     preprocess,
-    read_shapes,
+    used_shapes,
     vision_shape,
 )
 
@@ -28,7 +28,7 @@ DIM = 160  # two heads
 def load(weights: dict[str, Tensor]) -> VisionEncoder:
     shape = vision_shape({name: tensor.shape for name, tensor in weights.items()})
     encoder = VisionEncoder(shape)
-    encoder.load_official({name: weights[name] for name in read_shapes(shape)})
+    encoder.load_official({name: weights[name] for name in used_shapes(shape)})
     return encoder.eval().requires_grad_(False)
 
 
@@ -205,7 +205,7 @@ def test_the_released_checkpoint_fills_the_whole_encoder_and_leaves_only_what_co
     released = {name: size for name, size in load_manifest("clip_xlm_roberta_vit_h_14").items() if "visual." in name}
     assert official_shapes(VisionShape()) == released and len(released) == 392
     assert vision_shape(released) == VisionShape() and VisionShape().num_heads == 16
-    weights = {name: torch.empty(size, device="meta") for name, size in read_shapes(VisionShape()).items()}
+    weights = {name: torch.empty(size, device="meta") for name, size in used_shapes(VisionShape()).items()}
     assert len(weights) == 392 - 12 - 3  # without the last block, the norm and the projection after it
     with torch.device("meta"):
         encoder = VisionEncoder(VisionShape())
