@@ -146,3 +146,13 @@ def test_a_page_calls_the_files_of_its_run_by_the_steps_of_all_experts(name):
     family = named_family(table["pretrained_model_name_or_path"])
     steps = table["max_train_steps"] * len(family.experts)
     assert set(RUN.findall(read(path))) == {f"{steps:08d}"}
+
+
+def test_the_page_of_model_files_has_both_repositories_of_every_release():
+    rows = re.findall(
+        r"^\| Wan [^|]+ \| `(Wan-AI/[^`]+)` \| `(Wan-AI/[^`]+)` \|$", read(ROOT / "docs/models.md"), re.MULTILINE
+    )
+    assert all(diffusers.lower() == f"{official}-Diffusers".lower() for official, diffusers in rows)
+    assert {official.lower() for official, _ in rows} == {
+        f"wan-ai/{name.lower()}" for name in FAMILIES if "fun" not in name
+    }
