@@ -375,7 +375,7 @@ def write_transformers(folder: Path, model: Model, kind: Kind) -> tuple[dict[str
 
 
 def write_parts(folder: Path, model: Model) -> dict[str, Path]:
-    """Write all but the transformers as they are published for ComfyUI; their places by the names of the parts."""
+    """Write all but the transformers in the layout of ComfyUI's files; their places by the names of the parts."""
     bf16, fp16 = cast(_BF16), cast(torch.float16)
     spiece = {"spiece_model": torch.arange(200, dtype=torch.uint8)}
     places = {

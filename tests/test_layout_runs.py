@@ -49,7 +49,7 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Story:
-    """A model as it is given on the command line, and the official folder with the same values."""
+    """A model and how it is given on the command line, and the official folder with the same values."""
 
     folder: Path
     family: Family

@@ -28,7 +28,7 @@ CLASSES = {
 
 @dataclass(frozen=True)
 class Folders:
-    """A model in the official layout, in diffusers' as it is written here, and as the libraries write that again."""
+    """A model in the official layout, in diffusers' by our own writer, and by that of the libraries."""
 
     official: Path
     ours: Path

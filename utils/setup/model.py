@@ -92,6 +92,8 @@ def open_given(opts: SingleFiles, name: str | None, is_default: bool = False) ->
         say(f"model: {files.family.name}{reason}")
     for remark in contradictions(opts.given_transformers, files.family):
         say(remark)
+    if opts.given:
+        say("")
     return files
 
 

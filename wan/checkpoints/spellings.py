@@ -1,7 +1,7 @@
 """What the tensors of a Wan are called in other layouts: those of diffusers, transformers, ComfyUI and OpenCLIP.
 
 ComfyUI has the official names of the transformer and the VAE, and transformers' names of the text encoder and the
-vision encoder, mostly below a prefix. A name that has no official one is left as it is.
+vision encoder, mostly below a prefix. A name that has no official one stays unchanged.
 """
 
 import re

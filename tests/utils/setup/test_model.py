@@ -55,7 +55,7 @@ def test_single_files_make_a_model_though_the_default_folder_is_not_there(files,
     assert found.source == str(files.transformer) and found.family is FAMILY
     said = capsys.readouterr().out
     assert all(str(path) in said for path in files.given.values())
-    assert said.splitlines()[-1] == "model: wan2.1-t2v-1.3B"
+    assert said.endswith("\nmodel: wan2.1-t2v-1.3B\n\n")
     assert find_given_family(files, DEFAULT, is_default=True) is FAMILY
 
 
