@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.damage import refused
+from tests.damage import edit_pth, refused
 from tests.layouts import read_model, write_diffusers
 from tests.tiny import FAMILY, write_model
-from wan.checkpoints import TRANSFORMER, MissingPartsError, find_family, find_model, open_model
+from wan.checkpoints import TRANSFORMER, MissingPartsError, find, find_family, find_model, open_model
 from wan.checkpoints.families import family_of, find_named, mismatch
 from wan.configs import FAMILIES, Traits
 
@@ -217,6 +217,32 @@ def test_a_tokenizer_of_another_text_encoder_is_refused_with_both_numbers(offici
     refused("tokenizer.json is not a tokenizer file", open_model, official, tokenizer=tmp_path)
     refused("is a file: a tokenizer is a folder", open_model, official, tokenizer=official / A14B.vae)
     refused("tokenizer.json is missing", open_model, official, tokenizer=official / "high_noise_model")
+
+
+def test_a_tokenizer_is_found_by_its_file_and_below_models(official, tmp_path, monkeypatch):
+    own = official / A14B.tokenizer
+    assert open_model(official, tokenizer=own / "tokenizer.json").tokenizer == own
+    folder = Path(shutil.copytree(official, tmp_path / "part"))
+    monkeypatch.chdir(tmp_path)
+    downloaded = Path("models/google/umt5-xxl")
+    downloaded.parent.mkdir(parents=True)
+    (folder / A14B.tokenizer).rename(downloaded)
+    assert open_model(folder).tokenizer == downloaded
+
+
+def test_a_tokenizer_of_far_fewer_tokens_than_the_text_encoder_has_is_refused(official, tmp_path, monkeypatch):
+    monkeypatch.setattr(find, "SMALLEST_VOCABULARY", 512)
+    content = json.loads((official / A14B.tokenizer / "tokenizer.json").read_text())
+    content["model"]["vocab"] = content["model"]["vocab"][:50]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    refused(r"has \d+ tokens, but the text encoder has 512", open_model, official, tokenizer=tmp_path)
+
+
+def test_a_vision_encoder_that_lacks_a_tensor_is_refused_before_it_is_loaded(tmp_path):
+    family = FAMILIES["wan2.1-i2v-14B-480P"]
+    folder = write_model(tmp_path / "i2v", family)
+    edit_pth(folder / family.clip, lambda state: state.pop("visual.transformer.0.norm1.weight"))
+    assert family.clip in refused("visual.transformer.0.norm1.weight", open_model, folder)
 
 
 def test_a_config_of_another_part_beside_a_single_file_is_not_its_own(official, tmp_path):
