@@ -77,8 +77,9 @@ def work(template, tmp_path, monkeypatch) -> Path:
 def ends(main: Callable, arguments: str, capsys: pytest.CaptureFixture) -> str:
     """The one message with which a script ends."""
     code = run_script(lambda: main(arguments.split()), bad_input=(CheckpointError,))
-    message = capsys.readouterr().err
+    said, message = capsys.readouterr()
     assert code == 2 and message.startswith("error: ") and len(message.splitlines()) <= 3, message
+    assert "fox.mp4" not in said  # clips are read, and listed, only for a model that can be used
     return message
 
 
@@ -138,5 +139,15 @@ def test_a_lora_of_single_files_asks_for_them(work, capsys):
     pair = LoraPair(torch.ones(2, TINY_SHAPE.dim), torch.ones(TINY_SHAPE.dim, 2), 2.0)
     metadata = {"base_model": "wan.safetensors", "base_files": "--transformer wan.safetensors"}
     write_lora(Path("own.safetensors"), LoraFile({"blocks.0.self_attn.q": pair}, metadata=metadata))
-    message = ends(test_wan_control_lora.main, "--lora_path own.safetensors --prompt fox", capsys)
+    sample = "--lora_path own.safetensors --prompt fox --frames 2"
+    message = ends(test_wan_control_lora.main, sample, capsys)
     assert "on single files: give them again, --transformer wan.safetensors\nand --vae" in message
+    for given in ("--pretrained_model_name_or_path model", f"--transformer model/{TRANSFORMER} {PARTS}"):
+        assert "--frames 2 must be 4n + 1" in ends(test_wan_control_lora.main, f"{sample} {given}", capsys)
+
+
+def test_for_checking_a_dataset_a_transformer_is_enough_and_has_to_be_one(work, capsys):
+    check = "--dataset clips --base_res 64 --cache_dir cache --check_dataset --transformer"
+    train_wan_lora.main(f"{check} model/{TRANSFORMER}".split())
+    assert "fox.mp4" in capsys.readouterr().out
+    assert "is of Wan 2.1 VACE" in ends(train_wan_lora.main, f"{check} vace.safetensors", capsys)

@@ -126,13 +126,14 @@ def refuse_missing_base(opts: SingleFiles, metadata: Mapping[str, str]) -> None:
 def doubts(files: ModelFiles, is_given: bool) -> Iterator[str]:
     """What else the transformers could be by their tensors, and what would say so.
 
-    A folder is in doubt only where its name is not that of a release; given transformers, whatever they are called.
+    A folder is in doubt only where its name is not that of the family's release; given transformers, whatever they are
+    called.
     """
     traits = next(iter(files.transformers.values())).traits
     same_tensors = [row for row in FAMILIES.values() if row.agrees(traits) and row.shape.dim == traits.dim]
     same_option = [row for row in same_tensors if row.allows_transformers(files.transformers)]
     others = [row.name for row in same_option if row is not files.family]
-    if others and (is_given or named_family(str(Path(files.source).absolute())) is None):
+    if others and (is_given or named_family(str(Path(files.source).absolute())) is not files.family):
         yield f"; if it is another: --family {' or '.join(others)}"
     other_option = [row for row in same_tensors if row not in same_option]
     if other_option and is_given:

@@ -9,11 +9,12 @@ Single files           given by the names of the PARTS, beside a folder or inste
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from wan.checkpoints.errors import CheckpointError, MissingPartsError, ModelNotFoundError
+from wan.checkpoints.errors import CheckpointError, MissingPartsError, ModelNotFoundError, shown
 from wan.checkpoints.families import ALONE, EXPERTS, TRANSFORMERS, family_of, find_named, mismatch
 from wan.checkpoints.parts import (
     build_text_encoder,
@@ -65,12 +66,12 @@ def find_model(name_or_path: AnyPath) -> Path:
     Raises ModelNotFoundError where there is none, and CheckpointError for a file.
     """
     for folder in (Path(name_or_path), LOCAL_MODELS / name_or_path):
-        if folder.is_dir():
+        if os.path.isdir(folder):  # unlike Path.is_dir it raises nothing for a name that is too long
             return folder
     name = str(name_or_path)
-    if Path(name).is_file():
+    if os.path.isfile(name):
         raise CheckpointError(f"{name} is a file, not a model's folder: give it as what it holds, such as transformer")
-    raise ModelNotFoundError(name, f"no model at {name} or {LOCAL_MODELS / name}")
+    raise ModelNotFoundError(name, f"no model at {shown(name)} or {shown(str(LOCAL_MODELS / name))}")
 
 
 def find_family(path: AnyPath | None = None, family: str = "", **files: AnyPath | None) -> Family:

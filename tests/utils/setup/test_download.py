@@ -71,7 +71,7 @@ class Hub:
 def use(monkeypatch, tmp_path) -> Callable:
     """Puts a hub in place, in an empty working folder with a large disk."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12 * Path(path).exists()))
 
     def use(hub: Callable) -> Callable:
         monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)

@@ -10,6 +10,7 @@ import pytest
 from tests.tiny import FAMILY, write_model
 from utils.common.errors import UserError
 from utils.common.options import parse_options
+from utils.setup import model
 from utils.setup.model import (
     SingleFiles,
     contradictions,
@@ -62,6 +63,8 @@ def test_single_files_make_a_model_though_the_default_folder_is_not_there(files,
 def test_a_folder_that_is_named_has_to_be_there(files):
     with pytest.raises(UserError, match="no model at Wan-AI/Wan2.1-T2V-1.3B.*\ndownload it with"):
         open_given(files, DEFAULT)
+    with pytest.raises(UserError, match="download it with"):
+        open_given(SingleFiles(family=EXPERTS.name), DEFAULT)
     for options in (SingleFiles(), SingleFiles(vae=files.vae)):
         with pytest.raises(UserError, match="download it with"):
             open_given(options, DEFAULT, is_default=True)
@@ -84,6 +87,13 @@ def test_the_default_folder_has_the_other_parts_where_it_is_there(files, kept):
 def test_of_a_folder_alone_nothing_is_printed(kept, capsys):
     assert open_given(SingleFiles(), str(kept)).source == str(kept)
     assert capsys.readouterr().out == ""
+
+
+def test_of_another_part_given_beside_a_folder_all_that_is_used_is_printed(files, kept, capsys):
+    open_given(SingleFiles(vae=files.vae), str(kept))
+    table, said = capsys.readouterr().out.split("\nmodel: ")
+    assert [line.split()[0] for line in table.splitlines()[2:]] == ["transformer", "vae", "text_encoder", "tokenizer"]
+    assert str(files.vae) in table and said == "wan2.1-t2v-1.3B\n\n"
 
 
 def test_a_family_that_is_named_needs_no_files_to_be_known(files):
@@ -189,8 +199,12 @@ def test_models_with_the_same_tensors_are_named(name, is_given, expected):
     assert list(doubts(released(name), is_given)) == expected
 
 
-def test_the_name_of_a_folder_leaves_no_doubt():
+def test_the_name_of_a_folder_leaves_no_doubt(tmp_path, monkeypatch):
     assert not list(doubts(released("wan2.1-i2v-14B-480P", "models/Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"), False))
+    assert list(doubts(released("wan2.1-i2v-14B-480P", "models/Wan-AI/Wan2.1-T2V-14B"), False)) == [OTHERS]
+    (tmp_path / "Wan2.1-I2V-14B-480P").mkdir()
+    monkeypatch.chdir(tmp_path / "Wan2.1-I2V-14B-480P")
+    assert not list(doubts(released("wan2.1-i2v-14B-480P", "."), False))
 
 
 def test_one_expert_alone_is_one_of_two():
@@ -202,6 +216,19 @@ def test_of_a_width_that_was_never_released_nothing_is_known_of_others():
     (files,) = found.transformers.values()
     small = replace(files, shape=replace(files.shape, dim=192))
     assert not list(doubts(replace(found, transformers={"transformer": small}), True))
+
+
+def test_what_tensors_leave_open_and_names_contradict_is_printed_of_given_transformers_alone(monkeypatch, capsys):
+    monkeypatch.setattr(model, "open_model", lambda *_, **__: released("wan2.1-t2v-14B"))
+    open_given(SingleFiles(vae=Path("wan2.2_vae.safetensors")), "folder")
+    assert capsys.readouterr().out.endswith("\nmodel: wan2.1-t2v-14B\n\n")
+    open_given(SingleFiles(transformer=Path("i2v.safetensors")), "folder")
+    note = "note: i2v.safetensors: its name says i2v, but it is used as transformer of wan2.1-t2v-14B"
+    assert capsys.readouterr().out.endswith(f"\nmodel: wan2.1-t2v-14B{AS_EXPERTS}\n{note}\n\n")
+    with_clip = replace(released("wan2.1-flf2v-14B-720P"), clip=Weights(Path("vision.pth"), {}))
+    monkeypatch.setattr(model, "open_model", lambda *_, **__: with_clip)
+    open_given(SingleFiles(clip=Path("vision.pth")), "folder")
+    assert ["clip", "vision.pth"] in [line.split() for line in capsys.readouterr().out.splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -221,14 +248,18 @@ def test_of_a_width_that_was_never_released_nothing_is_known_of_others():
         ("low_noise", "Wan2.2-I2V-A14B-HighNoise-bf16", "wan2.2-i2v-A14B", "high_noise"),
         ("low_noise", "wan22I2VHighNoise_v1", "wan2.2-i2v-A14B", "high_noise"),
         ("high_noise", "low_noise_model/diffusion_pytorch_model-00001-of-00006", "wan2.2-t2v-A14B", "low_noise"),
+        ("high_noise", "wan_low_noise/model-00001-of-00006", "wan2.2-t2v-A14B", "low_noise"),
         ("high_noise", "transformer_2/diffusion_pytorch_model", "wan2.2-t2v-A14B", "low_noise"),
         ("transformer", "wan2.2_t2v_high_noise_14B_fp16", "wan2.1-t2v-14B", "high_noise and wan2.2"),
         ("high_noise", "wan2.1_t2v_14B_fp16", "wan2.2-t2v-A14B", "wan2.1"),
         ("high_noise", "wan22_i2v_high_noise", "wan2.2-t2v-A14B", "i2v"),
         ("high_noise", "wan2.2_fun_inpaint_high_noise_14B_bf16", "wan2.2-i2v-A14B", "fun"),
+        ("transformer", "wan2.1_vace_14B_fp16", "wan2.1-t2v-14B", "vace"),
+        ("transformer", "wan2.1_flf2v_720p_14B_fp16", "wan2.1-i2v-14B-720P", "flf2v"),
         ("transformer", "wan2.1_i2v_720p_14B_fp8_e4m3fn", "wan2.1-i2v-14B-480P", "720p"),
         ("transformer", "wan2.1_t2v_14B_fp16", "wan2.1-t2v-1.3B", "14b"),
         ("transformer", "wan2_1_t2v_1_3B", "wan2.1-t2v-14B", "1.3b"),
+        ("transformer", "wan2.2_ti2v_5B_fp16", "wan2.1-t2v-14B", "ti2v and 5b and wan2.2"),
     ],
 )
 def test_a_file_name_that_says_something_else_is_reported_and_decides_nothing(part, file, family, said):

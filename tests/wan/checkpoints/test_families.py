@@ -5,12 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from tests.damage import refused
+from tests.damage import edit_pth, refused
 from tests.layouts import read_model, write_diffusers
 from tests.tiny import FAMILY, write_model
-from wan.checkpoints import MissingPartsError, find_family, open_model
+from wan.checkpoints import TRANSFORMER, MissingPartsError, find, find_family, find_model, open_model
 from wan.checkpoints.families import family_of, find_named, mismatch
 from wan.configs import FAMILIES, Traits
 
@@ -78,6 +79,24 @@ def test_a_name_decides_where_tensors_do_not_and_is_checked_where_they_do():
     )
 
 
+def test_a_release_that_is_not_there_is_not_known_by_its_name_where_a_transformer_is_given(whole):
+    transformer, name = whole / TRANSFORMER, "Wan-AI/Wan2.1-T2V-14B"
+    refused(f"no model at {name}", find_family, name, transformer=transformer)
+    assert find_family(name, vae=transformer) is FAMILIES["wan2.1-t2v-14B"]
+    refused("wan2.2-t2v-A14B has high_noise and low_noise", find_family, None, A14B.name, transformer=transformer)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "a\n\n\n\nb"])
+def test_a_name_that_no_folder_can_have_is_that_of_no_model(name):
+    assert len(refused("^no model at ", find_model, name)) < 300
+
+
+def test_a_given_transformer_is_read_whatever_the_config_beside_it_says(whole, tmp_path):
+    shutil.copy(whole / "config.json", tmp_path)
+    (tmp_path / "a.safetensors").write_text("nothing")
+    refused("a.safetensors is not a", find_family, transformer=tmp_path / "a.safetensors")
+
+
 # ------------------------------------------------------------------------------------------------ folders in part
 
 
@@ -114,6 +133,24 @@ def test_a_given_expert_takes_the_place_of_one_that_the_folder_lacks(official, t
     assert [each.path.parent for each in files.transformers.values()] == [folder / "high_noise_model", low]
 
 
+def test_two_experts_without_their_configs_are_still_a_model_of_two(official, tmp_path):
+    folder = Path(shutil.copytree(official, tmp_path / "part"))
+    shutil.rmtree(folder / "low_noise_model")
+    (folder / "high_noise_model" / "config.json").unlink()
+    refused("low_noise_model is missing", open_model, folder)
+
+
+def test_a_folder_named_transformer_does_not_make_an_official_one_that_of_diffusers(folder):
+    (folder / "transformer").mkdir()
+    assert open_model(folder).transformer.path == folder / TRANSFORMER
+
+
+def test_a_named_family_lets_one_transformer_replace_two(official):
+    alone = official / "high_noise_model" / TRANSFORMER
+    files = open_model(official, FAMILY.name, transformer=alone)
+    assert files.family is FAMILY and files.transformer.path == alone and files.vae.path == official / A14B.vae
+
+
 def test_one_file_is_not_both_experts(official):
     high = official / "high_noise_model"
     again = official / "low_noise_model" / ".." / "high_noise_model"
@@ -137,6 +174,17 @@ def test_a_part_may_be_in_the_folder_of_another_model(official, tmp_path):
     assert files.text_encoder.path.is_relative_to(other / "text_encoder")
     files = open_model(other, **dict.fromkeys(places, official))
     assert files.vae.path == official / A14B.vae and files.text_encoder.path == official / A14B.text_encoder
+
+
+def test_a_part_of_an_official_folder_may_be_a_safetensors_file_and_a_broken_link_is_called_one(folder):
+    pth = folder / FAMILY.vae
+    vae = pth.with_suffix(".safetensors")
+    save_file(torch.load(pth, weights_only=True), vae)
+    pth.unlink()
+    assert open_model(folder).vae.path == vae
+    vae.unlink()
+    pth.symlink_to(folder / "gone")
+    refused(f"{pth} is missing, a link to a file that is gone, and no vae is given", open_model, folder)
 
 
 def test_all_missing_parts_are_named_at_once(official, tmp_path):
@@ -169,6 +217,32 @@ def test_a_tokenizer_of_another_text_encoder_is_refused_with_both_numbers(offici
     refused("tokenizer.json is not a tokenizer file", open_model, official, tokenizer=tmp_path)
     refused("is a file: a tokenizer is a folder", open_model, official, tokenizer=official / A14B.vae)
     refused("tokenizer.json is missing", open_model, official, tokenizer=official / "high_noise_model")
+
+
+def test_a_tokenizer_is_found_by_its_file_and_below_models(official, tmp_path, monkeypatch):
+    own = official / A14B.tokenizer
+    assert open_model(official, tokenizer=own / "tokenizer.json").tokenizer == own
+    folder = Path(shutil.copytree(official, tmp_path / "part"))
+    monkeypatch.chdir(tmp_path)
+    downloaded = Path("models/google/umt5-xxl")
+    downloaded.parent.mkdir(parents=True)
+    (folder / A14B.tokenizer).rename(downloaded)
+    assert open_model(folder).tokenizer == downloaded
+
+
+def test_a_tokenizer_of_far_fewer_tokens_than_the_text_encoder_has_is_refused(official, tmp_path, monkeypatch):
+    monkeypatch.setattr(find, "SMALLEST_VOCABULARY", 512)
+    content = json.loads((official / A14B.tokenizer / "tokenizer.json").read_text())
+    content["model"]["vocab"] = content["model"]["vocab"][:50]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    refused(r"has \d+ tokens, but the text encoder has 512", open_model, official, tokenizer=tmp_path)
+
+
+def test_a_vision_encoder_that_lacks_a_tensor_is_refused_before_it_is_loaded(tmp_path):
+    family = FAMILIES["wan2.1-i2v-14B-480P"]
+    folder = write_model(tmp_path / "i2v", family)
+    edit_pth(folder / family.clip, lambda state: state.pop("visual.transformer.0.norm1.weight"))
+    assert family.clip in refused("visual.transformer.0.norm1.weight", open_model, folder)
 
 
 def test_a_config_of_another_part_beside_a_single_file_is_not_its_own(official, tmp_path):

@@ -88,7 +88,7 @@ def test_the_memory_of_the_file_is_not_changed(dtype):
 
 @pytest.mark.parametrize("spelling", ["scale_weight", "weight_scale"])
 @pytest.mark.parametrize("size", [(), (1,), (1, 1), (6, 1), (6, 4, 1)])
-@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "BF16"])
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "BF16", "F64"])
 def test_scales_are_found_by_either_name_and_with_any_shape_that_fits(spelling, size, dtype):
     scale = f"a.{spelling}"
     facts = LAYER | {"a.weight": ((6, 8), dtype), scale: (size, "F32")}
@@ -148,7 +148,7 @@ U8, I8, MX = {"a.weight": ((6, 4), "U8")}, {"a.weight": ((6, 8), "I8")}, {"a.wei
 UNSTATED = {
     "nvfp4": U8 | {"a.weight_scale": ((128, 4), "F8_E4M3"), "a.weight_scale_2": ((), "F32")},
     "mxfp8": MX,
-    "int8": I8 | {"a.weight_scale": ((6, 1), "F32")},
+    "int8": I8 | {"a.weight_scale": ((6,), "F32")},
     "int8 of bitsandbytes": I8 | {"a.SCB": ((6,), "F32")},
     "nf4 of bitsandbytes": U8 | {"a.weight.quant_state.bitsandbytes__nf4": ((99,), "U8")},
     "fp4 of bitsandbytes": U8 | {"a.weight.quant_state.bitsandbytes__fp4": ((99,), "U8")},
@@ -203,6 +203,7 @@ BAD_JSON = ["", "{", "[1]", "7", NESTED, '"float8_e4m3fn"', "\xff{}"]
 
 @pytest.mark.parametrize("text", BAD_JSON)
 def test_a_text_that_is_no_json_object_is_refused(text):
+    refused("has a.comfy_quant that is not", scales_of, LAYER, {}, {"a.comfy_quant": torch.tensor([0xFF]).byte()})
     refused("has a.comfy_quant that is not a JSON object", scales_of, LAYER, {}, {"a.comfy_quant": text})
     metadata = {"_quantization_metadata": text}
     refused("has the metadata _quantization_metadata that is not a JSON object", scales_of, LAYER, metadata)

@@ -127,3 +127,10 @@ def test_the_name_of_a_variant_comes_before_every_other_fault(tmp_path, task):
     assert str(folder) in refused(message("Wan 2.1 VACE"), open_model, folder)
     if task == "vace":  # before anything but config.json is downloaded
         assert "config.json is of" in refused(message("Wan 2.1 VACE"), find_family, folder)
+
+
+def test_a_variant_that_only_its_config_tells_is_named(tmp_path):
+    folder = write_model(tmp_path / "model")
+    edit_config(folder, model_type="s2v")
+    for find_it in (open_model, find_family):
+        assert "config.json is of" in refused(message("Wan 2.2 S2V"), find_it, folder)
