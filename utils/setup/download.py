@@ -1,5 +1,6 @@
 """Downloads a model's files from the Hugging Face hub: the only use of the network, and only on request."""
 
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ def suggest_download(family: str | None = None) -> Iterator[None]:
     except ModelNotFoundError as error:
         if family is not None:
             raise UserError(f"--family {family}: name its folder with --pretrained_model_name_or_path") from None
-        command = f"python train_wan_lora.py --download_model --pretrained_model_name_or_path {error.name}"
+        command = f"python train_wan_lora.py --download_model --pretrained_model_name_or_path {shlex.quote(error.name)}"
         raise UserError(f"{error}\ndownload it with: {command}") from None
 
 

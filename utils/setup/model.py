@@ -31,7 +31,8 @@ _TASKS = {"t2v", "i2v", "flf2v", "ti2v", "fun", "vace"}
 _SIZE = re.compile(r"(?<![a-z0-9])(480p|720p)(?![a-z0-9])")
 _PARAMETERS = re.compile(r"(?<![a-z0-9.])a?(1[._]3|5|14)b(?![a-z0-9])")
 _RELEASE = re.compile(r"wan[ ._-]?2[._-]?([12])(?!\d)")
-_GENERIC = ("diffusion_pytorch_model", "model")  # how files are called that have their name from their folder
+# What files are called that have their name from their folder.
+_GENERIC = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?:bf16|fp16))?(?:-\d{5}-of-\d{5})?")
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def contradictions(transformers: Mapping[str, Path], family: Family) -> Iterator
 def _telling_name(path: Path) -> str:
     """The name of a file without its ending, or that of its folder where all files of this kind have the same."""
     name = path.name.removesuffix(".safetensors").removesuffix(".pth")
-    if name.startswith(_GENERIC):
+    if _GENERIC.fullmatch(name):
         name = path.absolute().parent.name
     return "low_noise" if name == "transformer_2" else name
 

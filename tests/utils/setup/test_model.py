@@ -250,6 +250,7 @@ def test_what_tensors_leave_open_and_names_contradict_is_printed_of_given_transf
         ("high_noise", "low_noise_model/diffusion_pytorch_model-00001-of-00006", "wan2.2-t2v-A14B", "low_noise"),
         ("high_noise", "wan_low_noise/model-00001-of-00006", "wan2.2-t2v-A14B", "low_noise"),
         ("high_noise", "transformer_2/diffusion_pytorch_model", "wan2.2-t2v-A14B", "low_noise"),
+        ("high_noise", "high_noise_model/model_low_noise", "wan2.2-t2v-A14B", "low_noise"),
         ("transformer", "wan2.2_t2v_high_noise_14B_fp16", "wan2.1-t2v-14B", "high_noise and wan2.2"),
         ("high_noise", "wan2.1_t2v_14B_fp16", "wan2.2-t2v-A14B", "wan2.1"),
         ("high_noise", "wan22_i2v_high_noise", "wan2.2-t2v-A14B", "i2v"),
