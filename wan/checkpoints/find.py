@@ -93,7 +93,10 @@ def find_family(path: AnyPath | None = None, family: str = "", **files: AnyPath 
     configs = _configs(paths)
     if configs and given.keys().isdisjoint(paths):
         _refuse_variants(configs)
-        return family_of(next(iter(configs.values())).traits(is_alone=ALONE in paths), paths, folder, named)
+        config = next(iter(configs.values()))
+        if config.task is None and config.values.get("in_dim") is None:
+            raise CheckpointError(f"{config.path} is not that of a Wan: it has neither model_type nor in_dim")
+        return family_of(config.traits(is_alone=ALONE in paths), paths, folder, named)
     return _read_transformers(folder, paths, named)[0]
 
 

@@ -250,3 +250,9 @@ def test_a_config_of_another_part_beside_a_single_file_is_not_its_own(official, 
     state = load_file(official / "high_noise_model" / "diffusion_pytorch_model.safetensors")
     save_file(state, tmp_path / "high.safetensors")
     assert open_model(official, high_noise=tmp_path / "high.safetensors").family is A14B
+
+
+@pytest.mark.parametrize("content", [{}, {"hidden_size": 768}, {"dim": 1536}])
+def test_a_config_that_says_nothing_of_a_wan_is_no_model_to_download(tmp_path, content):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    refused("config.json is not that of a Wan: it has neither model_type nor in_dim", find_family, tmp_path)
