@@ -45,7 +45,7 @@ from utils.media.contact_sheet import contact_sheet
 from utils.media.controls import CONTROL_TYPES, FROM_FILE, make_control
 from utils.media.frames import crop_and_resize, read_frames, save_image, write_video
 from utils.media.probing import MediaInfo, probe
-from utils.setup.model import SingleFiles, need_experts, open_given, refuse_missing_base
+from utils.setup.model import SingleFiles, base_of, need_experts, open_given
 from wan.checkpoints import CheckpointError, ModelFiles
 from wan.configs import Family, Grid
 from wan.text2video import Sampler
@@ -134,13 +134,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not opts.lora_path:
         raise UserError("--lora_path is missing: the LoRA file to try")
     first = read_lora(next(iter(find_pair(opts.lora_path[0]).values()), opts.lora_path[0]))
-    name = opts.pretrained_model_name_or_path or first.metadata.get("base_model")
-    is_default = opts.pretrained_model_name_or_path is None
-    if is_default:
-        refuse_missing_base(opts, first.metadata)
+    name = opts.pretrained_model_name_or_path or base_of(opts, first.metadata)
     if not name and not opts.given_transformers:
         raise UserError(f"{opts.lora_path[0]} does not name its base model; pass --pretrained_model_name_or_path")
-    files = open_given(opts, name, is_default)
+    files = open_given(opts, name, is_default=opts.pretrained_model_name_or_path is None)
     need_experts(files, (), with_others=True)
     request = complete(opts, first, files.family)
     loras = choose_loras(opts.lora_path, opts.strength, opts.also_lora, files)

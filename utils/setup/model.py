@@ -115,13 +115,18 @@ def need_experts(files: ModelFiles, trained: Sequence[str], with_others: bool) -
             raise UserError(f"the {name} expert is not given, and sampling goes through both: --{name} FILE")
 
 
-def refuse_missing_base(opts: SingleFiles, metadata: Mapping[str, str]) -> None:
-    """Raises UserError for a LoRA whose base model was given as single files, unless they are given again."""
-    if (flags := metadata.get(BASE_FILES)) and not opts.given_transformers:
+def base_of(opts: SingleFiles, metadata: Mapping[str, str]) -> str | None:
+    """The folder or hub name of a LoRA's base model, by its metadata; None where that were single files, or nothing.
+
+    Raises UserError where they were, and are not given again.
+    """
+    flags = metadata.get(BASE_FILES)
+    if flags and not opts.given_transformers:
         raise UserError(
             f"the LoRA was trained on single files: give them again, {flags}\n"
             "and --vae, --text_encoder and --tokenizer, or the folder that has these as --pretrained_model_name_or_path"
         )
+    return None if flags else metadata.get("base_model")
 
 
 def doubts(files: ModelFiles, is_given: bool) -> Iterator[str]:

@@ -13,12 +13,12 @@ from utils.common.options import parse_options
 from utils.setup import model
 from utils.setup.model import (
     SingleFiles,
+    base_of,
     contradictions,
     doubts,
     find_given_family,
     need_experts,
     open_given,
-    refuse_missing_base,
 )
 from wan.checkpoints import TRANSFORMER, CheckpointError, ModelFiles, TransformerFiles, Weights
 from wan.configs import FAMILIES
@@ -169,9 +169,11 @@ def test_a_lora_names_its_base_by_the_folder_or_by_the_files(files):
     assert both.base(DEFAULT) == {"base_model": "h.safetensors + l.safetensors", "base_files": flags}
     for options in (SingleFiles(), SingleFiles(vae=files.vae)):
         with pytest.raises(UserError, match=f"give them again, {flags}\nand --vae, --text_encoder and --tokenizer"):
-            refuse_missing_base(options, both.base(DEFAULT))
-    refuse_missing_base(both, both.base(DEFAULT))
-    refuse_missing_base(SingleFiles(), {"base_model": DEFAULT})
+            base_of(options, both.base(DEFAULT))
+    # Not even where a folder has the name of the file.
+    assert base_of(both, both.base(DEFAULT)) is None
+    assert base_of(SingleFiles(), {"base_model": DEFAULT}) == base_of(both, {"base_model": DEFAULT}) == DEFAULT
+    assert base_of(SingleFiles(), {}) is None
 
 
 # ------------------------------------------------------------------------------------------- what tensors do not tell
