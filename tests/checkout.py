@@ -16,9 +16,15 @@ def write_checkout(folder: Path) -> Path:
         shutil.copy(script, folder)
     for room in ("utils", "wan"):
         shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "embeddings").mkdir()
+    copy_prompts(folder / "embeddings")
+    return folder
+
+
+def copy_prompts(folder: Path) -> Path:
+    """The prompts that ship with the project, without the embeddings that runs in this checkout have cached."""
+    folder.mkdir(parents=True)
     for prompt in (ROOT / "embeddings").glob("*.txt"):
-        shutil.copy(prompt, folder / "embeddings")
+        shutil.copy(prompt, folder)
     return folder
 
 

@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import train_wan_lora
+from tests.checkout import copy_prompts
 from tests.media import image, video
 from tests.tiny import write_model
 from utils.common.digests import DIGESTS
 from utils.common.options import run_script
-from utils.encoding.text import EMBEDDINGS
 from wan.checkpoints import CheckpointError
 
 MODEL = "--pretrained_model_name_or_path model --base_res 64 --token_limit 60 --num_workers 0 --val_samples 0"
@@ -34,7 +34,7 @@ def template(tmp_path_factory) -> Path:
     write_model(folder / "model")
     for name in ("fox", "hare"):
         video(folder / "clips" / f"{name}.mp4", frames=9, caption=f"a {name}")
-    shutil.copytree(EMBEDDINGS, folder / "embeddings")
+    copy_prompts(folder / "embeddings")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("utils.encoding.text.EMBEDDINGS", folder / "embeddings")

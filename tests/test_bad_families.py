@@ -9,12 +9,12 @@ import torch
 
 import test_wan_control_lora
 import train_wan_lora
+from tests.checkout import copy_prompts
 from tests.media import image, video
 from tests.tiny import TINY_SHAPE, write_model
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_writer import write_lora
 from utils.common.options import run_script
-from utils.encoding.text import EMBEDDINGS
 from wan.checkpoints import CheckpointError
 from wan.configs import FAMILIES
 
@@ -51,7 +51,7 @@ def work(tmp_path_factory) -> Path:
     pair = LoraPair(torch.ones(2, TINY_SHAPE.dim), torch.ones(TINY_SHAPE.dim, 2), 2.0)
     for name in ("fox", "fox_high_noise", "fox_low_noise"):
         write_lora(folder / "loras" / f"{name}.safetensors", LoraFile({"blocks.0.self_attn.q": pair}))
-    shutil.copytree(EMBEDDINGS, folder / "embeddings")
+    copy_prompts(folder / "embeddings")
     return folder
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import convert_lora_to_comfy
 import test_wan_control_lora
 import train_wan_lora
+from tests.checkout import copy_prompts
 from tests.families import common_name, lora_files, picture_flags, trainables, turns
 from tests.loras import metadata_of
 from tests.media import image, moving
@@ -20,7 +21,6 @@ from tests.tiny import write_model
 from utils.adapters.lora_file import delta
 from utils.adapters.lora_reader import read_lora
 from utils.common.tensor_files import read_tensors
-from utils.encoding.text import EMBEDDINGS
 from utils.media.frames import write_video
 from utils.media.probing import probe
 from wan.configs import FAMILIES, Family
@@ -85,7 +85,7 @@ def story(request, tmp_path_factory) -> Iterator[Story]:
     folder = tmp_path_factory.mktemp("story")
     family = FAMILIES[request.param]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("utils.encoding.text.EMBEDDINGS", Path(shutil.copytree(EMBEDDINGS, folder / "embeddings")))
+        patch.setattr("utils.encoding.text.EMBEDDINGS", copy_prompts(folder / "embeddings"))
         write_model(folder / "model", family)
         write_story_clips(folder / "clips")
         told = Story(folder, family, *ROWS[request.param])

@@ -13,12 +13,12 @@ from torch import Tensor
 
 import test_wan_control_lora
 import train_wan_lora
+from tests.checkout import copy_prompts
 from tests.families import lora_files, picture_flags, turns
 from tests.layouts import KINDS, Model, read_model, write_diffusers, write_parts, write_transformers
 from tests.media import image, video
 from tests.tiny import TINY_SHAPE, write_model
 from utils.common.tensor_files import read_tensors
-from utils.encoding.text import EMBEDDINGS
 from wan.checkpoints import TRANSFORMER
 from wan.configs import FAMILIES, Family
 
@@ -102,7 +102,7 @@ SLOW = "scaled beside a folder", "two experts"
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.families] * (name in SLOW)) for name in LAYOUTS])
 def story(request, tmp_path, monkeypatch) -> Story:
     monkeypatch.chdir(tmp_path)  # where there is no models/
-    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", Path(shutil.copytree(EMBEDDINGS, tmp_path / "embeddings")))
+    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", copy_prompts(tmp_path / "embeddings"))
     for index, name in enumerate(("train/a", "train/b", "val/c")):
         video(tmp_path / "clips" / f"{name}.mp4", 5 + 4 * index, (64, 64), f"clip {index}")
     image(tmp_path / "picture.png", caption=None, size=(64, 64))

@@ -18,6 +18,7 @@ import convert_lora_to_comfy
 import test_wan_control_lora
 import train_wan_lora
 from nano.text_encoder import write_tokenizer
+from tests.checkout import copy_prompts
 from tests.documents import ROOT, commands, read, toml_files
 from tests.layouts import KINDS, read_model, stored, to_umt5, write_single
 from tests.media import image as picture
@@ -26,7 +27,6 @@ from tests.tiny import WORDS, tiny_shape, tiny_transformer, write_clips, write_m
 from utils.adapters.lora import add_lora, extract_lora, select_modules
 from utils.adapters.lora_writer import write_lora
 from utils.common.options import parse_options
-from utils.encoding.text import EMBEDDINGS
 from utils.media.frames import save_image
 from wan.checkpoints import LOCAL_MODELS, TOKENIZER
 from wan.configs import FAMILIES, named_family
@@ -44,7 +44,7 @@ PAGES = (*FAMILY_PAGES, "models", "diffusion_pipe", "onetrainer", "datasets")
 def desk(tmp_path: Path, monkeypatch) -> None:
     """A folder with what the pages take for granted. A download writes a small model."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", Path(shutil.copytree(EMBEDDINGS, tmp_path / "embeddings")))
+    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", copy_prompts(tmp_path / "embeddings"))
     monkeypatch.setattr(train_wan_lora, "download_model", write_released)
     monkeypatch.setattr(train_wan_lora, "download_tokenizer", lambda: write_tokenizer(LOCAL_MODELS / TOKENIZER, WORDS))
     Path("nano").symlink_to(ROOT / "nano")

@@ -1,6 +1,5 @@
 """Training teaches: what the whole machinery does to a small model, in one process."""
 
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 import train_wan_lora
+from tests.checkout import copy_prompts
 from tests.encoders import encoders_of
 from tests.limits import limits
 from tests.tiny import TINY_SHAPE, tiny_transformer, tiny_vae, write_clips, write_model, write_transformer
@@ -23,7 +23,6 @@ from utils.data.scan import scan
 from utils.diffusion.flow import add_noise
 from utils.diffusion.objectives import squared_error
 from utils.encoding.conditioning import Batch, Cond, collate, make_predict
-from utils.encoding.text import EMBEDDINGS
 from utils.media.probing import probe
 from utils.runs.metrics import Metrics
 from utils.training.memory import prepare
@@ -37,7 +36,7 @@ from wan.modules.model import is_fp32
 def work(tmp_path: Path, monkeypatch) -> None:
     """In a folder with a small model, clips, and the negative prompts where embeddings may be written beside them."""
     monkeypatch.chdir(tmp_path)
-    prompts = shutil.copytree(EMBEDDINGS, tmp_path / "embeddings")
+    prompts = copy_prompts(tmp_path / "embeddings")
     monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", Path(prompts))
     write_model(Path("model"))
     write_clips(Path("clips"))

@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from nano.demo import MODEL, newest_lora
 from nano.probe import adherence
 from nano.sampling import SAMPLER, generate, load, noise_of
 from nano.world import caption, render, split, write_dataset
+from tests.checkout import copy_prompts
 from utils.adapters.lora import fuse_lora
 from utils.adapters.lora_file import LoraFile
 from utils.adapters.lora_reader import read_lora
@@ -34,8 +34,8 @@ RANK = "--lora_rank 16"
 def work(tmp_path, monkeypatch) -> Path:
     """A working folder with a copy of the negative prompts, beside which their embeddings are written."""
     monkeypatch.chdir(tmp_path)
-    prompts = shutil.copytree(EMBEDDINGS, tmp_path / "embeddings")
-    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", Path(prompts))
+    prompts = copy_prompts(tmp_path / "embeddings")
+    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", prompts)
     return tmp_path
 
 

@@ -1,7 +1,6 @@
 """Further LoRAs act in previews as if they were fused, and leave nothing behind."""
 
 import copy
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -13,6 +12,7 @@ from torch import Tensor
 
 import train_wan_lora
 from tests.adapted import ALPHA, LAYERS, RANK, adapted, fill, inputs
+from tests.checkout import copy_prompts
 from tests.loras import make_pair
 from tests.tiny import TINY_SHAPE, tiny_transformer, write_clips, write_model, write_transformer
 from utils.adapters.beside import Chosen, beside
@@ -23,7 +23,6 @@ from utils.adapters.lora_writer import write_lora
 from utils.common.errors import UserError
 from utils.encoding.conditioning import Cond, make_predict
 from utils.encoding.sampling import denoise, further_loras
-from utils.encoding.text import EMBEDDINGS
 from utils.runs.metrics import Metrics
 from utils.training.experts import Experts
 from utils.training.memory import checkpoint_blocks
@@ -297,7 +296,7 @@ def test_further_loras_that_cannot_be_used_are_refused_by_name(folder, text, mes
 
 def test_previews_show_further_loras_and_training_gives_the_same_lora(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", Path(shutil.copytree(EMBEDDINGS, tmp_path / "embeddings")))
+    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", copy_prompts(tmp_path / "embeddings"))
     flags = "--dataset clips --pretrained_model_name_or_path model --base_res 64 --token_limit 60 --num_workers 0"
     flags += " --max_train_steps 2 --expert_phase_steps 1 --val_samples 1 --learning_rate 1e-2 --distill_cfg 1"
     flags += " --sample_prompts fox --sample_every 10 --sample_steps 2 --gradient_checkpointing"

@@ -1,6 +1,5 @@
 """A condition that does not reach the model ends a run before its first step; the check itself leaves no trace."""
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 import test_wan_control_lora
 import train_wan_lora
 import utils.encoding.conditioning
+from tests.checkout import copy_prompts
 from tests.media import video
 from tests.tiny import IMAGE_DIM, TINY_SHAPE, tiny_shape, tiny_transformer, write_model
 from utils.adapters.attach import AdapterOptions, LoraAdapter, plan_adapter
@@ -19,7 +19,6 @@ from utils.adapters.lora_reader import read_lora
 from utils.common.errors import UserError
 from utils.common.tensor_files import read_tensors
 from utils.encoding.conditioning import Batch, Cond
-from utils.encoding.text import EMBEDDINGS
 from utils.training.conditions import check_conditions
 from utils.training.memory import Memory, prepare
 from wan.configs import FAMILIES, Family
@@ -168,7 +167,7 @@ def test_the_check_draws_no_random_number_and_leaves_no_gradient_and_no_value_ch
 @pytest.fixture
 def work(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", Path(shutil.copytree(EMBEDDINGS, tmp_path / "embeddings")))
+    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", copy_prompts(tmp_path / "embeddings"))
     video(tmp_path / "clips" / "a.mp4", frames=5)
     return tmp_path
 
