@@ -59,10 +59,10 @@ def sinusoid(timestep: Tensor, freq_dim: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def rotary_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Tensor:
-    """Unit complex numbers (L, 1, K/2) that rotate the pairs of one head by their token's frame, row and column.
+    """Cosines and sines (L, 1, K/2, 2) that rotate the pairs of one head by their token's frame, row and column.
 
     Height and width get 2 * (K // 6) of the K dimensions each, time the rest; every axis counts its own frequencies
-    from base 10000 over its own share. Angles are float64, the table is complex64.
+    from base 10000 over its own share. Angles are float64, the table is fp32.
     """
     side = 2 * (head_dim // 6)
     # The first call may come from sampling in inference mode; the cached table must serve training too.
@@ -76,13 +76,17 @@ def rotary_table(grid: tuple[int, int, int], head_dim: int, device: torch.device
             shape[axis] = length
             axes.append(angle.view(shape).expand(*grid, -1))
         angles = rearrange(torch.cat(axes, dim=-1), "f h w P -> (f h w) 1 P")
-        return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)
+        return torch.stack((angles.cos(), angles.sin()), dim=-1).float()
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotates the adjacent pairs of x (B, L, N, K) by `rotary` (L, 1, K/2), in fp32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotary).flatten(-2)
+    """Rotates the adjacent pairs of x (B, L, N, K) by `rotary` (L, 1, K/2, 2), in fp32."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # a compiler joins real products with their neighbours, but not complex ones
+        (a, b), (cos, sin) = pairs.unbind(-1), rotary.unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+    # One complex product moves a fifth of the bytes.
+    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotary)).flatten(-2)
 
 
 def rows_of_frames(rows: Tensor, frames: int) -> Tensor:
@@ -180,7 +184,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(self, x: Tensor, mod: Tensor, rotary: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
-        """x (B, L, D) fp32, mod (B, R, 6, D) fp32, rotary (L, 1, K/2), text (B, T, D), image (B, I, D) -> x
+        """x (B, L, D) fp32, mod (B, R, 6, D) fp32, rotary (L, 1, K/2, 2), text (B, T, D), image (B, I, D) -> x
 
         The text's dtype is the one the linear layers compute in; the image's is the same.
         """
@@ -262,7 +266,8 @@ class WanModel(nn.Module):
         dtype = self.compute_dtype
         x = self.patch_embedding(latents.to(dtype))
         grid = tuple(x.shape[2:])
-        x = rearrange(x, "B D f h w -> B (f h w) D").float()
+        # Contiguous, or every norm of every block would make a copy.
+        x = rearrange(x, "B D f h w -> B (f h w) D").float().contiguous()
         rotary = rotary_table(grid, self.shape.dim // self.shape.num_heads, x.device)
 
         text = F.pad(text.to(dtype), (0, 0, 0, self.shape.text_len - text.shape[1]))

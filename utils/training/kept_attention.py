@@ -1,0 +1,89 @@
+"""Attention whose backward pass takes the kernel's answer from where it was kept, instead of running the kernel again.
+
+What a fused kernel of PyTorch returns (its output, the log-sum-exp of the scores, the state of its generator) is all
+that its backward pass needs besides queries, keys and values. Any kernel is served, because PyTorch's own derivative is
+used: the kernel's answer is put in place of its call.
+
+Shape letters as in `wan.modules.model`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from wan.modules.attention import attention
+
+KERNELS = "aten::_scaled_dot_product_"  # what the names of PyTorch's attention kernels begin with
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a kernel returned, its tensors apart from its numbers. Empty where attention was not one kernel."""
+
+    tensors: tuple[Tensor, ...] = ()
+    numbers: tuple[Any, ...] = ()  # in the order of the kernel, Tensor in place of each tensor
+
+    @staticmethod
+    def of(returned: Sequence[Any]) -> "Answer":
+        # Aliases: what the kernel returned becomes part of a graph, which must not live as long.
+        tensors = tuple(value.detach() for value in returned if isinstance(value, Tensor))
+        return Answer(tensors, tuple(Tensor if isinstance(value, Tensor) else value for value in returned))
+
+    def returned(self) -> tuple[Any, ...]:
+        """As the kernel returned it."""
+        tensors = iter(self.tensors)
+        return tuple(next(tensors).detach() if value is Tensor else value for value in self.numbers)
+
+
+class _AtKernel(TorchDispatchMode):
+    """Inside, the answer of the attention kernel is kept; where one is given, the kernel is not run."""
+
+    def __init__(self, answer: Answer | None = None) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func._schema.name.startswith(KERNELS):
+            return func(*args, **(kwargs or {}))
+        if self.answer is None:
+            self.answer = Answer.of(func(*args, **(kwargs or {})))
+        return self.answer.returned()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Answer]:
+    """`attention` without a graph, and the answer of its kernel."""
+    mode = _AtKernel()
+    # Some kernels leave out what a backward pass needs where nothing asks for gradients.
+    with torch.enable_grad(), mode:
+        out = attention(*(x.detach().requires_grad_() for x in (q, k, v)))
+    return out.detach(), mode.answer or Answer()
+
+
+def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, answer: Answer) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v. Without a kernel's answer the attention is computed again."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    with torch.enable_grad(), _AtKernel(answer if answer.numbers else None):
+        out = attention(*leaves)
+    dq, dk, dv = torch.autograd.grad(out, leaves, grad)
+    return dq, dk, dv
+
+
+class Tape:
+    """Answers in the order in which they were asked for: written in the first pass, read in the second."""
+
+    def __init__(self) -> None:
+        self._answers: list[tuple[Tensor, list[Answer]]] = []
+        self._read = 0
+        self.is_written = False
+
+    def play(self, compute: Callable[[], tuple[Tensor, list[Answer]]]) -> tuple[Tensor, list[Answer]]:
+        """The next result and its answers: computed and kept, or, once the tape `is_written`, read and let go."""
+        if not self.is_written:
+            self._answers.append(compute())
+            return self._answers[-1]
+        self._read += 1
+        return self._answers[self._read - 1]
