@@ -8,7 +8,8 @@ rounding; tests bound the difference.
 Shape letters as in `wan.modules.model`, and M = B L tokens of all samples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,13 +28,13 @@ Kept = list[list[Tensor]]  # what a branch keeps for the backward pass, in group
 class FusedBlock:
     """The forward pass of a block in training; called as `Block.forward` is.
 
-    Where a layer is more than a product with plain LoRAs, it is the block's own. On a `tape` the answers of the
-    attention are kept for the recomputation of a checkpointed block.
+    Where a layer is more than a product with plain LoRAs, it is the block's own.
     """
 
-    def __init__(self, block: Block, tape: Tape | None = None) -> None:
-        self.block, self.tape = block, tape
+    def __init__(self, block: Block) -> None:
+        self.block = block
         self.plain = block.forward
+        self.tape: Tape | None = None
 
     def __call__(self, x: Tensor, mod: Tensor, rotary: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
         block, dtype = self.block, text.dtype
@@ -62,6 +63,20 @@ class FusedBlock:
 
         norm = _Norm(1 + scale2, shift2, block.norm2.eps, dtype)
         return _sublayer(x, gate2, _FeedForwardBranch(norm, layers["ffn.0"], layers["ffn.2"]))
+
+    def keeping_answers(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """Contexts for the two passes of a checkpointed block: the first keeps the attention's answers for the second."""
+        tape = Tape()
+        return self._with(tape), self._with(tape)
+
+    @contextmanager
+    def _with(self, tape: Tape) -> Iterator[None]:
+        self.tape = tape
+        try:
+            yield
+        finally:
+            self.tape = None
+            tape.rewind()
 
 
 def _projections(block: Block) -> Mapping[str, Projection] | None:
@@ -184,14 +199,21 @@ class _Heads:
     norm: RMSNorm
     rotary: Tensor | None = None
 
-    def forward(self, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
-        """x (M, D) -> heads (B, L, N, K) in the dtype of x; the normalised x with its graph, and the graph's leaf."""
+    def forward(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """x (M, D) of a stream of `shape` (B, L, D) -> heads (B, L, N, K) in the dtype of x"""
+        return self._turn(F.rms_norm(x, x.shape[-1:], eps=self.norm.eps), shape)
+
+    def again(self, x: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:
+        """As `forward`, with what `backward` needs: the normalised x with its graph, and the leaf of that."""
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             normed = F.rms_norm(leaf, leaf.shape[-1:], eps=self.norm.eps)
-        heads = self.split(normed.detach() * self.norm.weight, shape)
+        return self._turn(normed.detach(), shape), normed, leaf
+
+    def _turn(self, normed: Tensor, shape: torch.Size) -> Tensor:
+        heads = self.split(normed * self.norm.weight, shape)
         heads = heads if self.rotary is None else rotate(heads, self.rotary)
-        return heads.to(x.dtype), normed, leaf
+        return heads.to(normed.dtype)
 
     def split(self, x: Tensor, shape: torch.Size) -> Tensor:
         """x (M, D) of a stream of `shape` (B, L, D) -> (B, L, N, K)"""
@@ -235,9 +257,9 @@ class _AttentionBranch:
         self, products: Sequence[Tensor], shape: torch.Size, given: Sequence[Tensor]
     ) -> tuple[Tensor, list[Answer]]:
         """The sum of the attentions (B, L, D), and the answers of their kernels."""
-        q = self.queries.forward(products[0], shape)[0]
+        q = self.queries.forward(products[0], shape)
         if self.keys is not None:
-            given = self.keys.forward(products[1], shape)[0], self.queries.split(products[2], shape)
+            given = self.keys.forward(products[1], shape), self.queries.split(products[2], shape)
         seen, answers = zip(*(attend(q, k, v) for k, v in _pairs(given)), strict=True)
         return sum(seen[1:], seen[0]).flatten(2), list(answers)
 
@@ -249,9 +271,9 @@ class _AttentionBranch:
         seen_grad, outer_grads = self.outer.backward(grad, seen.view(grad.shape), outer_hidden)
         seen_grad = self.queries.split(seen_grad, normed.shape)
 
-        q, *query_graph = self.queries.forward(products[0], normed.shape)
+        q, *query_graph = self.queries.again(products[0], normed.shape)
         if self.keys is not None:
-            k, *key_graph = self.keys.forward(products[1], normed.shape)
+            k, *key_graph = self.keys.again(products[1], normed.shape)
             given = k, self.queries.split(products[2], normed.shape)
         found = [
             attend_backward(seen_grad, q, k, v, answer) for (k, v), answer in zip(_pairs(given), answers, strict=True)

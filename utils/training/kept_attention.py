@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wan.modules.attention import attention
@@ -57,10 +58,15 @@ class _AtKernel(TorchDispatchMode):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Answer]:
     """`attention` without a graph, and the answer of its kernel."""
     mode = _AtKernel()
-    # Some kernels leave out what a backward pass needs where nothing asks for gradients.
-    with torch.enable_grad(), mode:
+    # Some kernels leave out what a backward pass needs where nothing asks for gradients. The graph is thrown away:
+    # checkpointing around this must not see it.
+    with torch.enable_grad(), saved_tensors_hooks(_itself, _itself), mode:
         out = attention(*(x.detach().requires_grad_() for x in (q, k, v)))
     return out.detach(), mode.answer or Answer()
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, answer: Answer) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,17 +79,20 @@ def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, answer: Answe
 
 
 class Tape:
-    """Answers in the order in which they were asked for: written in the first pass, read in the second."""
+    """Results of attention with their answers, in order: written in a first pass, read in a second one."""
 
     def __init__(self) -> None:
-        self._answers: list[tuple[Tensor, list[Answer]]] = []
-        self._read = 0
-        self.is_written = False
+        self._results: list[tuple[Tensor, list[Answer]]] = []
+        self._next = 0
+        self._is_written = False
 
     def play(self, compute: Callable[[], tuple[Tensor, list[Answer]]]) -> tuple[Tensor, list[Answer]]:
-        """The next result and its answers: computed and kept, or, once the tape `is_written`, read and let go."""
-        if not self.is_written:
-            self._answers.append(compute())
-            return self._answers[-1]
-        self._read += 1
-        return self._answers[self._read - 1]
+        """The next result: computed and kept in the first pass, read in the second."""
+        if not self._is_written:
+            self._results.append(compute())
+        self._next += 1
+        return self._results[self._next - 1]
+
+    def rewind(self) -> None:
+        """To be called between the passes."""
+        self._is_written, self._next = True, 0

@@ -1,25 +1,32 @@
-"""Strategies that trade memory for time. They act on a model's blocks from outside and change no number."""
+"""Strategies that trade memory for time. They act on a model's blocks from outside; parameter names stay."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+import torch
+from torch import Tensor
 
+from utils.common.device import compute_dtype
 from utils.common.options import option
-from wan.modules.model import WanModel
+from utils.training.checkpoint_plan import AUTO, Plan
+from utils.training.checkpointing import STRATEGIES, Forward, checkpointed, keeping_kernels, parked, parked_inputs
+from utils.training.compilation import compiled, decide, saved_seconds
+from utils.training.fused import FusedBlock
+from utils.training.offload import Parking
+from wan.modules.model import Block, WanModel, WanShape
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What is done to a model so that it fits and runs fast. `checkpointing` is none or full."""
+    """What is done to a model so that it fits and runs fast."""
 
-    checkpointing: str = "none"
+    checkpointing: str = "none"  # of STRATEGIES, or AUTO
     compile: bool = False
+    fuse: bool = False  # without a compiler: blocks as few autograd Functions that keep less
+    stream: torch.dtype = torch.float32  # what the residual stream is rounded to before each block
 
 
 @dataclass(frozen=True)
@@ -27,41 +34,83 @@ class MemoryOptions:
     """memory"""
 
     gradient_checkpointing: str = option(
-        "none", "recompute blocks in the backward pass to save memory", choices=("none", "full"), const="full"
+        AUTO,
+        "what blocks keep for the backward pass; auto: as much as there is room for",
+        choices=(AUTO, *STRATEGIES),
+        const="full",
+        affects_training=False,
+    )
+    fp32_stream: bool = option(
+        False, "keep the inputs of checkpointed blocks in fp32, not in bf16: twice the memory, more exact"
+    )
+    compile: str = option(
+        "auto",
+        "compile the blocks; auto: where a compiler works and the run is long enough to gain",
+        choices=("auto", "on", "off"),
+        const="on",
+        affects_training=False,
     )
 
-    @property
-    def memory(self) -> Memory:
-        return Memory(self.gradient_checkpointing)
+    def memory(self, device: torch.device, shape: WanShape, tokens: int) -> Memory:
+        """What is done for a run that trains a model of this shape on so many tokens in all.
+
+        Says what `decide` says, and raises what it raises.
+        """
+        compile = decide(self.compile, device, saved_seconds(device, shape.dim, shape.num_layers, tokens))
+        # Without checkpointing a rounded stream would save nothing.
+        exact = self.fp32_stream or self.gradient_checkpointing == "none"
+        stream = torch.float32 if exact else compute_dtype(device)
+        # On the CPU in fp32, the blocks' own operations are faster (benchmarks/RECORDS.md).
+        return Memory(self.gradient_checkpointing, compile, device.type == "cuda" and not compile, stream)
 
 
-def prepare(model: WanModel, memory: Memory, attach: Callable[[WanModel], T]) -> T:
+def prepare(model: WanModel, memory: Memory, attach: Callable[[WanModel], T], plan: Plan | None = None) -> T:
     """Applies every strategy to a loaded model and returns what `attach` returns: the adapter that it has put on.
 
     The order is the one in which they do not undo each other: store, adapters, stream, checkpoint, compile.
     Weights are stored while they are loaded (the `place` of `wan.checkpoints.load_weights`), so that they never exist
     twice. Adapters go onto stored weights; a stream moves blocks with their adapters; a checkpointed block runs again
-    through everything below it; what is compiled is all of that.
+    through everything below it; what is compiled is all of that. Models that take turns may share a `plan`.
     """
     attached = attach(model)
-    if memory.checkpointing == "full":
-        checkpoint_blocks(model.blocks)
-    if memory.compile:
-        compile_blocks(model.blocks)
+    if memory != Memory():
+        plan = plan or Plan(memory.checkpointing, len(model.blocks))
+        parking = Parking()
+        for index, block in enumerate(model.blocks):
+            block.forward = TrainingPass(block, index, memory, plan, parking)
     return attached
 
 
-def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Each block keeps only its inputs for the backward pass and computes the rest again there.
+class TrainingPass:
+    """The forward pass of a block; called as `Block.forward` is, which it remains where no gradients are asked for."""
 
-    `block.forward` is replaced, so parameter names stay. Non-reentrant, so that a first block whose input needs no
-    gradient still trains its adapters; nothing in the blocks is random, so no random state is stored.
-    """
-    for block in blocks:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    def __init__(self, block: Block, index: int, memory: Memory, plan: Plan, parking: Parking) -> None:
+        self.plain: Forward = block.forward
+        self.index, self.memory, self.plan, self.parking = index, memory, plan, parking
+        self.fused = FusedBlock(block) if memory.fuse else None
+        self._passes: dict[str, Forward] = {}
 
+    def __call__(self, x: Tensor, *conditions: Tensor | None) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.plain(x, *conditions)
+        strategy = self.plan.strategies(x.shape[0] * x.shape[1])[self.index]
+        if strategy not in self._passes:
+            self._passes[strategy] = self._build(strategy)
+        # Rounded before the block: its first pass and its recomputation read the same numbers.
+        return self._passes[strategy](x.to(self.memory.stream), *conditions)
 
-def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Compiles each block for the shapes it meets; names and parameters stay."""
-    for block in blocks:
-        block.compile(dynamic=False)
+    def eager(self, x: Tensor, *conditions: Tensor | None) -> Tensor:
+        """The block with a stream in any dtype, without strategies."""
+        return (self.fused or self.plain)(x.float(), *conditions)
+
+    def _build(self, strategy: str) -> Forward:
+        """The block's pass under a strategy."""
+        if self.memory.compile:
+            contexts = keeping_kernels if strategy == "selective" else None
+            run = compiled(self.eager if strategy == "none" else checkpointed(self.eager, contexts))
+            return parked_inputs(run, self.parking) if strategy == "offload" else run
+        if strategy == "selective":
+            return checkpointed(self.eager, self.fused.keeping_answers if self.fused else keeping_kernels)
+        if strategy == "offload":
+            return parked(self.eager, self.parking)
+        return self.eager if strategy == "none" else checkpointed(self.eager)

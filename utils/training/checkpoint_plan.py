@@ -1,0 +1,64 @@
+"""Which blocks keep how much for the backward pass: as much as the device has room for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+# From what keeps least to what keeps most. A byte saves less time with each step upwards.
+LADDER = ("offload", "full", "selective", "none")
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What was measured with a batch of so many tokens, all of whose block inputs waited in main memory."""
+
+    free: int  # bytes for activations: what the device has beside weights, gradients and the optimizer's state
+    working: int  # bytes of activations at the peak
+    tokens: int
+    costs: Mapping[str, float]  # bytes that a block keeps for each token, by strategy
+
+    def choose(self, tokens: int, num_blocks: int) -> list[str]:
+        """A strategy for each block, for a batch of so many tokens. The first blocks keep most."""
+        left = self.free - self.working * tokens / self.tokens
+        chosen = [LADDER[0]] * num_blocks
+        for lower, upper in zip(LADDER, LADDER[1:], strict=False):
+            price = (self.costs[upper] - self.costs[lower]) * tokens
+            count = min(num_blocks, max(0, int(left / price))) if price > 0 else num_blocks
+            chosen[:count] = [upper] * count
+            if count < num_blocks:
+                break
+            left -= count * price
+        return chosen
+
+
+class Plan:
+    """The strategy of each block: one for all, or with AUTO what there is room for, which depends on a batch's tokens.
+
+    Before the room is measured, AUTO keeps least.
+    """
+
+    def __init__(self, strategy: str, num_blocks: int) -> None:
+        self.strategy, self.num_blocks = strategy, num_blocks
+        self._room: Room | None = None
+        self._chosen: dict[int, list[str]] = {}
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it waits for the room to be measured."""
+        return self.strategy == AUTO and self._room is None
+
+    def settle(self, room: Room) -> None:
+        """Decides by the room that was measured."""
+        self._room = room
+        self._chosen.clear()
+
+    def strategies(self, tokens: int) -> list[str]:
+        """That of each block, for a batch of so many tokens."""
+        if tokens not in self._chosen:
+            self._chosen[tokens] = self._choose(tokens)
+        return self._chosen[tokens]
+
+    def _choose(self, tokens: int) -> list[str]:
+        if self.strategy != AUTO:
+            return [self.strategy] * self.num_blocks
+        return [LADDER[0]] * self.num_blocks if self._room is None else self._room.choose(tokens, self.num_blocks)

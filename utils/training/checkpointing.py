@@ -1,0 +1,75 @@
+"""Gradient checkpointing of blocks: what of a block is kept for the backward pass, and what is computed again.
+
+none        everything that the backward pass reads is kept
+selective   the block's input, and the answers of its attentions: all but the attentions is computed again
+full        the block's input
+offload     the block's input, in main memory
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from utils.training.kept_attention import KERNELS
+from utils.training.offload import Parked, Parking
+
+STRATEGIES = ("none", "selective", "full", "offload")
+
+Forward = Callable[..., Tensor]  # of a block: the stream first, then its conditions
+Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
+
+
+def keep_kernels(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    """Attention kernels are not run again; nothing else is kept."""
+    is_kernel = operation._schema.name.startswith(KERNELS)
+    return CheckpointPolicy.MUST_SAVE if is_kernel else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+keeping_kernels: Contexts = partial(create_selective_checkpoint_contexts, keep_kernels)
+
+
+def checkpointed(forward: Forward, contexts: Contexts | None = None) -> Forward:
+    """The block keeps only its inputs, and with `contexts` what these keep, and computes the rest again.
+
+    Non-reentrant, so that a first block whose input needs no gradient still trains its adapters; nothing in the blocks
+    is random, so no random state is stored.
+    """
+    more = {} if contexts is None else {"context_fn": contexts}
+    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False, **more)
+
+
+def parked(forward: Forward, parking: Parking) -> Forward:
+    """As `checkpointed`; the stream waits in main memory."""
+
+    def run(x: Tensor, *conditions: Tensor | None) -> Tensor:
+        own: list[Tensor] = [x]
+        waiting = parking.park(x)
+
+        def again(*conditions: Tensor | None) -> Tensor:
+            return forward(own.pop() if own else waiting.take(), *conditions)
+
+        return checkpointed(again)(*conditions)
+
+    return run
+
+
+def parked_inputs(compiled: Forward, parking: Parking) -> Forward:
+    """A compiled block that keeps only its inputs: its stream waits in main memory."""
+
+    def run(x: Tensor, *conditions: Tensor | None) -> Tensor:
+        def pack(tensor: Tensor) -> Tensor | Parked:
+            return parking.park(tensor) if tensor.data_ptr() == x.data_ptr() else tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+            return compiled(x, *conditions)
+
+    return run
+
+
+def _unpack(kept: Tensor | Parked) -> Tensor:
+    return kept.take() if isinstance(kept, Parked) else kept

@@ -1,0 +1,81 @@
+"""Compiled blocks: one graph for all blocks of a model and for all sizes of a batch."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._dynamo import maybe_mark_dynamic
+from torch._functorch import config as partitioner
+
+from utils.common.console import say
+from utils.common.errors import UserError
+
+# Of what an uncompiled block keeps for the backward pass a compiled one keeps so much, and computes the rest again as
+# part of its products' inputs. Measured: less makes it run products or attention again.
+KEPT_SHARE = 0.85
+
+# A compiled block moves so many bytes less in a step, for each token and unit of width (benchmarks/RECORDS.md).
+SAVED_BYTES = 280
+BANDWIDTH = {"cuda": 1e12, "cpu": 2e10}  # bytes per second, of a middling device
+COMPILE_SECONDS = 60  # for the graphs of a run
+
+COMPILER = "PyTorch needs Triton for a GPU, which its builds for Linux bring, and a C++ compiler for the CPU"
+
+
+def saved_seconds(device: torch.device, width: int, num_layers: int, tokens: int) -> float:
+    """Roughly the time that compiling saves in a run that trains on so many tokens in all."""
+    return tokens * num_layers * width * SAVED_BYTES / BANDWIDTH.get(device.type, 1e12)
+
+
+def decide(mode: str, device: torch.device, saved: float) -> bool:
+    """Whether blocks are compiled: `mode` is on, off, or auto: where that saves `saved` seconds and is possible.
+
+    The decision is printed, except that a short run is not compiled. Raises UserError where a compiler is missing that
+    is wanted.
+    """
+    if mode == "off" or (mode == "auto" and saved < 2 * COMPILE_SECONDS):
+        return False
+    reason = why_not(device)
+    if reason is None:
+        say("the blocks are compiled: the first steps take about a minute longer (--compile off: they are not)")
+        return True
+    if mode == "on":
+        raise UserError(f"--compile on: compiling a test function failed ({reason})\n{COMPILER}")
+    say(f"the blocks are not compiled, which would be faster: there is no working compiler ({reason})\n{COMPILER}")
+    return False
+
+
+def why_not(device: torch.device) -> str | None:
+    """Compiles a small function on the device; the reason if that fails, None otherwise."""
+    try:
+        torch.compile(lambda x: (2 * x).sin().sum(), fullgraph=True)(torch.ones(8, device=device))
+    except Exception as error:  # whatever a toolchain raises
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return None
+
+
+def compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A block's forward pass, compiled for any number of tokens; each call needs gradients.
+
+    Functions with the same code share their graphs, whichever block they belong to.
+    """
+    partitioner.activation_memory_budget = KEPT_SHARE
+    # It warns of operations in place in a region with a checkpoint policy. They are not among what the policy keeps.
+    logging.getLogger("torch._dynamo.variables.higher_order_ops").setLevel(logging.ERROR)
+    run = torch.compile(forward, fullgraph=True)
+
+    def call(x: Tensor, mod: Tensor, rotary: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
+        # The first block's input needs no gradient. With one it shares the graph of the others.
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        maybe_mark_dynamic(x, 1)
+        maybe_mark_dynamic(rotary, 0)
+        if mod.shape[1] > 1:
+            maybe_mark_dynamic(mod, 1)
+        for tensor in (x, mod, text, *([] if image is None else [image])):
+            if len(tensor) > 1:
+                maybe_mark_dynamic(tensor, 0)
+        return run(x, mod, rotary, text, image)
+
+    return call
