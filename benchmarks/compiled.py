@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,8 +30,10 @@ class Graph:
 
 
 @contextmanager
-def watched(run: Callable[[Graph, Callable[[], Any]], Any]) -> Iterator[None]:
-    """Inside, whatever is compiled is compiled anew, and `run` is called with each graph that runs, and the run.
+def watched(run: Callable[[Graph, Sequence[Any], Callable[[], Any]], Any]) -> Iterator[None]:
+    """Inside, whatever is compiled is compiled anew, and `run` is called instead of each graph that should run.
+
+    It is given the graph, its inputs, and the function that runs it and empties the list of inputs.
 
     Compiled code must be made inside, or the kernels in it are unknown.
     """
@@ -44,7 +46,7 @@ def watched(run: Callable[[Graph, Callable[[], Any]], Any]) -> Iterator[None]:
         self.graph = Graph(graph.is_backward, tuple(_kernels(graph.scheduler.nodes)))
 
     def __call__(self: Any, inputs: Any) -> Any:
-        return run(self.graph, lambda: call(self, inputs))
+        return run(self.graph, inputs, lambda: call(self, inputs))
 
     with ExitStack() as stack:
         stack.enter_context(torch._inductor.config.patch(fx_graph_cache=False, fx_graph_remote_cache=False))

@@ -89,9 +89,11 @@ def record(forward: Callable[[], Tensor], leaves: Sequence[Tensor], compiled: bo
         _drop_gradients(leaves)
         recorder.ledger.clear()
         recorder.made.clear()
+        gc.freeze()  # so that only what the forward pass makes is searched, which is much faster
         with recorder:
             loss = forward()
             gc.collect()  # what only a circle of references holds would be counted as kept
+            gc.unfreeze()
             recorder.close_forward(loss)
             loss.backward()
         _drop_gradients(leaves)
@@ -173,18 +175,19 @@ class _Recorder(TorchDispatchMode):
             self._add(OPS, phase, 1)
         return result
 
-    def run_graph(self, graph: Graph, run: Callable[[], Any]) -> Any:
+    def run_graph(self, graph: Graph, inputs: Sequence[Any], run: Callable[[], Any]) -> Any:
         """Runs a compiled graph and counts its kernels."""
         phase = FORWARD if self.forward else BACKWARD if graph.is_backward else RECOMPUTE
         self._locate()
         self.line += COMPILED
+        known = {_storage(tensor) for tensor in _tensors(inputs)}
         caller, self.in_graph = self.line, True
         try:
             result = run()
         finally:
             self.in_graph = False
         if phase == FORWARD:
-            self._follow(_tensors(result))
+            self._follow([leaf for leaf in _tensors(result) if _storage(leaf) not in known])
         for kernel in graph.kernels:
             own = [f"{path}:{number}" for file, number in kernel.files if (path := _own_path(file)) is not None]
             self.line = own[-1] + COMPILED if own else caller
