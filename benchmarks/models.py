@@ -1,6 +1,7 @@
 """The two trainers that are compared, with the same random weights, adapters and inputs; the FLOPs of a step."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import Sizes
-from benchmarks.weights import SEED, random_transformer, to_bf16
+from benchmarks.weights import random_transformer, seeded, to_bf16
 from utils.adapters.lora import add_lora, select_modules
 from utils.diffusion.flow import Noisy, add_noise
 from utils.diffusion.objectives import squared_error
@@ -25,6 +26,7 @@ SIGMA = 0.6
 TARGETS = ("attn",)
 # Large enough that the adapter changes the output by about a tenth, so that both of its matrices have gradients.
 ADAPTER_STD = 0.05
+CHECKPOINTING, LEAN = Memory("full"), Memory("none")
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,15 @@ class Trainee(Generic[Model]):
 def random_inputs(sizes: Sizes, grid: tuple[int, int, int], device: torch.device) -> Inputs:
     """Noisy latents of `grid` (F, H, W), and the rows of one caption."""
     shape = sizes.shape
-    generator = torch.Generator(device).manual_seed(SEED)
+    generator = seeded(device)
     clean, noise = (torch.randn(1, shape.in_dim, *grid, device=device, generator=generator) for _ in range(2))
     text = torch.randn(1, shape.text_len, shape.text_dim, device=device, generator=generator)
     text[:, sizes.text_tokens :] = 0
     return Inputs(add_noise(clean, noise, torch.full((1,), SIGMA, device=device)), text)
 
 
-def random_diffusers(shape: WanShape, device: torch.device) -> "WanTransformer3DModel":
-    """The diffusers transformer with the weights of `random_transformer`, frozen, in bf16.
+def random_diffusers(shape: WanShape, device: torch.device, dtype: torch.dtype) -> "WanTransformer3DModel":
+    """The diffusers transformer with the weights of `random_transformer`, frozen, in `dtype`.
 
     As with `from_pretrained`, the modules that the class lists stay fp32. Raises ModuleNotFoundError without diffusers.
     """
@@ -80,7 +82,7 @@ def random_diffusers(shape: WanShape, device: torch.device) -> "WanTransformer3D
         ).requires_grad_(False)
     islands = set(theirs._keep_in_fp32_modules)
     for name, parameter in theirs.named_parameters():
-        parameter.data = parameter.data if islands & set(name.split(".")) else parameter.data.bfloat16()
+        parameter.data = parameter.data if islands & set(name.split(".")) else parameter.data.to(dtype)
     ours = random_transformer(shape, device)
     theirs.load_state_dict({_diffusers_parameter(name): tensor for name, tensor in ours.state_dict().items()})
     return theirs
@@ -94,13 +96,16 @@ def _diffusers_parameter(name: str) -> str:
 
 
 def our_trainee(
-    shape: WanShape, sizes: Sizes, device: torch.device, dtype: torch.dtype = torch.bfloat16, checkpointing: bool = True
+    shape: WanShape,
+    sizes: Sizes,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    memory: Memory = CHECKPOINTING,
 ) -> Trainee[WanModel]:
     """Our transformer with our adapter, prepared by the code of the trainer."""
     model = random_transformer(shape, device)
     if dtype == torch.bfloat16:
         model = to_bf16(model)
-    memory = Memory(checkpointing="full" if checkpointing else "none")
     names = select_modules(model, TARGETS)
     parameters = prepare(model, memory, lambda base: add_lora(base, names, sizes.rank, sizes.rank))
     _draw_adapter(parameters)
@@ -115,14 +120,22 @@ def rounded_trainee(shape: WanShape, sizes: Sizes, device: torch.device) -> Trai
     return trainee
 
 
-def diffusers_trainee(shape: WanShape, sizes: Sizes, device: torch.device) -> Trainee[nn.Module]:
-    """The diffusers transformer with a PEFT adapter in fp32 and gradient checkpointing.
+def diffusers_trainee(
+    shape: WanShape,
+    sizes: Sizes,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    checkpointing: bool = True,
+    autocast: bool = True,
+) -> Trainee[nn.Module]:
+    """The diffusers transformer with a PEFT adapter in fp32.
 
-    Raises ModuleNotFoundError without diffusers or PEFT.
+    Under autocast is the usual way to train with diffusers in bf16. Without it, PEFT's fp32 matrices are multiplied in
+    fp32. In fp32 there is none. Raises ModuleNotFoundError without diffusers or PEFT.
     """
     from peft import LoraConfig
 
-    model = random_diffusers(shape, device)
+    model = random_diffusers(shape, device, dtype)
     with torch.device("meta"):
         names = [diffusers_name(name) for name in select_modules(WanModel(shape), TARGETS)]
     model.add_adapter(LoraConfig(r=sizes.rank, lora_alpha=sizes.rank, target_modules=names))
@@ -131,19 +144,20 @@ def diffusers_trainee(shape: WanShape, sizes: Sizes, device: torch.device) -> Tr
     for parameter in parameters:
         parameter.data = parameter.data.float()
     _draw_adapter(parameters)
-    model.enable_gradient_checkpointing()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    autocast = autocast and dtype == torch.bfloat16
 
     def velocity(latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        # The usual way to train with diffusers. Without autocast, PEFT's fp32 matrices would be multiplied in fp32.
-        with torch.autocast(latents.device.type, torch.bfloat16):
-            return model(latents.bfloat16(), timestep, text.bfloat16(), return_dict=False)[0]
+        with torch.autocast(latents.device.type, torch.bfloat16) if autocast else nullcontext():
+            return model(latents.to(dtype), timestep, text.to(dtype), return_dict=False)[0]
 
     return Trainee(model, parameters, velocity)
 
 
 @torch.no_grad()
 def _draw_adapter(parameters: list[nn.Parameter]) -> None:
-    generator = torch.Generator(parameters[0].device).manual_seed(SEED)
+    generator = seeded(parameters[0].device)
     for down, up in zip(parameters[::2], parameters[1::2], strict=True):
         down.normal_(std=down.shape[1] ** -0.5, generator=generator)
         up.normal_(std=ADAPTER_STD, generator=generator)

@@ -13,10 +13,15 @@ from wan.names import is_parameter
 SEED = 0
 
 
+def seeded(device: torch.device) -> torch.Generator | None:
+    """A generator with the fixed seed; none on the meta device, where nothing is drawn."""
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(SEED)
+
+
 @torch.no_grad()
 def draw(module: nn.Module, device: torch.device) -> None:
     """Draws every parameter: weights scaled by their fan-in, norms around 1, small biases and modulation."""
-    generator = torch.Generator(device).manual_seed(SEED)
+    generator = seeded(device)
     for name, parameter in module.named_parameters():
         parameter.normal_(generator=generator)
         if "norm" in name or "gamma" in name:

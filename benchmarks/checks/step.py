@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.measure import Clock, Row, Sizes, count_tokens, gemm_rate, p90, peak_bytes, seconds, skipped
-from benchmarks.models import Inputs, Trainee, diffusers_trainee, our_trainee, random_inputs, step_flops
+from benchmarks.models import LEAN, Inputs, Trainee, diffusers_trainee, our_trainee, random_inputs, step_flops
 from utils.training.optim import OptimizerSpec, ParameterGroup, Updater
 
 PEER = "diffusers + PEFT, checkpointing"
@@ -73,7 +73,7 @@ def _contest(
     shape, inputs = sizes.shape, random_inputs(sizes, grid, device)
     builders: dict[str, Callable[[], Trainee[nn.Module]]] = {
         "ours, checkpointing": lambda: our_trainee(shape, sizes, device),
-        "ours, no checkpointing": lambda: our_trainee(shape, sizes, device, checkpointing=False),
+        "ours, no checkpointing": lambda: our_trainee(shape, sizes, device, memory=LEAN),
         PEER: lambda: diffusers_trainee(shape, sizes, device),
     }
     contestants: list[Contestant] = []

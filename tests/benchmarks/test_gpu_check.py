@@ -22,6 +22,7 @@ from benchmarks.models import our_trainee, random_inputs, step_flops
 from tests.limits import GRID
 from utils.data.buckets import count_tokens as tokens_of
 from utils.data.buckets import max_frames
+from utils.training.memory import Memory
 from wan.modules.attention import attention
 from wan.modules.model import WanShape
 
@@ -133,8 +134,8 @@ def test_steps_that_would_exceed_the_time_limit_are_skipped():
 def test_the_others_are_timed_if_one_runs_out_of_memory(monkeypatch):
     build = step.our_trainee
 
-    def greedy(*args, checkpointing=True):
-        if not checkpointing:
+    def greedy(*args, memory=None):
+        if memory == Memory("none"):
             raise torch.OutOfMemoryError("too much")
         return build(*args)
 
@@ -182,7 +183,7 @@ def counts_attention() -> bool:
 def test_the_counted_operations_are_those_of_the_model():
     shape, grid = replace(SHAPE, dim=96, ffn_dim=480, num_layers=4, text_len=128), (4, 16, 16)
     sizes = Sizes(shape=shape, rank=4, text_tokens=10)
-    trainee = our_trainee(shape, sizes, CPU, torch.float32, checkpointing=False)
+    trainee = our_trainee(shape, sizes, CPU, torch.float32, memory=Memory("none"))
     inputs = random_inputs(sizes, grid, CPU)
     # torch counts the backward pass of a fused kernel as 2.5 forwards, as the formula does.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.FLASH_ATTENTION):

@@ -1,0 +1,284 @@
+"""What a training step moves and keeps, counted instead of timed: the same numbers on every machine.
+
+Operations are counted as torch dispatches them, on any device. Views and allocations are free. Every other operation
+reads its inputs and writes its outputs once; an element that is broadcast is read once. F.rms_norm counts as the one
+operation that it is on CUDA, on the CPU too.
+
+    kept          bytes in storages that the forward pass made and that are alive after it, without the loss: what
+                  autograd, a checkpoint or a custom Function keeps for the backward pass
+    elementwise   bytes read and written by operations that are none of the two below
+    gemm          the same of matrix products and convolutions
+    attention     the same of attention kernels
+    ops           the number of operations of all three kinds
+
+What a kernel does inside, such as a copy to another layout, is not seen.
+
+Of compiled code the operations are the kernels that Inductor has scheduled, with its own read and write sets, and kept
+is what the compiled graphs hand on; its lines are marked. A checkpoint inside a compiled graph recomputes inside its
+backward graph, where it counts as backward.
+"""
+
+import gc
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.compiled import Graph, watched
+from benchmarks.fused_ops import fused_ops
+from benchmarks.measure import Sizes, count_tokens
+from benchmarks.models import Trainee, random_inputs
+from wan.modules.model import WanShape
+
+KEPT, ELEMENTWISE, GEMM, ATTENTION, OPS = "kept", "elementwise", "gemm", "attention", "ops"
+FORWARD, RECOMPUTE, BACKWARD = "forward", "recompute", "backward"
+ROOTS = (Path(torch.__file__).resolve().parents[1], Path(__file__).resolve().parents[1])
+PACKAGES = ("wan", "utils", "diffusers", "peft")  # whose lines are told apart
+DEPTHS, GRIDS = (1, 3), ((1, 16, 16), (2, 16, 16))  # what `per_block` subtracts: blocks, latents F, H, W
+ELSEWHERE = "elsewhere"
+COMPILED = ", compiled"
+PRODUCTS = {
+    "template",
+    "mm",
+    "addmm",
+    "addmm_",
+    "bmm",
+    "baddbmm",
+    "baddbmm_",
+    "convolution",
+    "convolution_backward",
+    "_scaled_mm",
+}
+ALLOCATIONS = ("empty", "new_empty")
+OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_")  # in place, without reading what was there
+
+
+class Entry(NamedTuple):
+    """What a number of the ledger counts."""
+
+    what: str  # bytes kept, elementwise, gemm or attention; or the number of ops
+    phase: str  # forward, recompute (a block that runs again in the backward pass) or backward
+    line: str  # file:line of the innermost frame in one of PACKAGES; of a gradient that of its forward operation
+
+
+Ledger = dict[Entry, float]
+
+
+def record(forward: Callable[[], Tensor], leaves: Sequence[Tensor], compiled: bool = False) -> Ledger:
+    """The ledger of one forward and backward pass. `forward` returns the loss; `leaves` get gradients, then lose them.
+
+    A pass that is not recorded comes first: it makes what is cached, such as the rotary table. With `compiled`, parts
+    of the model are compiled by torch, and the first pass compiles them.
+    """
+    recorder = _Recorder()
+    with ExitStack() as stack:
+        stack.enter_context(fused_ops())
+        if compiled:
+            stack.enter_context(watched(recorder.run_graph))
+        forward().backward()
+        _drop_gradients(leaves)
+        recorder.ledger.clear()
+        recorder.made.clear()
+        gc.freeze()  # so that only what the forward pass makes is searched, which is much faster
+        with recorder:
+            loss = forward()
+            gc.collect()  # what only a circle of references holds would be counted as kept
+            gc.unfreeze()
+            recorder.close_forward(loss)
+            loss.backward()
+        _drop_gradients(leaves)
+    return recorder.ledger
+
+
+def _drop_gradients(leaves: Sequence[Tensor]) -> None:
+    for leaf in leaves:
+        leaf.grad = None  # else the next pass would add to it
+
+
+def per_block(
+    build: Callable[[WanShape], Trainee], shape: WanShape, device: torch.device, compiled: bool = False
+) -> Ledger:
+    """The ledger of one block: bytes per token and unit of width, and ops.
+
+    Bytes are the difference between two depths (3 and 1 blocks) of the difference between two token counts (128 and
+    64): embeddings and head cancel, and so does what does not grow with the video, such as weights and the rows of the
+    text. They grow linearly with tokens, so the numbers hold for any length. Ops are the difference between the two
+    depths alone, so those on weights and text are in. `build` is given the shape with the depth.
+    """
+    recorded = {}
+    for layers in DEPTHS:
+        deep = replace(shape, num_layers=layers)
+        trainee = build(deep)
+        for grid in GRIDS:
+            inputs = random_inputs(Sizes(shape=deep), grid, device)
+            recorded[layers, grid] = record(partial(trainee.loss, inputs), trainee.parameters, compiled)
+    (one, three), (few, many) = DEPTHS, GRIDS
+    deeper = {grid: subtract(recorded[three, grid], recorded[one, grid]) for grid in GRIDS}
+    unit = (count_tokens(many) - count_tokens(few)) * shape.dim
+    moved = {e: value / unit for e, value in subtract(deeper[many], deeper[few]).items() if e.what != OPS}
+    ops = {e: value for e, value in deeper[many].items() if e.what == OPS}
+    return {e: value / (three - one) for e, value in (moved | ops).items()}
+
+
+def subtract(ledger: Ledger, other: Ledger) -> Ledger:
+    """The difference of two ledgers, without what cancels."""
+    entries = dict.fromkeys([*ledger, *other])
+    difference = {entry: ledger.get(entry, 0) - other.get(entry, 0) for entry in entries}
+    return {entry: value for entry, value in difference.items() if value}
+
+
+def total(ledger: Ledger, what: str, phase: str) -> float:
+    """The sum over all lines."""
+    return sum(value for entry, value in ledger.items() if entry[:2] == (what, phase))
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger: Ledger = {}
+        self.forward = True
+        self.made: dict[StorageWeakRef, tuple[int, str]] = {}  # bytes and line of storages of the forward pass
+        self.lines: dict[int, str] = {}  # of autograd nodes, by sequence number
+        self.line = ELSEWHERE
+        self.in_graph = False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # otherwise torch would not run compiled code inside
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.in_graph:
+            return result
+        phase = self._locate()
+        inputs, targets, overwritten = _arguments(func, args, kwargs or {})
+        known = {_storage(tensor) for tensor in (*inputs, *targets)}
+        fresh = [leaf for leaf in _tensors(result) if _storage(leaf) not in known]
+        if phase == FORWARD:
+            self._follow(fresh)
+        name = func._schema.name.split("::")[1]
+        if (fresh or targets) and not name.startswith(ALLOCATIONS):
+            read = inputs if overwritten else [*inputs, *targets]
+            self._add(_kind(name), phase, sum(map(distinct_bytes, (*read, *targets, *fresh))))
+            self._add(OPS, phase, 1)
+        return result
+
+    def run_graph(self, graph: Graph, inputs: Sequence[Any], run: Callable[[], Any]) -> Any:
+        """Runs a compiled graph and counts its kernels."""
+        phase = FORWARD if self.forward else BACKWARD if graph.is_backward else RECOMPUTE
+        self._locate()
+        self.line += COMPILED
+        known = {_storage(tensor) for tensor in _tensors(inputs)}
+        caller, self.in_graph = self.line, True
+        try:
+            result = run()
+        finally:
+            self.in_graph = False
+        if phase == FORWARD:
+            self._follow([leaf for leaf in _tensors(result) if _storage(leaf) not in known])
+        for kernel in graph.kernels:
+            own = [f"{path}:{number}" for file, number in kernel.files if (path := _own_path(file)) is not None]
+            self.line = own[-1] + COMPILED if own else caller
+            self._add(_kind(kernel.name), phase, kernel.bytes)
+            self._add(OPS, phase, 1)
+        return result
+
+    def _follow(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self.made.setdefault(StorageWeakRef(storage), (storage.nbytes(), self.line))
+
+    def _add(self, what: str, phase: str, value: float) -> None:
+        entry = Entry(what, phase, self.line)
+        self.ledger[entry] = self.ledger.get(entry, 0) + value
+
+    def _locate(self) -> str:
+        """Sets the line of the current operation and returns its phase."""
+        line, again = None, False
+        for path, number, function in _frames():
+            line = line or f"{path}:{number}"
+            again = again or function == "forward"
+        node = None if self.forward else torch._C._current_autograd_node()
+        if line is None and node is not None:
+            line = self.lines.get(node._sequence_nr())
+        # The engine adds up gradients between two nodes: part of the first one's work.
+        self.line = line or (ELSEWHERE if self.forward else self.line)
+        if self.forward or again:
+            # torch numbers the node of an operation before it dispatches the operation.
+            self.lines.setdefault(torch.autograd._get_sequence_nr() - 1, self.line)
+        return FORWARD if self.forward else RECOMPUTE if again else BACKWARD
+
+    def close_forward(self, loss: Tensor) -> None:
+        """Counts the storages that are alive, without that of the loss."""
+        self.forward = False
+        own = _storage(loss)
+        for storage, (size, line) in self.made.items():
+            if not storage.expired() and storage.cdata != own:
+                self.line = line
+                self._add(KEPT, FORWARD, size)
+
+
+def _frames() -> Iterator[tuple[str, int, str]]:
+    """Path, line and function of the frames in PACKAGES, from the innermost on."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if (path := _own_path(frame.f_code.co_filename)) is not None:
+            yield path, frame.f_lineno, frame.f_code.co_name
+        frame = frame.f_back
+
+
+@cache
+def _own_path(filename: str) -> str | None:
+    """The path from a package of PACKAGES on; None for a file of any other."""
+    for root in ROOTS:
+        if Path(filename).is_relative_to(root):
+            path = Path(filename).relative_to(root)
+            return path.as_posix() if path.parts[0] in PACKAGES else None
+    return None
+
+
+def _arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], bool]:
+    """The tensors that an operation only reads, those that it writes, and whether it writes without reading them."""
+    inputs: list[Tensor] = []
+    targets: list[Tensor] = []
+    out = False
+    for index, argument in enumerate(func._schema.arguments):
+        value = args[index] if index < len(args) else kwargs.get(argument.name)
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        (targets if written else inputs).extend(_tensors(value))
+        out = out or (written and argument.is_out)
+    return inputs, targets, out or func._schema.name.endswith(OVERWRITES)
+
+
+def _tensors(value: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _kind(name: str) -> str:
+    if name in PRODUCTS:
+        return GEMM
+    return ATTENTION if "attention" in name else ELEMENTWISE
+
+
+def distinct_bytes(tensor: Tensor) -> int:
+    """The bytes of a tensor, each element that is broadcast over a dimension once."""
+    count = tensor.element_size()
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= size if stride or not size else 1
+    return count
