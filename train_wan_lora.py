@@ -57,15 +57,16 @@ from utils.media.controls import FROM_FILE
 from utils.runs.ending import save_on_exit
 from utils.runs.run import Run, RunOptions, RunSettings, open_run
 from utils.runs.state import Facts, State, check_resume_compatible, find_state
-from utils.setup.doctor import print_findings
-from utils.setup.download import SetupOptions, download_model, download_tokenizer
+from utils.setup.download import SetupOptions, set_up
 from utils.setup.model import SingleFiles, find_given_family, need_experts, open_given
+from utils.training.checkpoint_plan import CheckpointPlan
 from utils.training.conditions import check_conditions
 from utils.training.experts import Experts, Role, load_experts, plan_experts
 from utils.training.learner import Learner, Trainable
 from utils.training.optim import with_epochs
 from utils.training.phases import Phase, Schedule, TrainingOptions
 from utils.training.preview import Preview, Scenes, make_preview
+from utils.training.rehearsal import rehearse
 from utils.training.validation import hold_share, quantiles
 from wan.checkpoints import CheckpointError, ModelFiles
 from wan.configs import Family
@@ -229,16 +230,17 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     # The other random numbers come from torch's generator: the LoRA's first values, then noise and noise levels.
     torch.manual_seed(opts.seed)
     previews = bool(texts.previews)
-    experts, adapters = load_experts(roles, plans, files, opts.memory, device, with_others=previews)
+    shape, steps = next(iter(files.transformers.values())).shape, [role.opts.max_train_steps for role in roles]
+    memory = opts.memory(device, shape, sum(steps) * opts.gradient_accumulation * plan.mean_tokens)
+    kept = CheckpointPlan(memory.checkpointing, shape.num_layers)
+    experts, adapters = load_experts(roles, plans, files, memory, kept, device, with_others=previews)
 
     # Only LoRAs are trained; base models are frozen. A step is one phase, and two experts take turns. A student and its
     # critic would be two phases of one step.
     trainables = [Trainable(r.trainable, adapters[r.name], r.opts.optimizer, opts.ema_decay) for r in roles]
     learner = Learner(trainables)
     phases = [make_phase(role, adapters[role.name], experts, learner, texts) for role in roles]
-    schedule = Schedule(
-        [[phase] for phase in phases], [role.opts.max_train_steps for role in roles], opts.expert_phase_steps
-    )
+    schedule = Schedule([[phase] for phase in phases], steps, opts.expert_phase_steps)
     steps_per_epoch = plan.steps_per_epoch(opts.gradient_accumulation)
     say(f"\n{format_plan(plan, steps_per_epoch, schedule.total_steps)} on {describe(device)}")
     distilled = f", guidance {1 + opts.distill_cfg:g} distilled" if opts.distill_cfg else ""
@@ -252,6 +254,10 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     for phase, adapter in zip(phases, adapters.values(), strict=True):
         with phase.speaking():
             check_conditions(adapter, batch, phase.sigmas[2], files.family.given, opts.control_lora)
+
+    # The largest batch goes through the model once, so that memory is found too small now and not after hours. What is
+    # left of it decides how much the blocks keep for the backward pass.
+    rehearse(phases[0], experts.models[roles[0].name], samples.load_batch(plan.largest_batch), kept, learner.parameters)
 
     clips = tqdm(watched, "encoding validation clips", leave=False)
     validation = [samples.load_batch([window]).to(CPU) for window in clips]
@@ -355,16 +361,9 @@ def take_step(opts: Options, session: Session, run: Run, stream: Iterator[Batch]
 
 def main(argv: Sequence[str] | None = None) -> None:
     opts = parse_options(Options, argv)
+    if set_up(opts):
+        return
     name = opts.pretrained_model_name_or_path
-    if opts.doctor:
-        print_findings()
-        return
-    if opts.download_model:
-        download_model(name)
-    if opts.download_tokenizer:
-        download_tokenizer()
-    if opts.download_model or opts.download_tokenizer:
-        return
 
     # What is wrong with options, clips or a state is found here, before anything takes long.
     folders, is_default = find_folders(opts), name == Options.pretrained_model_name_or_path

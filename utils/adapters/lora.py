@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from utils.adapters.lora_file import LoraFile, LoraPair, delta
+from utils.adapters.projection import is_plain
 from utils.common.errors import UserError
 from wan.modules.model import WanModel
 
@@ -72,14 +73,6 @@ def select_modules(model: WanModel, targets: Sequence[str], blocks: str | None =
             raise UserError(f"lora_target {target!r} matches no layer; known: {known}")
         chosen |= matched
     return [name for name in inner if name in chosen]
-
-
-def is_plain(layer: LoraLayer, adapter: str) -> bool:
-    """Whether an adapter adds nothing but scaling * x @ A^T @ B^T to its layer: no DoRA, dropout or biases."""
-    dropout = layer.lora_dropout[adapter]
-    matrices = layer.lora_A[adapter], layer.lora_B[adapter]
-    unbiased = all(matrix.bias is None for matrix in matrices)
-    return unbiased and not layer.use_dora.get(adapter) and isinstance(dropout, nn.Identity)
 
 
 def add_lora(model: nn.Module, names: list[str], rank: int, alpha: float, adapter: str = ADAPTER) -> list[nn.Parameter]:

@@ -72,7 +72,12 @@ class Projection:
         return y, hidden
 
     def backward(
-        self, grad: Tensor, x: Tensor | None, hidden: Sequence[Tensor], into: Tensor | None = None, needs_input: bool = True
+        self,
+        grad: Tensor,
+        x: Tensor | None,
+        hidden: Sequence[Tensor],
+        into: Tensor | None = None,
+        needs_input: bool = True,
     ) -> tuple[Tensor | None, list[Tensor]]:
         """The gradient of the input, added to `into` where that is given, and those of the matrices in fp32.
 

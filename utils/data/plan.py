@@ -8,6 +8,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from statistics import mean
 from typing import TypeVar
 
 from utils.common.errors import UserError
@@ -123,6 +124,16 @@ class Plan:
         batches = [tuple(group[at : at + size]) for group in buckets.values() for at in range(0, len(group), size)]
         return _shuffled(batches, rng)
 
+    @property
+    def largest_batch(self) -> tuple[Window, ...]:
+        """The batch of the first epoch with the most tokens."""
+        return max(self.epoch(0), key=count_batch)
+
+    @property
+    def mean_tokens(self) -> float:
+        """The tokens of a batch, on average over the first epoch."""
+        return mean(map(count_batch, self.epoch(0)))
+
     def _windows(self, index: int, rng: random.Random) -> Iterator[Window]:
         """The windows of one use of a source. A generator: captions are drawn between the draws of the windows."""
         source = self.sources[index]
@@ -143,6 +154,11 @@ class Plan:
             order = _shuffled(group, random.Random(f"{self.seed}/{folder.name}"))
             used += group * int(whole) + [order[turn % len(group)] for turn in range(first, last)]
         return used
+
+
+def count_batch(batch: Sequence[Window]) -> int:
+    """The tokens of a batch."""
+    return sum(window.tokens for window in batch)
 
 
 def make_plan(sources: Sequence[Source], limits: Limits, seed: int, num_fixed: int) -> Plan:

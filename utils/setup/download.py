@@ -13,6 +13,7 @@ from utils.common.errors import UserError
 from utils.common.files import existing_parent
 from utils.common.formatting import readable_size
 from utils.common.options import option
+from utils.setup.doctor import print_findings
 from wan.checkpoints import LOCAL_MODELS, TOKENIZER, ModelNotFoundError, find_family
 from wan.configs import FAMILIES
 
@@ -47,6 +48,18 @@ class SetupOptions:
     doctor: bool = option(
         False, "print versions, devices and known problems of this machine, then stop", affects_training=False
     )
+
+
+def set_up(opts: SetupOptions) -> bool:
+    """Does what is asked for instead of a run, if anything is, and returns whether it was. Raises as downloads do."""
+    if opts.doctor:
+        print_findings()
+        return True
+    if opts.download_model:
+        download_model(opts.pretrained_model_name_or_path)
+    if opts.download_tokenizer:
+        download_tokenizer()
+    return opts.download_model or opts.download_tokenizer
 
 
 @contextmanager

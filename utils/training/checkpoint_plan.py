@@ -2,10 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 # From what keeps least to what keeps most. A byte saves less time with each step upwards.
 LADDER = ("offload", "full", "selective", "none")
 AUTO = "auto"
+KEEPING = {
+    "offload": "nothing on the device",
+    "full": "their input",
+    "selective": "their input and their attention",
+    "none": "everything",
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Room:
         return chosen
 
 
-class Plan:
+class CheckpointPlan:
     """The strategy of each block: one for all, or with AUTO what there is room for, which depends on a batch's tokens.
 
     Before the room is measured, AUTO keeps least.
@@ -62,3 +69,14 @@ class Plan:
         if self.strategy != AUTO:
             return [self.strategy] * self.num_blocks
         return [LADDER[0]] * self.num_blocks if self._room is None else self._room.choose(tokens, self.num_blocks)
+
+    def describe(self, tokens: int) -> str | None:
+        """A sentence about a batch of so many tokens; None where all blocks keep everything."""
+        runs = [(strategy, len(list(group))) for strategy, group in groupby(self.strategies(tokens))]
+        if [strategy for strategy, _ in runs] == ["none"]:
+            return None
+        parts, first = [], 0
+        for strategy, count in runs:
+            parts.append(f"blocks {first} to {first + count - 1} keep {KEEPING[strategy]}")
+            first += count
+        return f"for the backward pass of {tokens:,} tokens {', '.join(parts)}"

@@ -23,7 +23,7 @@ COMPILE_SECONDS = 60  # for the graphs of a run
 COMPILER = "PyTorch needs Triton for a GPU, which its builds for Linux bring, and a C++ compiler for the CPU"
 
 
-def saved_seconds(device: torch.device, width: int, num_layers: int, tokens: int) -> float:
+def saved_seconds(device: torch.device, width: int, num_layers: int, tokens: float) -> float:
     """Roughly the time that compiling saves in a run that trains on so many tokens in all."""
     return tokens * num_layers * width * SAVED_BYTES / BANDWIDTH.get(device.type, 1e12)
 
@@ -63,7 +63,7 @@ def compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
     partitioner.activation_memory_budget = KEPT_SHARE
     # It warns of operations in place in a region with a checkpoint policy. They are not among what the policy keeps.
-    logging.getLogger("torch._dynamo.variables.higher_order_ops").setLevel(logging.ERROR)
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     run = torch.compile(forward, fullgraph=True)
 
     def call(x: Tensor, mod: Tensor, rotary: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from utils.common.formatting import readable_size
 from utils.common.options import option
 from utils.diffusion.flow import Predict
 from utils.encoding.conditioning import Cond, make_predict
+from utils.training.checkpoint_plan import CheckpointPlan
 from utils.training.memory import Memory, prepare
 from wan.checkpoints import ModelFiles, build_transformer, cast_to, load_weights
 from wan.configs import Expert, Family
@@ -230,10 +231,13 @@ def load_experts(
     plans: Mapping[str, AdapterPlan],
     files: ModelFiles,
     memory: Memory,
+    kept: CheckpointPlan,
     device: torch.device,
     with_others: bool,
 ) -> tuple[Experts, dict[str, LoraAdapter]]:
     """The transformers, and the adapters of those in training, both by name. The first is on the device.
+
+    By the plan `kept` the blocks of all are checkpointed.
 
     One that is not trained is loaded `with_others`: it serves previews, where it answers without an adapter. Raises
     UserError where main memory is too small for those that wait in it.
@@ -254,7 +258,7 @@ def load_experts(
         place = plans[name].place(cast_to(dtype))
         models[name] = load_weights(model, transformer, place, _progress, where, dtype)
         if name in trained:
-            adapters[name] = prepare(model, memory, plans[name].attach)
+            adapters[name] = prepare(model, memory, plans[name].attach, kept)
     return Experts(models, files.family.boundaries, device), adapters
 
 

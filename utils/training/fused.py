@@ -1,11 +1,12 @@
 """A transformer block for training without a compiler: three autograd Functions, one for each sublayer.
 
-A sublayer is x + gate * branch(norm(x)). Each Function keeps what is dear (the answers of matrix products and of the
-attention) and the normalised stream, rounded to the dtype of computing. What is cheap (modulation, the norms of queries
-and keys, rotation) is computed again in the backward pass. The numbers are those of `wan.modules.model.Block` up to
-rounding; tests bound the difference.
+A sublayer is x + gate * outer(core(inner(norm(x)))): a modulated norm, linear layers, a core (attention or GELU), and a
+linear layer. Its Function keeps what is dear, the answers of matrix products and of the attention, and the normalised
+stream, rounded to the dtype of computing. What is cheap, modulation, the norms of queries and keys, and rotation, is
+computed again in the backward pass. The numbers are those of `wan.modules.model.Block` up to rounding; tests bound the
+difference.
 
-Shape letters as in `wan.modules.model`, and M = B L tokens of all samples.
+Shape letters as in `wan.modules.model`, and M = B L tokens of all samples, W the width that a core reads or writes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +21,10 @@ from torch.autograd.function import once_differentiable
 
 from utils.adapters.projection import Projection, project, project_backward, project_forward
 from utils.training.kept_attention import Answer, Tape, attend, attend_backward
-from wan.modules.model import Block, CrossAttention, RMSNorm, rotate, split_by
+from wan.modules.model import Block, RMSNorm, rotate, split_by
 
-Kept = list[list[Tensor]]  # what a branch keeps for the backward pass, in groups
+Layers = Mapping[str, Projection]  # by their names in the block
+Kept = list[list[Tensor]]  # what is kept for the backward pass, in groups
 
 
 class FusedBlock:
@@ -37,35 +39,37 @@ class FusedBlock:
         self.tape: Tape | None = None
 
     def __call__(self, x: Tensor, mod: Tensor, rotary: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
-        block, dtype = self.block, text.dtype
-        layers = _projections(block)
+        block, layers = self.block, _projections(self.block)
         if layers is None:
             return self.plain(x, mod, rotary, text, image)
         shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation + mod).unbind(2)  # each (B, R, D)
+        norm1 = _Norm(1 + scale1, shift1, block.norm1.eps, text.dtype)
+        norm3 = _Norm(block.norm3.weight[None, None], block.norm3.bias[None, None], block.norm3.eps, text.dtype)
+        norm2 = _Norm(1 + scale2, shift2, block.norm2.eps, text.dtype)
 
-        attn = block.self_attn
-        norm = _Norm(1 + scale1, shift1, block.norm1.eps, dtype)
-        queries, keys = (_Heads(attn.num_heads, norm_, rotary) for norm_ in (attn.norm_q, attn.norm_k))
+        own, cross = block.self_attn, block.cross_attn
+        queries, keys = (_Heads(own.num_heads, norm, rotary) for norm in (own.norm_q, own.norm_k))
         inner = [layers[f"self_attn.{name}"] for name in "qkv"]
-        x = _sublayer(x, gate1, _AttentionBranch(norm, inner, queries, keys, layers["self_attn.o"], self.tape))
+        x = _apply(_Sublayer(norm1, inner, _Attention(queries, keys, self.tape), layers["self_attn.o"]), x, gate1)
 
-        # Text and picture have few rows: their keys and values are computed outside of the Function.
-        attn = block.cross_attn
-        given = _keys_and_values(attn, text, [layers["cross_attn.k"], layers["cross_attn.v"]], attn.norm_k)
-        if image is not None:
-            inner = [layers["cross_attn.k_img"], layers["cross_attn.v_img"]]
-            given += _keys_and_values(attn, image, inner, attn.norm_k_img)
-        norm = _Norm(block.norm3.weight[None, None], block.norm3.bias[None, None], block.norm3.eps, dtype)
-        queries = _Heads(attn.num_heads, attn.norm_q)
-        inner = [layers["cross_attn.q"]]
-        branch = _AttentionBranch(norm, inner, queries, None, layers["cross_attn.o"], self.tape)
-        x = _sublayer(x, None, branch, given)
+        core = _Attention(_Heads(cross.num_heads, cross.norm_q), None, self.tape)
+        given = self._keys_and_values(layers, text, image)
+        x = _apply(_Sublayer(norm3, [layers["cross_attn.q"]], core, layers["cross_attn.o"]), x, None, given)
 
-        norm = _Norm(1 + scale2, shift2, block.norm2.eps, dtype)
-        return _sublayer(x, gate2, _FeedForwardBranch(norm, layers["ffn.0"], layers["ffn.2"]))
+        return _apply(_Sublayer(norm2, [layers["ffn.0"]], _Gelu(), layers["ffn.2"]), x, gate2)
+
+    def _keys_and_values(self, layers: Layers, text: Tensor, image: Tensor | None) -> list[Tensor]:
+        """Keys and values (B, T, N, K) of the text, and of the picture: few rows, which are left to autograd."""
+        attn, given = self.block.cross_attn, []
+        for rows, suffix in ((text, ""), (image, "_img")):
+            if rows is not None:
+                k, v = project(rows, [layers[f"cross_attn.{name}{suffix}"] for name in "kv"])
+                norm = getattr(attn, f"norm_k{suffix}")
+                given += [attn.heads(norm(k)).to(v.dtype), attn.heads(v)]
+        return given
 
     def keeping_answers(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Contexts for the two passes of a checkpointed block: the first keeps the attention's answers for the second."""
+        """Contexts for the two passes of a checkpointed block: the first keeps attention's answers for the second."""
         tape = Tape()
         return self._with(tape), self._with(tape)
 
@@ -79,7 +83,7 @@ class FusedBlock:
             tape.rewind()
 
 
-def _projections(block: Block) -> Mapping[str, Projection] | None:
+def _projections(block: Block) -> Layers | None:
     """What each linear layer of a block computes at this moment; None where one is more than plain LoRAs."""
     found = {}
     for part in ("self_attn", "cross_attn", "ffn"):
@@ -93,44 +97,54 @@ def _projections(block: Block) -> Mapping[str, Projection] | None:
     return found
 
 
-def _keys_and_values(attn: CrossAttention, rows: Tensor, layers: list[Projection], norm: RMSNorm) -> list[Tensor]:
-    """rows (B, T, D) -> keys and values (B, T, N, K)"""
-    k, v = project(rows, layers)
-    return [attn.heads(norm(k)).to(v.dtype), attn.heads(v)]
+class _Core(Protocol):
+    """What is between the linear layers of a sublayer."""
 
+    def forward(self, products: list[Tensor], shape: torch.Size, given: Sequence[Tensor]) -> tuple[Tensor, Kept]:
+        """products (M, W) of a stream of `shape` (B, L, D) -> what the outer layer reads (M, W), and what is kept."""
 
-class _Branch(Protocol):
-    norm: "_Norm"
-
-    @property
-    def matrices(self) -> list[nn.Parameter]: ...
-
-    def forward(self, m: Tensor, shape: torch.Size, given: Sequence[Tensor]) -> tuple[Tensor, Kept]:
-        """m (M, D), modulated, of a stream of `shape` (B, L, D) -> the answer (M, D), and what is kept."""
+    def output(self, products: list[Tensor], kept: Kept) -> Tensor:
+        """What the outer layer has read (M, W)."""
 
     def backward(
-        self, grad: Tensor, normed: Tensor, kept: Kept, given: Sequence[Tensor], needs_input: bool
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """grad (M, D) -> the gradient of m (M, D), and those of `given` and of the matrices."""
+        self, grad: Tensor, products: list[Tensor], shape: torch.Size, kept: Kept, given: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradient of the output (M, W) -> those of the products, and of what is given."""
 
 
-def _sublayer(x: Tensor, gate: Tensor | None, branch: _Branch, given: Sequence[Tensor] = ()) -> Tensor:
-    """x + gate * branch(norm(x)), (B, L, D) fp32. gate (B, R, D) fp32; None: 1."""
-    result: Tensor = _Sublayer.apply(x, gate, branch, len(given), *given, *branch.matrices)
+@dataclass(frozen=True)
+class _Sublayer:
+    norm: "_Norm"
+    inner: Sequence[Projection]
+    core: _Core
+    outer: Projection
+
+    @property
+    def matrices(self) -> list[nn.Parameter]:
+        return [matrix for projection in (*self.inner, self.outer) for matrix in projection.matrices]
+
+
+def _apply(sublayer: _Sublayer, x: Tensor, gate: Tensor | None, given: Sequence[Tensor] = ()) -> Tensor:
+    """x (B, L, D) fp32, gate (B, R, D) fp32 or None for 1, `given` with gradients of their own -> x"""
+    result: Tensor = _Function.apply(x, gate, sublayer, len(given), *given, *sublayer.matrices)
     return result
 
 
-class _Sublayer(torch.autograd.Function):
+class _Function(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gate: Tensor | None, branch: _Branch, num_given: int, *others: Tensor
+        ctx: Any, x: Tensor, gate: Tensor | None, sublayer: _Sublayer, num_given: int, *others: Tensor
     ) -> Tensor:
-        m, normed, rstd = branch.norm.forward(x)
-        given = others[:num_given]
-        update, kept = branch.forward(m, x.shape, given)
+        given = list(others[:num_given])
+        m, normed, rstd = sublayer.norm.forward(x)
+        products, hidden = project_forward(sublayer.inner, m)
+        seen, kept = sublayer.core.forward(products, x.shape, given)
+        update, outer_hidden = sublayer.outer.forward(seen)
         update = update.view(x.shape)
-        ctx.branch, ctx.num_given, ctx.sizes = branch, num_given, [len(group) for group in kept]
-        ctx.save_for_backward(gate, normed, rstd, *given, *(tensor for group in kept for tensor in group))
+
+        groups = [given, products, hidden, outer_hidden, *kept]
+        ctx.sublayer, ctx.sizes = sublayer, [len(group) for group in groups]
+        ctx.save_for_backward(gate, normed, rstd, *(tensor for group in groups for tensor in group))
         if gate is None:
             return x + update
         return torch.addcmul(split_by(gate, x), gate.unsqueeze(2), split_by(gate, update)).flatten(1, 2)
@@ -138,23 +152,25 @@ class _Sublayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        branch, needs_input = ctx.branch, ctx.needs_input_grad[0]
-        gate, normed, rstd, *rest = ctx.saved_tensors
-        given, kept = rest[: ctx.num_given], _regroup(rest[ctx.num_given :], ctx.sizes)
+        sublayer, needs_input = ctx.sublayer, ctx.needs_input_grad[0]
+        gate, normed, rstd, *tensors = ctx.saved_tensors
+        rest = iter(tensors)
+        given, products, hidden, outer_hidden, *kept = ([next(rest) for _ in range(size)] for size in ctx.sizes)
+
         inner = torch.empty_like(grad, dtype=normed.dtype)
         if gate is None:
             inner.copy_(grad)
         else:
             torch.mul(split_by(gate, grad), gate.unsqueeze(2), out=split_by(gate, inner))
-        inner, grads = branch.backward(inner.flatten(0, 1), normed, kept, given, needs_input)
-        if needs_input:
-            grad = branch.norm.backward(inner.view(normed.shape), normed, rstd, grad)
-        return grad if needs_input else None, None, None, None, *grads
-
-
-def _regroup(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Kept:
-    rest = iter(tensors)
-    return [[next(rest) for _ in range(size)] for size in sizes]
+        # Only LoRAs need what their layers have read.
+        seen = sublayer.core.output(products, kept) if sublayer.outer.pairs else None
+        seen_grad, outer_grads = sublayer.outer.backward(inner.flatten(0, 1), seen, outer_hidden)
+        assert seen_grad is not None
+        grads, given_grads = sublayer.core.backward(seen_grad, products, normed.shape, kept, given)
+        m = sublayer.norm.modulate(normed) if hidden else None
+        m_grad, inner_grads = project_backward(sublayer.inner, grads, m, hidden, needs_input)
+        stream = None if m_grad is None else sublayer.norm.backward(m_grad.view(normed.shape), normed, rstd, grad)
+        return stream, None, None, None, *given_grads, *inner_grads, *outer_grads
 
 
 @dataclass(frozen=True)
@@ -230,64 +246,47 @@ class _Heads:
 
 
 @dataclass(frozen=True)
-class _AttentionBranch:
+class _Attention:
     """Attention by the queries of the tokens: to their own keys and values, or to given pairs, each apart, summed."""
 
-    norm: _Norm
-    inner: Sequence[Projection]  # q, k, v; or q alone
     queries: _Heads
     keys: _Heads | None  # None: pairs are given
-    outer: Projection
     tape: Tape | None
-    answers: list[Answer] = field(default_factory=list)  # their numbers alone
+    numbers: list[tuple[Any, ...]] = field(default_factory=list)  # of the kernels' answers
 
-    @property
-    def matrices(self) -> list[nn.Parameter]:
-        return [matrix for projection in (*self.inner, self.outer) for matrix in projection.matrices]
+    def forward(self, products: list[Tensor], shape: torch.Size, given: Sequence[Tensor]) -> tuple[Tensor, Kept]:
+        def compute() -> tuple[Tensor, list[Answer]]:
+            pairs = given
+            if self.keys is not None:
+                pairs = self.keys.forward(products[1], shape), self.queries.split(products[2], shape)
+            q = self.queries.forward(products[0], shape)
+            seen, answers = zip(*(attend(q, k, v) for k, v in _pairs(pairs)), strict=True)
+            return sum(seen[1:], seen[0]).flatten(2).flatten(0, 1), list(answers)
 
-    def forward(self, m: Tensor, shape: torch.Size, given: Sequence[Tensor]) -> tuple[Tensor, Kept]:
-        products, hidden = project_forward(self.inner, m)
-        compute = lambda: self._attend(products, shape, given)
         seen, answers = compute() if self.tape is None else self.tape.play(compute)
-        update, outer_hidden = self.outer.forward(seen.view(m.shape))
-        self.answers.extend(Answer((), answer.numbers) for answer in answers)
-        return update, [products, hidden, [seen], outer_hidden, *(list(answer.tensors) for answer in answers)]
+        self.numbers.extend(answer.numbers for answer in answers)
+        return seen, [[seen], *(list(answer.tensors) for answer in answers)]
 
-    def _attend(
-        self, products: Sequence[Tensor], shape: torch.Size, given: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Answer]]:
-        """The sum of the attentions (B, L, D), and the answers of their kernels."""
-        q = self.queries.forward(products[0], shape)
-        if self.keys is not None:
-            given = self.keys.forward(products[1], shape), self.queries.split(products[2], shape)
-        seen, answers = zip(*(attend(q, k, v) for k, v in _pairs(given)), strict=True)
-        return sum(seen[1:], seen[0]).flatten(2), list(answers)
+    def output(self, products: list[Tensor], kept: Kept) -> Tensor:
+        return kept[0][0]
 
     def backward(
-        self, grad: Tensor, normed: Tensor, kept: Kept, given: Sequence[Tensor], needs_input: bool
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        products, hidden, (seen,), outer_hidden, *tensors = kept
-        answers = [Answer(tuple(own), answer.numbers) for own, answer in zip(tensors, self.answers, strict=True)]
-        seen_grad, outer_grads = self.outer.backward(grad, seen.view(grad.shape), outer_hidden)
-        seen_grad = self.queries.split(seen_grad, normed.shape)
-
-        q, *query_graph = self.queries.again(products[0], normed.shape)
+        self, grad: Tensor, products: list[Tensor], shape: torch.Size, kept: Kept, given: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        q, *query_graph = self.queries.again(products[0], shape)
+        pairs = given
         if self.keys is not None:
-            k, *key_graph = self.keys.again(products[1], normed.shape)
-            given = k, self.queries.split(products[2], normed.shape)
-        found = [
-            attend_backward(seen_grad, q, k, v, answer) for (k, v), answer in zip(_pairs(given), answers, strict=True)
-        ]
-        q_grad = sum((grads[0] for grads in found[1:]), found[0][0])
-        grads = [self.queries.backward(q_grad, *query_graph)]
-        given_grads = [grad for pair in found for grad in pair[1:]]
-        if self.keys is not None:
-            k_grad, v_grad = given_grads
-            grads += [self.keys.backward(k_grad, *key_graph), v_grad.reshape(grad.shape)]
-            given_grads = []
-        m = self.norm.modulate(normed) if any(projection.pairs for projection in self.inner) else None
-        m_grad, inner_grads = project_backward(self.inner, grads, m, hidden, needs_input)
-        return m_grad, [*given_grads, *inner_grads, *outer_grads]
+            k, *key_graph = self.keys.again(products[1], shape)
+            pairs = k, self.queries.split(products[2], shape)
+        answers = [Answer(tuple(own), numbers) for own, numbers in zip(kept[1:], self.numbers, strict=True)]
+        heads = self.queries.split(grad, shape)
+        found = [attend_backward(heads, q, k, v, answer) for (k, v), answer in zip(_pairs(pairs), answers, strict=True)]
+        query_grads, pair_grads = [each[0] for each in found], [one for each in found for one in each[1:]]
+        query_grad = self.queries.backward(sum(query_grads[1:], query_grads[0]), *query_graph)
+        if self.keys is None:
+            return [query_grad], pair_grads
+        k_grad, v_grad = pair_grads
+        return [query_grad, self.keys.backward(k_grad, *key_graph), v_grad.reshape(grad.shape)], []
 
 
 def _pairs(given: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -295,30 +294,14 @@ def _pairs(given: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(given[::2], given[1::2], strict=True))
 
 
-@dataclass(frozen=True)
-class _FeedForwardBranch:
-    """Two layers with a GELU between them."""
+class _Gelu:
+    def forward(self, products: list[Tensor], shape: torch.Size, given: Sequence[Tensor]) -> tuple[Tensor, Kept]:
+        return self.output(products, []), []
 
-    norm: _Norm
-    inner: Projection
-    outer: Projection
-
-    @property
-    def matrices(self) -> list[nn.Parameter]:
-        return [*self.inner.matrices, *self.outer.matrices]
-
-    def forward(self, m: Tensor, shape: torch.Size, given: Sequence[Tensor]) -> tuple[Tensor, Kept]:
-        wide, inner_hidden = self.inner.forward(m)
-        update, outer_hidden = self.outer.forward(F.gelu(wide, approximate="tanh"))
-        return update, [[wide], inner_hidden, outer_hidden]
+    def output(self, products: list[Tensor], kept: Kept) -> Tensor:
+        return F.gelu(products[0], approximate="tanh")
 
     def backward(
-        self, grad: Tensor, normed: Tensor, kept: Kept, given: Sequence[Tensor], needs_input: bool
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        (wide,), inner_hidden, outer_hidden = kept
-        activated = F.gelu(wide, approximate="tanh") if self.outer.pairs else None
-        wide_grad, outer_grads = self.outer.backward(grad, activated, outer_hidden)
-        wide_grad = torch.ops.aten.gelu_backward(wide_grad, wide, approximate="tanh")
-        m = self.norm.modulate(normed) if self.inner.pairs else None
-        m_grad, inner_grads = self.inner.backward(wide_grad, m, inner_hidden, needs_input=needs_input)
-        return m_grad, [*inner_grads, *outer_grads]
+        self, grad: Tensor, products: list[Tensor], shape: torch.Size, kept: Kept, given: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        return [torch.ops.aten.gelu_backward(grad, products[0], approximate="tanh")], []

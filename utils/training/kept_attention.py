@@ -59,14 +59,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Answer]:
     """`attention` without a graph, and the answer of its kernel."""
     mode = _AtKernel()
     # Some kernels leave out what a backward pass needs where nothing asks for gradients. The graph is thrown away:
-    # checkpointing around this must not see it.
-    with torch.enable_grad(), saved_tensors_hooks(_itself, _itself), mode:
+    # checkpointing around this must not see it, and it must not keep itself alive by what it saved.
+    with torch.enable_grad(), saved_tensors_hooks(Tensor.detach, Tensor.detach), mode:
         out = attention(*(x.detach().requires_grad_() for x in (q, k, v)))
     return out.detach(), mode.answer or Answer()
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, answer: Answer) -> tuple[Tensor, Tensor, Tensor]:

@@ -115,6 +115,11 @@ class Learner:
         self._is_updating = False
         self._capture_rng_state()
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained."""
+        return [p for trainable in self.trainables.values() for p in trainable.adapter.parameters.values()]
+
     def begin_step(self, num_updates: int = 1) -> None:
         """Opens a step of so many updates. One that is interrupted before its first update is repeated by a resume."""
         self._planned = self._remaining = num_updates

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.common.device import compute_dtype
 from utils.common.options import option
-from utils.training.checkpoint_plan import AUTO, Plan
+from utils.training.checkpoint_plan import AUTO, CheckpointPlan
 from utils.training.checkpointing import STRATEGIES, Forward, checkpointed, keeping_kernels, parked, parked_inputs
 from utils.training.compilation import compiled, decide, saved_seconds
 from utils.training.fused import FusedBlock
@@ -51,7 +51,7 @@ class MemoryOptions:
         affects_training=False,
     )
 
-    def memory(self, device: torch.device, shape: WanShape, tokens: int) -> Memory:
+    def memory(self, device: torch.device, shape: WanShape, tokens: float) -> Memory:
         """What is done for a run that trains a model of this shape on so many tokens in all.
 
         Says what `decide` says, and raises what it raises.
@@ -64,7 +64,7 @@ class MemoryOptions:
         return Memory(self.gradient_checkpointing, compile, device.type == "cuda" and not compile, stream)
 
 
-def prepare(model: WanModel, memory: Memory, attach: Callable[[WanModel], T], plan: Plan | None = None) -> T:
+def prepare(model: WanModel, memory: Memory, attach: Callable[[WanModel], T], plan: CheckpointPlan | None = None) -> T:
     """Applies every strategy to a loaded model and returns what `attach` returns: the adapter that it has put on.
 
     The order is the one in which they do not undo each other: store, adapters, stream, checkpoint, compile.
@@ -74,20 +74,23 @@ def prepare(model: WanModel, memory: Memory, attach: Callable[[WanModel], T], pl
     """
     attached = attach(model)
     if memory != Memory():
-        plan = plan or Plan(memory.checkpointing, len(model.blocks))
+        plan = plan or CheckpointPlan(memory.checkpointing, len(model.blocks))
         parking = Parking()
         for index, block in enumerate(model.blocks):
-            block.forward = TrainingPass(block, index, memory, plan, parking)
+            module: nn.Module = block
+            module.forward = TrainingPass(block, index, memory, plan, parking)
     return attached
 
 
 class TrainingPass:
     """The forward pass of a block; called as `Block.forward` is, which it remains where no gradients are asked for."""
 
-    def __init__(self, block: Block, index: int, memory: Memory, plan: Plan, parking: Parking) -> None:
+    def __init__(self, block: nn.Module, index: int, memory: Memory, plan: CheckpointPlan, parking: Parking) -> None:
+        self.block = block
         self.plain: Forward = block.forward
         self.index, self.memory, self.plan, self.parking = index, memory, plan, parking
         self.fused = FusedBlock(block) if memory.fuse else None
+        self.without: Forward = self.fused or self.plain
         self._passes: dict[str, Forward] = {}
 
     def __call__(self, x: Tensor, *conditions: Tensor | None) -> Tensor:
@@ -101,7 +104,7 @@ class TrainingPass:
 
     def eager(self, x: Tensor, *conditions: Tensor | None) -> Tensor:
         """The block with a stream in any dtype, without strategies."""
-        return (self.fused or self.plain)(x.float(), *conditions)
+        return self.without(x.float(), *conditions)
 
     def _build(self, strategy: str) -> Forward:
         """The block's pass under a strategy."""

@@ -1,7 +1,6 @@
 """Tensors that wait in main memory between the forward and the backward pass, copied while the device computes."""
 
 import weakref
-from collections.abc import Callable
 
 import torch
 from torch import Tensor

@@ -129,6 +129,8 @@ class Updater:
         # The optimizer's contract with torch's gradient scaler is no part of its declared type.
         self.optimizer.found_inf = (~torch.isfinite(norm)).to(torch.float32)  # type: ignore[attr-defined]
         self.optimizer.step()
+        # The fused kernel does not count as a change in place, by which copies in another dtype are known to be old.
+        torch.autograd.graph.increment_version(self.parameters)
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         return norm
