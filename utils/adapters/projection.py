@@ -27,6 +27,13 @@ def is_plain(layer: LoraLayer, adapter: str) -> bool:
     return unbiased and not layer.use_dora.get(adapter) and isinstance(dropout, nn.Identity)
 
 
+def speaking_adapters(layer: nn.Module) -> list[str]:
+    """The adapters that act on a layer at this moment."""
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters:
+        return []
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
 @dataclass(frozen=True)
 class Pair:
     """The matrices of one LoRA, fp32, and its strength."""
@@ -49,9 +56,9 @@ class Projection:
         base = layer.get_base_layer() if isinstance(layer, LoraLinear) else layer
         if type(base) is not nn.Linear or base.weight.requires_grad or "forward" in vars(base):
             return None
-        if not isinstance(layer, LoraLinear) or layer.disable_adapters:
+        if not isinstance(layer, LoraLinear):
             return Projection(base)
-        names = [name for name in layer.active_adapters if name in layer.lora_A]
+        names = speaking_adapters(layer)
         if not all(is_plain(layer, name) for name in names):
             return None
         pairs = (Pair(layer.lora_A[n].weight, layer.lora_B[n].weight, layer.scaling[n]) for n in names)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from utils.adapters.projection import Projection, project, project_backward, project_forward
+from utils.adapters.projection import Projection, project, project_backward, project_forward, speaking_adapters
 from utils.training.kept_attention import Answer, Tape, attend, attend_backward
 from wan.modules.model import Block, RMSNorm, rotate, split_by
 
@@ -37,9 +37,10 @@ class FusedBlock:
         self.block = block
         self.plain = block.forward
         self.tape: Tape | None = None
+        self._known: dict[tuple[object, ...], Layers | None] = {}
 
     def __call__(self, x: Tensor, mod: Tensor, rotary: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
-        block, layers = self.block, _projections(self.block)
+        block, layers = self.block, self._layers()
         if layers is None:
             return self.plain(x, mod, rotary, text, image)
         shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation + mod).unbind(2)  # each (B, R, D)
@@ -57,6 +58,21 @@ class FusedBlock:
         x = _apply(_Sublayer(norm3, [layers["cross_attn.q"]], core, layers["cross_attn.o"]), x, None, given)
 
         return _apply(_Sublayer(norm2, [layers["ffn.0"]], _Gelu(), layers["ffn.2"]), x, gate2)
+
+    def _layers(self) -> Layers | None:
+        """What each linear layer computes at this moment; None where one is more than a product with plain LoRAs."""
+        layers = {
+            f"{part}.{name}": layer
+            for part in ("self_attn", "cross_attn", "ffn")
+            for name, layer in getattr(self.block, part).named_children()
+            if not isinstance(layer, RMSNorm | nn.GELU)
+        }
+        # Asking the layers takes a while, and the answer changes only when another adapter speaks.
+        state = tuple((layer, *speaking_adapters(layer)) for layer in layers.values())
+        if state not in self._known:
+            found = {name: Projection.of(layer) for name, layer in layers.items()}
+            self._known[state] = {n: p for n, p in found.items() if p is not None} if all(found.values()) else None
+        return self._known[state]
 
     def _keys_and_values(self, layers: Layers, text: Tensor, image: Tensor | None) -> list[Tensor]:
         """Keys and values (B, T, N, K) of the text, and of the picture: few rows, which are left to autograd."""
@@ -81,20 +97,6 @@ class FusedBlock:
         finally:
             self.tape = None
             tape.rewind()
-
-
-def _projections(block: Block) -> Layers | None:
-    """What each linear layer of a block computes at this moment; None where one is more than plain LoRAs."""
-    found = {}
-    for part in ("self_attn", "cross_attn", "ffn"):
-        for name, layer in getattr(block, part).named_children():
-            if isinstance(layer, RMSNorm | nn.GELU):
-                continue
-            projection = Projection.of(layer)
-            if projection is None:
-                return None
-            found[f"{part}.{name}"] = projection
-    return found
 
 
 class _Core(Protocol):

@@ -77,8 +77,7 @@ def prepare(model: WanModel, memory: Memory, attach: Callable[[WanModel], T], pl
         plan = plan or CheckpointPlan(memory.checkpointing, len(model.blocks))
         parking = Parking()
         for index, block in enumerate(model.blocks):
-            module: nn.Module = block
-            module.forward = TrainingPass(block, index, memory, plan, parking)
+            block.forward = TrainingPass(block, index, memory, plan, parking)
     return attached
 
 
@@ -86,6 +85,7 @@ class TrainingPass:
     """The forward pass of a block; called as `Block.forward` is, which it remains where no gradients are asked for."""
 
     def __init__(self, block: nn.Module, index: int, memory: Memory, plan: CheckpointPlan, parking: Parking) -> None:
+        assert isinstance(block, Block)
         self.block = block
         self.plain: Forward = block.forward
         self.index, self.memory, self.plan, self.parking = index, memory, plan, parking
