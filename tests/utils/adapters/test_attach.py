@@ -21,7 +21,7 @@ from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
 from utils.common.errors import UserError
 from utils.media.controls import ControlSignal
-from utils.training.memory import checkpoint_blocks
+from utils.training.memory import Memory, prepare
 from wan.configs import FAMILIES
 from wan.modules.model import WanModel
 
@@ -34,7 +34,7 @@ def test_with_adapters_off_the_model_is_its_base_bit_for_bit(checkpointed):
         expected = tiny_transformer()(*inputs())
     model, parameters = adapted()
     if checkpointed:
-        checkpoint_blocks(model.blocks)
+        prepare(model, Memory("full"), lambda _: None)
     with torch.no_grad():
         before = model(*inputs())
         with speaking(model, None):
@@ -49,7 +49,7 @@ def test_a_student_learns_the_same_with_its_teacher_asked_between_forward_and_ba
     for teacher_last in (False, True):
         model, parameters = adapted()
         if checkpointed:
-            checkpoint_blocks(model.blocks)
+            prepare(model, Memory("full"), lambda _: None)
         student = model(*inputs()) if teacher_last else None
         with torch.no_grad(), speaking(model, None):
             target = model(*inputs())
@@ -82,7 +82,7 @@ def test_each_of_two_adapters_speaks_in_its_own_span_and_learns_from_it_alone():
     student, critic = (add_lora(model, names, RANK, ALPHA, adapter) for adapter in ("student", "critic"))
     fill(student, seed=1)
     fill(critic, seed=2)
-    checkpoint_blocks(model.blocks)
+    prepare(model, Memory("full"), lambda _: None)
     answers = {}
     for adapter, own, other in (("student", student, critic), ("critic", critic, student)):
         with speaking(model, adapter):
@@ -129,7 +129,7 @@ def test_a_checkpointed_block_recomputes_with_the_adapter_of_its_span():
         fill(student, seed=1)
         fill(critic, seed=2)
         if checkpointed:
-            checkpoint_blocks(model.blocks)
+            prepare(model, Memory("full"), lambda _: None)
         with speaking(model, "student"):
             loss = model(*inputs()).square().mean()
             with torch.no_grad(), speaking(model, "critic"):

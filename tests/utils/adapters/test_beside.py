@@ -25,7 +25,7 @@ from utils.encoding.conditioning import Cond, make_predict
 from utils.encoding.sampling import denoise, further_loras
 from utils.runs.metrics import Metrics
 from utils.training.experts import Experts
-from utils.training.memory import checkpoint_blocks
+from utils.training.memory import Memory, prepare
 from wan.checkpoints import load_transformer, open_model
 from wan.checkpoints.transformer import read_config, read_transformer
 from wan.configs import FAMILIES
@@ -145,7 +145,7 @@ def places(model: WanModel) -> dict[str, int]:
 def test_nothing_is_left_in_the_model(checkpointing, fails):
     model, _ = adapted(("attn",))
     if checkpointing:
-        checkpoint_blocks(model.blocks)
+        prepare(model, Memory("full"), lambda _: None)
     before, plain, where = trained(model), sampled(model), places(model)
     parts = {name: dict(vars(module)) for name, module in model.named_modules()}
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
