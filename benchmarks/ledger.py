@@ -20,7 +20,7 @@ backward graph, where it counts as backward.
 
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, partial
@@ -38,6 +38,7 @@ from benchmarks.compiled import Graph, watched
 from benchmarks.fused_ops import fused_ops
 from benchmarks.measure import Sizes, count_tokens
 from benchmarks.models import Trainee, random_inputs
+from utils.common.formatting import format_table
 from wan.modules.model import WanShape
 
 KEPT, ELEMENTWISE, GEMM, ATTENTION, OPS = "kept", "elementwise", "gemm", "attention", "ops"
@@ -142,6 +143,37 @@ def total(ledger: Ledger, what: str, phase: str) -> float:
     return sum(value for entry, value in ledger.items() if entry[:2] == (what, phase))
 
 
+COLUMNS = (
+    (KEPT, FORWARD),
+    (ELEMENTWISE, FORWARD),
+    (ELEMENTWISE, RECOMPUTE),
+    (ELEMENTWISE, BACKWARD),
+    (GEMM, FORWARD),
+    (GEMM, RECOMPUTE),
+    (GEMM, BACKWARD),
+    (OPS, FORWARD),
+    (OPS, RECOMPUTE),
+    (OPS, BACKWARD),
+)
+
+
+def format_totals(ledgers: Mapping[str, Ledger]) -> str:
+    """A table with a row for each of several ledgers of `per_block`."""
+    return _table("", [(name, [total(ledger, *column) for column in COLUMNS]) for name, ledger in ledgers.items()])
+
+
+def format_lines(ledger: Ledger) -> str:
+    """A table with a row for each source line of a ledger of `per_block`."""
+    lines = sorted({entry.line for entry in ledger}, key=lambda line: (line.split(":")[0], len(line), line))
+    return _table("line", [(line, [ledger.get(Entry(*column, line), 0) for column in COLUMNS]) for line in lines])
+
+
+def _table(first: str, rows: list[tuple[str, list[float]]]) -> str:
+    shown = {KEPT: "kept", ELEMENTWISE: "elem", GEMM: "gemm", OPS: "ops"}
+    header = [first, *(f"{shown[what]} {phase[:3]}" for what, phase in COLUMNS)]
+    return format_table(header, [(name, *(round(value, 1) for value in values)) for name, values in rows])
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -231,9 +263,9 @@ class _Recorder(TorchDispatchMode):
 
 
 def _frames() -> Iterator[tuple[str, int, str]]:
-    """Path, line and function of the frames in PACKAGES, from the innermost on."""
+    """Path, line and function of the frames in PACKAGES, from the innermost to that of `record`."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    while frame is not None and frame.f_code is not record.__code__:
         if (path := _own_path(frame.f_code.co_filename)) is not None:
             yield path, frame.f_lineno, frame.f_code.co_name
         frame = frame.f_back
