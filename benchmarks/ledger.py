@@ -11,7 +11,8 @@ operation that it is on CUDA, on the CPU too.
     attention     the same of attention kernels
     ops           the number of operations of all three kinds
 
-What a kernel does inside, such as a copy to another layout, is not seen.
+What a kernel does inside, such as a copy to another layout, is not seen. What torch.library.custom_op makes is one
+operation, whatever its implementation does; a kernel that is launched without one is not seen at all.
 
 Of compiled code the operations are the kernels that Inductor has scheduled, with its own read and write sets, and kept
 is what the compiled graphs hand on; its lines are marked. A checkpoint inside a compiled graph recomputes inside its
@@ -68,7 +69,7 @@ class Entry(NamedTuple):
     """What a number of the ledger counts."""
 
     what: str  # bytes kept, elementwise, gemm or attention; or the number of ops
-    phase: str  # forward, recompute (a block that runs again in the backward pass) or backward
+    phase: str  # forward, backward, or recompute: in the backward pass, below a function `forward` of PACKAGES
     line: str  # file:line of the innermost frame in one of PACKAGES; of a gradient that of its forward operation
 
 
@@ -242,11 +243,11 @@ class _Recorder(TorchDispatchMode):
         for path, number, function in _frames():
             line = line or f"{path}:{number}"
             again = again or function == "forward"
+        # While the engine adds up gradients, this is the node that has made the last one.
         node = None if self.forward else torch._C._current_autograd_node()
         if line is None and node is not None:
             line = self.lines.get(node._sequence_nr())
-        # The engine adds up gradients between two nodes: part of the first one's work.
-        self.line = line or (ELSEWHERE if self.forward else self.line)
+        self.line = line or ELSEWHERE
         if self.forward or again:
             # torch numbers the node of an operation before it dispatches the operation.
             self.lines.setdefault(torch.autograd._get_sequence_nr() - 1, self.line)
