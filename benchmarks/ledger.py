@@ -39,6 +39,7 @@ from benchmarks.compiled import Graph, watched
 from benchmarks.fused_ops import fused_ops
 from benchmarks.measure import Sizes, count_tokens
 from benchmarks.models import Trainee, random_inputs
+from utils.common.errors import RunError
 from utils.common.formatting import format_table
 from wan.modules.model import WanShape
 
@@ -80,7 +81,7 @@ def record(forward: Callable[[], Tensor], leaves: Sequence[Tensor], compiled: bo
     """The ledger of one forward and backward pass. `forward` returns the loss; `leaves` get gradients, then lose them.
 
     A pass that is not recorded comes first: it makes what is cached, such as the rotary table. With `compiled`, parts
-    of the model are compiled by torch, and the first pass compiles them.
+    of the model are compiled by torch, and the first pass compiles them. Raises RunError if none is.
     """
     recorder = _Recorder()
     with ExitStack() as stack:
@@ -99,6 +100,8 @@ def record(forward: Callable[[], Tensor], leaves: Sequence[Tensor], compiled: bo
             recorder.close_forward(loss)
             loss.backward()
         _drop_gradients(leaves)
+    if compiled and not recorder.graphs:
+        raise RunError("nothing was compiled: torch ran the whole model as it is")
     return recorder.ledger
 
 
@@ -184,6 +187,7 @@ class _Recorder(TorchDispatchMode):
         self.lines: dict[int, str] = {}  # of autograd nodes, by sequence number
         self.line = ELSEWHERE
         self.in_graph = False
+        self.graphs = 0  # how many compiled graphs have run
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -210,6 +214,7 @@ class _Recorder(TorchDispatchMode):
 
     def run_graph(self, graph: Graph, inputs: Sequence[Any], run: Callable[[], Any]) -> Any:
         """Runs a compiled graph and counts its kernels."""
+        self.graphs += 1
         phase = FORWARD if self.forward else BACKWARD if graph.is_backward else RECOMPUTE
         self._locate()
         self.line += COMPILED

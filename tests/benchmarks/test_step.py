@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from benchmarks import step
 from benchmarks.contest import Contestant
@@ -149,3 +152,17 @@ def test_the_command_runs_as_a_module():
     command = [sys.executable, "-m", "benchmarks.step", "--help"]
     ran = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert "--checkpointing" in ran.stdout
+
+
+def test_kernels_are_counted_without_copies_fills_marks_and_host_operations(monkeypatch):
+    def event(name: str, device: DeviceType = DeviceType.CUDA, marked: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_type=device, is_user_annotation=marked)
+
+    seen = [event("gemm"), event("Memcpy HtoD"), event("Memset"), event("Optimizer.step", marked=True)]
+    seen += [event("aten::mm", DeviceType.CPU), event("gemm")]
+    taken = []
+    profiler = nullcontext(SimpleNamespace(events=lambda: seen))
+    monkeypatch.setattr(step, "profile", lambda activities: profiler)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: taken.append("waited"))
+    assert step.count_kernels(lambda: taken.append("step")) == 2
+    assert taken == ["step", "waited"]
