@@ -63,3 +63,15 @@ def test_a_model_that_should_be_compiled_and_is_not_is_an_error():
     x = torch.ones(8, requires_grad=True)
     with pytest.raises(RunError, match="nothing was compiled"):
         record(lambda: x.sin().sum(), [x], compiled=True)
+
+
+def test_views_that_the_compiler_leaves_to_torch_are_free():
+    seen: list[Graph] = []
+
+    def turn(x: Tensor, turns: Tensor) -> Tensor:
+        return torch.view_as_real(torch.view_as_complex(x) * turns)
+
+    with watched(lambda graph, inputs, action: (seen.append(graph), action())[1]):
+        torch.compile(turn)(torch.ones(8, 2), torch.ones(8, dtype=torch.complex64))
+    [graph] = seen
+    assert [(kernel.name, kernel.bytes) for kernel in graph.kernels] == [("mul", 3 * 8 * 8)]
