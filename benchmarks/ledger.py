@@ -48,6 +48,7 @@ FORWARD, RECOMPUTE, BACKWARD = "forward", "recompute", "backward"
 ROOTS = (Path(torch.__file__).resolve().parents[1], Path(__file__).resolve().parents[1])
 PACKAGES = ("wan", "utils", "diffusers", "peft")  # whose lines are told apart
 DEPTHS, GRIDS = (1, 3), ((1, 16, 16), (2, 16, 16))  # what `per_block` subtracts: blocks, latents F, H, W
+COMPILED_GRIDS = ((1, 64, 64), (2, 64, 64))  # what a compiler keeps depends on size: that of real clips
 ELSEWHERE = "elsewhere"
 COMPILED = ", compiled"
 PRODUCTS = {
@@ -116,19 +117,19 @@ def per_block(
     """The ledger of one block: bytes per token and unit of width, and ops.
 
     Bytes are the difference between two depths (3 and 1 blocks) of the difference between two token counts (128 and
-    64): embeddings and head cancel, and so does what does not grow with the video, such as weights and the rows of the
+    64, or 2048 and 1024 of compiled blocks): embeddings and head cancel, and so does what does not grow with the video, such as weights and the rows of the
     text. They grow linearly with tokens, so the numbers hold for any length. Ops are the difference between the two
     depths alone, so those on weights and text are in. `build` is given the shape with the depth.
     """
-    recorded = {}
+    recorded, grids = {}, COMPILED_GRIDS if compiled else GRIDS
     for layers in DEPTHS:
         deep = replace(shape, num_layers=layers)
         trainee = build(deep)
-        for grid in GRIDS:
+        for grid in grids:
             inputs = random_inputs(Sizes(shape=deep), grid, device)
             recorded[layers, grid] = record(partial(trainee.loss, inputs), trainee.parameters, compiled)
-    (one, three), (few, many) = DEPTHS, GRIDS
-    deeper = {grid: subtract(recorded[three, grid], recorded[one, grid]) for grid in GRIDS}
+    (one, three), (few, many) = DEPTHS, grids
+    deeper = {grid: subtract(recorded[three, grid], recorded[one, grid]) for grid in grids}
     unit = (count_tokens(many) - count_tokens(few)) * shape.dim
     moved = {e: value / unit for e, value in subtract(deeper[many], deeper[few]).items() if e.what != OPS}
     ops = {e: value for e, value in deeper[many].items() if e.what == OPS}

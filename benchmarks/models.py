@@ -13,7 +13,7 @@ from benchmarks.weights import random_transformer, seeded, to_bf16
 from utils.adapters.lora import add_lora, select_modules
 from utils.diffusion.flow import Noisy, add_noise
 from utils.diffusion.objectives import squared_error
-from utils.training.memory import Memory, prepare
+from utils.training.memory import Memory, TrainingPass, prepare
 from wan.modules.model import WanModel, WanShape
 from wan.names import diffusers_name, is_parameter
 
@@ -111,7 +111,9 @@ def our_trainee(
     names = select_modules(model, TARGETS)
     parameters = prepare(model, memory, lambda base: add_lora(base, names, sizes.rank, sizes.rank))
     _draw_adapter(parameters)
-    return Trainee(model, parameters, model)
+    training_pass = model.blocks[0].forward
+    offloads = memory.checkpointing == "offload" and isinstance(training_pass, TrainingPass)
+    return Trainee(model, parameters, model, training_pass.parking.waited if offloads else None)
 
 
 def rounded_trainee(shape: WanShape, sizes: Sizes, device: torch.device) -> Trainee[WanModel]:

@@ -13,7 +13,7 @@ missed.
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -40,15 +40,13 @@ from benchmarks.measure import Clock, Row, Sizes, count_tokens, gemm_rate, skipp
 from benchmarks.models import Trainee, attention_flops, diffusers_trainee, our_trainee, random_inputs, step_flops
 from utils.common.errors import UserError
 from utils.common.options import option, parse_options, run_script
-from utils.training.memory import Memory, MemoryOptions
+from utils.training.checkpointing import STRATEGIES
+from utils.training.memory import Memory
 from wan.configs import FAMILIES
 from wan.modules.model import WanShape
 
 OURS, PEER = "ours", "diffusers + PEFT"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-CHECKPOINTING = next(spec for spec in fields(MemoryOptions) if spec.name == "gradient_checkpointing").metadata[
-    "choices"
-]
 CPU_GEMM_SIDE = 1024
 NO_LIMIT = Clock(float("inf"))
 Build = Callable[[Sizes], Trainee[nn.Module]]
@@ -62,8 +60,10 @@ class Options:
     layers: int | None = option(None, "blocks that are timed (default: all on a GPU, 1 on the CPU)", minimum=1)
     tokens: int | None = option(None, "video tokens (default: 9360)", minimum=1)
     grid: tuple[int, ...] = option((), "frames, height and width of the latents, instead of --tokens", minimum=1)
-    checkpointing: str = option("none", "what our blocks recompute", choices=CHECKPOINTING)
+    checkpointing: str = option("none", "what our blocks recompute", choices=STRATEGIES)
     compile: bool = option(False, "compile our blocks")
+    plain: bool = option(False, "run the model's own operations, as on the CPU, not the fused ones of a GPU")
+    fp32_stream: bool = option(False, "do not round our residual stream")
     dtype: str = option("bf16", "of the frozen weights", choices=tuple(DTYPES))
     rank: int = option(16, "of the LoRA on attention", minimum=1)
     steps: int = option(20, "steps that are timed, of each", minimum=2)
@@ -74,7 +74,8 @@ class Options:
 
     @property
     def memory(self) -> Memory:
-        return Memory(checkpointing=self.checkpointing, compile=self.compile)
+        stream = torch.float32 if self.fp32_stream else DTYPES[self.dtype]
+        return Memory(self.checkpointing, self.compile, not self.compile and not self.plain, stream)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

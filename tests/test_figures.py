@@ -96,7 +96,9 @@ def lora(name: str) -> int:
 def kept_per_token(shape: WanShape, strategy: str) -> int:
     """The bytes that a fused block in bf16 keeps for each token, without the few of its LoRAs."""
     width, attentions = 2 * shape.dim, 3 if shape.image_dim else 2
-    answers = attentions * (width + 4 * shape.num_heads) + (attentions > 2) * width  # two that are summed, and their sum
+    answers = (
+        attentions * (width + 4 * shape.num_heads) + (attentions > 2) * width
+    )  # two that are summed, and their sum
     products = 4 * width + 2 * shape.ffn_dim  # q, k, v; q; the wide layer
     everything = 3 * (width + 4) + products + answers  # and three normalised streams with their scales
     selective = width + attentions * (width + 4 * shape.num_heads)
@@ -156,7 +158,9 @@ def test_a_block_keeps_what_the_documents_count(name):
         mod, text = torch.zeros(1, 1, 6, shape.dim), torch.zeros(1, shape.text_len, shape.dim, dtype=torch.bfloat16)
         rotary = torch.zeros(tokens, 1, shape.dim // shape.num_heads // 2, 2)
         image = torch.zeros_like(text) if shape.image_dim else None
-        costs = room.kept_per_token(model.blocks[0].forward, torch.zeros(1, tokens, shape.dim), mod, rotary, text, image)
+        costs = room.kept_per_token(
+            model.blocks[0].forward, torch.zeros(1, tokens, shape.dim), mod, rotary, text, image
+        )
         found.append({strategy: tokens * cost for strategy, cost in costs.items()})
     few, many = found
     for strategy in ("none", "selective", "full"):
