@@ -17,7 +17,7 @@ from utils.common.console import say
 from utils.common.digests import LATENTS
 from utils.common.formatting import readable_size
 from utils.common.options import option
-from utils.data.loading import Clip, batches, load_ahead, load_clip
+from utils.data.loading import Clip, batches, in_thread, load_ahead, load_clip
 from utils.data.plan import Plan, Window
 from utils.encoding.conditioning import Batch, Encoded, Encoders, collate
 from utils.encoding.latent_cache import LatentCache, Layout, cached_bytes
@@ -117,7 +117,7 @@ class CachedSamples:
         return self.batch([self.load(window) for window in windows])
 
     def stream(self, plan: Plan, start_batch: int = 0) -> Generator[Batch, None, None]:
-        return _stream(batches(plan, self.load, start_batch, self.num_workers), self.batch)
+        return _stream(in_thread(batches(plan, self.load, start_batch, self.num_workers)), self.batch)
 
 
 def _stream(
