@@ -62,8 +62,8 @@ class Samples(Protocol):
     def stream(self, plan: Plan, start_batch: int = 0) -> Generator[Batch, None, None]:
         """The batches of a plan without end, from that number on, on the device.
 
-        Clips are loaded ahead of time by other processes, which end when the generator is closed. Raises as
-        `utils.data.loading.batches` does.
+        Clips are loaded ahead of time by other processes, cached ones by a thread; these end when the generator is
+        closed. Raises as `utils.data.loading.batches` does.
         """
         ...
 
@@ -102,7 +102,7 @@ class CachedSamples:
     texts: LoadText
     device: torch.device
     load_encoders: Callable[[], Encoders]
-    num_workers: ClassVar[int] = 0  # a cached clip is loaded in a millisecond
+    num_workers: ClassVar[int] = 0  # a cached clip is loaded in a millisecond, by a thread
 
     def open_encoders(self) -> Encoders:
         return self.load_encoders()
