@@ -37,16 +37,17 @@ from utils.training.learner import Trainable
 
 MODEL = Path(__file__).resolve().parents[1] / "nano" / "model"
 CLIPS, BATCH_SIZE = 16, 4
-LOAD, COLLATE, GRADIENTS, OPTIMIZER, LOG, RANDOM, REST = PARTS = (
+LOAD, COLLATE, GRADIENTS, RELEASE, OPTIMIZER, LOG, RANDOM, REST = PARTS = (
     "load",
     "collate",
     "forward and backward",
+    "release of their graph",
     "optimizer: norm, clip, AdamW, schedule",
     "log",
     "random states",
     "rest",
 )
-OUTSIDE = tuple(part for part in PARTS if part not in (GRADIENTS, OPTIMIZER))
+OUTSIDE = tuple(part for part in PARTS if part not in (GRADIENTS, RELEASE, OPTIMIZER))
 SUM_OUTSIDE, WHOLE = "outside forward, backward and optimizer", "whole step"
 WALL, OTHERS = "wall time", "CPU time of all other threads"
 REFERENCE = 300.0  # ms of the step that the share of the bookkeeping is stated for
@@ -94,6 +95,11 @@ class Ledger:
         self._spent, self._open = dict.fromkeys(PARTS, 0.0), [REST]
         self._began = self._now = time.thread_time()
         self._wall, self._process = time.perf_counter(), time.process_time()
+
+    def count_rest_for(self, part: str) -> None:
+        """Until the end of the step, what belongs to no other part counts for this one."""
+        self._charge()
+        self._open[0] = part
 
     def end_step(self) -> None:
         """Notes the step. It ends where the next one begins."""
@@ -146,12 +152,17 @@ def measure_run(opts: Options, folder: Path) -> list[Costs]:
 def wrapped(ledger: Ledger) -> Iterator[None]:
     """The functions of the training script fill the ledger."""
     take_step, stream = train_wan_lora.take_step, CachedSamples.stream
+    end_log = ledger.timed(LOG, Metrics.end_step)
 
     def counted_step(*args: object) -> None:
         if not ledger.steps:
             ledger.begin_step()  # what came before the first step is no part of it
         take_step(*args)  # type: ignore[arg-type]  # handed on as they came
         ledger.end_step()
+
+    def timed_end(metrics: Metrics, tokens: int) -> None:
+        end_log(metrics, tokens)
+        ledger.count_rest_for(RELEASE)  # the step returns, and with its variables goes the graph
 
     def timed_stream(samples: CachedSamples, plan: Plan, start_batch: int = 0) -> Generator[Batch, None, None]:
         with closing(stream(samples, plan, start_batch)) as batches:
@@ -168,7 +179,7 @@ def wrapped(ledger: Ledger) -> Iterator[None]:
             (torch.Tensor, "backward", ledger.timed(GRADIENTS, torch.Tensor.backward)),
             (Trainable, "step", ledger.timed(OPTIMIZER, Trainable.step)),
             (Metrics, "log", ledger.timed(LOG, Metrics.log)),
-            (Metrics, "end_step", ledger.timed(LOG, Metrics.end_step)),
+            (Metrics, "end_step", timed_end),
             (torch, "get_rng_state", ledger.timed(RANDOM, torch.get_rng_state)),
         ):
             patches.enter_context(patch.object(owner, name, replacement))

@@ -8,7 +8,20 @@ import pytest
 
 import train_wan_lora
 from benchmarks import bookkeeping
-from benchmarks.bookkeeping import COLLATE, GRADIENTS, LOAD, LOG, OPTIMIZER, PARTS, RANDOM, REST, WHOLE, Ledger, Options
+from benchmarks.bookkeeping import (
+    COLLATE,
+    GRADIENTS,
+    LOAD,
+    LOG,
+    OPTIMIZER,
+    PARTS,
+    RANDOM,
+    RELEASE,
+    REST,
+    WHOLE,
+    Ledger,
+    Options,
+)
 from tests.tiny import write_model
 
 
@@ -36,6 +49,7 @@ def test_the_table_names_the_parts_and_their_sums(model, capsys):
         "load",
         "collate",
         "forward and backward",
+        "release of their graph",
         "optimizer: norm, clip, AdamW, schedule",
         "log",
         "random states",
@@ -67,6 +81,19 @@ def test_an_inner_part_counts_for_itself_alone_and_another_thread_for_none():
     assert step[LOAD] == pytest.approx(10, abs=4) and step[COLLATE] == pytest.approx(30, abs=4)
     assert step[LOG] == step[OPTIMIZER] == step[RANDOM] == 0 and step[REST] < 4
     assert step[bookkeeping.OTHERS] == pytest.approx(20, abs=8)
+
+
+def test_what_belongs_to_no_part_counts_for_the_rest_or_what_is_named_for_the_end_of_the_step():
+    ledger = Ledger()
+    burn(0.03)
+    ledger.count_rest_for(RELEASE)
+    burn(0.01)
+    ledger.end_step()
+    burn(0.02)
+    ledger.end_step()
+    first, second = ledger.steps
+    assert first[REST] == pytest.approx(30, abs=4) and first[RELEASE] == pytest.approx(10, abs=4)
+    assert second[REST] == pytest.approx(20, abs=4) and second[RELEASE] == 0
 
 
 def test_the_figures_are_medians_of_runs_and_their_shares():
