@@ -305,7 +305,7 @@ def _layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLayer
 
 
 def _adapted(module: nn.Module) -> Iterator[LoraLayer]:
-    """The adapted layers. What is inside them is left out: nine of ten modules, and every step looks for the layers."""
+    """The adapted layers. Most modules are inside of them and are not visited: every step looks for the layers."""
     for child in module.children():
         if isinstance(child, LoraLayer):
             yield child
