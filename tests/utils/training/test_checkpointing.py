@@ -12,7 +12,17 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from tests.followed import Followed
 from tests.tiny import TINY_SHAPE
-from tests.trainees import SITUATIONS, answers, equal, inputs_of, loss_of, prepare_again, prepared, relative_error, trainee
+from tests.trainees import (
+    SITUATIONS,
+    answers,
+    equal,
+    inputs_of,
+    loss_of,
+    prepare_again,
+    prepared,
+    relative_error,
+    trainee,
+)
 from utils.adapters.projection import in_dtype
 from utils.training.checkpointing import STRATEGIES, checkpointed, keep_kernels, parked, parked_inputs
 from utils.training.memory import Memory
