@@ -1,14 +1,19 @@
 """What happens in a pass: which tensors stay, and how often the attention kernel runs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.trainees import loss_of, prepare_again
+from utils.adapters.projection import in_dtype
 from utils.training.kept_attention import KERNELS
+from utils.training.memory import Memory
+from wan.modules.model import WanModel
 
 
 class Followed(TorchDispatchMode):
@@ -47,3 +52,23 @@ class Followed(TorchDispatchMode):
     def living_bytes(self) -> int:
         """The memory of followed tensors that is not free yet."""
         return sum(size for ref, size in self._storages.values() if not ref.expired())
+
+
+def kept_bytes(
+    memory: Memory, model: WanModel, parameters: Sequence[nn.Parameter], inputs: Sequence[Tensor]
+) -> tuple[float, int]:
+    """What a block keeps from the forward to the backward pass, per token; and what is left after the step, in all."""
+    kept, left = [], 0
+    for parameter in parameters:
+        in_dtype(parameter, model.compute_dtype)  # kept for all steps
+    blocks, tokens = model.blocks, inputs[0][:, 0].numel() // 4
+    for count in (1, 2):
+        model.blocks = blocks[:count]
+        prepare_again(model, memory)
+        with Followed() as followed:
+            velocity = model(*inputs)
+            kept.append(followed.living_bytes)
+            torch.autograd.grad(loss_of(velocity), parameters, allow_unused=True)
+            del velocity
+        left += followed.living_bytes
+    return (kept[1] - kept[0]) / tokens, left

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy
 
-from tests.followed import Followed
+from tests.followed import Followed, kept_bytes
 from tests.tiny import TINY_SHAPE
 from tests.trainees import (
     SITUATIONS,
@@ -23,7 +23,6 @@ from tests.trainees import (
     relative_error,
     trainee,
 )
-from utils.adapters.projection import in_dtype
 from utils.training.checkpointing import STRATEGIES, checkpointed, keep_kernels, parked, parked_inputs
 from utils.training.memory import Memory
 from utils.training.offload import Parking
@@ -62,25 +61,6 @@ def test_the_attention_kernel_runs_once_where_its_answer_is_kept(strategy, runs,
     assert followed.kernel_runs == runs * BLOCKS * attentions
 
 
-def kept_bytes(memory: Memory, situation: str, dtype: torch.dtype) -> tuple[float, int]:
-    """What a block keeps from the forward to the backward pass, per token; and what is left after the step, in all."""
-    kept, left = [], 0
-    model, parameters, inputs = shared(situation, dtype)
-    for parameter in parameters:
-        in_dtype(parameter, dtype)  # kept for all steps
-    blocks = model.blocks
-    for count in (1, 2):
-        model.blocks = blocks[:count]
-        prepare_again(model, memory)
-        with Followed() as followed:
-            velocity = model(*inputs)
-            kept.append(followed.living_bytes)
-            torch.autograd.grad(loss_of(velocity), parameters, allow_unused=True)
-            del velocity
-        left += followed.living_bytes
-    return (kept[1] - kept[0]) / (SITUATIONS[situation].batch * TOKENS), left
-
-
 # The rows of modulation that the autograd Functions of a fused block hold: (R, 8, D) in fp32 for each sample.
 ROWS = 8 * WIDTH * 4 / TOKENS
 
@@ -95,7 +75,7 @@ FUSED_IMAGES = pytest.param(
 @pytest.mark.parametrize(("situation", "fuse"), [("text", False), ("text", True), ("images", False), FUSED_IMAGES])
 def test_selective_keeps_the_input_and_the_answer_of_each_attention(situation, fuse, dtype):
     attentions = {"text": 2, "images": 3}[situation]
-    kept, left = kept_bytes(Memory("selective", fuse=fuse, stream=dtype), situation, dtype)
+    kept, left = kept_bytes(Memory("selective", fuse=fuse, stream=dtype), *shared(situation, dtype))
     expected = WIDTH * dtype.itemsize + attentions * (WIDTH * dtype.itemsize + HEADS * FP32.itemsize)
     assert expected <= round(kept, 3) <= round(expected + fuse * ROWS, 3)
     assert left == 0
@@ -105,7 +85,7 @@ def test_selective_keeps_the_input_and_the_answer_of_each_attention(situation, f
 @pytest.mark.parametrize("stream", [FP32, BF16], ids=["fp32 stream", "bf16 stream"])
 @pytest.mark.parametrize("situation", ["text", "images"])
 def test_full_keeps_only_the_input_in_the_dtype_of_the_stream(situation, stream, fuse):
-    kept, left = kept_bytes(Memory("full", fuse=fuse, stream=stream), situation, BF16)
+    kept, left = kept_bytes(Memory("full", fuse=fuse, stream=stream), *shared(situation, BF16))
     assert WIDTH * stream.itemsize <= round(kept, 3) <= round(WIDTH * stream.itemsize + fuse * ROWS, 3)
     assert left == 0
 
@@ -113,13 +93,15 @@ def test_full_keeps_only_the_input_in_the_dtype_of_the_stream(situation, stream,
 @FUSED
 @pytest.mark.parametrize("stream", [FP32, BF16], ids=["fp32 stream", "bf16 stream"])
 def test_offload_keeps_nothing_beside_main_memory(stream, fuse):
-    kept, left = kept_bytes(Memory("offload", fuse=fuse, stream=stream), "images", BF16)
+    kept, left = kept_bytes(Memory("offload", fuse=fuse, stream=stream), *shared("images", BF16))
     assert 0 <= round(kept, 3) <= round(fuse * ROWS, 3)
     assert left == 0
 
 
 def test_a_fused_block_keeps_less_than_a_plain_one_and_nothing_for_longer():
-    (plain, left), (fused, left_too) = (kept_bytes(Memory("none", fuse=fuse), "images", FP32) for fuse in (False, True))
+    (plain, left), (fused, left_too) = (
+        kept_bytes(Memory("none", fuse=fuse), *shared("images", FP32)) for fuse in (False, True)
+    )
     assert fused < 0.8 * plain
     assert left == left_too == 0
 

@@ -153,7 +153,7 @@ def test_what_still_waits_is_not_overwritten_if_passes_end_in_the_order_of_their
     assert torch.equal(second.take(), tensor_of(50, 2)) and torch.equal(third.take(), tensor_of(120, 3))
 
 
-# ------------------------------------------------------------------------------------------------------------- in a model
+# ----------------------------------------------------------------------------------------------------------- in a model
 
 
 def test_passes_nest_accumulate_and_are_dropped_and_every_gradient_stays_the_same():
