@@ -60,6 +60,7 @@ from utils.runs.state import Facts, State, check_resume_compatible, find_state
 from utils.setup.download import SetupOptions, set_up
 from utils.setup.model import SingleFiles, find_given_family, need_experts, open_given
 from utils.training.checkpoint_plan import CheckpointPlan
+from utils.training.compilation import explain_failed_compilation
 from utils.training.conditions import check_conditions
 from utils.training.experts import Experts, Role, load_experts, plan_experts
 from utils.training.learner import Learner, Trainable
@@ -388,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes, steps)
 
     device = pick_device()
-    with explain_out_of_memory():
+    with explain_out_of_memory(), explain_failed_compilation():
         if opts.cache_embeddings:
             load_texts(opts, TextEncoding(files, device), data)
         elif (session := open_session(opts, files, device, data, plan)) is not None:

@@ -20,11 +20,11 @@ from torch.autograd.function import once_differentiable
 
 
 def is_plain(layer: LoraLayer, adapter: str) -> bool:
-    """Whether an adapter adds nothing but scaling * x @ A^T @ B^T to its layer: no DoRA, dropout or biases."""
+    """Whether an adapter adds nothing but scaling * x @ A^T @ B^T to its layer: no dropout, bias or DoRA."""
     dropout = layer.lora_dropout[adapter]
     matrices = layer.lora_A[adapter], layer.lora_B[adapter]
     unbiased = all(matrix.bias is None for matrix in matrices)
-    return unbiased and not layer.use_dora.get(adapter) and isinstance(dropout, nn.Identity)
+    return unbiased and not layer.lora_variant.get(adapter) and isinstance(dropout, nn.Identity)
 
 
 def speaking_adapters(layer: nn.Module) -> list[str]:

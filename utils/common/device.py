@@ -33,7 +33,7 @@ def out_of_memory(error: torch.OutOfMemoryError) -> str:
     reason = str(error).split(". ")[0]
     return (
         f"{reason}\nfewer tokens need less memory: --token_limit and --base_res when training, --width, --height and "
-        "--frames when generating; --gradient_checkpointing saves memory too"
+        "--frames when generating; of training, --gradient_checkpointing offload keeps least on the GPU"
     )
 
 

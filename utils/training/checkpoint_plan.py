@@ -9,8 +9,8 @@ LADDER = ("offload", "full", "selective", "none")
 AUTO = "auto"
 KEEPING = {
     "offload": "nothing on the device",
-    "full": "their input",
-    "selective": "their input and their attention",
+    "full": "the input",
+    "selective": "the input and the attention",
     "none": "everything",
 }
 
@@ -77,6 +77,7 @@ class CheckpointPlan:
             return None
         parts, first = [], 0
         for strategy, count in runs:
-            parts.append(f"blocks {first} to {first + count - 1} keep {KEEPING[strategy]}")
+            blocks = f"blocks {first} to {first + count - 1} keep" if count > 1 else f"block {first} keeps"
+            parts.append(f"{blocks} {KEEPING[strategy]}")
             first += count
         return f"for the backward pass of {tokens:,} tokens {', '.join(parts)}"

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from utils.training.kept_attention import KERNELS
 from utils.training.offload import Parked, Parking
 
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 STRATEGIES = ("none", "selective", "full", "offload")
 
 Forward = Callable[..., Tensor]  # of a block: the stream first, then its conditions
@@ -30,7 +31,14 @@ def keep_kernels(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> 
     return CheckpointPolicy.MUST_SAVE if is_kernel else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def keep_products(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    """Neither attention kernels nor matrix products are run again."""
+    is_kept = operation._schema.name.startswith((KERNELS, *PRODUCTS))
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_SAVE
+
+
 keeping_kernels: Contexts = partial(create_selective_checkpoint_contexts, keep_kernels)
+keeping_products: Contexts = partial(create_selective_checkpoint_contexts, keep_products)
 
 
 def checkpointed(forward: Forward, contexts: Contexts | None = None) -> Forward:

@@ -1,18 +1,19 @@
 """Compiled blocks: one graph for all blocks of a model and for all sizes of a batch."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch._dynamo import maybe_mark_dynamic
+from torch._dynamo.exc import TorchDynamoException
 from torch._functorch import config as partitioner
 
 from utils.common.console import say
-from utils.common.errors import UserError
+from utils.common.errors import RunError, UserError
 
-# Of what an uncompiled block keeps for the backward pass a compiled one keeps so much, and computes the rest again as
-# part of its products' inputs. Measured: less makes it run products or attention again.
+# Of what could be kept for the backward pass compiled blocks keep so much, and compute again what costs no products.
 KEPT_SHARE = 0.85
 
 # A compiled block moves so many bytes less in a step, for each token and unit of width (benchmarks/RECORDS.md).
@@ -54,6 +55,16 @@ def why_not(device: torch.device) -> str | None:
         lines = str(error).strip().splitlines()
         return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return None
+
+
+@contextmanager
+def explain_failed_compilation() -> Iterator[None]:
+    """Turns what a compiler raises into a RunError that says how to do without it."""
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise RunError(f"compiling the blocks failed: {reason}\npass --compile off, which is slower") from error
 
 
 def compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

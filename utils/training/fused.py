@@ -28,9 +28,9 @@ Kept = list[list[Tensor]]  # what is kept for the backward pass, in groups
 
 
 class FusedBlock:
-    """The forward pass of a block in training; called as `Block.forward` is.
+    """The forward pass of a block in training; called as `Block.forward` is. The stream keeps its dtype, any.
 
-    Where a layer is more than a product with plain LoRAs, it is the block's own.
+    Where the block has more than frozen weights and plain LoRAs, it is the block's own.
     """
 
     def __init__(self, block: Block) -> None:
@@ -41,26 +41,28 @@ class FusedBlock:
 
     def __call__(self, x: Tensor, mod: Tensor, rotary: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
         block, layers = self.block, self._layers()
-        if layers is None:
-            return self.plain(x, mod, rotary, text, image)
+        if layers is None or mod.requires_grad:
+            return self.plain(x.float(), mod, rotary, text, image).to(x.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation + mod).unbind(2)  # each (B, R, D)
-        norm1 = _Norm(1 + scale1, shift1, block.norm1.eps, text.dtype)
-        norm3 = _Norm(block.norm3.weight[None, None], block.norm3.bias[None, None], block.norm3.eps, text.dtype)
-        norm2 = _Norm(1 + scale2, shift2, block.norm2.eps, text.dtype)
+        norm1, norm2 = (_Norm(norm.eps, text.dtype) for norm in (block.norm1, block.norm2))
+        norm3, weight, bias = _Norm(block.norm3.eps, text.dtype), *block.norm3.parameters()
 
         own, cross = block.self_attn, block.cross_attn
         queries, keys = (_Heads(own.num_heads, norm, rotary) for norm in (own.norm_q, own.norm_k))
         inner = [layers[f"self_attn.{name}"] for name in "qkv"]
-        x = _apply(_Sublayer(norm1, inner, _Attention(queries, keys, self.tape), layers["self_attn.o"]), x, gate1)
+        sublayer = _Sublayer(norm1, inner, _Attention(queries, keys, self.tape), layers["self_attn.o"])
+        hidden = _apply(sublayer, x, 1 + scale1, shift1, gate1)
 
         core = _Attention(_Heads(cross.num_heads, cross.norm_q), None, self.tape)
+        sublayer = _Sublayer(norm3, [layers["cross_attn.q"]], core, layers["cross_attn.o"])
         given = self._keys_and_values(layers, text, image)
-        x = _apply(_Sublayer(norm3, [layers["cross_attn.q"]], core, layers["cross_attn.o"]), x, None, given)
+        hidden = _apply(sublayer, hidden, weight[None, None], bias[None, None], None, given)
 
-        return _apply(_Sublayer(norm2, [layers["ffn.0"]], _Gelu(), layers["ffn.2"]), x, gate2)
+        sublayer = _Sublayer(norm2, [layers["ffn.0"]], _Gelu(), layers["ffn.2"], x.dtype)
+        return _apply(sublayer, hidden, 1 + scale2, shift2, gate2)
 
     def _layers(self) -> Layers | None:
-        """What each linear layer computes at this moment; None where one is more than a product with plain LoRAs."""
+        """What each linear layer computes at this moment; None where the block has more than these."""
         layers = {
             f"{part}.{name}": layer
             for part in ("self_attn", "cross_attn", "ffn")
@@ -71,7 +73,9 @@ class FusedBlock:
         state = tuple((layer, *speaking_adapters(layer)) for layer in layers.values())
         if state not in self._known:
             found = {name: Projection.of(layer) for name, layer in layers.items()}
-            self._known[state] = {n: p for n, p in found.items() if p is not None} if all(found.values()) else None
+            others = (p for name, p in self.block.named_parameters() if "lora_" not in name)
+            fits = all(found.values()) and not any(parameter.requires_grad for parameter in others)
+            self._known[state] = {n: p for n, p in found.items() if p is not None} if fits else None
         return self._known[state]
 
     def _keys_and_values(self, layers: Layers, text: Tensor, image: Tensor | None) -> list[Tensor]:
@@ -120,93 +124,112 @@ class _Sublayer:
     inner: Sequence[Projection]
     core: _Core
     outer: Projection
+    dtype: torch.dtype = torch.float32  # of the stream that it returns
 
     @property
     def matrices(self) -> list[nn.Parameter]:
         return [matrix for projection in (*self.inner, self.outer) for matrix in projection.matrices]
 
 
-def _apply(sublayer: _Sublayer, x: Tensor, gate: Tensor | None, given: Sequence[Tensor] = ()) -> Tensor:
-    """x (B, L, D) fp32, gate (B, R, D) fp32 or None for 1, `given` with gradients of their own -> x"""
-    result: Tensor = _Function.apply(x, gate, sublayer, len(given), *given, *sublayer.matrices)
+def _apply(
+    sublayer: _Sublayer, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None, given: Sequence[Tensor] = ()
+) -> Tensor:
+    """x (B, L, D); scale, shift and gate (B, R, D) fp32, no gate for 1; `given` with gradients of their own -> x"""
+    result: Tensor = _Function.apply(x, scale, shift, gate, sublayer, len(given), *given, *sublayer.matrices)
     return result
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gate: Tensor | None, sublayer: _Sublayer, num_given: int, *others: Tensor
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        gate: Tensor | None,
+        sublayer: _Sublayer,
+        num_given: int,
+        *others: Tensor,
     ) -> Tensor:
         given = list(others[:num_given])
-        m, normed, rstd = sublayer.norm.forward(x)
+        m, normed, rstd = sublayer.norm.forward(x, scale, shift)
         products, hidden = project_forward(sublayer.inner, m)
         seen, kept = sublayer.core.forward(products, x.shape, given)
         update, outer_hidden = sublayer.outer.forward(seen)
-        update = update.view(x.shape)
 
         groups = [given, products, hidden, outer_hidden, *kept]
-        ctx.sublayer, ctx.sizes = sublayer, [len(group) for group in groups]
-        ctx.save_for_backward(gate, normed, rstd, *(tensor for group in groups for tensor in group))
-        if gate is None:
-            return x + update
-        return torch.addcmul(split_by(gate, x), gate.unsqueeze(2), split_by(gate, update)).flatten(1, 2)
+        ctx.sublayer, ctx.sizes, ctx.dtype = sublayer, [len(group) for group in groups], x.dtype
+        ctx.save_for_backward(scale, shift, gate, normed, rstd, *(tensor for group in groups for tensor in group))
+        return _add(x, update.view(x.shape), gate, sublayer.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sublayer, needs_input = ctx.sublayer, ctx.needs_input_grad[0]
-        gate, normed, rstd, *tensors = ctx.saved_tensors
+        scale, shift, gate, normed, rstd, *tensors = ctx.saved_tensors
         rest = iter(tensors)
         given, products, hidden, outer_hidden, *kept = ([next(rest) for _ in range(size)] for size in ctx.sizes)
 
-        inner = torch.empty_like(grad, dtype=normed.dtype)
-        if gate is None:
-            inner.copy_(grad)
-        else:
-            torch.mul(split_by(gate, grad), gate.unsqueeze(2), out=split_by(gate, inner))
+        inner = grad.to(normed.dtype) if gate is None else _scale(grad, gate, normed.dtype)
         # Only LoRAs need what their layers have read.
         seen = sublayer.core.output(products, kept) if sublayer.outer.pairs else None
         seen_grad, outer_grads = sublayer.outer.backward(inner.flatten(0, 1), seen, outer_hidden)
         assert seen_grad is not None
         grads, given_grads = sublayer.core.backward(seen_grad, products, normed.shape, kept, given)
-        m = sublayer.norm.modulate(normed) if hidden else None
+        m = sublayer.norm.modulate(normed, scale, shift) if hidden else None
         m_grad, inner_grads = project_backward(sublayer.inner, grads, m, hidden, needs_input)
-        stream = None if m_grad is None else sublayer.norm.backward(m_grad.view(normed.shape), normed, rstd, grad)
-        return stream, None, None, None, *given_grads, *inner_grads, *outer_grads
+        if m_grad is None:
+            stream = None
+        else:
+            stream = torch.empty_like(grad, dtype=ctx.dtype)
+            sublayer.norm.backward(m_grad.view(normed.shape), normed, rstd, scale, grad, out=stream)
+        return stream, None, None, None, None, None, *given_grads, *inner_grads, *outer_grads
+
+
+def _add(x: Tensor, update: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x + gate * update (B, L, D), computed in fp32 and written once, in `dtype`. gate (B, R, D), or None for 1."""
+    result = torch.empty_like(x, dtype=dtype)
+    if gate is None:
+        return torch.add(x, update, out=result)
+    torch.addcmul(split_by(gate, x), gate.unsqueeze(2), split_by(gate, update), out=split_by(gate, result))
+    return result
+
+
+def _scale(x: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """rows (B, R, D) fp32 * x (B, L, D), written once, in `dtype`."""
+    result = torch.empty_like(x, dtype=dtype)
+    torch.mul(split_by(rows, x), rows.unsqueeze(2), out=split_by(rows, result))
+    return result
 
 
 @dataclass(frozen=True)
 class _Norm:
-    """A layer norm, and the modulation of its result: x -> (x - mean) / std * scale + shift."""
+    """A layer norm, and the modulation of its result: x -> (x - mean) / std * scale + shift. Rows (B, R, D) fp32."""
 
-    scale: Tensor  # (B, R, D) fp32
-    shift: Tensor  # (B, R, D) fp32
     eps: float
     dtype: torch.dtype
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, L, D) fp32 -> modulated (M, D), normalised (B, L, D), 1 / std (B, L, 1) fp32"""
-        normed, _, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, self.eps)
-        return self.modulate(normed), normed.to(self.dtype), rstd
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L, D) -> modulated (M, D), normalised (B, L, D), 1 / std (B, L, 1) fp32"""
+        normed, _, rstd = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, self.eps)
+        return self.modulate(normed, scale, shift), normed.to(self.dtype), rstd
 
-    def modulate(self, normed: Tensor) -> Tensor:
+    def modulate(self, normed: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """Normalised (B, L, D) -> modulated (M, D)"""
         m = torch.empty_like(normed, dtype=self.dtype)
-        shift, scale = self.shift.unsqueeze(2), self.scale.unsqueeze(2)
-        torch.addcmul(shift, split_by(self.scale, normed), scale, out=split_by(self.scale, m))
+        torch.addcmul(shift.unsqueeze(2), split_by(scale, normed), scale.unsqueeze(2), out=split_by(scale, m))
         return m.flatten(0, 1)
 
-    def backward(self, grad: Tensor, normed: Tensor, rstd: Tensor, stream: Tensor) -> Tensor:
-        """grad (B, L, D) of the modulated -> that of x, added to `stream`, (B, L, D) fp32"""
-        inner = torch.empty_like(grad)
-        torch.mul(split_by(self.scale, grad), self.scale.unsqueeze(2), out=split_by(self.scale, inner))
+    def backward(self, grad: Tensor, normed: Tensor, rstd: Tensor, scale: Tensor, stream: Tensor, out: Tensor) -> None:
+        """grad (B, L, D) of the modulated -> that of x, with `stream` (B, L, D) added, into `out`"""
+        inner = _scale(grad, scale, grad.dtype)
         # The formula of a layer norm whose input was `normed` already: mean 0, std 1. The true std is the factor below.
         stats = torch.float32 if grad.is_cuda else grad.dtype
         mean, one = (torch.full(rstd.shape, value, dtype=stats, device=grad.device) for value in (0.0, 1.0))
         inner, _, _ = torch.ops.aten.native_layer_norm_backward(
             inner, normed, grad.shape[-1:], mean, one, None, None, [True, False, False]
         )
-        return torch.addcmul(stream, rstd, inner)
+        torch.addcmul(stream, rstd, inner, out=out)
 
 
 @dataclass(frozen=True)
@@ -241,7 +264,7 @@ class _Heads:
         """grad (B, L, N, K) of the heads -> that of x (M, D)"""
         if self.rotary is not None:
             cos, sin = self.rotary.unbind(-1)
-            grad = rotate(grad, torch.stack((cos, -sin), dim=-1))
+            grad = rotate(grad.contiguous(), torch.stack((cos, -sin), dim=-1))
         inner = torch.empty_like(leaf)
         torch.mul(grad.reshape(leaf.shape), self.norm.weight, out=inner)
         return torch.autograd.grad(normed, leaf, inner)[0]
@@ -257,15 +280,15 @@ class _Attention:
     numbers: list[tuple[Any, ...]] = field(default_factory=list)  # of the kernels' answers
 
     def forward(self, products: list[Tensor], shape: torch.Size, given: Sequence[Tensor]) -> tuple[Tensor, Kept]:
-        def compute() -> tuple[Tensor, list[Answer]]:
+        def compute() -> list[tuple[Tensor, Answer]]:
             pairs = given
             if self.keys is not None:
                 pairs = self.keys.forward(products[1], shape), self.queries.split(products[2], shape)
             q = self.queries.forward(products[0], shape)
-            seen, answers = zip(*(attend(q, k, v) for k, v in _pairs(pairs)), strict=True)
-            return sum(seen[1:], seen[0]).flatten(2).flatten(0, 1), list(answers)
+            return [attend(q, k, v) for k, v in _pairs(pairs)]
 
-        seen, answers = compute() if self.tape is None else self.tape.play(compute)
+        outputs, answers = zip(*(compute() if self.tape is None else self.tape.play(compute)), strict=True)
+        seen = sum(outputs[1:], outputs[0]).flatten(2).flatten(0, 1)
         self.numbers.extend(answer.numbers for answer in answers)
         return seen, [[seen], *(list(answer.tensors) for answer in answers)]
 

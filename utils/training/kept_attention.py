@@ -7,6 +7,7 @@ used: the kernel's answer is put in place of its call.
 Shape letters as in `wan.modules.model`.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,21 +75,23 @@ def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, answer: Answe
     return dq, dk, dv
 
 
+Results = list[tuple[Tensor, Answer]]  # of attentions
+
+
 class Tape:
-    """Results of attention with their answers, in order: written in a first pass, read in a second one."""
+    """Results of attention, in order: written in a first pass, taken in a second one."""
 
     def __init__(self) -> None:
-        self._results: list[tuple[Tensor, list[Answer]]] = []
-        self._next = 0
+        self._results: deque[Results] = deque()
         self._is_written = False
 
-    def play(self, compute: Callable[[], tuple[Tensor, list[Answer]]]) -> tuple[Tensor, list[Answer]]:
-        """The next result: computed and kept in the first pass, read in the second."""
-        if not self._is_written:
-            self._results.append(compute())
-        self._next += 1
-        return self._results[self._next - 1]
+    def play(self, compute: Callable[[], Results]) -> Results:
+        """The next results: computed and kept in the first pass, taken from the tape in the second."""
+        if self._is_written:
+            return self._results.popleft()
+        self._results.append(compute())
+        return self._results[-1]
 
     def rewind(self) -> None:
-        """To be called between the passes."""
-        self._is_written, self._next = True, 0
+        """To be called after the first pass."""
+        self._is_written = True

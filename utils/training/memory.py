@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from utils.common.device import compute_dtype
 from utils.common.options import option
 from utils.training.checkpoint_plan import AUTO, CheckpointPlan
-from utils.training.checkpointing import STRATEGIES, Forward, checkpointed, keeping_kernels, parked, parked_inputs
+from utils.training.checkpointing import (
+    STRATEGIES,
+    Forward,
+    checkpointed,
+    keeping_kernels,
+    keeping_products,
+    parked,
+    parked_inputs,
+)
 from utils.training.compilation import compiled, decide, saved_seconds
 from utils.training.fused import FusedBlock
 from utils.training.offload import Parking
@@ -26,7 +34,7 @@ class Memory:
     checkpointing: str = "none"  # of STRATEGIES, or AUTO
     compile: bool = False
     fuse: bool = False  # without a compiler: blocks as few autograd Functions that keep less
-    stream: torch.dtype = torch.float32  # what the residual stream is rounded to before each block
+    stream: torch.dtype = torch.float32  # what the residual stream is rounded to between blocks
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class MemoryOptions:
         affects_training=False,
     )
     fp32_stream: bool = option(
-        False, "keep the inputs of checkpointed blocks in fp32, not in bf16: twice the memory, more exact"
+        False, "do not round the residual stream to bf16 between blocks: twice the memory of --gradient_checkpointing"
     )
     compile: str = option(
         "auto",
@@ -57,9 +65,7 @@ class MemoryOptions:
         Says what `decide` says, and raises what it raises.
         """
         compile = decide(self.compile, device, saved_seconds(device, shape.dim, shape.num_layers, tokens))
-        # Without checkpointing a rounded stream would save nothing.
-        exact = self.fp32_stream or self.gradient_checkpointing == "none"
-        stream = torch.float32 if exact else compute_dtype(device)
+        stream = torch.float32 if self.fp32_stream else compute_dtype(device)
         # On the CPU in fp32, the blocks' own operations are faster (benchmarks/RECORDS.md).
         return Memory(self.gradient_checkpointing, compile, device.type == "cuda" and not compile, stream)
 
@@ -90,7 +96,7 @@ class TrainingPass:
         self.plain: Forward = block.forward
         self.index, self.memory, self.plan, self.parking = index, memory, plan, parking
         self.fused = FusedBlock(block) if memory.fuse else None
-        self.without: Forward = self.fused or self.plain
+        self.is_last = index == plan.num_blocks - 1
         self._passes: dict[str, Forward] = {}
 
     def __call__(self, x: Tensor, *conditions: Tensor | None) -> Tensor:
@@ -100,17 +106,21 @@ class TrainingPass:
         if strategy not in self._passes:
             self._passes[strategy] = self._build(strategy)
         # Rounded before the block: its first pass and its recomputation read the same numbers.
-        return self._passes[strategy](x.to(self.memory.stream), *conditions)
+        x = self._passes[strategy](x.to(self.memory.stream), *conditions)
+        return x.float() if self.is_last else x
 
     def eager(self, x: Tensor, *conditions: Tensor | None) -> Tensor:
-        """The block with a stream in any dtype, without strategies."""
-        return self.without(x.float(), *conditions)
+        """The block without strategies, from a stream in any dtype to one of that dtype."""
+        fused: Forward | None = self.fused
+        if fused is not None:
+            return fused(x, *conditions)
+        return self.plain(x.float(), *conditions).to(x.dtype)
 
     def _build(self, strategy: str) -> Forward:
         """The block's pass under a strategy."""
         if self.memory.compile:
-            contexts = keeping_kernels if strategy == "selective" else None
-            run = compiled(self.eager if strategy == "none" else checkpointed(self.eager, contexts))
+            contexts = {"none": keeping_products, "selective": keeping_kernels}.get(strategy)
+            run = compiled(checkpointed(self.eager, contexts))
             return parked_inputs(run, self.parking) if strategy == "offload" else run
         if strategy == "selective":
             return checkpointed(self.eager, self.fused.keeping_answers if self.fused else keeping_kernels)

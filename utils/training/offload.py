@@ -25,7 +25,7 @@ class Parking:
 
     def park(self, tensor: Tensor) -> "Parked":
         """Starts the copy of a tensor to main memory."""
-        self._parked = [ref for ref in self._parked if ref() is not None]
+        self._parked = [ref for ref in self._parked if (parked := ref()) is not None and not parked.is_taken]
         if not self._parked:
             self._place = (0, 0)
         host = self._room(tensor)
@@ -86,14 +86,12 @@ class Parking:
         stream.wait_event(ready)
         self.waits.append((before, stream.record_event(torch.cuda.Event(enable_timing=True))))
 
-    def taken(self, parked: "Parked") -> None:
-        """Forgets a tensor and all that came after it, and fetches the one before it."""
+    def fetch_before(self, parked: "Parked") -> None:
+        """Starts the copy of the tensor that was parked before another one and has not been taken."""
         alive = [found for ref in self._parked if (found := ref()) is not None]
-        if parked in alive:
-            alive = alive[: alive.index(parked)]
-        self._parked = [weakref.ref(other) for other in alive]
-        if alive:
-            alive[-1].fetch()
+        before = [other for other in alive[: alive.index(parked)] if not other.is_taken]
+        if before:
+            before[-1].fetch()
 
 
 Ready = torch.cuda.Event | None  # None: nothing to wait for
@@ -106,6 +104,7 @@ class Parked:
         self._parking, self._host, self._copied = parking, host, copied
         self._device, self._needs_grad = tensor.device, tensor.requires_grad
         self._fetched: tuple[Tensor, Ready] | None = None
+        self.is_taken = False
 
     def fetch(self) -> None:
         """Starts the copy back to the device, unless it has begun."""
@@ -113,10 +112,11 @@ class Parked:
             self._fetched = self._parking.back(self._host, self._copied, self._device)
 
     def take(self) -> Tensor:
-        """The tensor on the device again, without a graph."""
+        """The tensor on the device again, without a graph; once."""
         self.fetch()
         assert self._fetched is not None
-        tensor, ready = self._fetched
+        (tensor, ready), self._fetched = self._fetched, None
         self._parking.wait(ready)
-        self._parking.taken(self)
+        self._parking.fetch_before(self)
+        self.is_taken = True
         return tensor.detach().requires_grad_(self._needs_grad)

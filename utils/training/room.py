@@ -1,6 +1,6 @@
 """How much room the device has for what blocks keep: measured with one batch, before the first step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import psutil
 import torch
@@ -64,20 +64,21 @@ def kept_per_token(training_pass: TrainingPass, x: Tensor, *conditions: Tensor |
     # The output of each attention, and the log-sum-exp of its scores in fp32.
     attentions = 2 if image is None else 3
     selective = full + attentions * (width * text.dtype.itemsize + heads * torch.float32.itemsize)
-    none = saved_bytes(lambda: training_pass.eager(x, *conditions)) / (x.shape[0] * x.shape[1])
+    none = saved_bytes(lambda: training_pass.eager(x.to(training_pass.memory.stream), *conditions), conditions)
+    none /= x.shape[0] * x.shape[1]
     return {"offload": 0 if x.is_cuda else full, "full": full, "selective": selective, "none": max(none, selective)}
 
 
-def saved_bytes(forward: Callable[[], Tensor]) -> int:
-    """The bytes that autograd saves in a pass, without parameters; what shares memory counts once."""
+def saved_bytes(forward: Callable[[], Tensor], shared: Iterable[Tensor | None]) -> float:
+    """The bytes that autograd saves in a pass, without parameters and what is `shared`; the same memory counts once."""
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor.detach()
 
     with saved_tensors_hooks(pack, Tensor.detach):
         forward()
-    return sum(storages.values())
+    known = {tensor.untyped_storage().data_ptr() for tensor in shared if tensor is not None}
+    return float(sum(size for place, size in storages.items() if place not in known))
