@@ -147,16 +147,19 @@ def test_a_plan_says_what_blocks_keep():
     assert sentence(10**9) is None
     assert CheckpointPlan("none", 3).describe(7) is None
     assert CheckpointPlan("full", 3).describe(1234567) == (
-        "for the backward pass of 1,234,567 tokens blocks 0 to 2 keep their input"
+        "for the backward pass of 1,234,567 tokens blocks 0 to 2 keep the input"
     )
     assert sentence(2) == (
-        "for the backward pass of 10 tokens blocks 0 to 1 keep their input, blocks 2 to 4 keep nothing on the device"
+        "for the backward pass of 10 tokens blocks 0 to 1 keep the input, blocks 2 to 4 keep nothing on the device"
+    )
+    assert sentence(22) == (
+        "for the backward pass of 10 tokens block 0 keeps everything, blocks 1 to 4 keep the input and the attention"
     )
     assert sentence(9) == (
-        "for the backward pass of 10 tokens blocks 0 to 1 keep their input and their attention, "
-        "blocks 2 to 4 keep their input"
+        "for the backward pass of 10 tokens blocks 0 to 1 keep the input and the attention, "
+        "blocks 2 to 4 keep the input"
     )
     assert sentence(30) == (
         "for the backward pass of 10 tokens blocks 0 to 1 keep everything, "
-        "blocks 2 to 4 keep their input and their attention"
+        "blocks 2 to 4 keep the input and the attention"
     )

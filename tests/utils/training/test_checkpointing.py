@@ -23,7 +23,7 @@ from tests.trainees import (
     relative_error,
     trainee,
 )
-from utils.training.checkpointing import STRATEGIES, checkpointed, keep_kernels, parked, parked_inputs
+from utils.training.checkpointing import STRATEGIES, checkpointed, keep_kernels, keep_products, parked, parked_inputs
 from utils.training.memory import Memory
 from utils.training.offload import Parking
 from wan.modules.model import WanModel
@@ -61,23 +61,14 @@ def test_the_attention_kernel_runs_once_where_its_answer_is_kept(strategy, runs,
     assert followed.kernel_runs == runs * BLOCKS * attentions
 
 
-# The rows of modulation that the autograd Functions of a fused block hold: (R, 8, D) in fp32 for each sample.
-ROWS = 8 * WIDTH * 4 / TOKENS
-
-FUSED_IMAGES = pytest.param(
-    "images",
-    True,
-    marks=pytest.mark.xfail(strict=True, reason="the sum of two attentions is kept beside both"),
-)
-
-
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("situation", "fuse"), [("text", False), ("text", True), ("images", False), FUSED_IMAGES])
+@FUSED
+@pytest.mark.parametrize("situation", ["text", "images"])
 def test_selective_keeps_the_input_and_the_answer_of_each_attention(situation, fuse, dtype):
     attentions = {"text": 2, "images": 3}[situation]
     kept, left = kept_bytes(Memory("selective", fuse=fuse, stream=dtype), *shared(situation, dtype))
     expected = WIDTH * dtype.itemsize + attentions * (WIDTH * dtype.itemsize + HEADS * FP32.itemsize)
-    assert expected <= round(kept, 3) <= round(expected + fuse * ROWS, 3)
+    assert kept == pytest.approx(expected)
     assert left == 0
 
 
@@ -86,7 +77,7 @@ def test_selective_keeps_the_input_and_the_answer_of_each_attention(situation, f
 @pytest.mark.parametrize("situation", ["text", "images"])
 def test_full_keeps_only_the_input_in_the_dtype_of_the_stream(situation, stream, fuse):
     kept, left = kept_bytes(Memory("full", fuse=fuse, stream=stream), *shared(situation, BF16))
-    assert WIDTH * stream.itemsize <= round(kept, 3) <= round(WIDTH * stream.itemsize + fuse * ROWS, 3)
+    assert kept == WIDTH * stream.itemsize
     assert left == 0
 
 
@@ -94,8 +85,7 @@ def test_full_keeps_only_the_input_in_the_dtype_of_the_stream(situation, stream,
 @pytest.mark.parametrize("stream", [FP32, BF16], ids=["fp32 stream", "bf16 stream"])
 def test_offload_keeps_nothing_beside_main_memory(stream, fuse):
     kept, left = kept_bytes(Memory("offload", fuse=fuse, stream=stream), *shared("images", BF16))
-    assert 0 <= round(kept, 3) <= round(fuse * ROWS, 3)
-    assert left == 0
+    assert kept == left == 0
 
 
 def test_a_fused_block_keeps_less_than_a_plain_one_and_nothing_for_longer():
@@ -141,6 +131,14 @@ def test_only_attention_kernels_are_kept():
     assert keep_kernels(None, kernel) == CheckpointPolicy.MUST_SAVE
     for operation in (operations.mm.default, operations.native_layer_norm.default, operations.gelu.default):
         assert keep_kernels(None, operation) == CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def test_a_policy_for_compilers_keeps_products_and_attention_and_leaves_the_rest_to_them():
+    operations = torch.ops.aten
+    for operation in (operations.mm, operations.addmm, operations.bmm, operations._scaled_dot_product_flash_attention):
+        assert keep_products(None, operation.default) == CheckpointPolicy.MUST_SAVE
+    for operation in (operations.native_layer_norm, operations.gelu):
+        assert keep_products(None, operation.default) == CheckpointPolicy.PREFER_SAVE
 
 
 # ------------------------------------------------------------------------------------- functions instead of the blocks

@@ -2,10 +2,20 @@
 
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
-from utils.common.errors import UserError
+from utils.common.errors import RunError, UserError
 from utils.training import compilation
-from utils.training.compilation import BANDWIDTH, COMPILE_SECONDS, COMPILER, SAVED_BYTES, decide, saved_seconds, why_not
+from utils.training.compilation import (
+    BANDWIDTH,
+    COMPILE_SECONDS,
+    COMPILER,
+    SAVED_BYTES,
+    decide,
+    explain_failed_compilation,
+    saved_seconds,
+    why_not,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LONG, SHORT = 2 * COMPILE_SECONDS, 2 * COMPILE_SECONDS - 1e-3
@@ -87,3 +97,13 @@ def test_a_compiler_that_works_on_the_device_gives_no_reason(monkeypatch):
     seen = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda x: seen.append(x.device) or function(x))
     assert why_not(CPU) is None and seen == [CPU]
+
+
+def test_what_a_compiler_raises_in_a_run_is_reported_with_the_way_to_do_without():
+    with pytest.raises(RunError) as error, explain_failed_compilation():
+        raise TorchDynamoException("\n  no gcc here\nand a long trace")
+    assert str(error.value) == "compiling the blocks failed: no gcc here\npass --compile off, which is slower"
+    with pytest.raises(RunError, match="failed: \n"), explain_failed_compilation():
+        raise TorchDynamoException("")
+    with pytest.raises(ValueError), explain_failed_compilation():
+        raise ValueError("another error")

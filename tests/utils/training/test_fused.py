@@ -174,6 +174,29 @@ def test_dropout_drops_the_same_as_in_the_plain_block():
     assert equal(found[0], found[1]) and not equal(found[0], found[2])
 
 
+@pytest.mark.parametrize(
+    "name", ["blocks.0.modulation", "blocks.0.norm3.weight", "blocks.0.self_attn.norm_q.weight", "blocks.0.ffn.0.bias"]
+)
+@pytest.mark.parametrize("stream", [FP32, BF16], ids=["fp32 stream", "bf16 stream"])
+def test_whatever_else_of_a_block_is_trained_has_its_gradient(name, stream):
+    model = tiny_transformer()
+    parameter = model.get_parameter(name).requires_grad_()
+    inputs, found = inputs_of(model), []
+    for fuse in (False, True):
+        prepare_again(model, Memory(fuse=fuse, stream=stream))
+        found.append(answers(model, [parameter], inputs))
+    assert found[1][1].any() and relative_error(found[1], found[0]) < (1e-5 if stream == FP32 else 0.02)
+
+
+def test_modulation_that_needs_a_gradient_has_it():
+    model, _ = trainee()
+    parameter = model.get_parameter("time_projection.1.weight").requires_grad_()
+    inputs = inputs_of(model)
+    expected = answers(model, [parameter], inputs)
+    prepare_again(model, Memory(fuse=True))
+    assert equal(answers(model, [parameter], inputs), expected)
+
+
 def test_only_the_block_with_the_unusual_layer_steps_aside():
     model, parameters = trainee()
     inputs = inputs_of(model)

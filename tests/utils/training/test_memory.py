@@ -55,11 +55,11 @@ def test_the_whole_model_trains_under_every_strategy(strategy):
     assert equal(*results)
 
 
-def test_the_stream_is_rounded_before_each_block_and_nowhere_else():
+def test_the_stream_is_rounded_before_and_after_each_block_and_nowhere_else():
     model, parameters = trainee()
     for block in model.blocks:
         plain = block.forward
-        block.forward = lambda x, *rest, plain=plain: plain(x.bfloat16().float(), *rest)
+        block.forward = lambda x, *rest, plain=plain: plain(x.bfloat16().float(), *rest).bfloat16().float()
     inputs = inputs_of(model)
     expected = answers(model, parameters, inputs)
     rounded, own = prepared(Memory(stream=BF16))
@@ -178,8 +178,8 @@ def test_models_that_take_turns_may_share_a_plan():
         (MemoryOptions(), CPU, Memory(AUTO)),
         (MemoryOptions("full"), CUDA, Memory("full", fuse=True, stream=BF16)),
         (MemoryOptions("full", fp32_stream=True), CUDA, Memory("full", fuse=True)),
-        (MemoryOptions("none"), CUDA, Memory(fuse=True)),
-        (MemoryOptions("none", compile="on"), CUDA, Memory(compile=True)),
+        (MemoryOptions("none"), CUDA, Memory(fuse=True, stream=BF16)),
+        (MemoryOptions("none", compile="on"), CUDA, Memory(compile=True, stream=BF16)),
         (MemoryOptions("offload", compile="on"), CPU, Memory("offload", compile=True)),
     ],
 )

@@ -94,7 +94,7 @@ def test_where_memory_is_short_the_plan_says_what_blocks_keep(memory, capsys):
     it.run()
     assert it.plan.strategies(TOKENS) == ["full"] * 2
     out = " ".join(capsys.readouterr().out.split())
-    assert out == f"for the backward pass of {TOKENS} tokens blocks 0 to 1 keep their input"
+    assert out == f"for the backward pass of {TOKENS} tokens blocks 0 to 1 keep the input"
 
 
 @pytest.mark.parametrize("strategy", ["none", "offload"])

@@ -130,20 +130,14 @@ def test_the_costs_of_strategies_are_those_of_their_tensors(situation, attention
     assert list(costs) == list(LADDER) and sorted(costs.values()) == list(costs.values())
 
 
-FUSED_IMAGES = pytest.param(
-    "images", True, marks=pytest.mark.xfail(strict=True, reason="the sum of two attentions is kept beside both")
-)
-
-
-@pytest.mark.parametrize(("situation", "fuse"), [("text", False), ("text", True), ("images", False), FUSED_IMAGES])
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("situation", ["text", "images"])
 def test_no_block_keeps_more_than_its_costs(situation, fuse):
-    """But the few rows of modulation that the autograd Functions of a fused block hold."""
     costs = costs_of(situation, Memory(AUTO, fuse=fuse, stream=BF16), BF16)
     model, parameters, inputs = prepared_model(situation, dtype=BF16)
-    rows = fuse * 8 * WIDTH * 4 / 18
     for strategy in LADDER:
         kept, _ = kept_bytes(Memory(strategy, fuse=fuse, stream=BF16), model, parameters, inputs)
-        assert kept <= costs[strategy] + rows + 1e-6
+        assert kept <= costs[strategy] + 1e-6, strategy
 
 
 def test_a_fused_block_costs_less():
@@ -151,14 +145,16 @@ def test_a_fused_block_costs_less():
     assert fused < 0.8 * plain
 
 
-def test_bytes_are_counted_once_for_each_storage_and_never_for_parameters():
+def test_bytes_are_counted_once_for_each_storage_and_never_for_parameters_and_what_is_shared():
     x, weight = torch.ones(6, 8, requires_grad=True), torch.nn.Parameter(torch.ones(6, 8))
-    assert saved_bytes(lambda: x.exp()) == 6 * 8 * 4
-    assert saved_bytes(lambda: (y := x.exp()) * y.view(8, 6).view(6, 8)) == 6 * 8 * 4
-    assert saved_bytes(lambda: x * weight) == 6 * 8 * 4
-    assert saved_bytes(lambda: x.exp().exp()) == 2 * 6 * 8 * 4
-    assert saved_bytes(lambda: x + 1) == 0
-    assert saved_bytes(lambda: (x + 1)[:2].sin()) == 6 * 8 * 4  # a view keeps all of its storage
+    size = 6 * 8 * 4
+    assert saved_bytes(lambda: x.exp(), []) == size
+    assert saved_bytes(lambda: (y := x.exp()) * y.view(8, 6).view(6, 8), []) == size
+    assert saved_bytes(lambda: x * weight, [None]) == size
+    assert saved_bytes(lambda: x.exp().exp(), []) == 2 * size
+    assert saved_bytes(lambda: x + 1, []) == 0
+    assert saved_bytes(lambda: (x + 1)[:2].sin(), []) == size  # a view keeps all of its storage
+    assert saved_bytes(lambda: x.sin().sin(), [None, x]) == saved_bytes(lambda: x.sin().sin(), [x[:2]]) == size
 
 
 def test_the_plan_that_is_settled_by_the_room_gives_the_same_numbers(available):
