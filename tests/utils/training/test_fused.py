@@ -65,6 +65,29 @@ def test_in_bf16_the_error_is_no_larger_than_that_of_the_plain_block(situation, 
     assert velocity <= 1.1 * plain_velocity and gradients <= 1.1 * plain_gradients
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+def test_a_rounded_stream_is_rounded_once_at_the_end_of_a_block_and_its_gradient_at_the_beginning(fuse, dtype):
+    """Inside a block the stream is fp32, whatever the dtype that it comes and goes in."""
+    situation, seen = SITUATIONS["images and held frame"], []
+    model, _ = prepared(Memory(fuse=fuse), situation, dtype)
+    block = model.blocks[0].forward
+    model.blocks[0].forward = lambda *args: seen.extend(args) or block(*args)
+    with torch.no_grad():
+        model(*inputs_of(model, situation))
+    stream = seen[0].to(BF16)
+    outputs, gradients = [], []
+    grad = torch.linspace(-1, 1, stream.numel()).view_as(stream).to(BF16)
+    for each in (FP32, BF16):
+        x = stream.to(each).requires_grad_()
+        out = block.eager(x, *seen[1:])
+        assert out.dtype == each
+        outputs.append(out.detach())
+        gradients.append(torch.autograd.grad(out, x, grad.to(each))[0])
+    assert torch.equal(outputs[0].to(BF16), outputs[1]) and torch.equal(gradients[0].to(BF16), gradients[1])
+    assert not torch.equal(outputs[0], outputs[1].float())
+
+
 def gradient_of_input(model: WanModel, inputs: list[Tensor]) -> Tensor:
     """The gradient of the input of the first block."""
     seen: list[Tensor] = []

@@ -69,6 +69,17 @@ def test_the_stream_is_rounded_before_and_after_each_block_and_nowhere_else():
 
 
 @pytest.mark.parametrize("fuse", [False, True])
+def test_what_follows_the_blocks_reads_an_fp32_stream(fuse):
+    model, _ = prepared(Memory("full", fuse=fuse, stream=BF16), dtype=BF16)
+    seen = []
+    model.head.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    between = model.blocks[1].forward
+    model.blocks[1].forward = lambda x, *rest: seen.append(x.dtype) or between(x, *rest)
+    model(*inputs_of(model))
+    assert seen == [BF16, FP32]
+
+
+@pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_without_gradients_the_answer_is_that_of_the_plain_block_bit_for_bit(strategy, fuse):
     plain, _ = trainee(dtype=BF16)
