@@ -70,7 +70,7 @@ def test_in_bf16_the_error_is_no_larger_than_that_of_the_plain_block(situation, 
 def test_a_rounded_stream_is_rounded_once_at_the_end_of_a_block_and_its_gradient_at_the_beginning(fuse, dtype):
     """Inside a block the stream is fp32, whatever the dtype that it comes and goes in."""
     situation, seen = SITUATIONS["images and held frame"], []
-    model, _ = prepared(Memory(fuse=fuse), situation, dtype)
+    model, _ = prepared(Memory("full", fuse=fuse), situation, dtype)
     block = model.blocks[0].forward
     model.blocks[0].forward = lambda *args: seen.extend(args) or block(*args)
     with torch.no_grad():
