@@ -64,7 +64,7 @@ def run_checks(names: Sequence[str], sizes: Sizes, device: torch.device, clock: 
 
         def report(row: Row, name: str = name) -> None:
             rows.append((name, row))
-            print(f"[{clock.limit - clock.left():5.0f} s] {' | '.join(_cells(name, row))}", file=sys.stderr)
+            print(f"[{clock.limit - clock.left():5.0f} s] {' | '.join(cells(name, row))}", file=sys.stderr)
 
         _run_check(name, sizes, device, clock, report)
         gc.collect()
@@ -117,12 +117,13 @@ def _time_limit(clock: Clock) -> Iterator[None]:
 
 def format_record(rows: Sequence[tuple[str, Row]], where: str, command: str) -> str:
     """A record in Markdown: a heading with date, machine and commit, the exact command, and a table of the rows."""
-    lines = [HEADER, ("---",) * len(HEADER), *(_cells(name, row) for name, row in rows)]
+    lines = [HEADER, ("---",) * len(HEADER), *(cells(name, row) for name, row in rows)]
     table = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
     return f"### {date.today().isoformat()}, {where}, commit {commit(ROOT)}\n\n`{command}`\n\n{table}\n"
 
 
-def _cells(name: str, row: Row) -> tuple[str, ...]:
+def cells(name: str, row: Row) -> tuple[str, ...]:
+    """A row of the check of this name as text, below HEADER."""
     value = f"{row.value:.6g}" if isinstance(row.value, float) else str(row.value)
     return name, row.name, value, row.unit, row.comparison, row.verdict
 

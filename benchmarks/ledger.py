@@ -11,7 +11,8 @@ operation that it is on CUDA, on the CPU too.
     attention     the same of attention kernels
     ops           the number of operations of all three kinds
 
-What a kernel does inside, such as a copy to another layout, is not seen.
+What a kernel does inside, such as a copy to another layout, is not seen. What torch.library.custom_op makes is one
+operation, whatever its implementation does; a kernel that is launched without one is not seen at all.
 
 Of compiled code the operations are the kernels that Inductor has scheduled, with its own read and write sets, and kept
 is what the compiled graphs hand on; its lines are marked. A checkpoint inside a compiled graph recomputes inside its
@@ -20,7 +21,7 @@ backward graph, where it counts as backward.
 
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache, partial
@@ -38,6 +39,8 @@ from benchmarks.compiled import Graph, watched
 from benchmarks.fused_ops import fused_ops
 from benchmarks.measure import Sizes, count_tokens
 from benchmarks.models import Trainee, random_inputs
+from utils.common.errors import RunError
+from utils.common.formatting import format_table
 from wan.modules.model import WanShape
 
 KEPT, ELEMENTWISE, GEMM, ATTENTION, OPS = "kept", "elementwise", "gemm", "attention", "ops"
@@ -45,6 +48,7 @@ FORWARD, RECOMPUTE, BACKWARD = "forward", "recompute", "backward"
 ROOTS = (Path(torch.__file__).resolve().parents[1], Path(__file__).resolve().parents[1])
 PACKAGES = ("wan", "utils", "diffusers", "peft")  # whose lines are told apart
 DEPTHS, GRIDS = (1, 3), ((1, 16, 16), (2, 16, 16))  # what `per_block` subtracts: blocks, latents F, H, W
+COMPILED_GRIDS = ((1, 64, 64), (2, 64, 64))  # what a compiler keeps depends on size: that of real clips
 ELSEWHERE = "elsewhere"
 COMPILED = ", compiled"
 PRODUCTS = {
@@ -67,7 +71,7 @@ class Entry(NamedTuple):
     """What a number of the ledger counts."""
 
     what: str  # bytes kept, elementwise, gemm or attention; or the number of ops
-    phase: str  # forward, recompute (a block that runs again in the backward pass) or backward
+    phase: str  # forward, backward, or recompute: in the backward pass, below a function `forward` of PACKAGES
     line: str  # file:line of the innermost frame in one of PACKAGES; of a gradient that of its forward operation
 
 
@@ -78,7 +82,7 @@ def record(forward: Callable[[], Tensor], leaves: Sequence[Tensor], compiled: bo
     """The ledger of one forward and backward pass. `forward` returns the loss; `leaves` get gradients, then lose them.
 
     A pass that is not recorded comes first: it makes what is cached, such as the rotary table. With `compiled`, parts
-    of the model are compiled by torch, and the first pass compiles them.
+    of the model are compiled by torch, and the first pass compiles them. Raises RunError if none is.
     """
     recorder = _Recorder()
     with ExitStack() as stack:
@@ -97,6 +101,8 @@ def record(forward: Callable[[], Tensor], leaves: Sequence[Tensor], compiled: bo
             recorder.close_forward(loss)
             loss.backward()
         _drop_gradients(leaves)
+    if compiled and not recorder.graphs:
+        raise RunError("nothing was compiled: torch ran the whole model as it is")
     return recorder.ledger
 
 
@@ -111,19 +117,19 @@ def per_block(
     """The ledger of one block: bytes per token and unit of width, and ops.
 
     Bytes are the difference between two depths (3 and 1 blocks) of the difference between two token counts (128 and
-    64): embeddings and head cancel, and so does what does not grow with the video, such as weights and the rows of the
+    64, or 2048 and 1024 of compiled blocks): embeddings and head cancel, and so does what does not grow with the video, such as weights and the rows of the
     text. They grow linearly with tokens, so the numbers hold for any length. Ops are the difference between the two
     depths alone, so those on weights and text are in. `build` is given the shape with the depth.
     """
-    recorded = {}
+    recorded, grids = {}, COMPILED_GRIDS if compiled else GRIDS
     for layers in DEPTHS:
         deep = replace(shape, num_layers=layers)
         trainee = build(deep)
-        for grid in GRIDS:
+        for grid in grids:
             inputs = random_inputs(Sizes(shape=deep), grid, device)
             recorded[layers, grid] = record(partial(trainee.loss, inputs), trainee.parameters, compiled)
-    (one, three), (few, many) = DEPTHS, GRIDS
-    deeper = {grid: subtract(recorded[three, grid], recorded[one, grid]) for grid in GRIDS}
+    (one, three), (few, many) = DEPTHS, grids
+    deeper = {grid: subtract(recorded[three, grid], recorded[one, grid]) for grid in grids}
     unit = (count_tokens(many) - count_tokens(few)) * shape.dim
     moved = {e: value / unit for e, value in subtract(deeper[many], deeper[few]).items() if e.what != OPS}
     ops = {e: value for e, value in deeper[many].items() if e.what == OPS}
@@ -142,6 +148,37 @@ def total(ledger: Ledger, what: str, phase: str) -> float:
     return sum(value for entry, value in ledger.items() if entry[:2] == (what, phase))
 
 
+COLUMNS = (
+    (KEPT, FORWARD),
+    (ELEMENTWISE, FORWARD),
+    (ELEMENTWISE, RECOMPUTE),
+    (ELEMENTWISE, BACKWARD),
+    (GEMM, FORWARD),
+    (GEMM, RECOMPUTE),
+    (GEMM, BACKWARD),
+    (OPS, FORWARD),
+    (OPS, RECOMPUTE),
+    (OPS, BACKWARD),
+)
+
+
+def format_totals(ledgers: Mapping[str, Ledger]) -> str:
+    """A table with a row for each of several ledgers of `per_block`."""
+    return _table("", [(name, [total(ledger, *column) for column in COLUMNS]) for name, ledger in ledgers.items()])
+
+
+def format_lines(ledger: Ledger) -> str:
+    """A table with a row for each source line of a ledger of `per_block`."""
+    lines = sorted({entry.line for entry in ledger}, key=lambda line: (line.split(":")[0], len(line), line))
+    return _table("line", [(line, [ledger.get(Entry(*column, line), 0) for column in COLUMNS]) for line in lines])
+
+
+def _table(first: str, rows: list[tuple[str, list[float]]]) -> str:
+    shown = {KEPT: "kept", ELEMENTWISE: "elem", GEMM: "gemm", OPS: "ops"}
+    header = [first, *(f"{shown[what]} {phase[:3]}" for what, phase in COLUMNS)]
+    return format_table(header, [(name, *(round(value, 1) for value in values)) for name, values in rows])
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -151,6 +188,7 @@ class _Recorder(TorchDispatchMode):
         self.lines: dict[int, str] = {}  # of autograd nodes, by sequence number
         self.line = ELSEWHERE
         self.in_graph = False
+        self.graphs = 0  # how many compiled graphs have run
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -177,6 +215,7 @@ class _Recorder(TorchDispatchMode):
 
     def run_graph(self, graph: Graph, inputs: Sequence[Any], run: Callable[[], Any]) -> Any:
         """Runs a compiled graph and counts its kernels."""
+        self.graphs += 1
         phase = FORWARD if self.forward else BACKWARD if graph.is_backward else RECOMPUTE
         self._locate()
         self.line += COMPILED
@@ -210,11 +249,11 @@ class _Recorder(TorchDispatchMode):
         for path, number, function in _frames():
             line = line or f"{path}:{number}"
             again = again or function == "forward"
+        # While the engine adds up gradients, this is the node that has made the last one.
         node = None if self.forward else torch._C._current_autograd_node()
         if line is None and node is not None:
             line = self.lines.get(node._sequence_nr())
-        # The engine adds up gradients between two nodes: part of the first one's work.
-        self.line = line or (ELSEWHERE if self.forward else self.line)
+        self.line = line or ELSEWHERE
         if self.forward or again:
             # torch numbers the node of an operation before it dispatches the operation.
             self.lines.setdefault(torch.autograd._get_sequence_nr() - 1, self.line)
@@ -231,9 +270,9 @@ class _Recorder(TorchDispatchMode):
 
 
 def _frames() -> Iterator[tuple[str, int, str]]:
-    """Path, line and function of the frames in PACKAGES, from the innermost on."""
+    """Path, line and function of the frames in PACKAGES, from the innermost to that of `record`."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    while frame is not None and frame.f_code is not record.__code__:
         if (path := _own_path(frame.f_code.co_filename)) is not None:
             yield path, frame.f_lineno, frame.f_code.co_name
         frame = frame.f_back

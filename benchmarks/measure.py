@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from wan.modules.model import WanShape
 
@@ -74,11 +75,15 @@ def count_tokens(grid: tuple[int, int, int]) -> int:
 
 
 def seconds(action: Callable[[], object], device: torch.device) -> float:
-    """The duration of an action, from an idle device until the device has finished. On a GPU measured by its events."""
+    """The duration of an action, from an idle device until the device has finished.
+
+    On a GPU measured by its events. On the CPU the processor time of this process, of all threads together, which other
+    processes on the machine affect little.
+    """
     if device.type != "cuda":
-        started = time.perf_counter()
+        started = time.process_time()
         action()
-        return time.perf_counter() - started
+        return time.process_time() - started
     torch.cuda.synchronize(device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -98,6 +103,12 @@ def median_seconds(action: Callable[[], object], device: torch.device, warmups: 
 def p90(values: list[float]) -> float:
     """The 90th percentile of at least two values."""
     return statistics.quantiles(values, n=10, method="inclusive")[-1]
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """The cosine of the angle between two tensors."""
+    a, b = a.flatten().double(), b.flatten().double()
+    return (a @ b / (a.norm() * b.norm())).item()
 
 
 def peak_bytes(action: Callable[[], object], device: torch.device) -> int:

@@ -13,7 +13,7 @@ from benchmarks.weights import random_transformer, seeded, to_bf16
 from utils.adapters.lora import add_lora, select_modules
 from utils.diffusion.flow import Noisy, add_noise
 from utils.diffusion.objectives import squared_error
-from utils.training.memory import Memory, prepare
+from utils.training.memory import Memory, TrainingPass, prepare
 from wan.modules.model import WanModel, WanShape
 from wan.names import diffusers_name, is_parameter
 
@@ -44,6 +44,8 @@ class Trainee(Generic[Model]):
     model: Model
     parameters: list[nn.Parameter]  # A, B, A, B, ... fp32, in the order of our modules
     velocity: Callable[[Tensor, Tensor, Tensor], Tensor]  # latents, timestep, text -> (B, C, F, H, W)
+    # Seconds for which the device has waited for transfers since the last call; None where nothing reports them.
+    transfer_wait: Callable[[], float] | None = None
 
     def loss(self, inputs: Inputs) -> Tensor:
         """The squared error of the velocity: a scalar, fp32."""
@@ -109,7 +111,9 @@ def our_trainee(
     names = select_modules(model, TARGETS)
     parameters = prepare(model, memory, lambda base: add_lora(base, names, sizes.rank, sizes.rank))
     _draw_adapter(parameters)
-    return Trainee(model, parameters, model)
+    training_pass = model.blocks[0].forward
+    offloads = memory.checkpointing == "offload" and isinstance(training_pass, TrainingPass)
+    return Trainee(model, parameters, model, training_pass.parking.waited if offloads else None)
 
 
 def rounded_trainee(shape: WanShape, sizes: Sizes, device: torch.device) -> Trainee[WanModel]:
@@ -173,6 +177,10 @@ def step_flops(shape: WanShape, tokens: int, rank: int) -> float:
     """
     d, text = shape.dim, shape.text_len
     linears = 12 * tokens * d**2 + 4 * tokens * d * shape.ffn_dim
-    attention = 4 * tokens * d * (tokens + text)
     lora = 24 * tokens * d * rank + 8 * text * d * rank
-    return shape.num_layers * (2 * linears + 4 * text * d**2 + 3.5 * attention + 3 * lora)
+    return shape.num_layers * (2 * linears + 4 * text * d**2 + 3 * lora) + attention_flops(shape, tokens)
+
+
+def attention_flops(shape: WanShape, tokens: int) -> float:
+    """Of `step_flops` the part that attention has."""
+    return shape.num_layers * 3.5 * 4 * tokens * shape.dim * (tokens + shape.text_len)

@@ -11,13 +11,16 @@ import torch
 
 from tests.documents import ROOT, read
 from tests.manifests import load_manifest
-from utils.adapters.lora import select_modules
+from tests.tiny import tiny_shape, tiny_transformer
+from utils.adapters.lora import add_lora, select_modules
 from utils.data.buckets import bucket_size, count_tokens, max_frames
 from utils.diffusion.flow import unshift_sigma
 from utils.encoding.latent_cache import cached_bytes
+from utils.training import room
+from utils.training.memory import Memory, prepare
 from utils.training.phases import TrainingOptions
 from wan.configs import FAMILIES, Family
-from wan.modules.model import WanModel, is_fp32
+from wan.modules.model import WanModel, WanShape, is_fp32
 from wan.text2video import part_at
 from wan.utils.fm_solvers import make_solver
 
@@ -90,10 +93,22 @@ def lora(name: str) -> int:
     return sum(32 * (layer.in_features + layer.out_features) for layer in layers)
 
 
-def kept(name: str, tokens: int) -> str:
-    """What checkpointing keeps: the residual stream, fp32, at each block."""
+def kept_per_token(shape: WanShape, strategy: str) -> int:
+    """The bytes that a fused block in bf16 keeps for each token, without the few of its LoRAs."""
+    width, attentions = 2 * shape.dim, 3 if shape.image_dim else 2
+    answers = (
+        attentions * (width + 4 * shape.num_heads) + (attentions > 2) * width
+    )  # two that are summed, and their sum
+    products = 4 * width + 2 * shape.ffn_dim  # q, k, v; q; the wide layer
+    everything = 3 * (width + 4) + products + answers  # and three normalised streams with their scales
+    selective = width + attentions * (width + 4 * shape.num_heads)
+    return {"none": everything, "selective": selective, "full": width}[strategy]
+
+
+def kept(name: str, tokens: int, strategy: str = "full") -> str:
+    """What all blocks keep for the backward pass."""
     shape = FAMILIES[name].shape
-    return in_gb(4 * tokens * shape.dim * shape.num_layers)
+    return in_gb(kept_per_token(shape, strategy) * tokens * shape.num_layers)
 
 
 # -------------------------------------------------------------------------------------------------------------- sizes
@@ -109,7 +124,7 @@ def test_a_page_states_the_sizes_of_its_model(page):
     assert experts == 1 or row(path, "the other in main memory")[1:] == weights[1:]
     adapter = row(path, "LoRA of rank 32" if experts == 1 else "two LoRAs of rank 32")
     assert adapter[1:] == [in_gb(16 * experts * lora(name)) for name in names]
-    checkpointed = row(path, "kept by")
+    checkpointed = row(path, "kept by `--gradient_checkpointing full`")
     tokens = [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) tokens", checkpointed[0])]
     assert checkpointed[1:] == ["; ".join(kept(name, number) for number in tokens) for name in names]
     assert row(path, "VAE")[1:] == [in_gb(encoders(FAMILIES[name])) for name in names]
@@ -120,12 +135,44 @@ def test_the_readme_states_the_sizes_of_the_models():
     assert row(README, "transformer: bf16")[1:] == [in_gb(stored(name)) for name in COLUMNS]
     assert row(README, "VAE and vision")[1:] == [in_gb(encoders(FAMILIES[name])) for name in COLUMNS]
     assert row(README, "LoRA of rank 32")[1:] == [in_gb(16 * lora(name)) for name in COLUMNS]
-    for beginning, latent_frames in zip(("block inputs kept", "the same for 81 frames"), sizes, strict=True):
+    for beginning, latent_frames in zip(("kept by all blocks", "the same for 81 frames"), sizes, strict=True):
         tokens = [count_tokens(832, 480, 1, FAMILIES[name].grid) * latent_frames for name in COLUMNS]
-        assert row(README, beginning)[1:] == [kept(*pair) for pair in zip(COLUMNS, tokens, strict=True)]
+        strategies = ("full", "selective", "none")
+        cells = ["; ".join(kept(*pair, how) for how in strategies) for pair in zip(COLUMNS, tokens, strict=True)]
+        assert row(README, beginning)[1:] == cells
     downloads = [in_gb(download(name)) for name in COLUMNS]
     downloads[2] += f"; {in_gb(download('wan2.2-t2v-A14B'))}"
     assert row(README, "model files to download")[1:] == downloads
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_block_keeps_what_the_documents_count(name):
+    shape = tiny_shape(FAMILIES[name])
+    model = tiny_transformer(shape)
+    for parameter, tensor in model.named_parameters():
+        tensor.data = tensor.data if is_fp32(parameter) else tensor.data.bfloat16()
+    rank, names = 4, select_modules(model, ["attn"])
+    prepare(model, Memory(fuse=True, stream=torch.bfloat16), lambda model: add_lora(model, names, rank, rank))
+    found = []
+    for tokens in (8, 24):
+        mod, text = torch.zeros(1, 1, 6, shape.dim), torch.zeros(1, shape.text_len, shape.dim, dtype=torch.bfloat16)
+        rotary = torch.zeros(tokens, 1, shape.dim // shape.num_heads // 2, 2)
+        image = torch.zeros_like(text) if shape.image_dim else None
+        costs = room.kept_per_token(
+            model.blocks[0].forward, torch.zeros(1, tokens, shape.dim), mod, rotary, text, image
+        )
+        found.append({strategy: tokens * cost for strategy, cost in costs.items()})
+    few, many = found
+    for strategy in ("none", "selective", "full"):
+        hidden = 2 * rank * 6 if strategy == "none" else 0  # of the LoRAs on q, k, v, o; q, o
+        assert many[strategy] - few[strategy] == 16 * (kept_per_token(shape, strategy) + hidden), strategy
+
+
+@pytest.mark.parametrize("tokens, beginning", [(9_360, "9,360"), (32_760, "32,760")])
+def test_the_page_about_memory_states_what_all_blocks_keep(tokens, beginning):
+    for strategy in ("full", "selective", "none"):
+        cells = row(ROOT / "docs" / "memory.md", f"{beginning} | `{strategy}`")[2:]
+        assert cells == [kept(name, tokens, strategy) for name in COLUMNS]
 
 
 def cached(name: str) -> str:

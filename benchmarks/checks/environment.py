@@ -22,10 +22,7 @@ def check(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Row]:
         yield skipped("GPU", "no GPU")
     yield Row("bf16 matrix product", gemm_rate(sizes.gemm_side, device) / 1e12, "TFLOP/s", f"side {sizes.gemm_side}")
 
-    source = torch.randn(sizes.gemm_side * COPY_BYTES_PER_GEMM_SIDE // 4, device=device)
-    target = torch.empty_like(source)
-    rate = 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
-    yield Row("copy on the device", rate / 1e9, "GB/s", "bytes read and written")
+    yield Row("copy on the device", copy_rate(sizes, device) / 1e9, "GB/s", "bytes read and written")
     yield from _attention(sizes.shape, count_tokens(sizes.video), device)
 
 
@@ -45,14 +42,27 @@ def _driver() -> str:
         return "unknown"
 
 
+def copy_rate(sizes: Sizes, device: torch.device) -> float:
+    """Bytes per second of a copy on the device, read and written."""
+    source = torch.randn(sizes.gemm_side * COPY_BYTES_PER_GEMM_SIDE // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
+
+
 def _attention(shape: WanShape, tokens: int, device: torch.device) -> Iterator[Row]:
+    rate, kernel = attention_rate(shape, tokens, device)
+    yield Row("attention kernel", kernel)
+    yield Row("attention, forward and backward", rate / 1e12, "TFLOP/s", f"{tokens} tokens, {shape.num_heads} heads")
+
+
+def attention_rate(shape: WanShape, tokens: int, device: torch.device) -> tuple[float, str]:
+    """FLOP/s of bf16 attention over all tokens, forward and backward, and the kernel that computes it."""
     size = (1, tokens, shape.num_heads, shape.dim // shape.num_heads)
     q, k, v, grad = (torch.randn(size, dtype=torch.bfloat16, device=device) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    yield Row("attention kernel", attention_kernel(attention(q, k, v)))
+    kernel = attention_kernel(attention(q, k, v))
     spent = median_seconds(lambda: torch.autograd.grad(attention(q, k, v), leaves, grad), device)
-    rate = 3.5 * 4 * tokens**2 * shape.dim / spent
-    yield Row("attention, forward and backward", rate / 1e12, "TFLOP/s", f"{tokens} tokens, {shape.num_heads} heads")
+    return 3.5 * 4 * tokens**2 * shape.dim / spent, kernel
 
 
 def attention_kernel(output: Tensor) -> str:

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Clock, Row, Sizes, at_least, count_tokens, skipped
+from benchmarks.contest import COSINE_LIMIT
+from benchmarks.measure import Clock, Row, Sizes, at_least, cosine, count_tokens, skipped
 from benchmarks.models import Inputs, Trainee, diffusers_trainee, our_trainee, random_inputs, rounded_trainee
 
-COSINE_LIMIT = 0.999
 # Memory of the fp32 reference of the 1.3B model at 10,000 tokens. Devices with less compare a shallower model.
 FULL_DEPTH_BYTES = 16e9
 SHALLOW_LAYERS = 8
@@ -58,16 +58,11 @@ def _compare(
     (true_loss, true_grads), (loss, grads) = reference, measured
     yield Row(f"{name}: relative loss difference", abs(loss - true_loss) / true_loss, comparison="fp32 reference")
     pairs = list(zip(grads, true_grads, strict=True))
-    together = _cosine(*(torch.cat([grad.flatten() for grad in side]) for side in (grads, true_grads)))
+    together = cosine(*(torch.cat([grad.flatten() for grad in side]) for side in (grads, true_grads)))
     label = f"{name}: cosine of all LoRA gradients"
     if limited:
         yield at_least(label, together, COSINE_LIMIT)
     else:
         yield Row(label, together, comparison="fp32 reference")
-    worst = min(_cosine(grad, true) for grad, true in pairs)
+    worst = min(cosine(grad, true) for grad, true in pairs)
     yield Row(f"{name}: worst cosine of one matrix", worst, comparison=f"of {len(pairs)} matrices")
-
-
-def _cosine(a: Tensor, b: Tensor) -> float:
-    a, b = a.flatten().double(), b.flatten().double()
-    return (a @ b / (a.norm() * b.norm())).item()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.checks.step import Contestant
+from benchmarks.contest import Contestant
 from benchmarks.measure import FAILED, Clock, Row, Sizes, skipped
 from benchmarks.models import Inputs, Trainee, our_trainee, random_inputs
 from benchmarks.weights import random_vae

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from benchmarks.compiled import Graph, watched
 from benchmarks.ledger import BACKWARD, ELEMENTWISE, FORWARD, GEMM, KEPT, OPS, Entry, Ledger, record, total
+from utils.common.errors import RunError
 
 SIZE = 4 * 64 * 64
 
@@ -56,3 +57,21 @@ def test_graphs_tell_their_direction_and_run_as_before():
     assert [graph.is_backward for graph in seen] == [False, True]
     assert [len(graph.kernels) for graph in seen] == [1, 1]
     assert torch.allclose(x.grad, torch.ones(8).cos())
+
+
+def test_a_model_that_should_be_compiled_and_is_not_is_an_error():
+    x = torch.ones(8, requires_grad=True)
+    with pytest.raises(RunError, match="nothing was compiled"):
+        record(lambda: x.sin().sum(), [x], compiled=True)
+
+
+def test_views_that_the_compiler_leaves_to_torch_are_free():
+    seen: list[Graph] = []
+
+    def turn(x: Tensor, turns: Tensor) -> Tensor:
+        return torch.view_as_real(torch.view_as_complex(x) * turns)
+
+    with watched(lambda graph, inputs, action: (seen.append(graph), action())[1]):
+        torch.compile(turn)(torch.ones(8, 2), torch.ones(8, dtype=torch.complex64))
+    [graph] = seen
+    assert [(kernel.name, kernel.bytes) for kernel in graph.kernels] == [("mul", 3 * 8 * 8)]

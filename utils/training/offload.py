@@ -21,7 +21,7 @@ class Parking:
         self._place = (0, 0)  # chunk and byte where free memory begins
         self._parked: list[weakref.ref[Parked]] = []
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None  # out, in
-        self.waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] | None = None  # set a list to time the waiting
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] | None = None
 
     def park(self, tensor: Tensor) -> "Parked":
         """Starts the copy of a tensor to main memory."""
@@ -79,12 +79,19 @@ class Parking:
         if ready is None:
             return
         stream = torch.cuda.current_stream()
-        if self.waits is None:
+        if self._waits is None:
             stream.wait_event(ready)
             return
         before = stream.record_event(torch.cuda.Event(enable_timing=True))
         stream.wait_event(ready)
-        self.waits.append((before, stream.record_event(torch.cuda.Event(enable_timing=True))))
+        self._waits.append((before, stream.record_event(torch.cuda.Event(enable_timing=True))))
+
+    def waited(self) -> float:
+        """The seconds that the device has waited for copies since the last call. The first call starts the measuring."""
+        waits, self._waits = self._waits or [], []
+        if waits:
+            torch.cuda.synchronize()
+        return sum(before.elapsed_time(after) for before, after in waits) / 1e3
 
     def fetch_before(self, parked: "Parked") -> None:
         """Starts the copy of the tensor that was parked before another one and has not been taken."""

@@ -1,0 +1,168 @@
+"""The command that counts and times one training step, on a small model on the CPU."""
+
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+
+from benchmarks import step
+from benchmarks.contest import Contestant
+from benchmarks.ledger import ELEMENTWISE, FORWARD, total
+from benchmarks.measure import Row, count_tokens
+from utils.common.errors import UserError
+from utils.common.options import parse_options
+from utils.training.memory import Memory
+from wan.configs import FAMILIES
+from wan.modules.model import WanShape
+
+CPU = torch.device("cpu")
+FAMILY = "wan2.1-t2v-1.3B"
+SHAPE = WanShape(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, text_len=24, freq_dim=32)
+ARGUMENTS = ["--tokens", "12", "--steps", "3", "--warmups", "1", "--rank", "4"]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, FAMILY, replace(FAMILIES[FAMILY], shape=SHAPE))
+    monkeypatch.setattr(step, "CPU_GEMM_SIDE", 32)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def timed(*arguments: str) -> dict[str, Row]:
+    opts = parse_options(step.Options, [*ARGUMENTS, *arguments])
+    sizes = step.sizes_of(opts, on_gpu=False)
+    ledgers = step.count(opts, sizes, CPU)
+    return {row.name: row for row in step.timed(opts, sizes, CPU, ledgers[step.OURS])}
+
+
+def test_without_seconds_only_the_ledger_is_printed(capsys):
+    step.main(ARGUMENTS)
+    out = capsys.readouterr().out
+    for printed in ("ours", "diffusers + PEFT", "wan/modules/model.py:", "nothing was timed"):
+        assert printed in out
+    assert "step, median" not in out
+
+
+def test_with_seconds_the_record_has_agreement_speed_and_ratio(capsys):
+    step.main([*ARGUMENTS, "--seconds", "--no-lines"])
+    out = capsys.readouterr().out
+    assert "wan/modules/model.py:" not in out
+    assert "`python -m benchmarks.step --tokens 12" in out
+    for printed in ("cosine of all LoRA gradients", "ours: step, median", "ours: times the speed of diffusers + PEFT"):
+        assert printed in out
+
+
+def test_a_step_is_timed_against_the_peer_and_against_the_device():
+    rows = timed()
+    assert "3 steps of 12 tokens" in rows["ours: step, median"].comparison
+    ratio = rows["ours: times the speed of diffusers + PEFT"].value
+    assert ratio == pytest.approx(rows["diffusers + PEFT: step, median"].value / rows["ours: step, median"].value)
+    parts = [row.value for name, row in rows.items() if row.comparison.startswith("at ")]
+    share = rows["ours: share of the step that these take"].value
+    assert len(parts) == 3
+    assert share == pytest.approx(100 * sum(parts) / rows["ours: step, median"].value)
+    assert rows["ours: exposed transfer"].value == "not measured"
+
+
+def test_what_a_strategy_reports_as_waiting_is_a_row():
+    contestant = Contestant(
+        "ours", replace(step.our_trainee(SHAPE, step.Sizes(rank=4), CPU), transfer_wait=lambda: 0.25)
+    )
+    rows = {row.name: row for row in step._launches(contestant, lambda: None, CPU)}
+    assert rows["ours: exposed transfer"].value == 0.25
+
+
+def test_where_ours_and_the_peer_disagree_nothing_is_timed(monkeypatch):
+    monkeypatch.setattr(Contestant, "begin", wrong(Contestant.begin))
+    rows = timed()
+    assert any(row.failed for row in rows.values())
+    assert not any("median" in name for name in rows)
+
+
+def wrong(begin):
+    def changed(contestant, inputs, device):
+        begin(contestant, inputs, device)
+        if contestant.name == step.OURS:
+            contestant.gradients = [-gradient for gradient in contestant.gradients]
+
+    return changed
+
+
+def test_a_failed_row_is_exit_code_1(monkeypatch):
+    monkeypatch.setattr(Contestant, "begin", wrong(Contestant.begin))
+    with pytest.raises(SystemExit) as stopped:
+        step.main([*ARGUMENTS, "--seconds"])
+    assert stopped.value.code == 1
+
+
+def test_without_diffusers_ours_is_counted_and_timed_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    rows = timed()
+    assert rows["diffusers + PEFT"].verdict == "skipped: diffusers is not installed"
+    assert "ours: step, median" in rows and not any("times the speed" in name for name in rows)
+
+
+def test_the_options_choose_shape_depth_size_and_memory():
+    opts = parse_options(step.Options, ["--layers", "4", "--grid", "3", "4", "6", "--checkpointing", "full"])
+    sizes = step.sizes_of(opts, on_gpu=True)
+    assert (sizes.shape, sizes.video) == (replace(SHAPE, num_layers=4), (3, 4, 6))
+    assert opts.memory == Memory(checkpointing="full", compile=False)
+    assert step.sizes_of(parse_options(step.Options, []), on_gpu=True).shape.num_layers == SHAPE.num_layers
+    assert step.sizes_of(parse_options(step.Options, []), on_gpu=False).shape.num_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--family", "wan2.1-i2v-14B-480P"], "reads image tokens"),
+        (["--grid", "3", "4", "6", "--tokens", "12"], "say the same"),
+        (["--grid", "3", "5", "6"], "an even height"),
+        (["--grid", "4", "6"], "three numbers"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        step.sizes_of(parse_options(step.Options, arguments), on_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "grid"), [(1, (1, 2, 2)), (7, (1, 2, 14)), (1024, (1, 64, 64)), (2560, (1, 80, 128))]
+)
+def test_a_grid_has_exactly_the_tokens_and_is_nearly_square(tokens, grid):
+    assert step.grid_of(tokens) == grid and count_tokens(grid) == tokens
+
+
+def test_checkpointing_of_ours_and_of_the_peer_are_chosen_apart():
+    opts = parse_options(step.Options, [*ARGUMENTS, "--checkpointing", "full", "--no-peer_checkpointing"])
+    ledgers = step.count(opts, step.sizes_of(opts, on_gpu=False), CPU)
+    again = {name: total(ledger, ELEMENTWISE, "recompute") for name, ledger in ledgers.items()}
+    assert again["ours"] > 0 and again["diffusers + PEFT"] == 0
+    assert total(ledgers["diffusers + PEFT"], ELEMENTWISE, FORWARD) > total(ledgers["ours"], ELEMENTWISE, FORWARD)
+
+
+def test_the_command_runs_as_a_module():
+    root = Path(step.__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "benchmarks.step", "--help"]
+    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert "--checkpointing" in ran.stdout
+
+
+def test_kernels_are_counted_without_copies_fills_marks_and_host_operations(monkeypatch):
+    def event(name: str, device: DeviceType = DeviceType.CUDA, marked: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_type=device, is_user_annotation=marked)
+
+    seen = [event("gemm"), event("Memcpy HtoD"), event("Memset"), event("Optimizer.step", marked=True)]
+    seen += [event("aten::mm", DeviceType.CPU), event("gemm")]
+    taken = []
+    profiler = nullcontext(SimpleNamespace(events=lambda: seen))
+    monkeypatch.setattr(step, "profile", lambda activities: profiler)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: taken.append("waited"))
+    assert step.count_kernels(lambda: taken.append("step")) == 2
+    assert taken == ["step", "waited"]
