@@ -67,6 +67,24 @@ def test_whenever_a_tensor_is_taken_the_one_before_it_is_fetched(monkeypatch):
         assert parked[n].take()[0] == n and order == fetched
 
 
+def test_what_has_been_taken_is_not_fetched_again(monkeypatch):
+    parking, order = Parking(KB), []
+    parked = [parking.park(torch.full((3,), float(n))) for n in range(4)]
+    fetch = Parking.back
+    monkeypatch.setattr(
+        Parking, "back", lambda self, host, *rest: order.append(int(host[0])) or fetch(self, host, *rest)
+    )
+    for n, fetched in ((2, [2, 1]), (3, [2, 1, 3]), (1, [2, 1, 3, 0]), (0, [2, 1, 3, 0])):
+        assert parked[n].take()[0] == n and order == fetched
+
+
+def test_on_the_cpu_nothing_is_waited_for():
+    parking = Parking(KB)
+    for _ in range(2):
+        parking.park(tensor_of(3)).take()
+        assert parking.waited() == 0
+
+
 def test_memory_is_used_again_by_the_next_pass():
     parking, places = Parking(KB), []
     for _ in range(3):
