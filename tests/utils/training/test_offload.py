@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from tests.trainees import answers, equal, inputs_of, loss_of, prepared
 from utils.training.memory import Memory
@@ -76,6 +77,16 @@ def test_what_has_been_taken_is_not_fetched_again(monkeypatch):
     )
     for n, fetched in ((2, [2, 1]), (3, [2, 1, 3]), (1, [2, 1, 3, 0]), (0, [2, 1, 3, 0])):
         assert parked[n].take()[0] == n and order == fetched
+
+
+def test_what_has_been_taken_belongs_to_its_taker():
+    parking = Parking(KB)
+    parked = [parking.park(tensor_of(3, n)) for n in range(2)]
+    taken = parked[1].take()
+    storage = StorageWeakRef(taken.untyped_storage())
+    assert not storage.expired()
+    del taken
+    assert storage.expired()
 
 
 def test_on_the_cpu_nothing_is_waited_for():
