@@ -117,9 +117,10 @@ def per_block(
     """The ledger of one block: bytes per token and unit of width, and ops.
 
     Bytes are the difference between two depths (3 and 1 blocks) of the difference between two token counts (128 and
-    64, or 2048 and 1024 of compiled blocks): embeddings and head cancel, and so does what does not grow with the video, such as weights and the rows of the
-    text. They grow linearly with tokens, so the numbers hold for any length. Ops are the difference between the two
-    depths alone, so those on weights and text are in. `build` is given the shape with the depth.
+    64, or 2048 and 1024 of compiled blocks): embeddings and head cancel, and so does what does not grow with the video,
+    such as weights and the rows of the text. They grow linearly with tokens, so the numbers hold for any length. Ops
+    are the difference between the two depths alone, so those on weights and text are in. `build` is given the shape
+    with the depth.
     """
     recorded, grids = {}, COMPILED_GRIDS if compiled else GRIDS
     for layers in DEPTHS:

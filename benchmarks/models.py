@@ -111,9 +111,11 @@ def our_trainee(
     names = select_modules(model, TARGETS)
     parameters = prepare(model, memory, lambda base: add_lora(base, names, sizes.rank, sizes.rank))
     _draw_adapter(parameters)
-    training_pass = model.blocks[0].forward
-    offloads = memory.checkpointing == "offload" and isinstance(training_pass, TrainingPass)
-    return Trainee(model, parameters, model, training_pass.parking.waited if offloads else None)
+    first = model.blocks[0].forward
+    waited = None
+    if memory.checkpointing == "offload" and isinstance(first, TrainingPass):
+        waited = first.parking.waited
+    return Trainee(model, parameters, model, waited)
 
 
 def rounded_trainee(shape: WanShape, sizes: Sizes, device: torch.device) -> Trainee[WanModel]:

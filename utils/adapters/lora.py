@@ -102,16 +102,17 @@ def speaking(model: nn.Module, adapter: str | None) -> Iterator[None]:
 
     Forward and backward belong into one span: a checkpointed block runs again in the backward pass.
     """
-    before = [(layer, layer.disable_adapters, list(layer.active_adapters)) for layer in _layers(model).values()]
-    for layer, disabled, active in before:
-        if adapter is None or adapter not in layer.lora_A:
-            _switch(layer, True, active)
-        elif disabled or active != [adapter]:
-            _switch(layer, False, [adapter])
+    changed = []
+    for layer in _adapted(model):
+        before = layer.disable_adapters, list(layer.active_adapters)
+        wanted = (False, [adapter]) if adapter in layer.lora_A else (True, before[1])
+        if before != wanted:
+            changed.append((layer, *before))
+            _switch(layer, *wanted)
     try:
         yield
     finally:
-        for layer, disabled, active in before:
+        for layer, disabled, active in changed:
             _switch(layer, disabled, active)
 
 
@@ -294,6 +295,15 @@ def _layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLayer
     """The adapted layers by name: of one adapter, or of any."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     return {name: layer for name, layer in layers.items() if adapter is None or adapter in layer.lora_A}
+
+
+def _adapted(module: nn.Module) -> Iterator[LoraLayer]:
+    """The adapted layers. Most modules are inside of them and are not visited: every step looks for the layers."""
+    for child in module.children():
+        if isinstance(child, LoraLayer):
+            yield child
+        else:
+            yield from _adapted(child)
 
 
 def _forward_in_place(layer: LoraLinear, x: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ Letters in shapes: `F` frames, `H` height, `W` width.
 """
 
 import itertools
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -90,6 +92,25 @@ def load_ahead(planned: Iterable[Sequence[Window]], load: Load[T], num_workers: 
         pin_memory=torch.cuda.is_available(),
     )
     return _unwrapped(loader)
+
+
+def in_thread(loaded: Iterator[T]) -> Generator[T, None, None]:
+    """The same values in the same order, each taken ahead of time by a thread.
+
+    Where taking one raises, so does this, in its place. Closing the generator ends the thread, once the value that it
+    is just taking has come.
+    """
+    thread = ThreadPoolExecutor(1, "loading")
+    try:
+        pending = deque(thread.submit(next, loaded) for _ in range(_BATCHES_AHEAD))
+        while True:
+            value = pending.popleft().result()
+            pending.append(thread.submit(next, loaded))
+            yield value
+    except StopIteration:
+        return
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 def loader_failure(error: RuntimeError) -> LoaderError | None:

@@ -17,7 +17,7 @@ from utils.common.console import say
 from utils.common.digests import LATENTS
 from utils.common.formatting import readable_size
 from utils.common.options import option
-from utils.data.loading import Clip, batches, load_ahead, load_clip
+from utils.data.loading import Clip, batches, in_thread, load_ahead, load_clip
 from utils.data.plan import Plan, Window
 from utils.encoding.conditioning import Batch, Encoded, Encoders, collate
 from utils.encoding.latent_cache import LatentCache, Layout, cached_bytes
@@ -62,8 +62,8 @@ class Samples(Protocol):
     def stream(self, plan: Plan, start_batch: int = 0) -> Generator[Batch, None, None]:
         """The batches of a plan without end, from that number on, on the device.
 
-        Clips are loaded ahead of time by other processes, which end when the generator is closed. Raises as
-        `utils.data.loading.batches` does.
+        Clips are loaded ahead of time by other processes, cached ones by a thread; these end when the generator is
+        closed. Raises as `utils.data.loading.batches` does.
         """
         ...
 
@@ -102,7 +102,7 @@ class CachedSamples:
     texts: LoadText
     device: torch.device
     load_encoders: Callable[[], Encoders]
-    num_workers: ClassVar[int] = 0  # a cached clip is loaded in a millisecond
+    num_workers: ClassVar[int] = 0  # a cached clip is loaded in a millisecond, by a thread
 
     def open_encoders(self) -> Encoders:
         return self.load_encoders()
@@ -117,7 +117,7 @@ class CachedSamples:
         return self.batch([self.load(window) for window in windows])
 
     def stream(self, plan: Plan, start_batch: int = 0) -> Generator[Batch, None, None]:
-        return _stream(batches(plan, self.load, start_batch, self.num_workers), self.batch)
+        return _stream(in_thread(batches(plan, self.load, start_batch, self.num_workers)), self.batch)
 
 
 def _stream(

@@ -20,6 +20,7 @@ KEPT_SHARE = 0.85
 SAVED_BYTES = 280
 BANDWIDTH = {"cuda": 1e12, "cpu": 2e10}  # bytes per second, of a middling device
 COMPILE_SECONDS = 60  # for the graphs of a run
+MAX_GRAPHS = 32  # strategies, batches of one clip or more, given first frames or none: torch gives up at 8
 
 COMPILER = "PyTorch needs Triton for a GPU, which its builds for Linux bring, and a C++ compiler for the CPU"
 
@@ -73,6 +74,7 @@ def compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     Functions with the same code share their graphs, whichever block they belong to.
     """
     partitioner.activation_memory_budget = KEPT_SHARE
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_GRAPHS)
     # It warns of operations in place in a region with a checkpoint policy. They are not among what the policy keeps.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     run = torch.compile(forward, fullgraph=True)

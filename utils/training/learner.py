@@ -121,9 +121,11 @@ class Learner:
         return [p for trainable in self.trainables.values() for p in trainable.adapter.parameters.values()]
 
     def begin_step(self, num_updates: int = 1) -> None:
-        """Opens a step of so many updates. One that is interrupted before its first update is repeated by a resume."""
+        """Opens a step of so many updates. One that is interrupted before its first update is repeated by a resume.
+
+        It is repeated with the random state that the step before it left: between steps nothing is drawn from it.
+        """
         self._planned = self._remaining = num_updates
-        self._capture_rng_state()
 
     def update(self, name: str, max_grad_norm: float) -> Update:
         """Updates a trainable from its gradients; the last update of a step completes it."""

@@ -87,7 +87,7 @@ class Parking:
         self._waits.append((before, stream.record_event(torch.cuda.Event(enable_timing=True))))
 
     def waited(self) -> float:
-        """The seconds that the device has waited for copies since the last call. The first call starts the measuring."""
+        """The seconds that the device has waited for copies since the last call. The first call starts to measure."""
         waits, self._waits = self._waits or [], []
         if waits:
             torch.cuda.synchronize()

@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from tests.adapted import ALPHA, RANK, adapted, fill, inputs
 from tests.tiny import TINY_SHAPE, tiny_transformer
 from utils.adapters.attach import AdapterOptions, plan_adapter
 from utils.adapters.lora import (
+    ADAPTER,
     add_lora,
     extract_lora,
     is_plain,
@@ -112,6 +114,25 @@ def test_adapters_of_one_model_may_adapt_different_layers():
         assert torch.equal(model(*inputs()), alone(*inputs()))
     assert extract_lora(model, {}, adapter="critic").pairs.keys() == set(few)
     assert extract_lora(model, {}, adapter="student").pairs.keys() == set(many)
+
+
+def test_a_span_of_the_adapter_that_speaks_already_switches_no_layer(monkeypatch):
+    model, _ = adapted()
+    for switch in ("set_adapter", "enable_adapters"):
+        monkeypatch.setattr(LoraLayer, switch, None)
+    with speaking(model, ADAPTER):
+        pass
+    with pytest.raises(TypeError), speaking(model, None):
+        pass
+
+
+def test_a_span_reaches_every_adapted_layer_in_a_block_and_outside():
+    model = tiny_transformer()
+    add_lora(model, [*select_modules(model, ["all-linear"]), "patch_embedding"], RANK, ALPHA)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    with speaking(model, None):
+        assert all(layer.disable_adapters for layer in layers)
+    assert not any(layer.disable_adapters for layer in layers) and len(layers) == 21
 
 
 def test_two_control_adapters_share_the_widened_input():

@@ -1,9 +1,14 @@
 """Clips are read from tiny videos, here and in worker processes."""
 
+import itertools
 import multiprocessing
 import os
 import random
 import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,7 +21,7 @@ from tests.limits import GRID, limits
 from tests.media import image, video
 from utils.common.errors import LoaderError, UserError
 from utils.data.folders import Folder, Rules
-from utils.data.loading import Clip, batches, load_ahead, load_clip
+from utils.data.loading import Clip, batches, in_thread, load_ahead, load_clip
 from utils.data.plan import Plan, Window
 from utils.data.scan import Source, scan
 from utils.media.frames import crop_and_resize, read_frames
@@ -176,3 +181,91 @@ def test_a_sample_from_the_middle_of_its_clip_is_not_given_the_start_picture(tmp
     (source,) = look(tmp_path, load_first_frame=True)
     window = Window(source, "", 32, 32, (1, 2, 3, 4, 5), (0.5, 0.5), GRID)
     assert load_clip(window).first is None and load_clip(replace(window, indices=(0,))).first is not None
+
+
+# ------------------------------------------------------------------------------------------------------------ a thread
+
+
+def loading_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loading")]
+
+
+def test_a_thread_changes_nothing_but_when_batches_are_loaded(small_set):
+    plan = Plan(small_set, LIMITS, 7)
+    before = torch.get_rng_state(), random.getstate()
+    stream = in_thread(batches(plan, load_clip, start_batch=3))
+    helped = list(islice(stream, 9))
+    stream.close()
+    assert same(first(9, small_set, start_batch=3), helped)
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
+
+
+def test_a_thread_is_two_values_ahead_and_no_further():
+    taken = []
+    stream = in_thread(number for number in range(100) if taken.append(number) is None)
+    assert [next(stream), next(stream)] == [0, 1]
+    while len(taken) < 4:
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert taken == [0, 1, 2, 3]
+    stream.close()
+
+
+def test_values_of_a_thread_end_where_their_source_ends():
+    assert list(in_thread(iter(range(5)))) == [0, 1, 2, 3, 4] and list(in_thread(iter(()))) == []
+    assert not loading_threads()
+
+
+def failing_at(last: int) -> Iterator[int]:
+    yield from range(last)
+    raise MediaError(Path("a.mp4"), "it is gone")
+
+
+def test_an_error_of_a_thread_is_raised_in_its_place_and_ends_the_thread():
+    stream = in_thread(failing_at(3))
+    assert list(islice(stream, 3)) == [0, 1, 2]
+    with pytest.raises(MediaError, match="it is gone"):
+        next(stream)
+    assert not loading_threads()
+
+
+def test_closing_waits_for_the_value_in_progress_alone():
+    taken, going = [], threading.Event()
+
+    def slowly() -> Iterator[int]:
+        for number in itertools.count():
+            taken.append(number)
+            yield number
+            going.wait(10)
+
+    stream = in_thread(slowly())
+    assert next(stream) == 0 and loading_threads()
+    threading.Timer(0.05, going.set).start()
+    stream.close()
+    assert not loading_threads() and len(taken) <= 2
+
+
+def test_an_interrupt_while_waiting_for_a_thread_ends_it():
+    begun = threading.Event()
+
+    def slow() -> Iterator[int]:
+        begun.set()
+        time.sleep(0.3)
+        yield 1
+
+    stream = in_thread(slow())
+    interrupt = threading.Thread(target=lambda: begun.wait() and signal.raise_signal(signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt), closing(stream):
+        next(stream)
+    interrupt.join()
+    for thread in loading_threads():
+        thread.join(10)  # one that was just being started is not waited for, but told to end
+    assert not loading_threads()
+
+
+def test_the_thread_of_a_stream_that_nobody_closed_ends_with_it():
+    stream = in_thread(itertools.count())
+    assert next(stream) == 0 and loading_threads()
+    del stream
+    assert not loading_threads()

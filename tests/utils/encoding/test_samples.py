@@ -1,6 +1,7 @@
 """Samples fresh from the encoders and samples from the cache: the loop cannot tell them apart."""
 
 import re
+import threading
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -156,6 +157,32 @@ def test_closing_a_stream_ends_the_loading(tmp_path, model, monkeypatch):
     assert not ended
     stream.close()
     assert ended == [1]
+
+
+def test_cached_samples_are_loaded_by_a_thread_that_ends_with_their_stream(tmp_path, model):
+    video(tmp_path / "a.mp4", frames=9)
+    sources, _ = scan(Folder(tmp_path, Rules(base_res=(64,), enlarge=True)), 16.0)
+    fixed, before = fixed_windows(sources, LIMITS, 2), threading.active_count()
+    _, cached = both(tmp_path, model, flatten_windows(fixed), None)
+    with closing(cached.stream(Plan(sources, LIMITS, 0, fixed=fixed))) as stream:
+        next(stream)
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+
+
+def test_a_cached_file_that_is_lost_is_an_error_of_its_own_batch(tmp_path, model):
+    video(tmp_path / "a.mp4", frames=9)
+    video(tmp_path / "b.mp4", frames=13)
+    sources, _ = scan(Folder(tmp_path, Rules(base_res=(64,), enlarge=True)), 16.0)
+    fixed = fixed_windows(sources, LIMITS, 1)
+    _, cached = both(tmp_path, model, flatten_windows(fixed), None)
+    plan = Plan(sources, LIMITS, 0, fixed=fixed)
+    (first,), (second,) = plan.epoch(0)
+    cached.latents.path(second).unlink()
+    with closing(cached.stream(plan)) as stream:
+        assert torch.equal(next(stream).latents[0], cached.load(first).latents)
+        with pytest.raises(UserError, match="is missing or corrupted .*: run --cache_latents again"):
+            next(stream)
 
 
 def test_the_encoders_of_cached_samples_are_loaded_when_they_are_asked_for(tmp_path, model, monkeypatch):

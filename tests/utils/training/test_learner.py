@@ -121,12 +121,20 @@ def test_an_update_that_fails_leaves_no_whole_step(monkeypatch):
 def test_a_step_that_was_interrupted_before_its_update_is_repeated_with_the_same_random_numbers():
     learner = small_learner()
     torch.manual_seed(5)
+    take_step(learner)
     learner.begin_step()
     expected = torch.rand(3)
     saved = copy.deepcopy(learner.state_dict())
     torch.rand(100)
     small_learner().load_state_dict(saved)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_random_state_is_read_once_in_a_step(monkeypatch):
+    learner, reads, get_rng_state = small_learner(), [], torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: reads.append(None) or get_rng_state())
+    take_step(learner)
+    assert len(reads) == 1
 
 
 def test_an_adapter_that_moves_is_not_taken_for_one_that_does_not():
