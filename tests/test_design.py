@@ -171,8 +171,9 @@ def test_the_command_line_and_toml_are_read_in_one_place():
     assert importers_of("argparse", shipped) | importers_of("tomllib", shipped) == {"utils/common/options.py"}
 
 
-def test_adapters_come_from_one_place():
-    assert importers_of("peft", SOURCES + ROOMS["nano"]) == {"utils/adapters/lora.py"}
+def test_adapters_come_from_one_place_and_their_layers_are_read_in_another():
+    places = {"utils/adapters/lora.py", "utils/adapters/projection.py"}
+    assert importers_of("peft", SOURCES + ROOMS["nano"]) == places
 
 
 # ------------------------------------------------------------------------------------------------------------ safety

@@ -11,7 +11,16 @@ import pytest
 from tests.limits import limits
 from utils.common.errors import UserError
 from utils.data.folders import FRAME_SAMPLINGS, Rules
-from utils.data.plan import Limits, Plan, Window, fixed_windows, flatten_windows, middle_window, validation_windows
+from utils.data.plan import (
+    Limits,
+    Plan,
+    Window,
+    count_batch,
+    fixed_windows,
+    flatten_windows,
+    middle_window,
+    validation_windows,
+)
 from utils.data.scan import PairedFile, Source
 from utils.media.probing import MediaInfo
 from wan.configs.grid import Grid
@@ -268,3 +277,20 @@ def test_a_start_picture_stands_for_the_first_frame_that_samples_may_use():
     window = middle_window(clip, 624, limits(1560 * 4))
     assert window.indices[0] == 2 and window.first == clip.first
     assert replace(window, indices=(5, 8, 11, 14)).first is None
+
+
+def test_the_largest_batch_is_one_of_the_first_epoch_and_none_of_it_has_more_tokens():
+    for seed in range(20):
+        sources = many_sources(seed, base_res=(624, 320), max_frame_stride=3, random_frame_length=True)
+        plan = Plan(sources, limits(10000, batch_size=3), seed)
+        counts = [sum(window.tokens for window in batch) for batch in plan.epoch(0)]
+        assert plan.largest_batch in plan.epoch(0) and count_batch(plan.largest_batch) == max(counts)
+        assert plan.mean_tokens == pytest.approx(sum(counts) / len(counts))
+
+
+def test_the_largest_batch_may_be_several_small_clips():
+    small = [source(320, 320, 1, f"{n}.png", base_res=(320, 320)) for n in range(8)]
+    large = source(640, 320, 1, "large.png", base_res=(640, 320))
+    plan = Plan([*small, large], limits(10000, batch_size=4), 0)
+    batch = plan.largest_batch
+    assert len(batch) == 4 and batch[0].tokens < max(window.tokens for window in windows_of(plan.epoch(0)))

@@ -15,7 +15,8 @@ from huggingface_hub.errors import DryRunError, HFValidationError, LocalEntryNot
 
 from utils.common.errors import UserError
 from utils.common.formatting import readable_size
-from utils.setup.download import download_model, download_tokenizer, suggest_download
+from utils.setup import download
+from utils.setup.download import SetupOptions, download_model, download_tokenizer, set_up, suggest_download
 from wan.checkpoints import CheckpointError, find_family, find_model
 from wan.configs import named_family
 
@@ -313,3 +314,24 @@ def test_sizes_are_in_powers_of_ten():
     assert [readable_size(n) for n in (0, 16_837_417, 507_609_880, 11_361_920_418)] == [
         "0.00 MB", "16.84 MB", "0.51 GB", "11.36 GB",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "done"),
+    [
+        ({}, []),
+        ({"doctor": True}, ["doctor"]),
+        ({"doctor": True, "download_model": True}, ["doctor"]),
+        ({"download_model": True}, [NAME]),
+        ({"download_tokenizer": True}, ["tokenizer"]),
+        ({"download_model": True, "download_tokenizer": True}, [NAME, "tokenizer"]),
+    ],
+    ids=lambda value: " ".join(value) or "nothing",
+)
+def test_what_is_asked_for_instead_of_a_run_is_done_and_said(flags, done, monkeypatch):
+    order: list[str] = []
+    monkeypatch.setattr(download, "print_findings", lambda: order.append("doctor"))
+    monkeypatch.setattr(download, "download_model", order.append)
+    monkeypatch.setattr(download, "download_tokenizer", lambda: order.append("tokenizer"))
+    assert set_up(SetupOptions(**flags)) == bool(done)
+    assert order == done

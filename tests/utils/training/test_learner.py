@@ -244,3 +244,10 @@ def test_a_restored_learner_is_between_steps():
     assert not learner.is_whole
     learner.load_state_dict(source.state_dict())
     assert learner.is_whole and learner.step == 1
+
+
+def test_the_parameters_of_a_learner_are_those_of_all_its_trainables():
+    learner = small_learner(("student", "critic"))
+    own = [list(trainable.adapter.parameters.values()) for trainable in learner.trainables.values()]
+    assert [id(parameter) for parameter in learner.parameters] == [id(parameter) for each in own for parameter in each]
+    assert len(own) == 2 and all(own)

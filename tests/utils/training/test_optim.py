@@ -209,3 +209,13 @@ def test_a_group_learns_at_its_share_of_the_base_rate_also_after_a_restore():
     again.load_state_dict(updater.state_dict())
     assert [group["lr"] for group in again.optimizer.param_groups] == pytest.approx([0.01, 0.001])
     assert again.schedule.get_last_lr() == pytest.approx([0.01, 0.001])
+
+
+def test_every_update_counts_as_a_change_of_the_parameters_also_a_skipped_one():
+    """By their versions, copies of parameters in another dtype are known to be old."""
+    updater = make_updater()
+    for scale in (1.0, math.inf, 1.0):
+        versions = [parameter._version for parameter in updater.parameters]
+        give_gradients(updater.parameters, 0, scale)
+        updater.step(max_grad_norm=1.0)
+        assert all(p._version > version for p, version in zip(updater.parameters, versions, strict=True))

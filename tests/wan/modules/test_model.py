@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from tests.manifests import load_manifest
 from tests.peers import diffusers_transformer, to_diffusers
 from wan.configs import FAMILIES
-from wan.modules.model import WanModel, WanShape, is_fp32, modulate, rotary_table
+from wan.modules.model import WanModel, WanShape, is_fp32, modulate, rotary_table, rotate
 from wan.names import diffusers_name, is_parameter
 
 SHAPE = WanShape(dim=48, ffn_dim=96, num_heads=2, num_layers=3, text_dim=20, text_len=12, freq_dim=16)
@@ -341,7 +341,7 @@ def test_the_rotary_table_is_built_once_per_shape():
     device = torch.device("cpu")
     first = rotary_table((2, 3, 4), 24, device)
     assert rotary_table((2, 3, 4), 24, device) is first
-    assert first.shape == (24, 1, 12)
+    assert first.shape == (24, 1, 12, 2) and first.dtype == torch.float32
     assert not rotary_table((2, 3, 5), 24, device).is_inference()
 
 
@@ -349,6 +349,23 @@ def test_a_rotary_table_built_while_sampling_can_be_trained_with():
     with torch.inference_mode():
         table = rotary_table((1, 5, 7), 24, torch.device("cpu"))
     assert not table.is_inference()
+
+
+def test_rotation_keeps_lengths_and_is_the_same_in_real_numbers_for_a_compiler(monkeypatch):
+    table = rotary_table((2, 3, 4), 24, torch.device("cpu"))
+    assert torch.allclose(table.square().sum(-1), torch.ones(24, 1, 12))
+    x = torch.randn(2, 24, 2, 24, generator=torch.Generator().manual_seed(0))
+    turned = rotate(x, table)
+    assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1)) and torch.equal(turned[:, 0], x[:, 0])
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.allclose(rotate(x, table), turned, atol=1e-6)
+
+
+def test_the_stream_that_blocks_read_is_contiguous():
+    model, seen = WanModel(SHAPE), []
+    model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+    model(torch.ones(2, SHAPE.in_dim, 2, 4, 6), torch.ones(2), torch.ones(2, 5, SHAPE.text_dim))
+    assert seen == [True]
 
 
 RELEASED = {
