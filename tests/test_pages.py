@@ -28,6 +28,8 @@ from utils.adapters.lora import add_lora, extract_lora, select_modules
 from utils.adapters.lora_writer import write_lora
 from utils.common.options import parse_options
 from utils.media.frames import save_image
+from utils.setup import download
+from utils.setup import download
 from wan.checkpoints import LOCAL_MODELS, TOKENIZER
 from wan.configs import FAMILIES, named_family
 
@@ -45,8 +47,8 @@ def desk(tmp_path: Path, monkeypatch) -> None:
     """A folder with what the pages take for granted. A download writes a small model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", copy_prompts(tmp_path / "embeddings"))
-    monkeypatch.setattr(train_wan_lora, "download_model", write_released)
-    monkeypatch.setattr(train_wan_lora, "download_tokenizer", lambda: write_tokenizer(LOCAL_MODELS / TOKENIZER, WORDS))
+    monkeypatch.setattr(download, "download_model", write_released)
+    monkeypatch.setattr(download, "download_tokenizer", lambda: write_tokenizer(LOCAL_MODELS / TOKENIZER, WORDS))
     Path("nano").symlink_to(ROOT / "nano")
     for folder in ("my_clips", "datasets/videos", "fox_clips", "landscapes"):
         write_clips(Path(folder))

@@ -1,6 +1,7 @@
 """Training teaches: what the whole machinery does to a small model, in one process."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,8 @@ def test_a_bf16_base_as_on_a_gpu_trains_fp32_adapters(tmp_path: Path, batch: Bat
     model = load_transformer(files, torch.bfloat16)
     opts = train_wan_lora.parse_options(train_wan_lora.Options, ["--lora_target", "all-linear", *flags.split()])
     torch.manual_seed(0)
-    adapter = prepare(model, opts.memory, plan_adapter(opts, build_transformer(files)).attach)
+    memory = replace(opts.memory(torch.device("cpu"), TINY_SHAPE, 0), fuse=True, stream=torch.bfloat16)
+    adapter = prepare(model, memory, plan_adapter(opts, build_transformer(files)).attach)
     parameters = adapter.parameters.values()
     updater = updater_of(parameters, OptimizerSpec(1e-3, 0.0, "constant", 0, 3))
     negative = torch.randn(3, TINY_SHAPE.text_dim) if opts.distill_cfg else None

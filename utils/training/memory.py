@@ -34,7 +34,7 @@ class Memory:
     checkpointing: str = "none"  # of STRATEGIES, or AUTO
     compile: bool = False
     fuse: bool = False  # without a compiler: blocks as few autograd Functions that keep less
-    stream: torch.dtype = torch.float32  # what the residual stream is rounded to between blocks
+    stream: torch.dtype = torch.float32  # what the residual stream is rounded to after each block
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class MemoryOptions:
         affects_training=False,
     )
     fp32_stream: bool = option(
-        False, "do not round the residual stream to bf16 between blocks: twice the memory of --gradient_checkpointing"
+        False, "do not round the residual stream to bf16 after each block: twice the memory of --gradient_checkpointing"
     )
     compile: str = option(
         "auto",

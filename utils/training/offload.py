@@ -26,8 +26,8 @@ class Parking:
     def park(self, tensor: Tensor) -> "Parked":
         """Starts the copy of a tensor to main memory."""
         self._parked = [ref for ref in self._parked if (parked := ref()) is not None and not parked.is_taken]
-        if not self._parked:
-            self._place = (0, 0)
+        last = self._parked[-1]() if self._parked else None
+        self._place = (0, 0) if last is None else last.end
         host = self._room(tensor)
         copied = None
         if tensor.is_cuda:
@@ -40,7 +40,7 @@ class Parking:
             tensor.record_stream(out)
         else:
             host.copy_(tensor.detach())
-        parked = Parked(self, tensor, host, copied)
+        parked = Parked(self, tensor, host, copied, self._place)
         self._parked.append(weakref.ref(parked))
         return parked
 
@@ -107,8 +107,9 @@ Ready = torch.cuda.Event | None  # None: nothing to wait for
 class Parked:
     """A tensor in main memory. It lives as long as this object is referred to."""
 
-    def __init__(self, parking: Parking, tensor: Tensor, host: Tensor, copied: Ready) -> None:
+    def __init__(self, parking: Parking, tensor: Tensor, host: Tensor, copied: Ready, end: tuple[int, int]) -> None:
         self._parking, self._host, self._copied = parking, host, copied
+        self.end = end  # where free memory begins after it
         self._device, self._needs_grad = tensor.device, tensor.requires_grad
         self._fetched: tuple[Tensor, Ready] | None = None
         self.is_taken = False

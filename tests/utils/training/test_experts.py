@@ -21,12 +21,14 @@ from utils.adapters.lora_writer import write_lora
 from utils.common.errors import UserError
 from utils.common.options import parse_options
 from utils.encoding.conditioning import Cond, make_predict
+from utils.training.checkpoint_plan import CheckpointPlan
 from utils.training.experts import Experts, Role, load_experts, plan_experts
 from utils.training.memory import Memory
 from wan.checkpoints import ModelFiles, open_model
 from wan.configs import FAMILIES
 from wan.modules.model import WanModel
 
+KEPT = CheckpointPlan("none", 2)
 CPU, DEVICE = torch.device("cpu"), torch.device("meta")
 A14B, SINGLE = FAMILIES["wan2.2-i2v-A14B"], FAMILIES["wan2.1-t2v-1.3B"]
 HIGH, LOW = "high_noise", "low_noise"
@@ -233,7 +235,7 @@ def files(tmp_path_factory) -> ModelFiles:
 
 def load(files: ModelFiles, flags: str, with_others: bool) -> tuple[list[Role], Experts, dict[str, LoraAdapter]]:
     roles = options(flags).roles(files.family)
-    return roles, *load_experts(roles, plan_experts(roles, files), files, Memory(), CPU, with_others)
+    return roles, *load_experts(roles, plan_experts(roles, files), files, Memory(), KEPT, CPU, with_others)
 
 
 def ranks(model: WanModel) -> set[int]:
@@ -300,7 +302,7 @@ def test_too_little_main_memory_for_the_expert_that_waits_is_reported_before_it_
     roles = options().roles(A14B)
     monkeypatch.setattr(utils.training.experts.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     plans = plan_experts(roles, files)
-    experts, _ = load_experts(roles[:1], plans, files, Memory(), CPU, with_others=False)
+    experts, _ = load_experts(roles[:1], plans, files, Memory(), KEPT, CPU, with_others=False)
     assert list(experts.models) == [HIGH]
     with pytest.raises(UserError, match="in main memory at any time: low_noise takes 0.36 MB, and"):
-        load_experts(roles, plans, files, Memory(), DEVICE, with_others=False)
+        load_experts(roles, plans, files, Memory(), KEPT, DEVICE, with_others=False)
