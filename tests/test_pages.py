@@ -29,7 +29,6 @@ from utils.adapters.lora_writer import write_lora
 from utils.common.options import parse_options
 from utils.media.frames import save_image
 from utils.setup import download
-from utils.setup import download
 from wan.checkpoints import LOCAL_MODELS, TOKENIZER
 from wan.configs import FAMILIES, named_family
 
