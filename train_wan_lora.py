@@ -216,6 +216,8 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     size = largest_window(full_length_windows(plan.sources, plan.limits))
     opts.preview_images(files.family, size.frames)
     further = further_loras(opts.also_lora, files)
+    shape, steps = next(iter(files.transformers.values())).shape, [role.opts.max_train_steps for role in roles]
+    memory = opts.memory(device, shape, sum(steps) * opts.gradient_accumulation * plan.mean_tokens)
 
     # The text encoder takes 11 GB. It is loaded only if an embedding is missing, and freed before the next model.
     texts = load_texts(opts, TextEncoding(files, device), data)
@@ -231,8 +233,6 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     # The other random numbers come from torch's generator: the LoRA's first values, then noise and noise levels.
     torch.manual_seed(opts.seed)
     previews = bool(texts.previews)
-    shape, steps = next(iter(files.transformers.values())).shape, [role.opts.max_train_steps for role in roles]
-    memory = opts.memory(device, shape, sum(steps) * opts.gradient_accumulation * plan.mean_tokens)
     kept = CheckpointPlan(memory.checkpointing, shape.num_layers)
     experts, adapters = load_experts(roles, plans, files, memory, kept, device, with_others=previews)
 
@@ -256,14 +256,14 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
         with phase.speaking():
             check_conditions(adapter, batch, phase.sigmas[2], files.family.given, opts.control_lora)
 
-    # The largest batch goes through the model once, so that memory is found too small now and not after hours. What is
-    # left of it decides how much the blocks keep for the backward pass.
-    rehearse(phases[0], experts.models[roles[0].name], samples.load_batch(plan.largest_batch), kept, learner.parameters)
-
     clips = tqdm(watched, "encoding validation clips", leave=False)
     validation = [samples.load_batch([window]).to(CPU) for window in clips]
     preview = open_preview(opts, files.family, texts, samples, plan, size, validation) if previews else None
     validation = hold_share(validation, opts.held_share)
+
+    # The largest batch goes through the model before the first step, so that memory is found too small now and not
+    # after hours. What there is room for decides how much the blocks keep for the backward pass.
+    rehearse(phases[0], experts.models[roles[0].name], samples.load_batch(plan.largest_batch), kept, learner.parameters)
     needed = opts.flags(files) + needed_flags(files.family, opts.control_signal)
     return Session(learner, schedule, experts, samples, plan, steps_per_epoch, validation, preview, further, needed)
 

@@ -126,8 +126,9 @@ class Plan:
 
     @property
     def largest_batch(self) -> tuple[Window, ...]:
-        """The batch of the first epoch with the most tokens."""
-        return max(self.epoch(0), key=count_batch)
+        """The largest window that any epoch can have, as often as the fullest batch of the first epoch has windows."""
+        windows = self.fixed_windows or full_length_windows(self.sources, self.limits)
+        return (largest_window(windows),) * max(map(len, self.epoch(0)))
 
     @property
     def mean_tokens(self) -> float:

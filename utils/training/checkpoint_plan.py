@@ -1,8 +1,10 @@
 """Which blocks keep how much for the backward pass: as much as the device has room for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
+
+from utils.training.offload import Parking
 
 # From what keeps least to what keeps most. A byte saves less time with each step upwards.
 LADDER = ("offload", "full", "selective", "none")
@@ -46,6 +48,7 @@ class CheckpointPlan:
 
     def __init__(self, strategy: str, num_blocks: int) -> None:
         self.strategy, self.num_blocks = strategy, num_blocks
+        self.parking = Parking()  # for the inputs of blocks that keep nothing on the device
         self._room: Room | None = None
         self._chosen: dict[int, list[str]] = {}
 
@@ -58,6 +61,22 @@ class CheckpointPlan:
         """Decides by the room that was measured."""
         self._room = room
         self._chosen.clear()
+        if LADDER[0] not in self.strategies(room.tokens):
+            self.parking.release()
+
+    def settle_for_less(self, share: float) -> bool:
+        """Decides again, for so much less room that the measured batch keeps less; False where it keeps least already.
+
+        Each try leaves away this share of the room.
+        """
+        assert self._room is not None
+        tokens, before = self._room.tokens, self.strategies(self._room.tokens)
+        if before == [LADDER[0]] * self.num_blocks:
+            return False
+        while self.strategies(tokens) == before:
+            left = self._room.free - self._room.working
+            self.settle(replace(self._room, free=self._room.free - max(1, int(left * share))))
+        return True
 
     def strategies(self, tokens: int) -> list[str]:
         """That of each block, for a batch of so many tokens."""
@@ -70,11 +89,11 @@ class CheckpointPlan:
             return [self.strategy] * self.num_blocks
         return [LADDER[0]] * self.num_blocks if self._room is None else self._room.choose(tokens, self.num_blocks)
 
-    def describe(self, tokens: int) -> str | None:
-        """A sentence about a batch of so many tokens; None where all blocks keep everything."""
+    def describe(self, tokens: int) -> str:
+        """A sentence about a batch of so many tokens."""
         runs = [(strategy, len(list(group))) for strategy, group in groupby(self.strategies(tokens))]
-        if [strategy for strategy, _ in runs] == ["none"]:
-            return None
+        if len(runs) == 1:
+            return f"for the backward pass of {tokens:,} tokens all blocks keep {KEEPING[runs[0][0]]}"
         parts, first = [], 0
         for strategy, count in runs:
             blocks = f"blocks {first} to {first + count - 1} keep" if count > 1 else f"block {first} keeps"

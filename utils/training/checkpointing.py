@@ -55,9 +55,9 @@ def parked(forward: Forward, parking: Parking) -> Forward:
     """As `checkpointed`; the stream waits in main memory."""
 
     def run(x: Tensor, *conditions: Tensor | None) -> Tensor:
-        own: list[Tensor] = [x]
-        waiting = parking.park(x)
+        own, waiting = [x], parking.park(x)
 
+        # The first pass reads x itself and lets go of it, or this function would keep it on the device.
         def again(*conditions: Tensor | None) -> Tensor:
             return forward(own.pop() if own else waiting.take(), *conditions)
 
@@ -70,8 +70,10 @@ def parked_inputs(compiled: Forward, parking: Parking) -> Forward:
     """A compiled block that keeps only its inputs: its stream waits in main memory."""
 
     def run(x: Tensor, *conditions: Tensor | None) -> Tensor:
+        place = x.data_ptr()  # what is saved is an alias of x. Autograd keeps `pack`, which must not keep x
+
         def pack(tensor: Tensor) -> Tensor | Parked:
-            return parking.park(tensor) if tensor.data_ptr() == x.data_ptr() else tensor
+            return parking.park(tensor) if tensor.data_ptr() == place else tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
             return compiled(x, *conditions)

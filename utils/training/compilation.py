@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch._dynamo import maybe_mark_dynamic
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._functorch import config as partitioner
 
 from utils.common.console import say
@@ -16,18 +16,23 @@ from utils.common.errors import RunError, UserError
 # Of what could be kept for the backward pass compiled blocks keep so much, and compute again what costs no products.
 KEPT_SHARE = 0.85
 
-# A compiled block moves so many bytes less in a step, for each token and unit of width (benchmarks/RECORDS.md).
-SAVED_BYTES = 280
+# A compiled block moves so many bytes less in a step than the one that runs otherwise, for each token and unit of width
+# (benchmarks/RECORDS.md).
+SAVED_BYTES = {"cuda": 209, "cpu": 311}
 BANDWIDTH = {"cuda": 1e12, "cpu": 2e10}  # bytes per second, of a middling device
-COMPILE_SECONDS = 60  # for the graphs of a run
+COMPILE_SECONDS = 60  # for a graph, roughly
+WORTH = 5  # graphs whose time a run must save
 MAX_GRAPHS = 32  # strategies, batches of one clip or more, given first frames or none: torch gives up at 8
 
-COMPILER = "PyTorch needs Triton for a GPU, which its builds for Linux bring, and a C++ compiler for the CPU"
+COMPILER = (
+    "for a GPU, PyTorch compiles with Triton (part of its builds for Linux, triton-windows on Windows), a C compiler\n"
+    "and the headers of Python; for the CPU, with a C++ compiler"
+)
 
 
 def saved_seconds(device: torch.device, width: int, num_layers: int, tokens: float) -> float:
     """Roughly the time that compiling saves in a run that trains on so many tokens in all."""
-    return tokens * num_layers * width * SAVED_BYTES / BANDWIDTH.get(device.type, 1e12)
+    return tokens * num_layers * width * SAVED_BYTES[device.type] / BANDWIDTH[device.type]
 
 
 def decide(mode: str, device: torch.device, saved: float) -> bool:
@@ -36,11 +41,11 @@ def decide(mode: str, device: torch.device, saved: float) -> bool:
     The decision is printed, except that a short run is not compiled. Raises UserError where a compiler is missing that
     is wanted.
     """
-    if mode == "off" or (mode == "auto" and saved < 2 * COMPILE_SECONDS):
+    if mode == "off" or (mode == "auto" and saved < WORTH * COMPILE_SECONDS):
         return False
     reason = why_not(device)
     if reason is None:
-        say("the blocks are compiled: the first steps take about a minute longer (--compile off: they are not)")
+        say("the blocks are compiled, which takes minutes before the first step; --compile off runs them as they are")
         return True
     if mode == "on":
         raise UserError(f"--compile on: compiling a test function failed ({reason})\n{COMPILER}")
@@ -63,7 +68,7 @@ def explain_failed_compilation() -> Iterator[None]:
     """Turns what a compiler raises into a RunError that says how to do without it."""
     try:
         yield
-    except TorchDynamoException as error:
+    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise RunError(f"compiling the blocks failed: {reason}\npass --compile off, which is slower") from error
 

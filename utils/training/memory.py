@@ -21,7 +21,6 @@ from utils.training.checkpointing import (
 )
 from utils.training.compilation import compiled, decide, saved_seconds
 from utils.training.fused import FusedBlock
-from utils.training.offload import Parking
 from wan.modules.model import Block, WanModel, WanShape
 
 T = TypeVar("T")
@@ -81,27 +80,32 @@ def prepare(model: WanModel, memory: Memory, attach: Callable[[WanModel], T], pl
     attached = attach(model)
     if memory != Memory():
         plan = plan or CheckpointPlan(memory.checkpointing, len(model.blocks))
-        parking = Parking()
         for index, block in enumerate(model.blocks):
-            block.forward = TrainingPass(block, index, memory, plan, parking)
+            block.forward = TrainingPass(block, index, memory, plan)
     return attached
 
 
 class TrainingPass:
     """The forward pass of a block; called as `Block.forward` is, which it remains where no gradients are asked for."""
 
-    def __init__(self, block: nn.Module, index: int, memory: Memory, plan: CheckpointPlan, parking: Parking) -> None:
+    def __init__(self, block: nn.Module, index: int, memory: Memory, plan: CheckpointPlan) -> None:
         assert isinstance(block, Block)
         self.block = block
         self.plain: Forward = block.forward
-        self.index, self.memory, self.plan, self.parking = index, memory, plan, parking
+        self.index, self.memory, self.plan, self.parking = index, memory, plan, plan.parking
         self.fused = FusedBlock(block) if memory.fuse else None
+        self.trains = any(parameter.requires_grad for parameter in block.parameters())
         self.is_last = index == plan.num_blocks - 1
         self._passes: dict[str, Forward] = {}
 
     def __call__(self, x: Tensor, *conditions: Tensor | None) -> Tensor:
         if not torch.is_grad_enabled():
             return self.plain(x, *conditions)
+        inputs = (x, *conditions)
+        if not self.trains and not any(tensor is not None and tensor.requires_grad for tensor in inputs):
+            # Autograd keeps nothing of blocks before the first that is trained.
+            x = self.plain(x.float(), *conditions).to(self.memory.stream)
+            return x.float() if self.is_last else x
         strategy = self.plan.strategies(x.shape[0] * x.shape[1])[self.index]
         if strategy not in self._passes:
             self._passes[strategy] = self._build(strategy)

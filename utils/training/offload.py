@@ -5,6 +5,9 @@ import weakref
 import torch
 from torch import Tensor
 
+from utils.common.errors import RunError
+from utils.common.formatting import readable_size
+
 CHUNK = 1 << 30  # bytes. The allocator of page-locked memory rounds up to powers of two
 
 
@@ -53,7 +56,7 @@ class Parking:
             del self._chunks[index:]  # from a time of smaller tensors
         if index == len(self._chunks):
             size = max(self._chunk_size, tensor.nbytes)
-            self._chunks.append(torch.empty(size, dtype=torch.uint8, pin_memory=tensor.is_cuda))
+            self._chunks.append(_page_locked(size) if tensor.is_cuda else torch.empty(size, dtype=torch.uint8))
         end = start + tensor.nbytes
         self._place = index, -(-end // 64) * 64
         return self._chunks[index][start:end].view(tensor.dtype).view(tensor.shape)
@@ -86,6 +89,10 @@ class Parking:
         stream.wait_event(ready)
         self._waits.append((before, stream.record_event(torch.cuda.Event(enable_timing=True))))
 
+    def release(self) -> None:
+        """Gives the memory back; nothing must wait in it."""
+        self._chunks.clear()
+
     def waited(self) -> float:
         """The seconds that the device has waited for copies since the last call. The first call starts to measure."""
         waits, self._waits = self._waits or [], []
@@ -99,6 +106,17 @@ class Parking:
         before = [other for other in alive[: alive.index(parked)] if not other.is_taken]
         if before:
             before[-1].fetch()
+
+
+def _page_locked(size: int) -> Tensor:
+    """Main memory that a GPU copies from and to by itself. Raises RunError where there is too little."""
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        raise RunError(
+            f"no {readable_size(size)} of main memory could be locked for what blocks keep ({error})\n"
+            "--gradient_checkpointing full keeps it on the GPU"
+        ) from None
 
 
 Ready = torch.cuda.Event | None  # None: nothing to wait for

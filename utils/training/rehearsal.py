@@ -1,38 +1,58 @@
 """The largest batch, once through the model before the first step: what does not fit is found now, not after hours."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from utils.common.console import say
 from utils.common.temp_rng import temp_rng
 from utils.encoding.conditioning import Batch
-from utils.training.checkpoint_plan import CheckpointPlan
+from utils.training.checkpoint_plan import AUTO, CheckpointPlan
 from utils.training.phases import Phase
 from utils.training.room import measure_room
 from wan.modules.model import WanModel
 
+LESS = 0.1  # of the room, where it was less than measured
 COPIES = 3  # of what is trained, made at the first step: its gradient and two moments
 
 
 def rehearse(
     phase: Phase, model: WanModel, batch: Batch, plan: CheckpointPlan, trained: Sequence[nn.Parameter]
 ) -> None:
-    """Runs the loss of a batch forward and backward, and settles an open plan by the room that this leaves.
+    """Runs the loss of a batch forward and backward, after settling an open plan by the room that there is.
 
     `trained` are the parameters of the whole run; those on the model are the phase's. Leaves no gradient behind, and
     the random numbers that it draws are not missed.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def run() -> tuple[Tensor, ...]:
-        with temp_rng(0), phase.speaking():
-            return torch.autograd.grad(phase.loss(batch), parameters, allow_unused=True)
+    def run() -> None:
+        before = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            with temp_rng(0):
+                phase.loss(batch).backward()
+        finally:
+            for parameter, grad in zip(parameters, before, strict=True):
+                parameter.grad = grad
 
-    if not plan.is_open:
-        run()
-        return
-    plan.settle(measure_room(model, run, COPIES * sum(parameter.nbytes for parameter in trained)))
-    if (description := plan.describe(batch.tokens(model.shape.patch_size))) is not None:
-        say(description)
+    with phase.speaking():
+        if plan.is_open:
+            plan.settle(measure_room(model, run, COPIES * sum(parameter.nbytes for parameter in trained)))
+            say(plan.describe(batch.tokens(model.shape.patch_size)))
+        _run_with_less(run, plan)
+
+
+def _run_with_less(run: Callable[[], None], plan: CheckpointPlan) -> None:
+    """Runs a step as it will be. Where memory is full, blocks keep less, as long as that is possible."""
+    while True:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            return run()
+        except torch.OutOfMemoryError:
+            if plan.strategy != AUTO or not plan.settle_for_less(LESS):
+                raise
+        say("that was too much: the blocks keep less")

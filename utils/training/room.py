@@ -1,6 +1,7 @@
 """How much room the device has for what blocks keep: measured with one batch, before the first step."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import psutil
 import torch
@@ -11,20 +12,22 @@ from utils.training.checkpoint_plan import Room
 from utils.training.memory import TrainingPass
 from wan.modules.model import WanModel
 
-MARGIN = 0.05  # of the device's memory: what is lost between tensors of different sizes
+MARGIN, LEAST_MARGIN = 0.05, 1e9  # of the device's memory, and in bytes: lost between tensors of different sizes
+COMPILED = 0.75  # of what the model's own operations keep a compiled block keeps (benchmarks/RECORDS.md)
 CPU_MARGIN = 0.25  # of what is free of main memory, which other programs use too
 
 
 def measure_room(model: WanModel, run: Callable[[], object], reserve: int) -> Room:
     """The room beside what is allocated now and `reserve` bytes more, by one forward and backward pass.
 
-    `run` is that pass, of a model whose blocks are `TrainingPass`es.
+    `run` is that pass, of a model on the device whose blocks are `TrainingPass`es.
     """
-    block, costs, tokens = model.blocks[0], dict[str, float](), 0
+    # The last block has a gradient to pass on, whichever blocks are trained.
+    block, costs, tokens = model.blocks[-1], dict[str, float](), 0
     training_pass = block.forward
     assert isinstance(training_pass, TrainingPass)
 
-    def counted(x: Tensor, *conditions: Tensor | None) -> Tensor:
+    def counted(x: Tensor, *conditions: Any) -> Tensor:
         nonlocal tokens
         if torch.is_grad_enabled() and not costs:
             tokens = x.shape[0] * x.shape[1]
@@ -52,19 +55,23 @@ def _measure_cuda(run: Callable[[], object]) -> tuple[int, int]:
     torch.cuda.synchronize()
     working = torch.cuda.max_memory_allocated() - resident
     unused, total = torch.cuda.mem_get_info()
-    return int(unused + torch.cuda.memory_reserved() - resident - MARGIN * total), working
+    margin = max(MARGIN * total, LEAST_MARGIN)
+    return int(unused + torch.cuda.memory_reserved() - resident - margin), working
 
 
-def kept_per_token(training_pass: TrainingPass, x: Tensor, *conditions: Tensor | None) -> dict[str, float]:
-    """The bytes that a block keeps for each token, by strategy. x (B, L, D)."""
-    mod, _, text, image = (*conditions, None)[:4]
-    assert mod is not None and text is not None
+def kept_per_token(
+    training_pass: TrainingPass, x: Tensor, mod: Tensor, rotary: Tensor, text: Tensor, image: Tensor | None = None
+) -> dict[str, float]:
+    """The bytes that a block keeps for each token, by strategy. The arguments are those of `Block.forward`."""
     width, heads = x.shape[-1], training_pass.block.self_attn.num_heads
     full = width * training_pass.memory.stream.itemsize
     # The output of each attention, and the log-sum-exp of its scores in fp32.
     attentions = 2 if image is None else 3
     selective = full + attentions * (width * text.dtype.itemsize + heads * torch.float32.itemsize)
-    none = saved_bytes(lambda: training_pass.eager(x.to(training_pass.memory.stream), *conditions), conditions)
+    # With a gradient, as all blocks but the first have one.
+    x = x.detach().to(training_pass.memory.stream).requires_grad_()
+    none = saved_bytes(lambda: training_pass.eager(x, mod, rotary, text, image), (mod, rotary, text, image))
+    none *= COMPILED if training_pass.memory.compile else 1
     none /= x.shape[0] * x.shape[1]
     return {"offload": 0 if x.is_cuda else full, "full": full, "selective": selective, "none": max(none, selective)}
 

@@ -10,8 +10,9 @@ from utils.common.errors import RunError
 def test_a_full_gpu_is_reported_with_the_options_to_reduce():
     with pytest.raises(RunError) as caught, explain_out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
-    first, second = str(caught.value).splitlines()
-    assert first == "CUDA out of memory" and "--token_limit" in second and "--gradient_checkpointing" in second
+    first, second, third = str(caught.value).splitlines()
+    assert first == "CUDA out of memory" and "--token_limit" in second
+    assert "--cache_latents" in third and "--gradient_checkpointing offload" in third
 
 
 @pytest.mark.parametrize("available", [True, False])

@@ -18,6 +18,7 @@ from utils.data.plan import (
     count_batch,
     fixed_windows,
     flatten_windows,
+    make_plan,
     middle_window,
     validation_windows,
 )
@@ -279,18 +280,25 @@ def test_a_start_picture_stands_for_the_first_frame_that_samples_may_use():
     assert replace(window, indices=(5, 8, 11, 14)).first is None
 
 
-def test_the_largest_batch_is_one_of_the_first_epoch_and_none_of_it_has_more_tokens():
+def test_no_batch_of_any_epoch_is_larger_than_the_largest():
     for seed in range(20):
         sources = many_sources(seed, base_res=(624, 320), max_frame_stride=3, random_frame_length=True)
         plan = Plan(sources, limits(10000, batch_size=3), seed)
         counts = [sum(window.tokens for window in batch) for batch in plan.epoch(0)]
-        assert plan.largest_batch in plan.epoch(0) and count_batch(plan.largest_batch) == max(counts)
+        assert len(plan.largest_batch) == max(map(len, plan.epoch(0)))
+        later = [count_batch(batch) for epoch in range(9) for batch in plan.epoch(epoch)]
+        assert count_batch(plan.largest_batch) >= max(later) / plan.limits.batch_size * len(plan.largest_batch)
+        sizes = {window.tokens for epoch in range(9) for batch in plan.epoch(epoch) for window in batch}
+        assert plan.largest_batch[0].tokens >= max(sizes)
         assert plan.mean_tokens == pytest.approx(sum(counts) / len(counts))
 
 
-def test_the_largest_batch_may_be_several_small_clips():
-    small = [source(320, 320, 1, f"{n}.png", base_res=(320, 320)) for n in range(8)]
-    large = source(640, 320, 1, "large.png", base_res=(640, 320))
-    plan = Plan([*small, large], limits(10000, batch_size=4), 0)
-    batch = plan.largest_batch
-    assert len(batch) == 4 and batch[0].tokens < max(window.tokens for window in windows_of(plan.epoch(0)))
+def test_the_largest_batch_is_as_full_as_batches_are():
+    sources = [source(320, 320, 1, f"{n}.png", base_res=(320,)) for n in range(3)]
+    assert [len(Plan(sources, limits(10000, batch_size=n), 0).largest_batch) for n in (1, 2, 4)] == [1, 2, 3]
+
+
+def test_the_largest_batch_of_fixed_windows_is_made_of_them():
+    sources = [source(640, 320, 60, f"{n}.mp4", base_res=(320, 640)) for n in range(3)]
+    plan = make_plan(sources, limits(10000), seed=0, num_fixed=2)
+    assert plan.largest_batch[0] in plan.fixed_windows

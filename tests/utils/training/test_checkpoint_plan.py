@@ -139,15 +139,14 @@ def test_the_answer_for_a_number_of_tokens_stays_the_same_list():
 
 
 def test_a_plan_says_what_blocks_keep():
-    def sentence(free: int, tokens: int = 10) -> str | None:
+    def sentence(free: int, tokens: int = 10) -> str:
         plan = CheckpointPlan(AUTO, 5)
         plan.settle(Room(free * 100, 0, tokens, COSTS))
         return plan.describe(tokens)
 
-    assert sentence(10**9) is None
-    assert CheckpointPlan("none", 3).describe(7) is None
+    assert sentence(10**9) == "for the backward pass of 10 tokens all blocks keep everything"
     assert CheckpointPlan("full", 3).describe(1234567) == (
-        "for the backward pass of 1,234,567 tokens blocks 0 to 2 keep the input"
+        "for the backward pass of 1,234,567 tokens all blocks keep the input"
     )
     assert sentence(2) == (
         "for the backward pass of 10 tokens blocks 0 to 1 keep the input, blocks 2 to 4 keep nothing on the device"
