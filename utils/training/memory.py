@@ -48,7 +48,7 @@ class MemoryOptions:
         affects_training=False,
     )
     fp32_stream: bool = option(
-        False, "do not round the residual stream to bf16 after each block: twice the memory of --gradient_checkpointing"
+        False, "do not round the residual stream to bf16 after each block; inputs of blocks then take twice the memory"
     )
     compile: str = option(
         "auto",

@@ -11,6 +11,7 @@ from utils.training.compilation import (
     COMPILE_SECONDS,
     COMPILER,
     SAVED_BYTES,
+    WORTH,
     decide,
     explain_failed_compilation,
     saved_seconds,
