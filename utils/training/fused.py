@@ -9,7 +9,7 @@ difference.
 Shape letters as in `wan.modules.model`, and M = B L tokens of all samples, W the width that a core reads or writes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -33,16 +33,16 @@ class FusedBlock:
     Where the block has more than frozen weights and plain LoRAs, it is the block's own.
     """
 
-    def __init__(self, block: Block) -> None:
-        self.block = block
-        self.plain = block.forward
+    def __init__(self, block: Block, plain: Callable[..., Tensor]) -> None:
+        """`plain` is the block's own forward pass, for a stream of any dtype."""
+        self.block, self.plain = block, plain
         self.tape: Tape | None = None
         self._known: dict[tuple[object, ...], Layers | None] = {}
 
     def __call__(self, x: Tensor, mod: Tensor, rotary: Tensor, text: Tensor, image: Tensor | None = None) -> Tensor:
         block, layers = self.block, self._layers()
         if layers is None or mod.requires_grad:
-            return self.plain(x.float(), mod, rotary, text, image).to(x.dtype)
+            return self.plain(x, mod, rotary, text, image)
         shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation + mod).unbind(2)  # each (B, R, D)
         norm1, norm2 = (_Norm(norm.eps, text.dtype) for norm in (block.norm1, block.norm2))
         norm3, weight, bias = _Norm(block.norm3.eps, text.dtype), *block.norm3.parameters()

@@ -85,6 +85,11 @@ def prepare(model: WanModel, memory: Memory, attach: Callable[[WanModel], T], pl
     return attached
 
 
+def in_fp32(forward: Forward) -> Forward:
+    """A block that computes on an fp32 stream, as one that takes a stream in any dtype and returns that dtype."""
+    return lambda x, *conditions: forward(x.float(), *conditions).to(x.dtype)
+
+
 class TrainingPass:
     """The forward pass of a block; called as `Block.forward` is, which it remains where no gradients are asked for."""
 
@@ -93,7 +98,9 @@ class TrainingPass:
         self.block = block
         self.plain: Forward = block.forward
         self.index, self.memory, self.plan, self.parking = index, memory, plan, plan.parking
-        self.fused = FusedBlock(block) if memory.fuse else None
+        self.own = in_fp32(block.forward)
+        self.fused = FusedBlock(block, self.own) if memory.fuse else None
+        self.eager: Forward = self.fused or self.own  # without strategies
         self.trains = any(parameter.requires_grad for parameter in block.parameters())
         self.is_last = index == plan.num_blocks - 1
         self._passes: dict[str, Forward] = {}
@@ -101,24 +108,19 @@ class TrainingPass:
     def __call__(self, x: Tensor, *conditions: Tensor | None) -> Tensor:
         if not torch.is_grad_enabled():
             return self.plain(x, *conditions)
-        inputs = (x, *conditions)
-        if not self.trains and not any(tensor is not None and tensor.requires_grad for tensor in inputs):
-            # Autograd keeps nothing of blocks before the first that is trained.
-            x = self.plain(x.float(), *conditions).to(self.memory.stream)
-            return x.float() if self.is_last else x
-        strategy = self.plan.strategies(x.shape[0] * x.shape[1])[self.index]
-        if strategy not in self._passes:
-            self._passes[strategy] = self._build(strategy)
-        # Rounded before the block: its first pass and its recomputation read the same numbers.
-        x = self._passes[strategy](x.to(self.memory.stream), *conditions)
+        x = x.to(self.memory.stream)  # before the block: its first pass and its recomputation read the same numbers
+        if self.trains or any(tensor is not None and tensor.requires_grad for tensor in (x, *conditions)):
+            x = self._under_strategy(x.shape[0] * x.shape[1])(x, *conditions)
+        else:  # autograd keeps nothing of blocks before the first that is trained
+            x = self.own(x, *conditions)
         return x.float() if self.is_last else x
 
-    def eager(self, x: Tensor, *conditions: Tensor | None) -> Tensor:
-        """The block without strategies, from a stream in any dtype to one of that dtype."""
-        fused: Forward | None = self.fused
-        if fused is not None:
-            return fused(x, *conditions)
-        return self.plain(x.float(), *conditions).to(x.dtype)
+    def _under_strategy(self, tokens: int) -> Forward:
+        """The block's pass under the strategy that it has for so many tokens."""
+        strategy = self.plan.strategies(tokens)[self.index]
+        if strategy not in self._passes:
+            self._passes[strategy] = self._build(strategy)
+        return self._passes[strategy]
 
     def _build(self, strategy: str) -> Forward:
         """The block's pass under a strategy."""

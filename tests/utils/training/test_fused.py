@@ -27,7 +27,7 @@ from utils.adapters.lora import adapter_parameters, add_lora, extract_lora, load
 from utils.training.checkpointing import STRATEGIES
 from utils.training.fused import FusedBlock
 from utils.training.learner import Trainable
-from utils.training.memory import Memory
+from utils.training.memory import Memory, in_fp32
 from utils.training.optim import OptimizerSpec
 from wan.modules.model import WanModel
 
@@ -247,7 +247,7 @@ def test_a_fused_block_is_called_as_the_plain_one_with_and_without_an_image():
         fused = []
         for block in model.blocks:
             fused.append(block.forward)
-            block.forward = FusedBlock(block)
+            block.forward = FusedBlock(block, in_fp32(block.forward))
         inputs = inputs_of(model, SITUATIONS[name])
         velocity = model(*inputs)
         for block, plain in zip(model.blocks, fused, strict=True):
