@@ -2,6 +2,7 @@
 
     python -m benchmarks.step                                 on a GPU: Wan2.1-T2V-1.3B at 9,360 tokens
     python -m benchmarks.step --family wan2.1-t2v-14B --layers 8 --tokens 32760 --checkpointing full
+    python -m benchmarks.step --strategies --no-lines         the ledger of every strategy; --compile: compiled, too
     python -m benchmarks.step --seconds --tokens 1024 --no-peer_checkpointing      on the CPU: one block, one thread
 
 Random weights of the real shape, so nothing is downloaded. The ledger of a block comes first: what it keeps and moves,
