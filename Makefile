@@ -5,13 +5,14 @@
 # make test-slow   proofs at full size
 # make crash-check proof that a killed run goes on as if nothing had happened
 # make families-check  every family of Wan from clips to a converted LoRA; at most half an hour on two cores
+# make gpu-bench   what is left of the measurements on a GPU, in parts of at most eight minutes, and their table
 # make nano-check  proofs that training teaches, on the small Wan
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test test-slow crash-check families-check nano-check check clean
+.PHONY: venv demo test test-slow crash-check families-check nano-check gpu-bench check clean
 
 venv: $(VENV)/.complete
 
@@ -42,6 +43,9 @@ families-check: venv
 
 nano-check: venv
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m nano -s
+
+gpu-bench: venv
+	$(BIN)/python benchmarks/gpu_check.py
 
 demo: venv
 	OMP_WAIT_POLICY=passive $(BIN)/python -m nano.demo

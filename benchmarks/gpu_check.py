@@ -1,20 +1,24 @@
-"""Checks the accuracy, speed and memory of training on a GPU, in one command.
+"""Checks the accuracy, speed and memory of training on a GPU, part by part.
 
-    python benchmarks/gpu_check.py            at most eight minutes on one GPU
-    python benchmarks/gpu_check.py --quick    at most two minutes
+    python benchmarks/gpu_check.py --part numbers    at most eight minutes on one GPU
+    python benchmarks/gpu_check.py                   all parts, each in a process of its own
+    python benchmarks/gpu_check.py --quick           fewer steps and shallower models, two minutes for each part
 
-Uses random weights with the shape of the 1.3B model, so nothing is downloaded. Progress is printed to stderr, and one
-table for benchmarks/RECORDS.md to stdout. A check is skipped if a package that it needs is not installed. The exit code
-is 1 if a check misses its limit or raises an exception, and 0 otherwise, also without a GPU.
+Uses random weights with the shapes of released models, so nothing is downloaded. A part is made of groups of rows. Each
+row is printed to stderr and appended to a file as it is measured. What that file has for this commit and this device is
+not measured again, so that a part that was interrupted goes on with its next group. Everything that was measured is
+printed to stdout, as one table for benchmarks/RECORDS.md. The exit code is 1 if a row missed its limit or a group
+raised an exception, and 0 otherwise, also without a GPU.
 """
 
 import gc
+import hashlib
 import shlex
 import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -26,22 +30,52 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import FAILED, Clock, Row, Sizes, skipped
+from benchmarks.results import Results
 from utils.common.options import option, parse_options, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Module and function of each check: (sizes, device, clock) -> rows. It is imported just before it runs.
-CHECKS = {
-    "environment": ("environment", "check"),
-    "numbers": ("numbers", "check"),
-    "step": ("step", "video"),
-    "images": ("step", "images"),
-    "vae": ("vae", "check"),
-    "synchronisations": ("synchronisations", "check"),
+# Module and function of each group of each part: (sizes, device, clock) -> rows. It is imported just before it runs.
+PARTS = {
+    "numbers": {
+        "environment": ("environment", "check"),
+        "precision": ("numbers", "check"),
+        "precision_compiled": ("numbers", "compiled_blocks"),
+        "equality": ("equality", "check"),
+    },
+    "step": {
+        "video": ("step", "video"),
+        "images": ("step", "images"),
+        "synchronisations": ("synchronisations", "check"),
+        "video_compiled": ("step", "video_compiled"),
+        "images_compiled": ("step", "images_compiled"),
+        "vae": ("vae", "check"),
+        "long": ("step", "long"),
+        "5B": ("step", "of_5b"),
+        "14B": ("step", "of_14b"),
+    },
+    "stream": {
+        "link": ("stream", "link"),
+        "offload": ("stream", "offload"),
+        "offload_long": ("stream", "offload_long"),
+    },
+    "quantised": {
+        "dequantise": ("quantised", "dequantised"),
+        "fp8_weights": ("quantised", "rounded"),
+    },
+    "plan": {
+        "plan": ("plan", "check"),
+        "plan_long": ("plan", "long"),
+    },
 }
 OWN_PACKAGES = ("benchmarks", "utils", "wan", "train_wan_lora")
 FULL, FULL_SECONDS = Sizes(), 480
 QUICK, QUICK_SECONDS = Sizes(reference_layers=8, warmups=3, steps=10), 120
+GROUP_SHARE = 0.75  # of the time of a part that one group may take
+LEAST_SECONDS = 20  # a group is not begun with less
+MOST_ATTEMPTS = 2  # a group that twice ended its process is given up
+STICKY = ("AcceleratorError", "CUDA error")  # after these nothing works on the GPU in this process
+RESULTS = ROOT / "benchmarks" / "results" / "gpu_check.jsonl"
 HEADER = ("check", "measured", "value", "unit", "limit or comparison", "verdict")
 
 
@@ -49,49 +83,80 @@ HEADER = ("check", "measured", "value", "unit", "limit or comparison", "verdict"
 class Options:
     """Check the accuracy, speed and memory of training on this machine's GPU."""
 
-    quick: bool = option(False, "two minutes: fewer steps, and the accuracy of a shallower model")
-    only: tuple[str, ...] = option((), "the checks to run (default: all)", choices=tuple(CHECKS))
+    part: str | None = option(None, "the part to run (default: all)", choices=tuple(PARTS))
+    quick: bool = option(False, "fewer steps, shallower models, and two minutes for each part")
+    only: tuple[str, ...] = option(
+        (), "the groups to measure, also again", choices=tuple(group for groups in PARTS.values() for group in groups)
+    )
+    results: Path = option(RESULTS, "the file of what has been measured")
 
 
-class OutOfTime(Exception):
-    """The limit of the whole run has passed."""
+class OutOfTime(BaseException):
+    """The time limit has passed. No library may take it for a fault of what it runs."""
 
 
-def run_checks(names: Sequence[str], sizes: Sizes, device: torch.device, clock: Clock) -> list[tuple[str, Row]]:
-    """The rows of these checks, each with the name of its check. An exception in one check does not stop the others."""
-    rows: list[tuple[str, Row]] = []
-    for name in names:
+class Unusable(Exception):
+    """The GPU is of no more use to this process."""
 
-        def report(row: Row, name: str = name) -> None:
-            rows.append((name, row))
-            print(f"[{clock.limit - clock.left():5.0f} s] {' | '.join(cells(name, row))}", file=sys.stderr)
 
-        _run_check(name, sizes, device, clock, report)
+def run_groups(
+    groups: Mapping[str, tuple[str, str]], sizes: Sizes, device: torch.device, clock: Clock, results: Results
+) -> None:
+    """Adds the rows of these groups, as long as there is time. What ends one group does not stop the others."""
+    for name, place in groups.items():
+        limit = min(clock.left(), GROUP_SHARE * clock.limit)
+        if limit < min(LEAST_SECONDS, clock.limit / 2):
+            print("the time of this part has passed: run it again for the rest", file=sys.stderr)
+            return
+        given_up = results.attempts.get(name, 0) >= MOST_ATTEMPTS
+        results.begin(name)
+        if given_up:
+            _add(results, name, Row(name, verdict=f"{FAILED}: it ended the process {MOST_ATTEMPTS} times"), clock)
+            results.end(name)
+            continue
+        try:
+            # What had less than its share of the time is measured again in the next run.
+            if _run_group(name, place, (sizes, device, Clock(limit)), results) or limit == GROUP_SHARE * clock.limit:
+                results.end(name)
+        except Unusable:
+            results.end(name)
+            print("this process cannot use the GPU any more: run it again for the rest", file=sys.stderr)
+            return
+        torch.compiler.reset()  # else compiled code of all groups would add up to torch's limit
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return rows
 
 
-def _run_check(name: str, sizes: Sizes, device: torch.device, clock: Clock, report: Callable[[Row], None]) -> None:
-    """Reports the rows of a check one by one; if it ends early, the last row gives the reason."""
-    module, function = CHECKS[name]
+def _run_group(name: str, place: tuple[str, str], given: tuple[Sizes, torch.device, Clock], results: Results) -> bool:
+    """Adds the rows of a group one by one; if it ends early, the last row gives the reason. Whether it had the time."""
+    module, function = place
+    clock = given[-1]
     try:
         with _time_limit(clock):
-            for row in getattr(import_module(f"benchmarks.checks.{module}"), function)(sizes, device, clock):
-                report(row)
+            for row in getattr(import_module(f"benchmarks.checks.{module}"), function)(*given):
+                _add(results, name, row, clock)
     except OutOfTime:
-        report(skipped(name, f"the time limit of {clock.limit:.0f} s has passed"))
+        _add(results, name, skipped(name, f"the time limit of {clock.limit:.0f} s has passed"), clock)
+        return False
     except torch.OutOfMemoryError:
-        report(skipped(name, "out of memory"))
+        _add(results, name, skipped(name, "out of memory"), clock)
     except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and missing.split(".")[0] not in OWN_PACKAGES:
-            report(skipped(name, f"{missing} is not installed"))
-            return
+            _add(results, name, skipped(name, f"{missing} is not installed"), clock)
+            return True
         traceback.print_exc()
-        reason = (str(error).strip().splitlines() or [""])[0]
-        report(Row(name, verdict=f"{FAILED}: {type(error).__name__}: {reason}"))
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        _add(results, name, Row(name, verdict=f"{FAILED}: {reason}"), clock)
+        if any(mark in reason for mark in STICKY):
+            raise Unusable from error
+    return True
+
+
+def _add(results: Results, name: str, row: Row, clock: Clock) -> None:
+    results.add(name, row)
+    print(f"[{clock.limit - clock.left():5.0f} s] {' | '.join(cells(name, row))}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -123,21 +188,28 @@ def format_record(rows: Sequence[tuple[str, Row]], where: str, command: str) -> 
 
 
 def cells(name: str, row: Row) -> tuple[str, ...]:
-    """A row of the check of this name as text, below HEADER."""
+    """A row of the group of this name as text, below HEADER."""
     value = f"{row.value:.6g}" if isinstance(row.value, float) else str(row.value)
     return name, row.name, value, row.unit, row.comparison, row.verdict
 
 
 def commit(folder: Path) -> str:
-    """The commit of a checkout, with a note if there are local changes; "unknown" without git."""
+    """The commit of a checkout, with a digest of local changes if there are any; "unknown" without git."""
     try:
-        head, changes = (
+        head, status, changes = (
             subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True, timeout=20).stdout
-            for args in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain"))
+            for args in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain"), ("diff", "HEAD"))
         )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return head.strip() + (" with local changes" if changes.strip() else "")
+    local = hashlib.sha256((status + changes).encode()).hexdigest()[:7]
+    return head.strip() + (f" with local changes {local}" if status.strip() else "")
+
+
+def chosen(part: str, only: Sequence[str], results: Results) -> dict[str, tuple[str, str]]:
+    """The groups of a part that are asked for: those of `only`, otherwise those that are not complete."""
+    groups = PARTS[part]
+    return {name: place for name, place in groups.items() if (name in only if only else name not in results.complete)}
 
 
 def main() -> None:
@@ -147,12 +219,30 @@ def main() -> None:
         print("no CUDA GPU here: nothing was measured")
         return
     device = torch.device("cuda", torch.cuda.current_device())
-    sizes, limit = (QUICK, QUICK_SECONDS) if opts.quick else (FULL, FULL_SECONDS)
-    rows = run_checks(opts.only or tuple(CHECKS), sizes, device, Clock(limit))
-    command = shlex.join(["python", "benchmarks/gpu_check.py", *sys.argv[1:]])
-    print(format_record(rows, torch.cuda.get_device_name(device), command))
+    name, limit = torch.cuda.get_device_name(device), QUICK_SECONDS if opts.quick else FULL_SECONDS
+    run = (commit(ROOT), name, "quick" if opts.quick else "full")
+    results = Results(opts.results, run)
+    if opts.part is None:
+        for part in PARTS:
+            if chosen(part, opts.only, results):
+                _run_apart(part, 2 * limit)
+        results = Results(opts.results, run)
+    else:
+        groups = chosen(opts.part, opts.only, results)
+        run_groups(groups, QUICK if opts.quick else FULL, device, Clock(limit), results)
+    rows = [(group, row) for groups in PARTS.values() for group in groups for row in results.rows.get(group, [])]
+    print(format_record(rows, name, shlex.join(["python", "benchmarks/gpu_check.py", *sys.argv[1:]])))
     if any(row.failed for _, row in rows):
         sys.exit(1)
+
+
+def _run_apart(part: str, seconds: float) -> None:
+    """One part in a process of its own: its allocator is empty, and what it breaks does not reach the others."""
+    command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--part", part]
+    try:
+        subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        print(f"the part {part} took more than {seconds:.0f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -84,26 +84,42 @@ def record(forward: Callable[[], Tensor], leaves: Sequence[Tensor], compiled: bo
     A pass that is not recorded comes first: it makes what is cached, such as the rotary table. With `compiled`, parts
     of the model are compiled by torch, and the first pass compiles them. Raises RunError if none is.
     """
+    [ledger] = record_all([(forward, leaves)], compiled)
+    return ledger
+
+
+def record_all(passes: Sequence[tuple[Callable[[], Tensor], Sequence[Tensor]]], compiled: bool = False) -> list[Ledger]:
+    """The ledgers of passes, each as `record` has it.
+
+    What one compiles runs in those after it, with the bytes of the sizes that it was compiled for.
+    """
     recorder = _Recorder()
+    ledgers = []
     with ExitStack() as stack:
         stack.enter_context(fused_ops())
         if compiled:
             stack.enter_context(watched(recorder.run_graph))
-        forward().backward()
-        _drop_gradients(leaves)
-        recorder.ledger.clear()
-        recorder.made.clear()
-        gc.freeze()  # so that only what the forward pass makes is searched, which is much faster
-        with recorder:
-            loss = forward()
-            gc.collect()  # what only a circle of references holds would be counted as kept
-            gc.unfreeze()
-            recorder.close_forward(loss)
-            loss.backward()
-        _drop_gradients(leaves)
-    if compiled and not recorder.graphs:
-        raise RunError("nothing was compiled: torch ran the whole model as it is")
-    return recorder.ledger
+        for forward, leaves in passes:
+            recorder.begin()
+            forward().backward()
+            _drop_gradients(leaves)
+            recorder.begin()
+            _record(recorder, forward)
+            _drop_gradients(leaves)
+            if compiled and not recorder.graphs:
+                raise RunError("nothing was compiled: torch ran the whole model as it is")
+            ledgers.append(recorder.ledger)
+    return ledgers
+
+
+def _record(recorder: "_Recorder", forward: Callable[[], Tensor]) -> None:
+    gc.freeze()  # so that only what the forward pass makes is searched, which is much faster
+    with recorder:
+        loss = forward()
+        gc.collect()  # what only a circle of references holds would be counted as kept
+        gc.unfreeze()
+        recorder.close_forward(loss)
+        loss.backward()
 
 
 def _drop_gradients(leaves: Sequence[Tensor]) -> None:
@@ -112,29 +128,35 @@ def _drop_gradients(leaves: Sequence[Tensor]) -> None:
 
 
 def per_block(
-    build: Callable[[WanShape], Trainee], shape: WanShape, device: torch.device, compiled: bool = False
+    build: Callable[[WanShape], Trainee],
+    shape: WanShape,
+    device: torch.device,
+    compiled: bool = False,
+    grids: Sequence[tuple[int, int, int]] = (),
 ) -> Ledger:
     """The ledger of one block: bytes per token and unit of width, and ops.
 
     Bytes are the difference between two depths (3 and 1 blocks) of the difference between two token counts (128 and
-    64, or 2048 and 1024 of compiled blocks): embeddings and head cancel, and so does what does not grow with the video,
-    such as weights and the rows of the text. They grow linearly with tokens, so the numbers hold for any length. Ops
-    are the difference between the two depths alone, so those on weights and text are in. `build` is given the shape
-    with the depth.
+    64, or 2048 and 1024 of compiled blocks): embeddings and head cancel, and so does what does not grow with the
+    video, such as weights and the rows of the text. They grow linearly with tokens, so the numbers hold for any
+    length. Ops are the difference between the two depths alone, so those on weights and text are in. `build` is given
+    the shape with the depth. With one grid in `grids`, which takes half the time, what does not grow is in, too.
     """
-    recorded, grids = {}, COMPILED_GRIDS if compiled else GRIDS
-    for layers in DEPTHS:
-        deep = replace(shape, num_layers=layers)
-        trainee = build(deep)
-        for grid in grids:
-            inputs = random_inputs(Sizes(shape=deep), grid, device)
-            recorded[layers, grid] = record(partial(trainee.loss, inputs), trainee.parameters, compiled)
-    (one, three), (few, many) = DEPTHS, grids
-    deeper = {grid: subtract(recorded[three, grid], recorded[one, grid]) for grid in grids}
-    unit = (count_tokens(many) - count_tokens(few)) * shape.dim
-    moved = {e: value / unit for e, value in subtract(deeper[many], deeper[few]).items() if e.what != OPS}
-    ops = {e: value for e, value in deeper[many].items() if e.what == OPS}
-    return {e: value / (three - one) for e, value in (moved | ops).items()}
+    grids = grids or (COMPILED_GRIDS if compiled else GRIDS)
+    deeper = []
+    for grid in grids:
+        passes = []
+        for layers in DEPTHS:
+            trainee = build(replace(shape, num_layers=layers))
+            inputs = random_inputs(Sizes(shape=shape), grid, device)
+            passes.append((partial(trainee.loss, inputs), trainee.parameters))
+        one, three = record_all(passes, compiled)
+        deeper.append(subtract(three, one))
+    unit = (count_tokens(grids[-1]) - sum(map(count_tokens, grids[:-1]))) * shape.dim
+    growing = subtract(deeper[1], deeper[0]) if len(grids) > 1 else deeper[0]
+    moved = {e: value / unit for e, value in growing.items() if e.what != OPS}
+    ops = {e: value for e, value in deeper[-1].items() if e.what == OPS}
+    return {e: value / (DEPTHS[1] - DEPTHS[0]) for e, value in (moved | ops).items()}
 
 
 def subtract(ledger: Ledger, other: Ledger) -> Ledger:
@@ -183,6 +205,10 @@ def _table(first: str, rows: list[tuple[str, list[float]]]) -> str:
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts the ledger of a pass."""
         self.ledger: Ledger = {}
         self.forward = True
         self.made: dict[StorageWeakRef, tuple[int, str]] = {}  # bytes and line of storages of the forward pass
@@ -271,9 +297,9 @@ class _Recorder(TorchDispatchMode):
 
 
 def _frames() -> Iterator[tuple[str, int, str]]:
-    """Path, line and function of the frames in PACKAGES, from the innermost to that of `record`."""
+    """Path, line and function of the frames in PACKAGES, from the innermost to that of `_record`."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not record.__code__:
+    while frame is not None and frame.f_code is not _record.__code__:
         if (path := _own_path(frame.f_code.co_filename)) is not None:
             yield path, frame.f_lineno, frame.f_code.co_name
         frame = frame.f_back

@@ -50,6 +50,9 @@ class Sizes:
     text_tokens: int = 128  # rows of a long caption; zero rows follow up to the model's text length
     video: tuple[int, int, int] = (6, 60, 104)  # latents F, H, W: 21 frames of 832x480, 9,360 tokens
     image: tuple[int, int, int] = (1, 64, 64)  # 512x512, 1,024 tokens
+    long: tuple[int, int, int] = (21, 60, 104)  # 81 frames of 832x480, 32,760 tokens
+    shallow_layers: int = 4  # blocks of larger models
+    caps: tuple[int, ...] = (8, 12, 16, 24)  # GB of a smaller GPU
     clip: tuple[int, int, int] = (25, 480, 832)  # pixels F, H, W for the VAE
     gemm_side: int = 8192
     warmups: int = 5

@@ -26,7 +26,17 @@ SIGMA = 0.6
 TARGETS = ("attn",)
 # Large enough that the adapter changes the output by about a tenth, so that both of its matrices have gradients.
 ADAPTER_STD = 0.05
-CHECKPOINTING, LEAN = Memory("full"), Memory("none")
+CHECKPOINTING = Memory("full")
+
+
+def fused(checkpointing: str) -> Memory:
+    """As the trainer runs on a GPU without a compiler."""
+    return Memory(checkpointing, fuse=True, stream=torch.bfloat16)
+
+
+def compiled(checkpointing: str) -> Memory:
+    """As the trainer runs with a compiler."""
+    return Memory(checkpointing, compile=True, stream=torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -116,14 +126,6 @@ def our_trainee(
     if memory.checkpointing == "offload" and isinstance(first, TrainingPass):
         waited = first.parking.waited
     return Trainee(model, parameters, model, waited)
-
-
-def rounded_trainee(shape: WanShape, sizes: Sizes, device: torch.device) -> Trainee[WanModel]:
-    """Our transformer, with the residual stream and its gradient rounded to bf16 between blocks."""
-    trainee = our_trainee(shape, sizes, device)
-    for block in trainee.model.blocks:
-        block.register_forward_hook(lambda _block, _args, x: x.bfloat16().float())
-    return trainee
 
 
 def diffusers_trainee(

@@ -2,6 +2,7 @@
 
     python -m benchmarks.step                                 on a GPU: Wan2.1-T2V-1.3B at 9,360 tokens
     python -m benchmarks.step --family wan2.1-t2v-14B --layers 8 --tokens 32760 --checkpointing full
+    python -m benchmarks.step --strategies --no-lines         the ledger of every strategy; --compile: compiled, too
     python -m benchmarks.step --seconds --tokens 1024 --no-peer_checkpointing      on the CPU: one block, one thread
 
 Random weights of the real shape, so nothing is downloaded. The ledger of a block comes first: what it keeps and moves,
@@ -18,13 +19,11 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.checks.environment import attention_rate, copy_rate
-from benchmarks.checks.synchronisations import synchronisations
 from benchmarks.contest import Contestant, admit, agreement, ratio_rows, speed_rows, take_turns
 from benchmarks.gpu_check import cells, format_record
+from benchmarks.launches import launches
 from benchmarks.ledger import (
     BACKWARD,
     ELEMENTWISE,
@@ -36,8 +35,17 @@ from benchmarks.ledger import (
     per_block,
     total,
 )
-from benchmarks.measure import Clock, Row, Sizes, count_tokens, gemm_rate, skipped
-from benchmarks.models import Trainee, attention_flops, diffusers_trainee, our_trainee, random_inputs, step_flops
+from benchmarks.measure import Clock, Row, Sizes, count_tokens, gemm_rate
+from benchmarks.models import (
+    Trainee,
+    attention_flops,
+    compiled,
+    diffusers_trainee,
+    fused,
+    our_trainee,
+    random_inputs,
+    step_flops,
+)
 from utils.common.errors import UserError
 from utils.common.options import option, parse_options, run_script
 from utils.training.checkpointing import STRATEGIES
@@ -71,6 +79,7 @@ class Options:
     peer_checkpointing: bool = option(True, "gradient checkpointing in diffusers")
     seconds: bool = option(False, "time steps on the CPU too: processor time, one thread")
     lines: bool = option(True, "the ledger by source line")
+    strategies: bool = option(False, "the ledger of every strategy; with --compile that of compiled blocks, too")
 
     @property
     def memory(self) -> Memory:
@@ -89,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ledgers = count(opts, sizes, device)
     print("A block: bytes per token and unit of width, and ops\n")
     print(format_totals(ledgers), end="\n\n")
+    if opts.strategies:
+        print(format_totals(count_strategies(opts, sizes, device)), end="\n\n")
     if opts.lines:
         print(format_lines(ledgers[OURS]), end="\n\n")
     if not on_gpu and not opts.seconds:
@@ -145,11 +156,26 @@ def count(opts: Options, sizes: Sizes, device: torch.device) -> dict[str, Ledger
     ledgers = {}
     for name, build in builders(opts, device).items():
         try:
-            compiled = opts.compile and name == OURS
-            ledgers[name] = per_block(partial(_of_shape, build, sizes), sizes.shape, device, compiled)
+            is_compiled = opts.compile and name == OURS
+            ledgers[name] = per_block(partial(_of_shape, build, sizes), sizes.shape, device, is_compiled)
         except ModuleNotFoundError as error:
             print(f"{name}: {error.name} is not installed", file=sys.stderr)
     return ledgers
+
+
+def count_strategies(opts: Options, sizes: Sizes, device: torch.device) -> dict[str, Ledger]:
+    """The ledgers of a block of ours: the model's own operations, fused, and where that is asked for compiled."""
+    memories = {"plain": Memory(), **{f"fused, {strategy}": fused(strategy) for strategy in STRATEGIES}}
+    if opts.compile:
+        memories |= {f"compiled, {strategy}": compiled(strategy) for strategy in STRATEGIES}
+    return {name: _ledger(memory, sizes, device) for name, memory in memories.items()}
+
+
+def _ledger(memory: Memory, sizes: Sizes, device: torch.device) -> Ledger:
+    def build(shape: WanShape) -> Trainee[nn.Module]:
+        return our_trainee(shape, sizes, device, memory=memory)
+
+    return per_block(build, sizes.shape, device, memory.compile)
 
 
 def _of_shape(build: Build, sizes: Sizes, shape: WanShape) -> Trainee[nn.Module]:
@@ -182,36 +208,9 @@ def timed(opts: Options, sizes: Sizes, device: torch.device, ledger: Ledger) -> 
             yield Row(f"{contestant.name}: first pass", contestant.first, "s", "compiles" if opts.compile else "")
         yield from ratio_rows(contestants, PEER)
         for contestant in contestants:
-            yield from _launches(contestant, partial(contestant.step, inputs), device)
+            yield from launches(contestant, partial(contestant.step, inputs), device)
         if contestants and contestants[0].name == OURS:
             yield from _reach(sizes, contestants[0].median, ledger, device)
-
-
-def _launches(contestant: Contestant, step: Callable[[], None], device: torch.device) -> Iterator[Row]:
-    """What one step launches, and what it waits for."""
-    name, wait = contestant.name, contestant.trainee.transfer_wait
-    if device.type == "cuda":
-        yield Row(f"{name}: kernels", count_kernels(step), "per step")
-        places = synchronisations(step, device)
-        yield Row(f"{name}: synchronisations", len(places), "per step", f"first at {places[0]}" if places else "")
-    else:
-        yield skipped(f"{name}: kernels and synchronisations", "no GPU")
-    if wait is None:
-        yield Row(f"{name}: exposed transfer", "not measured")
-        return
-    wait()
-    step()
-    yield Row(f"{name}: exposed transfer", wait(), "s", "the device waits for it, one step")
-
-
-def count_kernels(step: Callable[[], None]) -> int:
-    """The kernels of a step on the GPU, without copies and fills."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        step()
-        torch.cuda.synchronize()
-    # The optimizer marks its step, which is an event of the device too.
-    events = [e for e in profiler.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in events)
 
 
 def _reach(sizes: Sizes, median: float, ledger: Ledger, device: torch.device) -> Iterator[Row]:

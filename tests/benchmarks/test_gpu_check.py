@@ -1,13 +1,12 @@
-"""The GPU check, with its own functions, on a small model on the CPU."""
+"""The groups of the GPU check, with their own functions, on a small model on the CPU."""
 
 import re
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_wan_lora
 from benchmarks import gpu_check
-from benchmarks.checks import environment, numbers, step, synchronisations, vae
-from benchmarks.measure import FAILED, Clock, Row, Sizes, at_least, count_tokens, p90, skipped
-from benchmarks.models import our_trainee, random_inputs, step_flops
+from benchmarks.checks import environment, equality, numbers, plan, quantised, step, stream, synchronisations, vae
+from benchmarks.measure import FAILED, Clock, Row, Sizes, at_least, count_tokens, skipped
+from benchmarks.models import fused, our_trainee, random_inputs, step_flops
 from tests.limits import GRID
 from utils.data.buckets import count_tokens as tokens_of
 from utils.data.buckets import max_frames
@@ -36,12 +35,15 @@ TINY = Sizes(
     text_tokens=10,
     video=(2, 4, 6),
     image=(1, 4, 4),
+    long=(3, 4, 6),
+    shallow_layers=1,
+    caps=(1,),
     clip=(5, 16, 16),
     gemm_side=32,
     warmups=1,
     steps=3,
 )
-OURS, LEAN, PEER = "ours, checkpointing", "ours, no checkpointing", step.PEER
+OURS, LEAN, PEER = "fused, full", "fused, none", step.PEER
 
 
 def values(rows: Iterator[Row]) -> dict[str, Row]:
@@ -60,35 +62,59 @@ def compared() -> dict[str, Row]:
 
 def test_bf16_of_ours_and_of_diffusers_agrees_with_fp32_on_the_same_weights(compared):
     assert compared["depth"].value == 2
-    for name in ("ours", "ours, bf16 residual", "diffusers + PEFT"):
+    for name in ("plain", "fused, fp32 stream", "fused", "diffusers + PEFT"):
         assert 0 < compared[f"{name}: relative loss difference"].value < 1e-2
         worst = compared[f"{name}: worst cosine of one matrix"].value
         assert 0.99 < worst < compared[f"{name}: cosine of all LoRA gradients"].value < 1
 
 
-def test_only_the_cosine_of_ours_has_a_limit(compared):
-    judged = {name for name, row in compared.items() if row.verdict}
-    assert judged == {"ours: cosine of all LoRA gradients"}
-    assert compared["ours: cosine of all LoRA gradients"].verdict == "ok"
+def test_only_the_cosines_of_ours_have_a_limit(compared):
+    judged = {name: row.verdict for name, row in compared.items() if row.verdict}
+    ours = ("plain", "fused, fp32 stream", "fused")
+    assert judged == {f"{name}: cosine of all LoRA gradients": "ok" for name in ours}
 
 
 def test_rounding_the_residual_stream_changes_the_numbers(compared):
     label = "relative loss difference"
-    assert compared[f"ours: {label}"].value != compared[f"ours, bf16 residual: {label}"].value
+    assert compared[f"fused, fp32 stream: {label}"].value != compared[f"fused: {label}"].value
+
+
+def test_compiled_blocks_are_compared_with_fp32(monkeypatch):
+    asked = []
+    monkeypatch.setattr(numbers, "compiled", lambda strategy: asked.append(strategy) or fused(strategy))
+    rows = values(numbers.compiled_blocks(TINY, CPU, Clock(60)))
+    judged = {name: row.verdict for name, row in rows.items() if row.verdict}
+    assert judged == {f"compiled, {name}: cosine of all LoRA gradients": "ok" for name in ("none", "full")}
+    assert asked == ["none", "full"]
+
+
+def test_strategies_that_compute_the_same_bits_are_equal():
+    rows = values(equality.check(TINY, CPU, Clock(60)))
+    assert [row.value for row in rows.values()] == [0, 0, 0, 0]
+    assert {row.verdict for row in rows.values()} == {"equal"}
+
+
+@pytest.mark.parametrize(("wrong", "verdict"), [((3,), FAILED), ((2, 3), "as two runs of one")])
+def test_strategies_that_differ_fail_only_where_one_alone_repeats_its_bits(monkeypatch, wrong, verdict):
+    runs, grads = [], [torch.ones(3)] * 32
+
+    def measured(build, inputs):
+        runs.append(build)
+        return 0.5, [torch.zeros(3), *grads[1:]] if len(runs) in wrong else grads
+
+    monkeypatch.setattr(equality, "measure", measured)
+    rows = values(equality.check(TINY, CPU, Clock(60)))
+    row = rows["selective and none: that differ"]
+    assert (row.value, row.verdict) == (1, verdict)
+    assert "of 32 gradients" in row.comparison and "the loss equal" in row.comparison
 
 
 def test_wrong_gradients_fail_the_limit(monkeypatch):
-    measure = numbers._measure
-    losses = []
-
-    def flipped(build, inputs):
-        loss, grads = measure(build, inputs)
-        losses.append(loss)
-        return loss, grads if len(losses) == 1 else [-grad for grad in grads]
-
-    monkeypatch.setattr(numbers, "_measure", flipped)
+    measured = iter([1.0, -1.0, 1.0, 1.0, 1.0])  # of the reference, of ours and of the peer
+    monkeypatch.setattr(numbers, "measure", lambda build, inputs: (0.5, [torch.full((3,), next(measured))]))
     rows = values(numbers.check(TINY, CPU, Clock(60)))
-    assert rows["ours: cosine of all LoRA gradients"].failed
+    assert rows["plain: cosine of all LoRA gradients"].failed
+    assert not rows["fused: cosine of all LoRA gradients"].failed
 
 
 def test_nan_misses_its_limit():
@@ -99,7 +125,7 @@ def test_nan_misses_its_limit():
 def test_without_diffusers_ours_is_still_compared_with_fp32(without_diffusers):
     rows = values(numbers.check(TINY, CPU, Clock(60)))
     assert rows["diffusers + PEFT"] == skipped("diffusers + PEFT", "diffusers is not installed")
-    assert rows["ours: cosine of all LoRA gradients"].verdict == "ok"
+    assert rows["plain: cosine of all LoRA gradients"].verdict == "ok"
 
 
 @pytest.mark.parametrize(("contest", "tokens", "target"), [(step.video, 12, "1.6"), (step.images, 4, "2")])
@@ -127,7 +153,8 @@ def test_without_diffusers_our_steps_are_timed_alone(without_diffusers):
 
 def test_steps_that_would_exceed_the_time_limit_are_skipped():
     rows = values(step.images(TINY, CPU, Clock(0)))
-    assert rows.keys() == {"steps"}
+    assert {name for name in rows if "first pass" not in name} >= {"steps"}
+    assert not any("median" in name for name in rows)
     assert rows["steps"].verdict.startswith("skipped: 3 rounds")
 
 
@@ -135,7 +162,7 @@ def test_the_others_are_timed_if_one_runs_out_of_memory(monkeypatch):
     build = step.our_trainee
 
     def greedy(*args, memory=None):
-        if memory == Memory("none"):
+        if memory == fused("none"):
             raise torch.OutOfMemoryError("too much")
         return build(*args)
 
@@ -259,108 +286,89 @@ def test_the_training_scripts_own_functions_take_the_steps_in_which_waits_are_co
         assert len(computed) == number
 
 
-def fake_check(monkeypatch: pytest.MonkeyPatch, name: str, check: Callable) -> None:
-    monkeypatch.setattr(f"benchmarks.checks.{name}.check", check)
+@pytest.fixture
+def small_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "SHAPES", dict.fromkeys(step.SHAPES, SHAPE))
 
 
-def test_an_exception_in_a_check_becomes_a_row_and_the_other_checks_run(monkeypatch, capsys):
-    def broken(sizes, device, clock):
-        yield Row("before", 1.0)
-        raise ValueError("no such thing\nand more")
-
-    fake_check(monkeypatch, "numbers", broken)
-    fake_check(monkeypatch, "vae", lambda *_: iter([Row("fine", 2.0)]))
-    rows = gpu_check.run_checks(("numbers", "vae"), TINY, CPU, Clock(60))
-    assert rows == [
-        ("numbers", Row("before", 1.0)),
-        ("numbers", Row("numbers", verdict=f"{FAILED}: ValueError: no such thing")),
-        ("vae", Row("fine", 2.0)),
-    ]
-    assert "Traceback" in capsys.readouterr().err
+@pytest.mark.parametrize("group", [step.long, step.of_5b, step.of_14b])
+def test_longer_clips_and_larger_models_take_fewer_steps(small_shapes, group):
+    rows = values(group(TINY, CPU, Clock(60)))
+    assert "2 steps of 18 tokens" in rows["fused, full: step, median"].comparison
+    assert f"fused, full: times the speed of {PEER}" in rows
+    assert ("depth" in rows) == (group is not step.long)
 
 
-@pytest.mark.parametrize(("name", "verdict"), [("peft.x", "skipped: peft.x is not installed"), ("wan.x", FAILED)])
-def test_a_check_is_skipped_for_a_missing_package_but_fails_for_one_of_our_own(monkeypatch, name, verdict):
-    def lacking(sizes, device, clock):
-        raise ModuleNotFoundError("gone", name=name)
+@pytest.mark.parametrize(("group", "tokens"), [(stream.offload, 12), (stream.offload_long, 18)])
+def test_inputs_in_main_memory_are_timed_against_those_that_stay(group, tokens):
+    rows = values(group(TINY, CPU, Clock(60)))
+    assert f"of {tokens} tokens" in rows["fused, offload: step, median"].comparison
+    assert rows["fused, offload: times the speed of fused, full"].value > 0
+    assert rows["fused, offload: exposed transfer"].value == 0
+    assert "fused, full: exposed transfer" not in rows
 
-    fake_check(monkeypatch, "vae", lacking)
-    [(_, row)] = gpu_check.run_checks(("vae",), TINY, CPU, Clock(60))
-    assert row.verdict.startswith(verdict)
+
+def test_the_link_to_main_memory_is_only_measured_on_a_gpu():
+    assert list(stream.link(TINY, CPU, Clock(60))) == [skipped("link", "no GPU")]
 
 
-def test_a_check_that_runs_out_of_memory_is_skipped(monkeypatch):
-    def greedy(sizes, device, clock):
+def test_reading_fp8_is_compared_number_by_number(monkeypatch):
+    rows = list(quantised.dequantised(TINY, CPU, Clock(60)))
+    assert len(rows) == 4 * 2 * 3 + 1
+    assert {row.verdict for row in rows} == {"equal", "skipped: this does not exist yet"}
+    calls, dequantise = [], quantised.dequantise
+
+    def unlike(stored, scale, dtype):
+        calls.append(stored)
+        weight = dequantise(stored, scale, dtype)
+        weight[0, 0] += len(calls) % 2
+        return weight
+
+    monkeypatch.setattr(quantised, "dequantise", unlike)
+    first, *_ = quantised.dequantised(TINY, CPU, Clock(60))
+    assert first.failed and first.value == 1
+
+
+def test_rounding_weights_to_fp8_changes_the_gradients_a_little():
+    rows = values(quantised.rounded(TINY, CPU, Clock(60)))
+    for name in ("plain", "one scale", "a scale for each row"):
+        assert 0.99 < rows[f"e4m3, {name}: cosine of all LoRA gradients"].value < 0.99999
+
+
+@pytest.mark.parametrize(("group", "tokens"), [(plan.check, 12), (plan.long, 18)])
+def test_what_auto_chooses_is_told_for_each_size_of_a_gpu(group, tokens):
+    rows = values(group(TINY, CPU, Clock(60)))
+    for name in ("1 GB", "the whole device"):
+        assert rows[f"{name}: chosen"].value == "2 none"
+        assert rows[f"{name}: chosen"].comparison.startswith(f"{tokens} tokens")
+        assert rows[f"{name}: predicted peak"].value > 0
+        assert rows[f"{name}: steps that fit"].verdict == "ok"
+
+
+def test_steps_that_do_not_fit_after_the_choice_fail(monkeypatch):
+    def greedy(contestant, inputs):
         raise torch.OutOfMemoryError("too much")
 
-    fake_check(monkeypatch, "vae", greedy)
-    [(_, row)] = gpu_check.run_checks(("vae",), TINY, CPU, Clock(60))
-    assert row == skipped("vae", "out of memory")
+    monkeypatch.setattr(step.Contestant, "step", greedy)
+    rows = values(plan.check(TINY, CPU, Clock(60)))
+    row = rows["1 GB: steps that fit"]
+    assert row.failed and row.value == 0
+    assert "the whole device: chosen" in rows
 
 
-def test_at_the_time_limit_the_running_check_stops_and_the_others_are_skipped(monkeypatch):
-    def slow(sizes, device, clock):
-        yield Row("before", 1.0)
-        time.sleep(20)
-
-    fake_check(monkeypatch, "vae", slow)
-    start = time.monotonic()
-    rows = gpu_check.run_checks(("vae", "environment"), TINY, CPU, Clock(0.3))
-    assert time.monotonic() - start < 5
-    assert [name for name, _ in rows] == ["vae", "vae", "environment"]
-    assert rows[1][1].verdict == rows[2][1].verdict == "skipped: the time limit of 0 s has passed"
+def test_a_size_of_a_gpu_in_which_nothing_fits_is_skipped(monkeypatch):
+    monkeypatch.setattr(plan, "measure_room", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("too much")))
+    rows = values(plan.check(TINY, CPU, Clock(60)))
+    assert rows["1 GB"].verdict.startswith("skipped: out of memory")
 
 
-def test_every_check_exists():
-    for module, function in gpu_check.CHECKS.values():
-        assert callable(getattr(sys.modules[f"benchmarks.checks.{module}"], function))
-
-
-def test_the_record_is_a_table_with_date_machine_commit_and_command(monkeypatch):
-    monkeypatch.setattr(gpu_check, "commit", lambda folder: "abc1234")
-    text = gpu_check.format_record([("vae", Row("a | b", 0.123456789, "s", "limit >= 1", FAILED))], "H200", "python x")
-    heading, command, *table = [line for line in text.splitlines() if line]
-    assert re.fullmatch(r"### \d{4}-\d\d-\d\d, H200, commit abc1234", heading)
-    assert command == "`python x`"
-    assert table[2] == "| vae | a / b | 0.123457 | s | limit >= 1 | failed |"
-    assert len({line.count("|") for line in table}) == 1
-
-
-def test_the_commit_is_unknown_outside_a_checkout(tmp_path):
-    assert gpu_check.commit(tmp_path) == "unknown"
-    assert gpu_check.commit(tmp_path / "missing") == "unknown"
-
-
-def test_p90_is_near_the_slowest_of_ten():
-    assert p90([float(n) for n in range(1, 12)]) == 10
-
-
-def test_main_exits_with_1_only_if_a_row_failed(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--quick", "--only", "vae"])
-    seen = []
-
-    def run_checks(names, sizes, device, clock):
-        seen.append((names, sizes, clock.limit))
-        return [("vae", Row("x", verdict=verdict))]
-
-    monkeypatch.setattr(gpu_check, "run_checks", run_checks)
-    verdict = "missed"
-    gpu_check.main()
-    assert "`python benchmarks/gpu_check.py --quick --only vae`" in capsys.readouterr().out
-    assert seen == [(("vae",), gpu_check.QUICK, 120)]
-    verdict = FAILED
-    with pytest.raises(SystemExit) as stopped:
-        gpu_check.main()
-    assert stopped.value.code == 1
-
-
-def test_without_a_gpu_the_script_says_so_and_exits_0(tmp_path):
-    script = Path(gpu_check.__file__)
-    ran = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""}
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout == "no CUDA GPU here: nothing was measured\n"
+def test_inside_a_limit_the_gpu_has_no_more_memory_than_that(monkeypatch):
+    fractions = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (70, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device=None: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, device: fractions.append(part))
+    with plan.capped(20, torch.device("cuda")):
+        assert torch.cuda.mem_get_info() == (17, 20)
+    assert torch.cuda.mem_get_info() == (70, 80)
+    assert fractions == [0.25, 1.0]
