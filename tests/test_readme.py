@@ -16,6 +16,7 @@ import pytest
 import convert_lora_to_comfy
 import test_wan_control_lora
 import train_wan_lora
+from benchmarks import step
 from tests.documents import DOCUMENTS, ROOT, blocks, commands, label, prose, read, toml_files
 from utils.common.options import convert_table, parse_options
 from utils.data.folders import Rules
@@ -30,7 +31,7 @@ LONGEST_LINE = 120
 
 # Flags that a text mentions although no script lists them: WanTraining's, those of other programs, Python's own.
 NO_OPTIONS = {"lora_targets", "control_preprocess"}
-NO_OPTIONS |= {"use_dwt_loss", "val_timestep", "lora_format", "compile", "help"}
+NO_OPTIONS |= {"use_dwt_loss", "val_timestep", "lora_format", "help"}
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
@@ -75,6 +76,7 @@ def test_every_make_target_that_a_text_mentions_exists():
 
 def test_every_option_that_a_text_mentions_exists():
     specs = [spec for options in SCRIPTS.values() for spec in fields(options)]
+    specs += fields(step.Options)
     known = {name for spec in specs for name in (spec.name, *spec.metadata["aliases"])} | NO_OPTIONS
     for path in DOCUMENTS:
         mentioned = set(re.findall(r"`--(?:no-)?([a-z0-9_]+)", "\n".join(prose(read(path)))))
