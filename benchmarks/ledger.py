@@ -46,7 +46,7 @@ from wan.modules.model import WanShape
 KEPT, ELEMENTWISE, GEMM, ATTENTION, OPS = "kept", "elementwise", "gemm", "attention", "ops"
 FORWARD, RECOMPUTE, BACKWARD = "forward", "recompute", "backward"
 ROOTS = (Path(torch.__file__).resolve().parents[1], Path(__file__).resolve().parents[1])
-PACKAGES = ("wan", "utils", "diffusers", "peft")  # whose lines are told apart
+PACKAGES = ("wan", "utils", "diffusers", "peft")  # whose lines are listed
 DEPTHS, GRIDS = (1, 3), ((1, 16, 16), (2, 16, 16))  # what `per_block` subtracts: blocks, latents F, H, W
 COMPILED_GRIDS = ((1, 64, 64), (2, 64, 64))  # what a compiler keeps depends on size: that of real clips
 ELSEWHERE = "elsewhere"

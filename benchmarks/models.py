@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound=nn.Module, covariant=True)
 
 SIGMA = 0.6
+IMAGE_TOKENS = 257  # of one picture
 TARGETS = ("attn",)
 # Large enough that the adapter changes the output by about a tenth, so that both of its matrices have gradients.
 ADAPTER_STD = 0.05
@@ -43,8 +44,15 @@ def compiled(checkpointing: str) -> Memory:
 class Inputs:
     """What a training step is given."""
 
-    noisy: Noisy  # latents (1, C, F, H, W) fp32
+    noisy: Noisy  # latents (1, out_dim, F, H, W) fp32
     text: Tensor  # (1, text_len, E) fp32, zero rows after the caption
+    channels: Tensor  # (1, in_dim - out_dim, F, H, W) fp32: those of given frames
+    image: Tensor | None = None  # (1, I, image_dim) fp32 vision tokens, for a model that reads them
+
+    @property
+    def latents(self) -> Tensor:
+        """What the model reads: (1, in_dim, F, H, W) fp32."""
+        return torch.cat([self.noisy.latents, self.channels], dim=1)
 
 
 @dataclass(frozen=True)
@@ -53,24 +61,33 @@ class Trainee(Generic[Model]):
 
     model: Model
     parameters: list[nn.Parameter]  # A, B, A, B, ... fp32, in the order of our modules
-    velocity: Callable[[Tensor, Tensor, Tensor], Tensor]  # latents, timestep, text -> (B, C, F, H, W)
+    velocity: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # latents, timestep, text, image
     # Seconds for which the device has waited for transfers since the last call; None where nothing reports them.
     transfer_wait: Callable[[], float] | None = None
 
     def loss(self, inputs: Inputs) -> Tensor:
         """The squared error of the velocity: a scalar, fp32."""
         noisy = inputs.noisy
-        return squared_error(self.velocity(noisy.latents, noisy.timestep, inputs.text), noisy.velocity)
+        return squared_error(self.velocity(inputs.latents, noisy.timestep, inputs.text, inputs.image), noisy.velocity)
 
 
 def random_inputs(sizes: Sizes, grid: tuple[int, int, int], device: torch.device) -> Inputs:
-    """Noisy latents of `grid` (F, H, W), and the rows of one caption."""
+    """Noisy latents of `grid` (F, H, W), the rows of one caption, and what a model is given beside them."""
     shape = sizes.shape
     generator = seeded(device)
-    clean, noise = (torch.randn(1, shape.in_dim, *grid, device=device, generator=generator) for _ in range(2))
+    clean, noise = (torch.randn(1, shape.out_dim, *grid, device=device, generator=generator) for _ in range(2))
     text = torch.randn(1, shape.text_len, shape.text_dim, device=device, generator=generator)
     text[:, sizes.text_tokens :] = 0
-    return Inputs(add_noise(clean, noise, torch.full((1,), SIGMA, device=device)), text)
+    channels = torch.randn(1, shape.in_dim - shape.out_dim, *grid, device=device, generator=generator)
+    image = None
+    if shape.image_dim:
+        image = torch.randn(1, count_image_tokens(shape), shape.image_dim, device=device, generator=generator)
+    return Inputs(add_noise(clean, noise, torch.full((1,), SIGMA, device=device)), text, channels, image)
+
+
+def count_image_tokens(shape: WanShape) -> int:
+    """The vision tokens that a model of this shape reads: of one picture, or as many as it has positions."""
+    return (shape.image_positions or IMAGE_TOKENS) if shape.image_dim else 0
 
 
 def random_diffusers(shape: WanShape, device: torch.device, dtype: torch.dtype) -> "WanTransformer3DModel":
@@ -91,6 +108,9 @@ def random_diffusers(shape: WanShape, device: torch.device, dtype: torch.dtype) 
             ffn_dim=shape.ffn_dim,
             num_layers=shape.num_layers,
             eps=shape.eps,
+            image_dim=shape.image_dim or None,
+            added_kv_proj_dim=shape.dim if shape.image_dim else None,
+            pos_embed_seq_len=shape.image_positions or None,
         ).requires_grad_(False)
     islands = set(theirs._keep_in_fp32_modules)
     for name, parameter in theirs.named_parameters():
@@ -156,9 +176,11 @@ def diffusers_trainee(
         model.enable_gradient_checkpointing()
     autocast = autocast and dtype == torch.bfloat16
 
-    def velocity(latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    def velocity(latents: Tensor, timestep: Tensor, text: Tensor, image: Tensor | None) -> Tensor:
+        # diffusers takes the tokens of a second picture as a second sample.
+        given = None if image is None else image.to(dtype).view(2 if shape.image_positions else 1, -1, shape.image_dim)
         with torch.autocast(latents.device.type, torch.bfloat16) if autocast else nullcontext():
-            return model(latents.to(dtype), timestep, text.to(dtype), return_dict=False)[0]
+            return model(latents.to(dtype), timestep, text.to(dtype), given, return_dict=False)[0]
 
     return Trainee(model, parameters, velocity)
 
@@ -174,12 +196,13 @@ def _draw_adapter(parameters: list[nn.Parameter]) -> None:
 def step_flops(shape: WanShape, tokens: int, rank: int) -> float:
     """The floating-point operations of one training step with LoRA on attention, without recomputation.
 
-    A multiply-add counts as two. The forward pass of a block, with T tokens, S text rows, width d, feed-forward width
-    f and rank r: linear layers 12 T d^2 + 4 T d f for the video and 4 S d^2 for the text; attention 4 T^2 d and
-    4 T S d; LoRA 24 T d r and 8 S d r. The backward pass adds the linear layers of the video once (frozen weights and
-    the text need no gradient), attention 2.5 times and LoRA twice. Embeddings and head, below 1 percent, are left out.
+    A multiply-add counts as two. The forward pass of a block, with T tokens, S rows of text and picture, width d,
+    feed-forward width f and rank r: linear layers 12 T d^2 + 4 T d f for the video and 4 S d^2 for the text; attention
+    4 T^2 d and 4 T S d; LoRA 24 T d r and 8 S d r. The backward pass adds the linear layers of the video once (frozen
+    weights and the text need no gradient), attention 2.5 times and LoRA twice. Embeddings and head, below 1 percent,
+    are left out.
     """
-    d, text = shape.dim, shape.text_len
+    d, text = shape.dim, shape.text_len + count_image_tokens(shape)
     linears = 12 * tokens * d**2 + 4 * tokens * d * shape.ffn_dim
     lora = 24 * tokens * d * rank + 8 * text * d * rank
     return shape.num_layers * (2 * linears + 4 * text * d**2 + 3 * lora) + attention_flops(shape, tokens)
@@ -187,4 +210,4 @@ def step_flops(shape: WanShape, tokens: int, rank: int) -> float:
 
 def attention_flops(shape: WanShape, tokens: int) -> float:
     """Of `step_flops` the part that attention has."""
-    return shape.num_layers * 3.5 * 4 * tokens * shape.dim * (tokens + shape.text_len)
+    return shape.num_layers * 3.5 * 4 * tokens * shape.dim * (tokens + shape.text_len + count_image_tokens(shape))

@@ -118,8 +118,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def sizes_of(opts: Options, on_gpu: bool) -> Sizes:
     """What the options ask for. Raises UserError for a family that cannot be measured, and for a grid that is none."""
     shape = FAMILIES[opts.family].shape
-    if shape.image_dim:
-        raise UserError(f"--family {opts.family} reads image tokens, which are not measured")
     if opts.grid and opts.tokens:
         raise UserError("--grid and --tokens say the same: give one of them")
     if opts.grid and (len(opts.grid) != 3 or opts.grid[1] % 2 or opts.grid[2] % 2):

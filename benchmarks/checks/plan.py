@@ -1,6 +1,6 @@
 """What `--gradient_checkpointing auto` chooses on smaller GPUs, and whether that fits.
 
-A smaller GPU is a limit for torch's allocator, which the measuring of room is told; the CUDA context comes on top.
+A smaller GPU is a limit for torch's allocator, which is passed on to the measurement; the CUDA context comes on top.
 """
 
 import gc
