@@ -65,7 +65,7 @@ class MemoryOptions:
         """
         compile = decide(self.compile, device, saved_seconds(device, shape.dim, shape.num_layers, tokens))
         stream = torch.float32 if self.fp32_stream else compute_dtype(device)
-        # On the CPU in fp32, the blocks' own operations are faster (benchmarks/RECORDS.md).
+        # On the CPU the blocks' own operations are as fast in fp32 (benchmarks/RECORDS.md), and they are the reference.
         return Memory(self.gradient_checkpointing, compile, device.type == "cuda" and not compile, stream)
 
 
