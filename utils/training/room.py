@@ -22,8 +22,7 @@ def measure_room(model: WanModel, run: Callable[[], object], reserve: int) -> Ro
 
     `run` is that pass, of a model on the device whose blocks are `TrainingPass`es.
     """
-    # The last block has a gradient to pass on, whichever blocks are trained.
-    block, costs, tokens = model.blocks[-1], dict[str, float](), 0
+    block, costs, tokens = model.blocks[0], dict[str, float](), 0
     training_pass = block.forward
     assert isinstance(training_pass, TrainingPass)
 
@@ -68,7 +67,7 @@ def kept_per_token(
     # The output of each attention, and the log-sum-exp of its scores in fp32.
     attentions = 2 if image is None else 3
     selective = full + attentions * (width * text.dtype.itemsize + heads * torch.float32.itemsize)
-    # With a gradient, as all blocks but the first have one.
+    # With a gradient, as the inputs of all blocks behind the first that is trained.
     x = x.detach().to(training_pass.memory.stream).requires_grad_()
     none = saved_bytes(lambda: training_pass.eager(x, mod, rotary, text, image), (mod, rotary, text, image))
     none *= COMPILED if training_pass.memory.compile else 1

@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -190,3 +191,16 @@ def test_two_models_under_offload_do_not_share_main_memory():
         for velocity, (_, parameters) in zip(velocities, (first, second), strict=True)
     ]
     assert equal(found[0], expected) and equal(found[1], expected)
+
+
+def test_compiled_blocks_let_go_of_a_stream_that_waits_in_main_memory():
+    weight = nn.Parameter(torch.ones(4))
+    run = parked_inputs(lambda x: (x * weight).sum(), Parking(1024))
+    x = 2 * torch.randn(3, 4).requires_grad_()  # no leaf, which its graph would keep
+    storage = StorageWeakRef(x.untyped_storage())
+    expected = x.detach().sum(0)
+    loss = run(x)
+    del x
+    assert storage.expired()
+    loss.backward()
+    assert torch.equal(weight.grad, expected)

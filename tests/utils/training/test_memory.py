@@ -4,9 +4,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from tests.tiny import TINY_SHAPE, tiny_shape, tiny_transformer
-from tests.trainees import SITUATIONS, answers, equal, inputs_of, loss_of, prepare_again, prepared, trainee
+from tests.trainees import (
+    SITUATIONS,
+    Situation,
+    answers,
+    equal,
+    inputs_of,
+    loss_of,
+    prepare_again,
+    prepared,
+    relative_error,
+    trainee,
+)
 from utils.common.errors import UserError
 from utils.training import compilation, memory
 from utils.training.checkpoint_plan import AUTO, CheckpointPlan, Room
@@ -208,3 +221,33 @@ def test_a_long_run_of_a_large_model_is_compiled_where_a_compiler_works(monkeypa
     with pytest.raises(UserError, match="no compiler"):
         MemoryOptions(compile="on").memory(CUDA, large, tokens=1e8)
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+def test_blocks_before_the_first_that_is_trained_keep_nothing_whatever_the_strategy(fuse, monkeypatch):
+    model, _ = prepared(Memory("full", fuse=fuse), SITUATIONS["one layer"])
+    asked: list[int] = []
+    choose = CheckpointPlan.strategies
+    monkeypatch.setattr(CheckpointPlan, "strategies", lambda plan, tokens: asked.append(1) or choose(plan, tokens))
+    saved: list[Tensor] = []
+    seen: list[Tensor] = []
+    model.blocks[1].register_forward_pre_hook(lambda _block, args: seen.append(args[0]))
+    with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        model(*inputs_of(model, SITUATIONS["one layer"]))
+    assert len(asked) == 1 and saved  # block 1 alone
+    assert not seen[0].requires_grad and seen[0].grad_fn is None
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+def test_an_image_embedding_is_trained_through_blocks_without_adapters(strategy, fuse, monkeypatch):
+    situation = Situation("wan2.1-i2v-14B-480P", ("img_emb.*",))
+    results, asked = [], []
+    choose = CheckpointPlan.strategies
+    monkeypatch.setattr(CheckpointPlan, "strategies", lambda plan, tokens: asked.append(1) or choose(plan, tokens))
+    for strategies in (Memory(), Memory(strategy, fuse=fuse)):
+        model, parameters = prepared(strategies, situation)
+        results.append(answers(model, parameters, inputs_of(model, situation)))
+    assert relative_error(results[1], results[0]) < 1e-5
+    assert len(asked) == (TINY_SHAPE.num_layers if Memory(strategy, fuse=fuse) != Memory() else 0)
+    assert all(gradient.abs().max() > 0 for gradient in results[1][1:])

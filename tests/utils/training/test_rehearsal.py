@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.trainees import SITUATIONS, inputs_of, loss_of, prepare_again, trainee
 from utils.encoding.conditioning import Batch, Cond
 from utils.training import rehearsal
-from utils.training.checkpoint_plan import AUTO, CheckpointPlan, Room
+from utils.training.checkpoint_plan import AUTO, LADDER, CheckpointPlan, Room
 from utils.training.memory import Memory
 from utils.training.phases import Phase
 from utils.training.rehearsal import rehearse
@@ -195,3 +195,31 @@ def test_two_rehearsals_draw_the_same_numbers():
         it.run()
     assert all(torch.equal(loss, losses[0]) for loss in losses[1:])
     assert SITUATIONS["text"].batch * 18 == TOKENS == first.batch.tokens(first.model.shape.patch_size)
+
+
+def test_the_room_is_measured_while_the_phase_speaks(monkeypatch):
+    # Of two experts the one that speaks is on the device; before, it may wait on the CPU.
+    it = Rehearsal()
+    spans: list[str] = []
+
+    @contextmanager
+    def speaking() -> Iterator[None]:
+        spans.append("open")
+        yield
+        spans.append("closed")
+
+    measured: list[list[str]] = []
+    monkeypatch.setattr(
+        rehearsal,
+        "measure_room",
+        lambda *_: measured.append(list(spans)) or Room(1 << 40, 0, TOKENS, dict.fromkeys(LADDER, 1.0)),
+    )
+    it.phase = replace(it.phase, speaking=speaking)
+    it.run()
+    assert measured == [["open"]] and spans == ["open", "closed"]
+
+
+def test_main_memory_is_given_back_where_no_block_waits_in_it():
+    it = Rehearsal()
+    it.run()
+    assert it.plan.strategies(TOKENS) == ["none"] * 2 and not it.plan.parking._chunks

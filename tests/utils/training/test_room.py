@@ -167,3 +167,13 @@ def test_the_plan_that_is_settled_by_the_room_gives_the_same_numbers(available):
     plan.settle(measure_room(model, lambda: answers(model, parameters, inputs), 0))
     assert plan.strategies(54) == ["none", "none"]
     assert equal(answers(model, parameters, inputs), expected)
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+def test_where_only_later_blocks_are_trained_everything_costs_what_a_trained_block_keeps(available, fuse):
+    costs = []
+    for situation in ("text", "one layer"):
+        model, parameters, inputs = prepared_model(situation, Memory(AUTO, fuse=fuse))
+        found = measure_room(model, lambda m=model, p=parameters, i=inputs: answers(m, p, i), 0)
+        costs.append(found.costs["none"])
+    assert costs[1] > 0.5 * costs[0]
