@@ -6,7 +6,7 @@
 
 Uses random weights with the shapes of released models, so nothing is downloaded. A part is made of groups of rows. Each
 row is printed to stderr and appended to a file as it is measured. What that file has for this commit and this device is
-not measured again, so that a part that was interrupted goes on with its next group. Everything that was measured is
+not measured again, so that an interrupted part continues with its next group. Everything that was measured is
 printed to stdout, as one table for benchmarks/RECORDS.md. The exit code is 1 if a row missed its limit or a group
 raised an exception, and 0 otherwise, also without a GPU.
 """

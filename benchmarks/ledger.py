@@ -107,7 +107,7 @@ def record_all(passes: Sequence[tuple[Callable[[], Tensor], Sequence[Tensor]]], 
             _record(recorder, forward)
             _drop_gradients(leaves)
             if compiled and not recorder.graphs:
-                raise RunError("nothing was compiled: torch ran the whole model as it is")
+                raise RunError("nothing was compiled: torch ran the whole model without compiling it")
             ledgers.append(recorder.ledger)
     return ledgers
 

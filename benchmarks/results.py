@@ -1,4 +1,4 @@
-"""What has been measured: a file of JSON lines, each written at once, so that an interrupted run goes on where it was.
+"""What has been measured: a file of JSON lines, each written at once, so that an interrupted run can continue.
 
 A line says for which run (commit, device, sizes) and which group of rows it is: that the group has begun, one of its
 rows, or that the group is complete. A group that is begun again starts empty.
