@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import train_wan_lora
+from tests.compiler import need_compiler
 from tests.families import RELEASES, lora_files, turns
 from tests.tiny import write_clips, write_model
 from utils.adapters.lora_file import delta
@@ -51,6 +52,7 @@ def as_on_a_gpu(monkeypatch) -> None:
 @pytest.fixture
 def compiler() -> Iterator[None]:
     """A compiler that knows nothing of other tests."""
+    need_compiler()
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -6,9 +6,15 @@ from torch import Tensor
 
 from benchmarks.compiled import Graph, watched
 from benchmarks.ledger import BACKWARD, ELEMENTWISE, FORWARD, GEMM, KEPT, OPS, Entry, Ledger, record, total
+from tests.compiler import need_compiler
 from utils.common.errors import RunError
 
 SIZE = 4 * 64 * 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler() -> None:
+    need_compiler()
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ from benchmarks.ledger import (
 )
 from benchmarks.measure import Sizes
 from benchmarks.models import Trainee, diffusers_trainee, our_trainee
+from tests.compiler import need_compiler
 from utils.training import fused
 from utils.training.memory import Memory
 from wan.modules.model import Block, RMSNorm, WanModel, WanShape
@@ -220,6 +221,8 @@ def ours(memory: Memory, device: torch.device = CPU) -> Ledger:
 def excess(case: str) -> dict[Sequence[str], float]:
     """What is beyond the limits of a case."""
     memory, limits = (LIMITS | COMPILED_LIMITS)[case]
+    if memory.compile:
+        need_compiler()
     ledger = ours(memory)
     measured = {column: total(ledger, *column) for column in COLUMNS}
     return {column: value for (column, value), limit in zip(measured.items(), limits, strict=True) if value > limit}

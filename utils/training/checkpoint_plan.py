@@ -65,16 +65,16 @@ class CheckpointPlan:
             self.parking.release()
 
     def settle_for_less(self, share: float) -> bool:
-        """Decides again, for so much less room that the measured batch keeps less; False where it keeps least already.
+        """Decides again, for so much less room that the measured batch keeps less; False where it cannot.
 
         Each try leaves away this share of the room.
         """
         assert self._room is not None
         tokens, before = self._room.tokens, self.strategies(self._room.tokens)
-        if before == [LADDER[0]] * self.num_blocks:
-            return False
         while self.strategies(tokens) == before:
             left = self._room.free - self._room.working
+            if left <= 0:
+                return False
             self.settle(replace(self._room, free=self._room.free - max(1, int(left * share))))
         return True
 
