@@ -1,11 +1,18 @@
 """Whether blocks are compiled, and what is said about it."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.exc import TorchDynamoException
 
+from tests.tiny import TINY_SHAPE
+from tests.trainees import answers, prepare_again, relative_error, trainee
 from utils.common.errors import RunError, UserError
 from utils.training import compilation
+from utils.training.checkpointing import STRATEGIES
 from utils.training.compilation import (
     BANDWIDTH,
     COMPILE_SECONDS,
@@ -17,6 +24,7 @@ from utils.training.compilation import (
     saved_seconds,
     why_not,
 )
+from utils.training.memory import Memory
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LONG, SHORT = WORTH * COMPILE_SECONDS, WORTH * COMPILE_SECONDS - 1e-3
@@ -107,3 +115,41 @@ def test_what_a_compiler_raises_in_a_run_is_reported_with_the_way_to_do_without(
         raise TorchDynamoException("")
     with pytest.raises(ValueError), explain_failed_compilation():
         raise ValueError("another error")
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> Iterator[Callable[[], int]]:
+    """How many graphs were made; they run as torch's own operations, so that no compiler is needed."""
+    made: list[object] = []
+
+    def counted(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        made.append(graph)
+        return aot_eager(graph, inputs)
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda forward, **more: compile(forward, backend=counted, **more))
+    torch._dynamo.reset()
+    yield lambda: len(made)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    "strategy", ["full", *(pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES if name != "full")]
+)
+def test_all_blocks_share_one_graph_for_every_length_and_one_more_for_larger_batches(strategy, graphs):
+    model, parameters = trainee()
+    lengths = [
+        2 * 3 * 4,
+        4 * 8 * 8,
+        TINY_SHAPE.text_len * 4,
+        3 * 4 * 6,
+    ]  # of latents: the third has as many tokens as text
+    for batch, number in ((1, 1), (2, 2), (3, 2)):
+        for size in lengths:
+            latents = torch.randn(batch, TINY_SHAPE.in_dim, 1, 2, size // 2)
+            inputs = latents, torch.full((batch,), 500.0), torch.randn(batch, 5, TINY_SHAPE.text_dim)
+            prepare_again(model, Memory(strategy))
+            expected = answers(model, parameters, inputs)
+            prepare_again(model, Memory(strategy, compile=True))
+            assert relative_error(answers(model, parameters, inputs), expected) < 1e-5
+        assert graphs() == number, f"batches of {batch}"
