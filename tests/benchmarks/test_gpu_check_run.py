@@ -88,7 +88,7 @@ def test_a_group_that_takes_more_than_its_share_of_the_time_ends_with_a_row(monk
 
 
 class Left(Clock):
-    """A clock of 100 seconds that shows what it is told, one after the other."""
+    """A clock of 100 seconds that shows given values, one after the other."""
 
     def __init__(self, *shown: float) -> None:
         super().__init__(100)

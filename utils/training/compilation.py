@@ -45,7 +45,7 @@ def decide(mode: str, device: torch.device, saved: float) -> bool:
         return False
     reason = why_not(device)
     if reason is None:
-        say("the blocks are compiled, which takes minutes before the first step; --compile off runs them as they are")
+        say("the blocks are compiled, which takes minutes before the first step; --compile off leaves it out")
         return True
     if mode == "on":
         raise UserError(f"--compile on: compiling a test function failed ({reason})\n{COMPILER}")

@@ -135,11 +135,11 @@ def _apply(
     sublayer: _Sublayer, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor | None, given: Sequence[Tensor] = ()
 ) -> Tensor:
     """x (B, L, D); scale, shift and gate (B, R, D) fp32, no gate for 1; `given` with gradients of their own -> x"""
-    result: Tensor = _Function.apply(x, scale, shift, gate, sublayer, len(given), *given, *sublayer.matrices)
+    result: Tensor = _SublayerFunction.apply(x, scale, shift, gate, sublayer, len(given), *given, *sublayer.matrices)
     return result
 
 
-class _Function(torch.autograd.Function):
+class _SublayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -277,7 +277,7 @@ class _Attention:
     queries: _Heads
     keys: _Heads | None  # None: pairs are given
     tape: Tape | None
-    numbers: list[tuple[Any, ...]] = field(default_factory=list)  # of the kernels' answers
+    layouts: list[tuple[Any, ...]] = field(default_factory=list)  # of the kernels' answers
 
     def forward(self, products: list[Tensor], shape: torch.Size, given: Sequence[Tensor]) -> tuple[Tensor, Kept]:
         def compute() -> list[tuple[Tensor, Answer]]:
@@ -289,7 +289,7 @@ class _Attention:
 
         outputs, answers = zip(*(compute() if self.tape is None else self.tape.play(compute)), strict=True)
         seen = sum(outputs[1:], outputs[0]).flatten(2).flatten(0, 1)
-        self.numbers.extend(answer.numbers for answer in answers)
+        self.layouts.extend(answer.layout for answer in answers)
         return seen, [[seen], *(list(answer.tensors) for answer in answers)]
 
     def output(self, products: list[Tensor], kept: Kept) -> Tensor:
@@ -303,7 +303,7 @@ class _Attention:
         if self.keys is not None:
             k, *key_graph = self.keys.again(products[1], shape)
             pairs = k, self.queries.split(products[2], shape)
-        answers = [Answer(tuple(own), numbers) for own, numbers in zip(kept[1:], self.numbers, strict=True)]
+        answers = [Answer(tuple(own), layout) for own, layout in zip(kept[1:], self.layouts, strict=True)]
         heads = self.queries.split(grad, shape)
         found = [attend_backward(heads, q, k, v, answer) for (k, v), answer in zip(_pairs(pairs), answers, strict=True)]
         query_grads, pair_grads = [each[0] for each in found], [one for each in found for one in each[1:]]

@@ -24,10 +24,10 @@ KERNELS = "aten::_scaled_dot_product_"  # what the names of PyTorch's attention 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a kernel returned, its tensors apart from its numbers. Empty where attention was not one kernel."""
+    """What a kernel returned, its tensors apart from the rest. Empty where attention was not one kernel."""
 
     tensors: tuple[Tensor, ...] = ()
-    numbers: tuple[Any, ...] = ()  # in the order of the kernel, Tensor in place of each tensor
+    layout: tuple[Any, ...] = ()  # in the order of the kernel, Tensor in place of each tensor
 
     @staticmethod
     def of(returned: Sequence[Any]) -> "Answer":
@@ -38,7 +38,7 @@ class Answer:
     def returned(self) -> tuple[Any, ...]:
         """As the kernel returned it."""
         tensors = iter(self.tensors)
-        return tuple(next(tensors).detach() if value is Tensor else value for value in self.numbers)
+        return tuple(next(tensors).detach() if value is Tensor else value for value in self.layout)
 
 
 class _AtKernel(TorchDispatchMode):
@@ -69,7 +69,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Answer]:
 def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, answer: Answer) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v. Without a kernel's answer the attention is computed again."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    with torch.enable_grad(), _AtKernel(answer if answer.numbers else None):
+    with torch.enable_grad(), _AtKernel(answer if answer.layout else None):
         out = attention(*leaves)
     dq, dk, dv = torch.autograd.grad(out, leaves, grad)
     return dq, dk, dv

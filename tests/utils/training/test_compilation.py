@@ -65,7 +65,7 @@ def test_where_a_compiler_works_that_is_said(mode, saved, asked, capsys):
     assert decide(mode, CUDA, saved) is True
     assert asked == [CUDA]
     assert said(capsys) == (
-        "the blocks are compiled, which takes minutes before the first step; --compile off runs them as they are"
+        "the blocks are compiled, which takes minutes before the first step; --compile off leaves it out"
     )
 
 

@@ -40,7 +40,7 @@ def test_output_and_gradients_are_those_of_autograd_bit_for_bit(dtype, backend):
         out, answer = attend(*inputs)
         found = [out, *attend_backward(grad, *inputs, answer)]
         assert equal(found, expected(grad, *inputs))
-    assert bool(answer.tensors) == bool(answer.numbers) == (backend == SDPBackend.FLASH_ATTENTION)
+    assert bool(answer.tensors) == bool(answer.layout) == (backend == SDPBackend.FLASH_ATTENTION)
     assert not any(tensor.requires_grad for tensor in (*found, *answer.tensors))
 
 
@@ -58,7 +58,7 @@ def test_the_kernel_runs_once_and_its_answer_stands_for_it():
 def test_the_backward_pass_reads_the_answer_that_is_given():
     inputs, grad = heads(), torch.ones(2, 7, 2, 24)
     _, answer = attend(*inputs)
-    wrong = Answer((answer.tensors[0] + 1, *answer.tensors[1:]), answer.numbers)
+    wrong = Answer((answer.tensors[0] + 1, *answer.tensors[1:]), answer.layout)
     assert not equal(attend_backward(grad, *inputs, wrong), attend_backward(grad, *inputs, answer))
 
 
