@@ -217,7 +217,8 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     opts.preview_images(files.family, size.frames)
     further = further_loras(opts.also_lora, files)
     shape, steps = next(iter(files.transformers.values())).shape, [role.opts.max_train_steps for role in roles]
-    memory = opts.memory(device, shape, sum(steps) * opts.gradient_accumulation * plan.mean_tokens)
+    storage = opts.storage(device, shape.num_layers)
+    memory = opts.memory(storage, shape, sum(steps) * opts.gradient_accumulation * plan.mean_tokens)
 
     # The text encoder takes 11 GB. It is loaded only if an embedding is missing, and freed before the next model.
     texts = load_texts(opts, TextEncoding(files, device), data)
@@ -234,7 +235,7 @@ def open_session(opts: Options, files: ModelFiles, device: torch.device, data: D
     torch.manual_seed(opts.seed)
     previews = bool(texts.previews)
     kept = CheckpointPlan(memory.checkpointing, shape.num_layers)
-    experts, adapters = load_experts(roles, plans, files, memory, kept, device, with_others=previews)
+    experts, adapters = load_experts(roles, plans, files, memory, kept, storage, with_others=previews)
 
     # Only LoRAs are trained; base models are frozen. A step is one phase, and two experts take turns. A student and its
     # critic would be two phases of one step.

@@ -13,7 +13,7 @@ from benchmarks.checks.numbers import compare, measure
 from benchmarks.measure import FAILED, Clock, Row, Sizes, skipped
 from benchmarks.models import Trainee, fused, our_trainee, random_inputs
 from benchmarks.weights import SEED
-from wan.checkpoints.quantised import dequantise
+from wan.checkpoints import Quantised
 from wan.modules.model import WanModel, is_fp32
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -42,8 +42,8 @@ def dequantised(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Ro
             scale = scale_of(weight)
             stored = _quantise(weight, scale, stored_dtype)
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
-                here = dequantise(stored, scale, dtype)
-                there = dequantise(stored.to(device), None if scale is None else scale.to(device), dtype).cpu()
+                here = Quantised(stored, scale).values(dtype)
+                there = Quantised(stored, scale).to(device).values(dtype).cpu()
                 differ = int((here != there).sum())
                 label = f"{str(stored_dtype)[6:]} to {str(dtype)[6:]}, {name}: numbers unlike the CPU's"
                 yield Row(label, differ, "", f"of {weight.numel():,}", FAILED if differ else "equal")
@@ -66,12 +66,12 @@ def _rounded(trainee: Trainee[WanModel], scale_of: Scale) -> Trainee[WanModel]:
     for name, parameter in trainee.model.named_parameters():
         if name.startswith("blocks.") and parameter.ndim == 2 and not parameter.requires_grad and not is_fp32(name):
             scale = scale_of(parameter.float())
-            parameter.copy_(dequantise(_quantise(parameter.float(), scale, E4M3), scale, parameter.dtype))
+            parameter.copy_(Quantised(_quantise(parameter.float(), scale, E4M3), scale).values(parameter.dtype))
     return trainee
 
 
 def _quantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """weight (rows, columns) fp32 -> fp8, in the layout that `dequantise` reads."""
+    """weight (rows, columns) fp32 -> fp8, in the layout that `Quantised` reads."""
     if scale is None:
         return weight.to(dtype)
     blocks = weight.view(*scale.shape[:2], -1) if scale.ndim == 3 else weight

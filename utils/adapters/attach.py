@@ -1,6 +1,6 @@
 """Which adapter is trained: its options, how it gets onto the model, and the file that it becomes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -134,6 +134,11 @@ class AdapterPlan:
         """Gives the patch embedding the inputs that a fused control LoRA reads."""
         if self.fusion is not None:
             self.fusion.widen(model)
+
+    @property
+    def changed(self) -> Collection[str]:
+        """The names of the parameters that a fused LoRA changes."""
+        return () if self.fusion is None else self.fusion.targets
 
     def place(self, cast: Place) -> Place:
         """What is done to each tensor of the base model while it is loaded: cast, then the fused LoRA is added."""

@@ -18,6 +18,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from utils.storage.linear import QuantisedLinear
+
 
 def is_plain(layer: LoraLayer, adapter: str) -> bool:
     """Whether an adapter adds nothing but scaling * x @ A^T @ B^T to its layer: no dropout, bias or DoRA."""
@@ -54,7 +56,9 @@ class Projection:
     def of(layer: nn.Module) -> "Projection | None":
         """What a layer computes at this moment; None where it is more than a frozen product and plain LoRAs."""
         base = layer.get_base_layer() if isinstance(layer, LoraLinear) else layer
-        if type(base) is not nn.Linear or base.weight.requires_grad or "forward" in vars(base):
+        if not isinstance(base, nn.Linear) or type(base) not in (nn.Linear, QuantisedLinear):
+            return None
+        if base.weight.requires_grad or "forward" in vars(base):
             return None
         if not isinstance(layer, LoraLinear):
             return Projection(base)
@@ -64,6 +68,10 @@ class Projection:
         pairs = (Pair(layer.lora_A[n].weight, layer.lora_B[n].weight, layer.scaling[n]) for n in names)
         return Projection(base, tuple(pairs))
 
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The frozen weight (O, I); one that is stored in codes has its values in `dtype`, for this one product."""
+        return self.base.values(dtype) if isinstance(self.base, QuantisedLinear) else self.base.weight
+
     @property
     def matrices(self) -> list[nn.Parameter]:
         """What is trained, in the order of the gradients that `backward` returns."""
@@ -71,7 +79,7 @@ class Projection:
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """x (M, I) -> the layer's answer (M, O), and each LoRA's hidden values (M, r)."""
-        y, hidden = F.linear(x, self.base.weight, self.base.bias), []
+        y, hidden = F.linear(x, self.weight(x.dtype), self.base.bias), []
         for pair in self.pairs:
             h = x @ in_dtype(pair.down, x.dtype).T
             y.addmm_(h, in_dtype(pair.up, x.dtype).T, alpha=pair.scale)
@@ -92,7 +100,8 @@ class Projection:
         """
         grads: list[Tensor] = []
         if needs_input:
-            into = grad @ self.base.weight if into is None else into.addmm_(grad, self.base.weight)
+            weight = self.weight(grad.dtype)
+            into = grad @ weight if into is None else into.addmm_(grad, weight)
         for pair, h in zip(self.pairs, hidden, strict=True):
             assert x is not None
             hidden_grad = (grad @ in_dtype(pair.up, grad.dtype)).mul_(pair.scale)

@@ -56,9 +56,19 @@ class Facts(TypedDict, total=False):
     requires: str | None  # the option without which this one would be ignored
     affects_training: bool  # whether it affects what is learned, so that a resumed run must have the same value
     aliases: tuple[str, ...]  # other names that are accepted for it
+    spellings: Mapping[str, Any]  # other words for its values, and what they mean
 
 
-UNDECLARED = Facts(choices=(), const=None, minimum=None, maximum=None, requires=None, affects_training=True, aliases=())
+UNDECLARED = Facts(
+    choices=(),
+    const=None,
+    minimum=None,
+    maximum=None,
+    requires=None,
+    affects_training=True,
+    aliases=(),
+    spellings={},
+)
 
 
 def option(default: Any, help: str, **facts: Unpack[Facts]) -> Any:
@@ -323,6 +333,7 @@ def _convert_scalar(spec: Field, scalar: type, given: _Given) -> Any:
         converted = scalar(value)
     except ValueError:
         raise wrong from None
+    converted = meta["spellings"].get(converted, converted)
     if meta["choices"] and converted not in meta["choices"]:
         raise UserError(f"--{name} must be one of {', '.join(map(str, meta['choices']))}, not {value!r}")
     if meta["minimum"] is not None and not converted >= meta["minimum"]:

@@ -66,20 +66,28 @@ def parked(forward: Forward, parking: Parking) -> Forward:
     return run
 
 
-def parked_inputs(compiled: Forward, parking: Parking) -> Forward:
-    """A compiled block that keeps only its inputs: its stream waits in main memory."""
+def with_saved(forward: Forward, parking: Parking | None, enter: Callable[[], None] | None) -> Forward:
+    """What a block saves for the backward pass is taken care of: of a compiled one, or one without checkpointing.
+
+    The stream waits in main memory where there is `parking`. `enter` is called in the backward pass, before anything
+    that was saved is used.
+    """
+    if parking is None and enter is None:
+        return forward
+
+    def unpack(kept: Tensor | Parked) -> Tensor:
+        if enter is not None:
+            enter()
+        return kept.take() if isinstance(kept, Parked) else kept
 
     def run(x: Tensor, *conditions: Tensor | None) -> Tensor:
         place = x.data_ptr()  # what is saved is an alias of x. Autograd keeps `pack`, which must not keep x
 
         def pack(tensor: Tensor) -> Tensor | Parked:
-            return parking.park(tensor) if tensor.data_ptr() == place else tensor
+            # Aliases: what a block returns is saved too, and would keep its own graph alive.
+            return parking.park(tensor) if parking and tensor.data_ptr() == place else tensor.detach()
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
-            return compiled(x, *conditions)
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return forward(x, *conditions)
 
     return run
-
-
-def _unpack(kept: Tensor | Parked) -> Tensor:
-    return kept.take() if isinstance(kept, Parked) else kept

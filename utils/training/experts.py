@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Generic, Self, TypeVar
 
-import psutil
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -15,15 +14,16 @@ from utils.adapters.attach import AdapterOptions, AdapterPlan, LoraAdapter, plan
 from utils.adapters.beside import Chosen, beside
 from utils.common.checkpoint_names import LORA
 from utils.common.console import say
-from utils.common.device import compute_dtype
 from utils.common.errors import UserError
-from utils.common.formatting import readable_size
 from utils.common.options import option
 from utils.diffusion.flow import Predict
 from utils.encoding.conditioning import Cond, make_predict
+from utils.storage.load import Store
+from utils.storage.streaming import Stream
+from utils.storage.weights import Storage
 from utils.training.checkpoint_plan import CheckpointPlan
 from utils.training.memory import Memory, prepare
-from wan.checkpoints import ModelFiles, build_transformer, cast_to, load_weights
+from wan.checkpoints import ModelFiles, Place, build_transformer, cast_to
 from wan.configs import Expert, Family
 from wan.modules.model import WanModel
 from wan.text2video import part_at
@@ -124,23 +124,34 @@ class Experts:
     Trained parameters stay on the device, so optimizers never notice. A model with one transformer is never moved.
     """
 
-    def __init__(self, models: Mapping[str, WanModel], boundaries: tuple[float, ...], device: torch.device) -> None:
-        """`models` by the names of the family's experts, from high noise to low; the first is on the device."""
+    def __init__(
+        self,
+        models: Mapping[str, WanModel],
+        boundaries: tuple[float, ...],
+        device: torch.device,
+        streams: Sequence[Stream] = (),
+    ) -> None:
+        """`models` by the names of the family's experts, from high noise to low; the first is on the device.
+
+        Weights that are in `streams` are not moved: they come when they are needed.
+        """
         self.models = dict(models)
         self.boundaries = boundaries
         self.device = device
+        self._streams = streams
         self.active = next(iter(models))
         self._further: Mapping[str, Sequence[Chosen]] = {}
         self._undo = ExitStack()  # of those that act on the active expert
         for model in models.values():
-            for parameter in _tensors(model, trained=True):
-                parameter.data = parameter.data.to(device)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(device)
 
     def activate(self, name: str) -> None:
         """Brings an expert's base weights to the device, and those of the other to the CPU."""
         if name != self.active:
             self._undo.close()
-            _exchange(self.models[self.active], self.models[name], self.device)
+            self._exchange(self.models[self.active], self.models[name])
             self.active = name
             self._act()
 
@@ -166,6 +177,24 @@ class Experts:
         further = self._further.get(self.active, ())
         self._undo.enter_context(beside(self.models[self.active], further, self.device))
 
+    def _exchange(self, leaving: nn.Module, coming: nn.Module) -> None:
+        """Moves the base weights of one model to the CPU and those of another to the device, in turns.
+
+        Neither the CPU nor the device ever holds more than the weights of one model and one tensor.
+        """
+        for old, new in zip_longest(self._base(leaving), self._base(coming)):
+            if old is not None:
+                old.data = old.data.to(CPU)
+            if new is not None:
+                new.data = new.data.to(self.device)
+
+    def _base(self, model: nn.Module) -> Iterator[Tensor]:
+        """The parameters that are not trained, and the buffers, without what is in a stream."""
+        frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
+        for tensor in chain(frozen, model.buffers()):
+            if not any(stream.holds(tensor) for stream in self._streams):
+                yield tensor
+
     @property
     def patch_size(self) -> tuple[int, int, int]:
         """How many latent frames, rows and columns make a token."""
@@ -182,24 +211,6 @@ class Experts:
         name = list(self.models)[part_at(self.boundaries, timestep)]
         self.activate(name)
         return make_predict(self.models[name])(latents, timestep, cond)
-
-
-def _exchange(leaving: nn.Module, coming: nn.Module, device: torch.device) -> None:
-    """Moves the base weights of one model to the CPU and those of another to the device, in turns.
-
-    Neither the CPU nor the device ever holds more than the weights of one model and one tensor.
-    """
-    for old, new in zip_longest(_tensors(leaving, trained=False), _tensors(coming, trained=False)):
-        if old is not None:
-            old.data = old.data.to(CPU)
-        if new is not None:
-            new.data = new.data.to(device)
-
-
-def _tensors(model: nn.Module, trained: bool) -> list[Tensor]:
-    """The parameters that are trained, or all others, with the buffers."""
-    parameters: list[Tensor] = [parameter for parameter in model.parameters() if parameter.requires_grad == trained]
-    return parameters if trained else [*parameters, *model.buffers()]
 
 
 def plan_experts(roles: Sequence[Role[Opts]], files: ModelFiles) -> dict[str, AdapterPlan]:
@@ -232,45 +243,39 @@ def load_experts(
     files: ModelFiles,
     memory: Memory,
     kept: CheckpointPlan,
-    device: torch.device,
+    storage: Storage,
     with_others: bool,
 ) -> tuple[Experts, dict[str, LoraAdapter]]:
     """The transformers, and the adapters of those in training, both by name. The first is on the device.
 
-    By the plan `kept` the blocks of all are checkpointed.
+    By the plan `kept` the blocks of all are checkpointed; `storage` says how their weights are held.
 
     One that is not trained is loaded `with_others`: it serves previews, where it answers without an adapter. Raises
     UserError where main memory is too small for those that wait in it.
     """
+    trained = [role.name for role in roles]
+    names = [name for name in files.transformers if name in trained or with_others]
+    store = Store(storage, takes_turns=len(names) > 1)
     models: dict[str, WanModel] = {}
     adapters: dict[str, LoraAdapter] = {}
-    trained = [role.name for role in roles]
-    for name, transformer in files.transformers.items():
-        if name not in trained and not with_others:
-            continue
-        model, where = build_transformer(transformer), CPU if models else device
-        if where != device:
-            _check_room(model, name, device)
-        plans[name].widen(model)
-        # Each tensor goes through `place` when it is read: it is cast to the compute dtype, and a fused LoRA is added.
-        # This way memory never holds a second copy of the weights.
-        dtype = compute_dtype(device)
-        place = plans[name].place(cast_to(dtype))
-        models[name] = load_weights(model, transformer, place, _progress, where, dtype)
-        if name in trained:
-            adapters[name] = prepare(model, memory, plans[name].attach, kept)
-    return Experts(models, files.family.boundaries, device), adapters
+    streams: list[Stream] = []
+    for name in names:
+        model, plan = build_transformer(files.transformers[name]), plans[name]
+        plan.widen(model)
 
+        # Each tensor goes through this when it is read: it is moved and cast, and a fused LoRA is added. Memory never
+        # holds a second copy of the weights.
+        def cast(dtype: torch.dtype, device: torch.device, plan: AdapterPlan = plan) -> Place:
+            return plan.place(cast_to(dtype, device))
 
-def _check_room(model: WanModel, name: str, device: torch.device) -> None:
-    """Raises UserError where the weights of a model do not fit into what is free of main memory."""
-    needed = sum(parameter.numel() for parameter in model.parameters()) * compute_dtype(device).itemsize
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise UserError(
-            f"one of the two experts is in main memory at any time: {name} takes {readable_size(needed)}, and "
-            f"{readable_size(free)} are free\ntrain one at a time: --expert high, then --expert low, without previews"
-        )
+        stream = store.load(model, files.transformers[name], cast, plan.changed, _progress, waits=bool(models))
+        attach = plan.attach if name in trained else lambda _: None
+        adapter = prepare(model, memory, attach, kept, stream)
+        models[name] = model
+        if adapter is not None:
+            adapters[name] = adapter
+        streams += [stream] if stream else []
+    return Experts(models, files.family.boundaries, storage.device, streams), adapters
 
 
 def _progress(names: Sequence[str]) -> Iterable[str]:

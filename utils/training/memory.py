@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from utils.common.device import compute_dtype
 from utils.common.options import option
+from utils.storage.streaming import Stream, entering
+from utils.storage.weights import Storage
 from utils.training.checkpoint_plan import AUTO, CheckpointPlan
 from utils.training.checkpointing import (
     STRATEGIES,
@@ -17,13 +19,14 @@ from utils.training.checkpointing import (
     keeping_kernels,
     keeping_products,
     parked,
-    parked_inputs,
+    with_saved,
 )
 from utils.training.compilation import compiled, decide, saved_seconds
 from utils.training.fused import FusedBlock
 from wan.modules.model import Block, WanModel, WanShape
 
 T = TypeVar("T")
+Enter = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -58,30 +61,38 @@ class MemoryOptions:
         affects_training=False,
     )
 
-    def memory(self, device: torch.device, shape: WanShape, tokens: float) -> Memory:
-        """What is done for a run that trains a model of this shape on so many tokens in all.
+    def memory(self, storage: Storage, shape: WanShape, tokens: float) -> Memory:
+        """What is done for a run that trains a model of this shape, held so, on so many tokens in all.
 
         Says what `decide` says, and raises what it raises.
         """
+        device = storage.device
         compile = decide(self.compile, device, saved_seconds(device, shape.dim, shape.num_layers, tokens))
-        stream = torch.float32 if self.fp32_stream else compute_dtype(device)
+        stream = torch.float32 if self.fp32_stream else storage.dtype
         # On the CPU the blocks' own operations are as fast in fp32 (benchmarks/RECORDS.md), and they are the reference.
         return Memory(self.gradient_checkpointing, compile, device.type == "cuda" and not compile, stream)
 
 
-def prepare(model: WanModel, memory: Memory, attach: Callable[[WanModel], T], plan: CheckpointPlan | None = None) -> T:
+def prepare(
+    model: WanModel,
+    memory: Memory,
+    attach: Callable[[WanModel], T],
+    plan: CheckpointPlan | None = None,
+    stream: Stream | None = None,
+) -> T:
     """Applies every strategy to a loaded model and returns what `attach` returns: the adapter that it has put on.
 
-    The order is the one in which they do not undo each other: store, adapters, stream, checkpoint, compile.
-    Weights are stored while they are loaded (the `place` of `wan.checkpoints.load_weights`), so that they never exist
-    twice. Adapters go onto stored weights; a stream moves blocks with their adapters; a checkpointed block runs again
-    through everything below it; what is compiled is all of that. Models that take turns may share a `plan`.
+    The order is the one in which they do not undo each other: store, stream, adapters, checkpoint, compile. Weights are
+    stored, and moved to where they wait, while they are loaded (`utils.storage`). Adapters go onto stored weights, and
+    stay on the device; a checkpointed block runs again through everything below it, and lets the `stream` fetch its
+    weights again; what is compiled is all of that. Models that take turns may share a `plan`.
     """
     attached = attach(model)
-    if memory != Memory():
+    if memory != Memory() or stream is not None:
         plan = plan or CheckpointPlan(memory.checkpointing, len(model.blocks))
         for index, block in enumerate(model.blocks):
-            block.forward = TrainingPass(block, index, memory, plan)
+            enter = None if stream is None else partial(stream.enter, index)
+            block.forward = TrainingPass(block, index, memory, plan, enter)
     return attached
 
 
@@ -93,14 +104,19 @@ def in_fp32(forward: Forward) -> Forward:
 class TrainingPass:
     """The forward pass of a block; called as `Block.forward` is, which it remains where no gradients are asked for."""
 
-    def __init__(self, block: nn.Module, index: int, memory: Memory, plan: CheckpointPlan) -> None:
+    def __init__(
+        self, block: nn.Module, index: int, memory: Memory, plan: CheckpointPlan, enter: Enter | None = None
+    ) -> None:
+        """`enter` is called whenever the block is about to run, forward or backward."""
         assert isinstance(block, Block)
-        self.block = block
-        self.plain: Forward = block.forward
+        self.block, self.enter = block, enter
+        self.plain = entering(block.forward, enter)
         self.index, self.memory, self.plan, self.parking = index, memory, plan, plan.parking
-        self.own = in_fp32(block.forward)
-        self.fused = FusedBlock(block, self.own) if memory.fuse else None
-        self.eager: Forward = self.fused or self.own  # without strategies
+        own = in_fp32(block.forward)
+        self.fused = FusedBlock(block, own) if memory.fuse else None
+        self.own = entering(own, enter)
+        self.eager = self.own if self.fused is None else entering(self.fused, enter)  # without strategies
+        self._uncompiled: Forward = self.fused or own
         self.trains = any(parameter.requires_grad for parameter in block.parameters())
         self.is_last = index == plan.num_blocks - 1
         self._passes: dict[str, Forward] = {}
@@ -126,10 +142,11 @@ class TrainingPass:
         """The block's pass under a strategy."""
         if self.memory.compile:
             contexts = {"none": keeping_products, "selective": keeping_kernels}.get(strategy)
-            run = compiled(checkpointed(self.eager, contexts))
-            return parked_inputs(run, self.parking) if strategy == "offload" else run
+            run = compiled(checkpointed(self._uncompiled, contexts))
+            parking = self.parking if strategy == "offload" else None
+            return entering(with_saved(run, parking, self.enter), self.enter)
         if strategy == "selective":
             return checkpointed(self.eager, self.fused.keeping_answers if self.fused else keeping_kernels)
         if strategy == "offload":
             return parked(self.eager, self.parking)
-        return self.eager if strategy == "none" else checkpointed(self.eager)
+        return with_saved(self.eager, None, self.enter) if strategy == "none" else checkpointed(self.eager)

@@ -9,6 +9,7 @@ from torch import Tensor
 from utils.diffusion.flow import Predict
 from utils.diffusion.objectives import Objective
 from utils.encoding.conditioning import Batch, Cond
+from utils.storage.weights import StorageOptions
 from utils.training.experts import ExpertOptions
 from utils.training.learner import Update
 from utils.training.memory import MemoryOptions
@@ -18,7 +19,7 @@ from utils.training.validation import Losses, Validation, validation_loss
 
 
 @dataclass(frozen=True)
-class TrainingOptions(Objective, Optimization, ExpertOptions, MemoryOptions, Validation, Previews):
+class TrainingOptions(Objective, Optimization, ExpertOptions, StorageOptions, MemoryOptions, Validation, Previews):
     """training"""
 
 

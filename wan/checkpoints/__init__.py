@@ -28,10 +28,12 @@ from wan.checkpoints.load import (
     load_weights,
 )
 from wan.checkpoints.parts import build_transformer
+from wan.checkpoints.stored import GROUPS, Quantised, Stored, decode, rotate_columns, rotation, values_of
 from wan.checkpoints.transformer import INDEX, TRANSFORMER, TransformerFiles
 from wan.checkpoints.weights import Weights, read_weights
 
 __all__ = [
+    "GROUPS",
     "INDEX",
     "LOCAL_MODELS",
     "PARTS",
@@ -44,10 +46,13 @@ __all__ = [
     "ModelNotFoundError",
     "Place",
     "Progress",
+    "Quantised",
+    "Stored",
     "TransformerFiles",
     "Weights",
     "build_transformer",
     "cast_to",
+    "decode",
     "find_family",
     "find_model",
     "load_text_encoder",
@@ -57,7 +62,10 @@ __all__ = [
     "load_weights",
     "open_model",
     "read_weights",
+    "rotate_columns",
+    "rotation",
     "text_encoder_fingerprint",
     "vae_fingerprint",
+    "values_of",
     "vision_fingerprint",
 ]

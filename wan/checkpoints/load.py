@@ -19,6 +19,7 @@ from wan.checkpoints.parts import (
     on_meta,
     shape_of_vision,
 )
+from wan.checkpoints.stored import Stored, values_of
 from wan.checkpoints.tensors import open_tensors
 from wan.checkpoints.transformer import TransformerFiles
 from wan.checkpoints.weights import Weights
@@ -29,7 +30,7 @@ from wan.modules.tokenizers import Tokenizer
 from wan.modules.vae import WanVAE
 
 Device = torch.device | str
-Place = Callable[[str, Tensor], Tensor]  # from a tensor's official name and its content to what the model holds
+Place = Callable[[str, Stored], Tensor]  # from a tensor's official name and its content to what the model holds
 Progress = Callable[[Sequence[str]], Iterable[str]]  # may wrap the names of the tensors in a bar
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -39,25 +40,28 @@ def load_weights(
     files: TransformerFiles,
     place: Place,
     progress: Progress = iter,
-    device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> WanModel:
     """Gives a model from `build_transformer` its weights; returns it.
 
-    Each tensor is read, moved to `device` and passed to `place` before the next one is read, so that memory never holds
-    a second copy of the model, and a cast on the device makes no copy on the host. `place` returns what the model will
-    hold: the tensor in another dtype, on another device, quantised, with a LoRA added. The model may have been changed
-    before, such as by wider inputs or layers of another class. fp8 is read into values of `dtype`, which is that of the
-    model's computation. Raises CheckpointError unless its names are those of the file and its shapes those `place`
-    returns.
+    Each tensor is read and passed to `place` before the next one is read, so that memory never holds a second copy of
+    the model. It is a view of the file, in main memory: moved to a device before it is cast, it leaves no copy there.
+    `place` returns what the model will hold: the tensor in another dtype, on another device, quantised, with a LoRA
+    added. The model may have been changed
+    before, such as by wider inputs or layers of another class. What the file has quantised is passed on as it is
+    stored; `dtype` is that of the model's computation, in which several parts of one tensor are joined. Raises
+    CheckpointError unless its names are those of the file and its shapes those `place` returns.
     """
     check_names(model.state_dict(), files.tensors, files.path)
-    return _fill(model, files, place, progress, device, dtype)
+    return _fill(model, files, place, progress, dtype)
 
 
-def cast_to(dtype: torch.dtype) -> Place:
-    """A `place` that casts to `dtype`, except for the parameters that stay fp32 (`is_fp32`)."""
-    return lambda name, tensor: tensor.to(torch.float32 if is_fp32(name) else dtype)
+def cast_to(dtype: torch.dtype, device: Device = "cpu") -> Place:
+    """A `place` that moves to `device` and casts to `dtype`, in which what is quantised has its values.
+
+    The parameters that `is_fp32` names become fp32.
+    """
+    return lambda name, stored: values_of(stored.to(device), dtype).to(torch.float32 if is_fp32(name) else dtype)
 
 
 def load_transformer(
@@ -67,7 +71,7 @@ def load_transformer(
 
     Raises CheckpointError for a missing, unexpected or misshapen tensor, and for a file that cannot be read.
     """
-    return load_weights(build_transformer(files), files, cast_to(dtype), progress, device, dtype)
+    return load_weights(build_transformer(files), files, cast_to(dtype, device), progress, dtype)
 
 
 def load_vae(files: ModelFiles, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
@@ -95,21 +99,19 @@ def load_vision_encoder(files: ModelFiles, device: Device = "cpu", dtype: torch.
     check_vision(weights, shape)
     encoder = on_meta(lambda: VisionEncoder(shape))
     read_only = {name: weights.tensors[name] for name in used_shapes(shape)}
-    with open_tensors(read_only, device, dtype) as read:
-        encoder.load_official({name: read(name).to(dtype) for name in read_only})
+    with open_tensors(read_only, dtype) as read:
+        encoder.load_official({name: values_of(read(name).to(device), dtype).to(dtype) for name in read_only})
     return encoder.to(device, dtype)
 
 
 def _load(module: Module, weights: Weights, device: Device, dtype: torch.dtype) -> Module:
     """The module with its weights, all of them in one dtype."""
     check_module(module, weights)
-    return _fill(module, weights, lambda _, tensor: tensor.to(dtype), iter, device, dtype)
+    return _fill(module, weights, lambda _, stored: values_of(stored.to(device), dtype).to(dtype), iter, dtype)
 
 
-def _fill(
-    module: Module, weights: Weights, place: Place, progress: Progress, device: Device, dtype: torch.dtype
-) -> Module:
-    with open_tensors(weights.tensors, device, dtype) as read:
+def _fill(module: Module, weights: Weights, place: Place, progress: Progress, dtype: torch.dtype) -> Module:
+    with open_tensors(weights.tensors, dtype) as read:
         state = {name: place(name, read(name)) for name in progress(list(weights.tensors))}
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in state.items()}, weights.path)

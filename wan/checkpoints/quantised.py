@@ -1,18 +1,20 @@
-"""Quantised weights of single files: fp8, plain or with a scale for each layer. Other formats are refused by name.
+"""Quantised weights of single files: fp8, plain or with a scale for each layer, and int8, rotated or not.
 
-Two layouts state scales. The older one has a marker `scaled_fp8` and `<layer>.scale_weight`; the newer one has
-`<layer>.weight_scale` and names its format in `<layer>.comfy_quant`, or in the file's metadata. What a tensor is
-follows from its dtype and its scale alone: tools do not agree on the layers that they leave in high precision.
+Other formats are refused by name. Two layouts state scales. The older one has a marker `scaled_fp8` and
+`<layer>.scale_weight`; the newer one has `<layer>.weight_scale` and names its format in `<layer>.comfy_quant`, or in
+the file's metadata. What an fp8 tensor is follows from its dtype and its scale alone: tools do not agree on the layers
+that they leave in high precision. int8 is read only where it is stated: nothing else says whether it is rotated.
 """
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from wan.checkpoints.errors import CheckpointError, shown
+from wan.checkpoints.stored import GROUPS
 
 _SCALES = (".scale_weight", ".weight_scale")
 _MARKER = "scaled_fp8"
@@ -21,7 +23,8 @@ _FILE_FORMATS = "_quantization_metadata"  # in the metadata of a file
 # Of activations, which are not quantised here; they do not change the weights.
 _UNREAD = (".scale_input", ".input_scale", _LAYER_FORMAT)
 _LONGEST_TEXT = 2**20  # bytes, of the JSON beside a layer
-_READABLE = "bf16, fp16, fp32 and fp8, plain or scaled, are"
+_READABLE = "bf16, fp16, fp32, fp8, plain or scaled, and int8 of ComfyUI are"
+_FP8_FORMAT, _INT8_FORMAT = "float8_e", "int8_tensorwise"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _FP8 = ("F8_E4M3", "F8_E5M2")
 # What tensors of these names belong to, and weights of these dtypes, where no format is stated.
@@ -36,21 +39,12 @@ _BY_NAME = {
 _BY_DTYPE = {"I8": "int8", "U8": "4 or 8 bits", "F8_E8M0": "mxfp8", "F4": "fp4"}
 
 
-def dequantise(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The values of a stored weight in `dtype`, the one in which the model computes; others unchanged.
+class Found(NamedTuple):
+    """What a file says of its quantised weights."""
 
-    weight.to(dtype) * scale.to(dtype), the scale rounded first, as ComfyUI does it. A scale is one value, one for each
-    row (rows, 1), or one for each block along the columns (rows, blocks, 1).
-    """
-    if scale is None:
-        return stored.to(dtype) if stored.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else stored
-    weight = stored.to(dtype, copy=True)
-    scale = scale.to(weight.device, dtype)
-    if scale.numel() == 1:
-        return weight.mul_(scale.reshape(()))
-    blocks = weight.view(*scale.shape[:2], -1) if scale.ndim == 3 else weight
-    blocks.mul_(scale)
-    return weight
+    scales: dict[str, str]  # the name of each weight's scale
+    groups: dict[str, int]  # the rotation of each int8 weight, as `Quantised.group`
+    unread: set[str]  # all tensors that only serve to quantise others
 
 
 def find_scales(
@@ -58,27 +52,25 @@ def find_scales(
     dtypes: Mapping[str, str],
     metadata: Mapping[str, str],
     read: Callable[[str], Tensor],
-) -> tuple[dict[str, str], set[str]]:
-    """The scale of each quantised tensor of a file, and the names of all tensors that only serve to quantise others.
+) -> Found:
+    """How the tensors of a file are quantised.
 
     `read` reads one tensor by name. Raises CheckpointError, without a path, for weights that are not readable, with the
     name of their format.
     """
-    stated = dict(_stated_formats(shapes.keys(), metadata, read))
-    for layer, format_ in stated.items():
-        if not format_.startswith("float8_e"):
-            facts = f"{shown(format_)} (at {shown(layer)})"
-            raise CheckpointError(f"is quantised to {facts}, which is not read here; {_READABLE}")
+    stated = _read_statements(shapes.keys(), metadata, read)
     for name in shapes:
         if kind := next((kind for end, kind in _BY_NAME.items() if name.endswith(end)), ""):
             raise CheckpointError(f"is quantised to {kind} (it has {name}), which is not read here; {_READABLE}")
+    groups = dict(_int8_weights(stated, shapes, dtypes))
     scales, unread = dict[str, str](), set[str]()
     for name in shapes:
         weight = _weight_of(name)
         if name.endswith(_MARKER) or (name.endswith(_UNREAD) and weight in shapes):
             unread.add(name)
         elif name.endswith(_SCALES) and weight in shapes:
-            _refuse_dtype(weight, dtypes[weight], (*_FLOATS, *_FP8))
+            if weight not in groups:
+                _refuse_dtype(weight, dtypes[weight], (*_FLOATS, *_FP8))
             _refuse_dtype(name, dtypes[name], _FLOATS)
             _check_scale(name, shapes[name], weight, shapes[weight])
             if weight in scales:
@@ -86,12 +78,45 @@ def find_scales(
             scales[weight] = name
             unread.add(name)
     for name in shapes:
-        if name.endswith(".weight"):
+        if name.endswith(".weight") and name not in groups:
             _refuse_dtype(name, dtypes[name], (*_FLOATS, *_FP8))
-        layer = name.removesuffix(".weight")
-        if dtypes[name] in _FP8 and name not in scales and (layer in stated or _bare(layer) in stated):
+        is_stated = dtypes[name] in _FP8 and _stated_of(name, stated) is not None
+        if name not in scales and (is_stated or name in groups):
             raise CheckpointError(f"has no scale of {name}, which is stated to be scaled")
-    return scales, unread
+    return Found(scales, groups, unread)
+
+
+def _read_statements(
+    names: Set[str], metadata: Mapping[str, str], read: Callable[[str], Tensor]
+) -> dict[str, "_Settings"]:
+    """What is stated of each layer. Raises CheckpointError for a format that is not read."""
+    stated = dict(_stated_formats(names, metadata, read))
+    for layer, settings in stated.items():
+        if not settings.format.startswith(_FP8_FORMAT) and settings.format != _INT8_FORMAT:
+            facts = f"{shown(settings.format)} (at {shown(layer)})"
+            raise CheckpointError(f"is quantised to {facts}, which is not read here; {_READABLE}")
+    return stated
+
+
+def _int8_weights(
+    stated: Mapping[str, "_Settings"], shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]
+) -> Iterator[tuple[str, int]]:
+    """The int8 weights whose format is stated, each with the group of its rotation, 0 for none."""
+    for name, shape in shapes.items():
+        settings = _stated_of(name, stated) if dtypes[name] == "I8" else None
+        if settings is None or settings.format != _INT8_FORMAT:
+            continue
+        if len(shape) != 2:
+            raise CheckpointError(f"has {name} of shape {list(shape)} in int8, which is no matrix")
+        if settings.group and shape[1] % settings.group:
+            raise CheckpointError(f"has {name} of {shape[1]} columns, which are rotated in groups of {settings.group}")
+        yield name, settings.group
+
+
+def _stated_of(name: str, stated: Mapping[str, "_Settings"]) -> "_Settings | None":
+    """What is stated of the layer of a weight."""
+    layer = name.removesuffix(".weight")
+    return stated.get(layer, stated.get(_bare(layer)))
 
 
 def _bare(layer: str) -> str:
@@ -129,24 +154,35 @@ def _check_scale(name: str, scale: tuple[int, ...], weight_name: str, weight: tu
 
 def _stated_formats(
     names: Set[str], metadata: Mapping[str, str], read: Callable[[str], Tensor]
-) -> Iterator[tuple[str, str]]:
-    """Each layer whose format is stated, and that format."""
+) -> Iterator[tuple[str, "_Settings"]]:
+    """Each layer whose format is stated, and what is stated of it."""
     stated = _parse(metadata.get(_FILE_FORMATS, "{}"), f"the metadata {_FILE_FORMATS}")
     layers = stated.get("layers", {})
     if not isinstance(layers, dict):
         raise CheckpointError(f"has metadata {_FILE_FORMATS} without a table of layers")
     for layer, settings in layers.items():
-        yield layer, _format_of(settings, f"the metadata of {shown(layer)}")
+        yield layer, _settings_of(settings, f"the metadata of {shown(layer)}")
     for name in names:
         if name.endswith(_LAYER_FORMAT):
-            yield name.removesuffix(_LAYER_FORMAT), _format_of(_parse(_text(read(name), name), name), name)
+            yield name.removesuffix(_LAYER_FORMAT), _settings_of(_parse(_text(read(name), name), name), name)
 
 
-def _format_of(settings: Any, where: str) -> str:
-    format_ = settings.get("format") if isinstance(settings, dict) else settings
+class _Settings(NamedTuple):
+    """What is stated of a quantised layer."""
+
+    format: str
+    group: int  # as `Quantised.group`
+
+
+def _settings_of(settings: Any, where: str) -> _Settings:
+    facts = settings if isinstance(settings, dict) else {"format": settings}
+    format_ = facts.get("format")
     if not isinstance(format_, str):
         raise CheckpointError(f"states no format in {where}")
-    return format_
+    rotated, group = facts.get("convrot", False), facts.get("convrot_groupsize", 256)
+    if not isinstance(rotated, bool) or (rotated and (type(group) is not int or group not in GROUPS)):
+        raise CheckpointError(f"states a rotation of groups of {shown(str(group))} in {where}, which is not read here")
+    return _Settings(format_, group if rotated else 0)
 
 
 def _text(tensor: Tensor, name: str) -> str:

@@ -13,10 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wan.checkpoints.errors import CheckpointError, shown
-from wan.checkpoints.quantised import dequantise
+from wan.checkpoints.stored import FP8, Quantised, Stored, values_of
 
 Shape = tuple[int, ...]
 Read = Callable[[str], Tensor]
+ReadStored = Callable[[str], Stored]
 
 _LONGEST_HEADER = 100 * 10**6  # bytes, of a safetensors file
 LONGEST_NAME = 256  # characters
@@ -53,6 +54,7 @@ class Piece:
     path: Path
     name: str
     scale: str | None = None
+    group: int = 0  # as `Quantised.group`
 
 
 @dataclass(frozen=True)
@@ -114,28 +116,31 @@ def open_file(path: Path) -> Iterator[Read]:
 
 
 @contextmanager
-def open_tensors(entries: Mapping[str, Entry], device: torch.device | str, dtype: torch.dtype) -> Iterator[Read]:
-    """A function that reads one tensor of a module by its official name to `device`.
+def open_tensors(entries: Mapping[str, Entry], dtype: torch.dtype) -> Iterator[ReadStored]:
+    """A function that reads one tensor of a module by its official name, as it is stored.
 
-    What is quantised becomes values in `dtype` there; everything else keeps the dtype of its file. Raises
-    CheckpointError for a file that cannot be read.
+    Of several parts the values in `dtype` are read. Raises CheckpointError for a file that cannot be read.
     """
     with ExitStack() as stack:
         paths = {part.path for entry in entries.values() for part in entry.parts}
         files = {path: stack.enter_context(open_file(path)) for path in sorted(paths)}
 
-        def read(name: str) -> Tensor:
+        def read(name: str) -> Stored:
             entry = entries[name]
-            parts = [_read_part(files[part.path], part, device, dtype) for part in entry.parts]
-            tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-            return tensor if tensor.shape == entry.shape else tensor.reshape(entry.shape)
+            parts = [_read_part(files[part.path], part) for part in entry.parts]
+            if len(parts) == 1 and parts[0].shape == entry.shape:
+                return parts[0]
+            tensors = [values_of(part, dtype) for part in parts]
+            return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).reshape(entry.shape)
 
         yield read
 
 
-def _read_part(read: Read, part: Piece, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    scale = None if part.scale is None else read(part.scale)
-    return dequantise(read(part.name).to(device), scale, dtype)
+def _read_part(read: Read, part: Piece) -> Stored:
+    tensor = read(part.name)
+    if part.scale is None and tensor.dtype not in FP8:
+        return tensor
+    return Quantised(tensor, None if part.scale is None else read(part.scale), part.group)
 
 
 def _is_pth(path: Path) -> bool:

@@ -88,18 +88,18 @@ def _read_parts(header: Header, spelling: Spelling, prefix: str) -> Iterator[tup
     """The tensors in one file that are of the part, with their shapes. Raises CheckpointError for what is no weight."""
     with open_file(header.path) as read:
         try:
-            scales, unread = find_scales(header.shapes, header.dtypes, header.metadata, read)
+            found = find_scales(header.shapes, header.dtypes, header.metadata, read)
         except CheckpointError as error:
             raise CheckpointError(f"{header.path} {error}") from None
     for name, shape in header.shapes.items():
         own = name.removeprefix(prefix)
-        if name in unread or not name.startswith(prefix) or own.startswith(spelling.unread):
+        if name in found.unread or not name.startswith(prefix) or own.startswith(spelling.unread):
             continue
-        if not is_float(header.dtypes[name]):
+        if not is_float(header.dtypes[name]) and name not in found.groups:
             raise CheckpointError(f"{header.path} has {name} of dtype {header.dtypes[name]}, which is none of weights")
         if 0 in shape:
             raise CheckpointError(f"{header.path} has {name} of shape {list(shape)}, which is empty")
-        yield Piece(header.path, name, scales.get(name)), shape
+        yield Piece(header.path, name, found.scales.get(name), found.groups.get(name, 0)), shape
 
 
 def _join(path: Path, spelling: Spelling, name: str, rows: Mapping[int, tuple[Piece, Shape]]) -> Entry:

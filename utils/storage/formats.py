@@ -1,0 +1,94 @@
+"""How the weight of a frozen linear layer can be stored: fp8, int8 and nf4, from values to codes and back.
+
+Shape letters: O output width, I input width.
+"""
+
+import importlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from utils.common.errors import UserError
+from wan.checkpoints import GROUPS, decode, rotate_columns, rotation
+
+E4M3 = torch.float8_e4m3fn
+NF4_BLOCK = 64  # values that share a scale
+ROTATED = tuple(sorted((group for group in GROUPS if 16 <= group <= 256), reverse=True))
+TINY = 1e-30  # a row of zeros has a scale, too
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight (O, I) in codes, and what turns them into values."""
+
+    codes: Tensor  # fp8 or int8 (O, I), or nf4: two to a byte (O I / 2, 1)
+    scale: Tensor | None  # as `Quantised.scale`; of nf4 one for each NF4_BLOCK of values in a row, fp32
+    group: int = 0  # as `Quantised.group`
+
+    def to(self, device: torch.device) -> "Codes":
+        scale = None if self.scale is None else self.scale.to(device)
+        return Codes(self.codes.to(device), scale, self.group)
+
+
+def quantise(weight: Tensor, format: str) -> Codes:
+    """weight (O, I) -> codes. Raises UserError where a format needs a library that is missing.
+
+    fp8         e4m3, without a scale: the weight itself, rounded
+    fp8_scaled  e4m3 with a scale for each row, by its largest value
+    int8        rows rotated in groups, as wide as fit of 256, 64 and 16 columns, then rounded to steps of a 127th of
+                the largest value of a row: ConvRot, https://arxiv.org/abs/2512.03673, as ComfyUI stores it
+    nf4         16 levels at quantiles of a normal distribution, with a scale for each 64 values:
+                https://arxiv.org/abs/2305.14314, by bitsandbytes
+    """
+    weight = weight.float()
+    if format == "fp8":
+        return Codes(_to_e4m3(weight), None)
+    if format == "fp8_scaled":
+        scale = _row_scale(weight, torch.finfo(E4M3).max)
+        return Codes(_to_e4m3(weight / scale), scale)
+    if format == "int8":
+        group = next((group for group in ROTATED if weight.shape[1] % group == 0), 0)
+        # In fp32: rotated in bf16, every tenth code would be another.
+        rotated = rotate_columns(weight, rotation(group, weight.device)) if group else weight
+        scale = _row_scale(rotated, 127)
+        return Codes((rotated / scale).round().clamp(-128, 127).to(torch.int8), scale, group)
+    assert format == "nf4"
+    need_bitsandbytes()
+    codes, scale = torch.ops.bitsandbytes.quantize_4bit(weight, NF4_BLOCK, "nf4", torch.uint8)
+    return Codes(codes, scale)
+
+
+def values(codes: Tensor, scale: Tensor | None, mixed_by: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor:
+    """The values (O, I) in `dtype`, the one in which the model computes; `rows` is O."""
+    if codes.dtype == torch.uint8:
+        size = [rows, 2 * codes.numel() // rows]
+        result: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes, scale, NF4_BLOCK, "nf4", size, dtype)
+        return result
+    return decode(codes, scale, mixed_by, dtype)
+
+
+def stored_bytes(rows: int, columns: int, format: str) -> int:
+    """What a weight takes, with its scale."""
+    count = rows * columns
+    if format == "nf4":
+        return count // 2 + 4 * -(-count // NF4_BLOCK)
+    return count if format == "fp8" else count + 4 * rows
+
+
+def need_bitsandbytes() -> None:
+    """Raises UserError unless bitsandbytes is installed; makes its operations known to torch."""
+    try:
+        importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise UserError(f"nf4 needs bitsandbytes ({error})\npip install bitsandbytes") from None
+
+
+def _row_scale(weight: Tensor, largest: float) -> Tensor:
+    """(O, 1) fp32: what divides each row so that its largest value becomes `largest`."""
+    return (weight.abs().amax(dim=1, keepdim=True) / largest).clamp(min=TINY)
+
+
+def _to_e4m3(weight: Tensor) -> Tensor:
+    largest = torch.finfo(E4M3).max
+    return weight.clamp(-largest, largest).to(E4M3)  # beyond it some versions of torch give NaN

@@ -1,0 +1,94 @@
+"""Transformers loaded as the options want them: in which format, and which blocks wait in main memory."""
+
+from collections.abc import Collection, Iterator
+
+import psutil
+import torch
+from torch import nn
+
+from utils.common.console import say
+from utils.common.errors import UserError
+from utils.common.formatting import readable_size
+from utils.storage.linear import QuantisedLinear
+from utils.storage.streaming import Ring, Stream, assign_slots
+from utils.storage.weights import Cast, Storage, linear_layers
+from wan.checkpoints import Progress, TransformerFiles, load_weights
+from wan.modules.model import WanModel
+
+CPU = torch.device("cpu")
+
+
+class Store:
+    """Loads the transformers of a run, which compute on one device, in turns where there are several."""
+
+    def __init__(self, storage: Storage, takes_turns: bool = False) -> None:
+        self.storage, self.takes_turns = storage, takes_turns
+        self._ring = Ring(storage.device)
+
+    def load(
+        self,
+        model: WanModel,
+        files: TransformerFiles,
+        cast: Cast,
+        changed: Collection[str] = (),
+        progress: Progress = iter,
+        waits: bool = False,
+    ) -> Stream | None:
+        """Gives a model its weights. The stream of its blocks, where any have their weights in main memory.
+
+        `cast` and `changed` as `Storage.place` takes them. All of a model that `waits` is in main memory. What was done
+        is printed of the first model. Raises CheckpointError as `load_weights` does, and UserError where main memory is
+        too small.
+        """
+        storage, slots = self.storage, dict[int, int]()
+        if storage.num_streamed:
+            slots = assign_slots(len(model.blocks), storage.num_streamed, self.takes_turns)
+        streamed = {f"{name}.weight" for name in linear_layers(model) if int(name.split(".")[1]) in slots}
+        sizes = storage.sizes(model)
+        waiting = sizes.keys() if waits else streamed
+        if storage.device != CPU:
+            self._check_room(sum(sizes[name] for name in waiting))
+
+        def home(name: str) -> torch.device:
+            return CPU if name in waiting else storage.device
+
+        layers = storage.prepare(model)
+        load_weights(model, files, storage.place(layers, cast, home, changed), progress, storage.dtype)
+        stream = Stream(model, slots, self._ring) if slots else None
+        if not waits:
+            for line in self._describe(model, layers, stream):
+                say(line)
+        return stream
+
+    def _check_room(self, needed: int) -> None:
+        """Raises UserError where so many bytes do not fit into what is free of main memory."""
+        free = psutil.virtual_memory().available
+        if needed <= free:
+            return
+        sizes = f"{readable_size(needed)}, and {readable_size(free)} are free"
+        if not self.storage.num_streamed:
+            raise UserError(
+                f"one of the two experts is in main memory at any time: it takes {sizes}\n"
+                "train one at a time: --expert high, then --expert low, without previews; or see --weight_dtype"
+            )
+        raise UserError(
+            f"the blocks in main memory take {sizes}\n"
+            "swap fewer with --blocks_to_swap, or store them in less with --weight_dtype"
+        )
+
+    def _describe(self, model: WanModel, layers: Collection[str], stream: Stream | None) -> Iterator[str]:
+        if layers:
+            total = sum(isinstance(module, nn.Linear) for module in model.modules())
+            size = sum(map(_bytes_of, (module for module in model.modules() if isinstance(module, nn.Linear))))
+            others = ", the first and the last block" if self.storage.keeps_ends else ""
+            yield (
+                f"{len(layers)} of {total} linear layers are stored in {self.storage.format}, {readable_size(size)} in "
+                f"all; embeddings{others}, norms, modulation and head are not quantised"
+            )
+        if stream is not None:
+            yield stream.describe()
+
+
+def _bytes_of(layer: nn.Linear) -> int:
+    scale = layer.scale if isinstance(layer, QuantisedLinear) else None
+    return layer.weight.nbytes + (0 if scale is None else scale.nbytes)

@@ -1,0 +1,138 @@
+"""How the frozen weights of a transformer are held: in which format, and which layers stay as they are."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from utils.common.device import compute_dtype
+from utils.common.errors import UserError
+from utils.common.options import option
+from utils.storage.formats import Codes, need_bitsandbytes, quantise, stored_bytes
+from utils.storage.linear import QuantisedLinear
+from wan.checkpoints import Place, Quantised, Stored
+from wan.modules.model import WanModel, is_fp32
+
+Cast = Callable[[torch.dtype, torch.device], Place]
+
+PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
+QUANTISED = ("fp8", "fp8_scaled", "int8", "nf4")
+# What these are called in diffusion-pipe and in OneTrainer.
+SPELLINGS = {
+    "float32": "fp32", "bfloat16": "bf16", "float8": "fp8", "float8_e4m3fn": "fp8",
+    "FLOAT_32": "fp32", "BFLOAT_16": "bf16", "FLOAT_8": "fp8", "NFLOAT_4": "nf4",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StorageOptions:
+    """base weights"""
+
+    weight_dtype: str = option(
+        "auto",
+        "how the base model's linear layers are stored; auto: bf16 on a GPU, fp32 on the CPU",
+        choices=("auto", *PLAIN, *QUANTISED),
+        aliases=("transformer_dtype",),
+        spellings=SPELLINGS,
+    )
+    keep_end_blocks: bool = option(False, "do not quantise the first and the last block")
+
+    blocks_to_swap: int = option(
+        0,
+        "so many blocks have their weights in main memory, and on the GPU only while they run",
+        minimum=0,
+        affects_training=False,
+    )
+    layer_offload_fraction: float = option(
+        0.0, "the same as a share of all blocks", minimum=0, maximum=1, affects_training=False
+    )
+
+    def storage(self, device: torch.device, num_blocks: int) -> "Storage":
+        """How weights are held. Raises UserError where a library is missing, and for more blocks than there are."""
+        if self.weight_dtype == "nf4":
+            need_bitsandbytes()
+        if self.blocks_to_swap and self.layer_offload_fraction:
+            raise UserError("--blocks_to_swap and --layer_offload_fraction say the same: give one of them")
+        if self.blocks_to_swap > num_blocks:
+            raise UserError(f"--blocks_to_swap {self.blocks_to_swap}: the model has {num_blocks} blocks")
+        dtype = PLAIN.get(self.weight_dtype, compute_dtype(device))
+        format = self.weight_dtype if self.weight_dtype in QUANTISED else None
+        num_streamed = self.blocks_to_swap or round(self.layer_offload_fraction * num_blocks)
+        return Storage(device, dtype, format, self.keep_end_blocks, num_streamed)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """On which device and in which dtype a transformer computes, and how its weights are held."""
+
+    device: torch.device
+    dtype: torch.dtype
+    format: str | None = None  # of QUANTISED: that of the blocks' linear layers
+    keeps_ends: bool = False  # whether those of the first and the last block are not quantised
+    num_streamed: int = 0  # blocks whose weights wait in main memory
+
+    def prepare(self, model: WanModel) -> dict[str, QuantisedLinear]:
+        """Makes room for codes in a model without weights. The layers that will hold them, by their weights' names."""
+        layers = dict[str, QuantisedLinear]()
+        if self.format is not None:
+            for name, layer in linear_layers(model, self.keeps_ends).items():
+                parent, _, own = name.rpartition(".")
+                layers[f"{name}.weight"] = stand_in = QuantisedLinear(layer, Codes(layer.weight.detach(), None))
+                setattr(model.get_submodule(parent), own, stand_in)
+        return layers
+
+    def place(
+        self,
+        layers: Mapping[str, QuantisedLinear],
+        cast: Cast,
+        home: Callable[[str], torch.device],
+        changed: Collection[str] = (),
+    ) -> Place:
+        """What is done to each tensor of a model while it is loaded; `layers` as `prepare` returned them.
+
+        `cast` gives the values of a tensor in a dtype on a device, and may change those of the names `changed`. What
+        the file has in the wanted format is kept as it is. `home` is where a tensor is to be.
+        """
+
+        def place(name: str, stored: Stored) -> Tensor:
+            layer, device = layers.get(name), home(name)
+            if layer is None or tuple(stored.shape) != (layer.out_features, layer.in_features):
+                return cast(self.dtype, device)(name, stored)
+            if isinstance(stored, Quantised) and name not in changed and self._is_kept(stored):
+                codes = Codes(stored.codes, stored.scale, stored.group)
+            else:
+                assert self.format is not None
+                # Codes are made of fp32: of what the file says, not of what is left of it in bf16.
+                codes = quantise(cast(torch.float32, self.device)(name, stored), self.format)
+            layer.hold(codes.to(device))
+            return layer.weight
+
+        return place
+
+    def sizes(self, model: WanModel) -> dict[str, int]:
+        """The bytes that each parameter of a model without weights will take, by its name."""
+        quantised = set(linear_layers(model, self.keeps_ends)) if self.format else set()
+        return {
+            name: stored_bytes(parameter.shape[0], parameter.shape[1], self.format)
+            if self.format and name.endswith(".weight") and name.removesuffix(".weight") in quantised
+            else parameter.numel() * (torch.float32 if is_fp32(name) else self.dtype).itemsize
+            for name, parameter in model.named_parameters()
+        }
+
+    def _is_kept(self, stored: Quantised) -> bool:
+        """Whether codes of a file are in the wanted format, or in a more exact one of the same size."""
+        if self.format == "int8":
+            return stored.codes.dtype == torch.int8
+        return self.format in ("fp8", "fp8_scaled") and stored.codes.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def linear_layers(model: WanModel, keeps_ends: bool = False) -> dict[str, nn.Linear]:
+    """The linear layers of the blocks by their names, where it is so, without those of the first and the last block."""
+    last = len(model.blocks) - 1
+    return {
+        f"blocks.{index}.{name}": module
+        for index, block in enumerate(model.blocks)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and not (keeps_ends and index in (0, last))
+    }
