@@ -68,10 +68,6 @@ class Projection:
         pairs = (Pair(layer.lora_A[n].weight, layer.lora_B[n].weight, layer.scaling[n]) for n in names)
         return Projection(base, tuple(pairs))
 
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """The frozen weight (O, I); one that is stored in codes has its values in `dtype`, for this one product."""
-        return self.base.values(dtype) if isinstance(self.base, QuantisedLinear) else self.base.weight
-
     @property
     def matrices(self) -> list[nn.Parameter]:
         """What is trained, in the order of the gradients that `backward` returns."""
@@ -79,7 +75,9 @@ class Projection:
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """x (M, I) -> the layer's answer (M, O), and each LoRA's hidden values (M, r)."""
-        y, hidden = F.linear(x, self.weight(x.dtype), self.base.bias), []
+        base = self.base
+        y = base.product(x) if isinstance(base, QuantisedLinear) else F.linear(x, base.weight, base.bias)
+        hidden = []
         for pair in self.pairs:
             h = x @ in_dtype(pair.down, x.dtype).T
             y.addmm_(h, in_dtype(pair.up, x.dtype).T, alpha=pair.scale)
@@ -99,9 +97,10 @@ class Projection:
         grad (M, O); x (M, I), which only LoRAs need; `hidden` as `forward` returned it.
         """
         grads: list[Tensor] = []
-        if needs_input:
-            weight = self.weight(grad.dtype)
-            into = grad @ weight if into is None else into.addmm_(grad, weight)
+        if needs_input and isinstance(self.base, QuantisedLinear):
+            into = self.base.product_backward(grad, into)
+        elif needs_input:
+            into = grad @ self.base.weight if into is None else into.addmm_(grad, self.base.weight)
         for pair, h in zip(self.pairs, hidden, strict=True):
             assert x is not None
             hidden_grad = (grad @ in_dtype(pair.up, grad.dtype)).mul_(pair.scale)

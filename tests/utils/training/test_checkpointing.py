@@ -24,7 +24,7 @@ from tests.trainees import (
     relative_error,
     trainee,
 )
-from utils.training.checkpointing import STRATEGIES, checkpointed, keep_kernels, keep_products, parked, parked_inputs
+from utils.training.checkpointing import STRATEGIES, checkpointed, keep_kernels, keep_products, parked, with_saved
 from utils.training.memory import Memory
 from utils.training.offload import Parking
 from wan.modules.model import WanModel
@@ -163,11 +163,11 @@ def gradients(function, inputs: list[Tensor | None]) -> list[Tensor]:
 
 @pytest.mark.parametrize("without", [0, 1, 2, None])
 def test_a_function_that_runs_again_has_its_own_value_and_gradients(without):
-    """`parked` and `parked_inputs` stand in for `checkpointed`. One of the inputs needs no gradient."""
+    """`parked` and `with_saved` stand in for `checkpointed`. One of the inputs needs no gradient."""
     inputs: list[Tensor | None] = [leaf.requires_grad_(n != without) for n, leaf in enumerate(leaves())]
     for arguments in (inputs, [*inputs[:2], None]):
         expected = gradients(run, arguments)
-        for strategy in (checkpointed, lambda f: parked(f, Parking()), lambda f: parked_inputs(f, Parking())):
+        for strategy in (checkpointed, lambda f: parked(f, Parking()), lambda f: with_saved(f, Parking(), None)):
             assert equal(gradients(strategy(run), arguments), expected)
 
 
@@ -177,7 +177,7 @@ def test_a_compiled_block_keeps_its_stream_in_main_memory_and_its_conditions_as_
     parks: list[Tensor] = []
     own = parking.park
     monkeypatch.setattr(parking, "park", lambda tensor: parks.append(tensor) or own(tensor))
-    assert equal(gradients(parked_inputs(run, parking), inputs), expected)
+    assert equal(gradients(with_saved(run, parking, None), inputs), expected)
     assert {tensor.data_ptr() for tensor in parks} == {inputs[0].data_ptr()}
 
 
@@ -195,7 +195,7 @@ def test_two_models_under_offload_do_not_share_main_memory():
 
 def test_compiled_blocks_let_go_of_a_stream_that_waits_in_main_memory():
     weight = nn.Parameter(torch.ones(4))
-    run = parked_inputs(lambda x: (x * weight).sum(), Parking(1024))
+    run = with_saved(lambda x: (x * weight).sum(), Parking(1024), None)
     x = 2 * torch.randn(3, 4).requires_grad_()  # no leaf, which its graph would keep
     storage = StorageWeakRef(x.untyped_storage())
     expected = x.detach().sum(0)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tests.damage import refused
-from wan.checkpoints.quantised import dequantise, find_scales
+from wan.checkpoints.quantised import find_scales
+from wan.checkpoints.stored import Quantised, values_of
 
 BF16, FP32 = torch.bfloat16, torch.float32
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -24,7 +25,8 @@ def scales_of(
     stored = {n: torch.tensor(list(t.encode())).byte() if isinstance(t, str) else t for n, t in (texts or {}).items()}
     facts = {**facts, **{name: (tuple(tensor.shape), "U8") for name, tensor in stored.items()}}
     shapes, dtypes = ({name: fact[index] for name, fact in facts.items()} for index in (0, 1))
-    return find_scales(shapes, dtypes, metadata or {}, stored.__getitem__)
+    found = find_scales(shapes, dtypes, metadata or {}, stored.__getitem__)
+    return found.scales, found.unread
 
 
 def header(settings: object) -> dict[str, str]:
@@ -41,14 +43,14 @@ def stored(dtype: torch.dtype = E4M3) -> Tensor:
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize("compute", [BF16, torch.float16, FP32])
 def test_plain_fp8_is_cast_to_the_dtype_of_the_computation(dtype, compute):
-    weight = dequantise(stored(dtype), None, compute)
+    weight = Quantised(stored(dtype), None).values(compute)
     assert weight.dtype == compute and torch.equal(weight.float(), stored(dtype).float())
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32, torch.float16])
 def test_what_is_not_quantised_stays_as_it_is(dtype):
     weight = torch.randn(6, 8).to(dtype)
-    assert dequantise(weight, None, BF16) is weight
+    assert values_of(weight, BF16) is weight
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2, BF16])  # a layer of high precision may have a scale too
@@ -58,28 +60,28 @@ def test_a_scale_multiplies_all_a_row_or_a_block_of_columns(dtype, size):
     kept = stored(dtype)
     blocks = size[1] if len(size) == 3 else 1
     factors = scale.reshape(-1, blocks).repeat_interleave(8 // blocks, dim=1)
-    assert torch.equal(dequantise(kept, scale, FP32), kept.float() * factors)
+    assert torch.equal(Quantised(kept, scale).values(FP32), kept.float() * factors)
 
 
 def test_the_scale_is_rounded_first_to_the_dtype_of_the_computation():
     scale = torch.tensor(1.00585)  # between two values of bf16
-    weight = dequantise(stored(), scale, BF16)
+    weight = Quantised(stored(), scale).values(BF16)
     assert torch.equal(weight, stored().to(BF16) * scale.to(BF16))
     assert not torch.equal(weight, (stored().float() * scale).to(BF16))
-    assert torch.equal(dequantise(stored(), scale.double(), FP32), stored().float() * scale)
+    assert torch.equal(Quantised(stored(), scale.double()).values(FP32), stored().float() * scale)
 
 
 @pytest.mark.parametrize("size", [(), (1,), (1, 1)])
 def test_one_scale_fits_a_weight_of_any_axes(size):
     for shape in ((), (5,), (1, 5), (2, 3, 1, 2, 2)):
         weight = torch.full(shape, 3.0).to(E4M3)
-        assert torch.equal(dequantise(weight, torch.full(size, 0.5), FP32), torch.full(shape, 1.5))
+        assert torch.equal(Quantised(weight, torch.full(size, 0.5)).values(FP32), torch.full(shape, 1.5))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32, E4M3])
 def test_the_memory_of_the_file_is_not_changed(dtype):
     kept = stored(dtype)
-    dequantise(kept, torch.tensor(2.0), dtype if dtype != E4M3 else BF16)
+    Quantised(kept, torch.tensor(2.0)).values(dtype if dtype != E4M3 else BF16)
     assert torch.equal(kept.float(), stored(dtype).float())
 
 
@@ -136,9 +138,9 @@ def test_a_stated_fp8_is_read_wherever_it_is_stated(format_):
 # ---------------------------------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("format_", ["nvfp4", "mxfp8", "int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8", "nf4", "x"])
+@pytest.mark.parametrize("format_", ["nvfp4", "mxfp8", "int8_blockwise", "convrot_w4a4", "asym_w4a8_int8", "nf4", "x"])
 def test_a_stated_format_that_is_not_read_is_named(format_):
-    message = rf"is quantised to {format_} \(at a\), which is not read here; bf16, fp16, fp32 and fp8, .+ are$"
+    message = rf"is quantised to {format_} \(at a\), which is not read here; bf16, fp16, fp32, fp8, .+ are$"
     refused(message, scales_of, LAYER, header({"format": format_}))
     refused(message, scales_of, LAYER, header(format_))
     refused(message, scales_of, LAYER, {}, {"a.comfy_quant": json.dumps({"format": format_})})

@@ -36,7 +36,7 @@ def test_tensors_of_several_files_are_read_by_name(tmp_path):
     assert (header.path, header.shapes) == (places["a"], {"a": (2, 3), "c": (3,)})
     assert (header.dtypes, header.metadata) == ({"a": "F32", "c": "I64"}, {})
     entries = {f"our {name}": entry(path, name, tuple(content[name].shape)) for name, path in places.items()}
-    with open_tensors(entries, "cpu", BF16) as read:
+    with open_tensors(entries, BF16) as read:
         for name, tensor in content.items():
             assert torch.equal(read(f"our {name}"), tensor) and read(f"our {name}").dtype == tensor.dtype
 
@@ -66,7 +66,7 @@ def test_rows_are_joined_in_their_order_and_take_the_axes_of_the_module(tmp_path
         save_file({name: tensor}, tmp_path / name)
     parts = tuple(Piece(tmp_path / name, name) for name in "kqv")
     entries = {"qkv": Entry((6, 3), parts), "x": entry(tmp_path / "x", "x", (1, 1, 4))}
-    with open_tensors(entries, "cpu", FP32) as read:
+    with open_tensors(entries, FP32) as read:
         assert torch.equal(read("qkv"), torch.cat([content[name] for name in "kqv"]))
         assert torch.equal(read("x"), content["x"][None, None])
 
@@ -76,7 +76,7 @@ def test_what_is_quantised_becomes_values_in_the_dtype_of_the_computation(tmp_pa
     save_file({"w": weight, "s": scale, "b": torch.ones(2)}, path)
     entries = {"w": entry(path, "w", (2, 3), "s"), "plain": entry(path, "w", (2, 3)), "b": entry(path, "b", (2,))}
     entries["joined"] = Entry((4, 3), (Piece(path, "w", "s"), Piece(path, "w")))
-    with open_tensors(entries, "cpu", BF16) as read:
+    with open_tensors(entries, BF16) as read:
         scaled, plain = weight.to(BF16) * scale.to(BF16), weight.to(BF16)
         assert torch.equal(read("w"), scaled) and torch.equal(read("plain"), plain)
         assert read("b").dtype == FP32 and read("plain").dtype == BF16
@@ -93,7 +93,7 @@ def test_the_length_of_a_header_is_not_taken_for_another_kind_of_file(tmp_path):
 def test_an_error_of_the_one_who_reads_is_not_blamed_on_the_file(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "1.safetensors")
     entries = {"a": entry(tmp_path / "1.safetensors", "a", (1,))}
-    with pytest.raises(OSError, match="a disk is full"), open_tensors(entries, "cpu", FP32):
+    with pytest.raises(OSError, match="a disk is full"), open_tensors(entries, FP32):
         raise OSError("a disk is full")
 
 
@@ -106,9 +106,9 @@ def test_a_truncated_safetensors_file_is_named(folder, kept):
     path.write_bytes(path.read_bytes()[:kept])
     message = f"{path} is not a complete safetensors file: .*\ndownload it again"
     refused(message, read_header, path)
-    with open_tensors({}, "cpu", FP32):
+    with open_tensors({}, FP32):
         pass
-    refused(message, open_tensors({"a": entry(path, "a", (1,))}, "cpu", FP32).__enter__)
+    refused(message, open_tensors({"a": entry(path, "a", (1,))}, FP32).__enter__)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 1000, -1])

@@ -125,7 +125,7 @@ def write(path: Path, state: Mapping[str, Tensor], prefix: str = "") -> Path:
 def assert_reads(weights: Weights, expected: State) -> None:
     assert weights.tensors.keys() == expected.keys()
     assert weights.shapes == {name: tuple(tensor.shape) for name, tensor in expected.items()}
-    with open_tensors(weights.tensors, "cpu", torch.float32) as read:
+    with open_tensors(weights.tensors, torch.float32) as read:
         for name, tensor in expected.items():
             assert torch.equal(read(name), tensor), name
 
