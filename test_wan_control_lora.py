@@ -9,6 +9,7 @@ The story: the LoRA names its base model; text, given frames, control and noise 
 with --compare first without the LoRA; the VAE decodes; an mp4 and a contact sheet are written.
 """
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from utils.adapters.lora_reader import read_lora
 from utils.adapters.pairs import find_pair
 from utils.adapters.wantraining import TEST_SCRIPT
 from utils.common.console import say
+from utils.common.decisions import Decisions
 from utils.common.device import explain_out_of_memory, pick_device
 from utils.common.errors import RunError, UserError
 from utils.common.files import check_writable
@@ -46,6 +48,7 @@ from utils.media.controls import CONTROL_TYPES, FROM_FILE, make_control
 from utils.media.frames import crop_and_resize, read_frames, save_image, write_video
 from utils.media.probing import MediaInfo, probe
 from utils.setup.model import SingleFiles, base_of, need_experts, open_given
+from utils.storage.weights import StorageOptions
 from wan.checkpoints import CheckpointError, ModelFiles
 from wan.configs import Family, Grid
 from wan.text2video import Sampler
@@ -109,7 +112,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Options(Content, SingleFiles, Sampling):
+class Options(Content, SingleFiles, Sampling, StorageOptions):
     """Generate a video with a LoRA."""
 
 
@@ -146,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_writable(opts.output_dir)
     say(describe(request, opts.strength))
     with explain_out_of_memory(), torch.no_grad():
-        videos = generate(request, loras, files, opts.compare)
+        videos = generate(request, opts, loras, files)
     write(opts.output_dir, f"{opts.lora_path[0].stem}_seed{opts.seed}", videos, files.family.fps)
 
 
@@ -264,12 +267,12 @@ def describe(request: Request, strength: float) -> str:
 
 
 def generate(
-    request: Request, loras: Mapping[str, Sequence[Chosen]], files: ModelFiles, compare: bool
+    request: Request, opts: Options, loras: Mapping[str, Sequence[Chosen]], files: ModelFiles
 ) -> dict[str, Tensor]:
     """Videos (F, 3, H, W) uint8 by label: the control if there is one, without the LoRA if asked for, and with it."""
     # Models are loaded one after another, and only while they are needed: the text encoder alone takes 11 GB.
     device = pick_device()
-    text, negative = embed(request, files, device)
+    text, negative = embed(request, opts, files, device)
     encoders = LatentEncoding(files, device).load()
     control = read_control(request, request.input_video, device) if request.input_video else None
     base, cond = condition(request, encoders, text, control)
@@ -279,8 +282,10 @@ def generate(
 
     # Noise and conditions are the same without and with the LoRA, so every difference between the videos is the LoRA's.
     # Only the control is left out without it: the base model has no input channels for one.
-    transformers, latents = Transformers(files, loras, device), {}
-    if compare:
+    shape = next(iter(files.transformers.values())).shape
+    storage = opts.storage(device, shape, noise[0, 0].numel() // math.prod(shape.patch_size), Decisions(str(device)))
+    transformers, latents = Transformers(files, loras, storage), {}
+    if opts.compare:
         latents["without the LoRA"] = sample(request, transformers, noise, base, negative, "without the LoRA")
     transformers.fuse()
     latents["with the LoRA"] = sample(request, transformers, noise, cond, negative, "with the LoRA")
@@ -320,12 +325,12 @@ def sample(
     return latents
 
 
-def embed(request: Request, files: ModelFiles, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def embed(request: Request, opts: Options, files: ModelFiles, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """The embeddings (T, E) of the prompt and, where there is guidance, of the negative prompt; new ones are cached."""
     wanted = {"prompt": request.text}
     if request.sampler.is_guided:
         wanted["negative prompt"] = request.negative
-    encoding = TextEncoding(files, device)
+    encoding = TextEncoding(files, device, opts.text_encoder_dtype)
     cache = encoding.shared_cache()
     encoding.encode_missing({cache: [text for text in wanted.values() if isinstance(text, str)]})
     rows = {}

@@ -26,6 +26,7 @@ from utils.adapters.attach import AdapterOptions, LoraAdapter
 from utils.adapters.beside import Chosen
 from utils.adapters.lora import speaking
 from utils.common.console import say
+from utils.common.decisions import Decisions
 from utils.common.device import describe, explain_out_of_memory, pick_device
 from utils.common.errors import UserError
 from utils.common.files import check_writable
@@ -161,20 +162,12 @@ def find_folders(opts: Options) -> list[Folder]:
     return folders
 
 
-def find_roles(opts: Options, family: Family) -> list[Role[Options]]:
-    """The transformers that are trained, each with its own options. Most models have one."""
-    roles = opts.roles(family)
-    for role in roles:
-        role.opts.check_warmup()
-    return roles
-
-
 def open_data(opts: Options, folders: list[Folder], family: Family) -> Dataset:
     """Finds the clips, checks every file, and prints a table of them, before anything that takes long."""
     # Options for which this model has no use are an error.
     opts.check_given(family, any(folder.rules.reads_first for folder in folders))
     opts.check_control(family)
-    find_roles(opts, family)
+    opts.roles(family)
     limits = opts.limits(family.grid)
     data = open_dataset(folders, limits, family.fps, opts.cache_dir, opts.skip_bad_files)
     if family.given_as == "channels" and data.num_images:
@@ -207,21 +200,24 @@ def make_phase(role: Role[Options], adapter: LoraAdapter, experts: Experts, lear
     return Phase(role.phase, span, make_predict(adapter.model), loss, update, lambda: updater.step_count, sigmas)
 
 
-def open_session(opts: Options, files: ModelFiles, device: torch.device, data: Dataset, plan: Plan) -> Session | None:
+def open_session(
+    opts: Options, files: ModelFiles, device: torch.device, data: Dataset, plan: Plan, decisions: Decisions
+) -> Session | None:
     """Encodes and loads what the loop needs, one model after another; None with --cache_only."""
     # First a rehearsal on transformers without weights: a misspelled layer, or a LoRA file that does not fit, should
     # not cost the minutes of loading.
-    roles = find_roles(opts, files.family)
+    roles = opts.roles(files.family)
     plans = plan_experts(roles, files)
     size = largest_window(full_length_windows(plan.sources, plan.limits))
     opts.preview_images(files.family, size.frames)
     further = further_loras(opts.also_lora, files)
     shape, steps = next(iter(files.transformers.values())).shape, [role.opts.max_train_steps for role in roles]
-    storage = opts.storage(device, shape.num_layers)
-    memory = opts.memory(storage, shape, sum(steps) * opts.gradient_accumulation * plan.mean_tokens)
+    # What the machine decides, such as whether blocks are compiled, stays as it is when a run is resumed.
+    storage = opts.storage(device, shape, round(plan.mean_tokens), decisions)
+    memory = opts.memory(storage, shape, sum(steps) * opts.gradient_accumulation * plan.mean_tokens, decisions)
 
     # The text encoder takes 11 GB. It is loaded only if an embedding is missing, and freed before the next model.
-    texts = load_texts(opts, TextEncoding(files, device), data)
+    texts = load_texts(opts, TextEncoding(files, device, opts.text_encoder_dtype), data)
 
     # Clips go through the VAE at every step, or once, to the cache; frames that the model is given through a vision
     # encoder too. Without held-out clips validation uses training clips.
@@ -284,12 +280,12 @@ def open_preview(
     return make_preview(texts, sampler, opts.seed, samples.open_encoders(), Scenes(size.bucket, validation, images))
 
 
-def start_run(opts: Options, data: Dataset, session: Session, state: State | None) -> Run:
+def start_run(opts: Options, data: Dataset, session: Session, state: State | None, decisions: Decisions) -> Run:
     """Creates the run's folder, or restores the learner from a saved state and continues in that run's folder."""
     control = FROM_FILE if any(source.control for source in data.train) else opts.control_type * opts.control_lora
     about = {**opts.base(opts.pretrained_model_name_or_path), "control": control, "shift": f"{opts.shift:g}"}
     about |= {"control_i2v": "true"} if opts.control_i2v else {}
-    options, facts = to_json(opts), Facts(training_table(opts), data.fingerprint)
+    options, facts = to_json(opts), Facts(training_table(opts), data.fingerprint, decisions.table())
     total, name = session.schedule.total_steps, opts.output_name
     settings = RunSettings(opts.output_dir, total, opts.max_grad_norm, options, facts, about, name)
     return open_run(settings, session.learner, state)
@@ -374,14 +370,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     check_writable(opts.output_dir)
     files = open_given(opts, name, is_default)
-    need_experts(files, [role.name for role in find_roles(opts, files.family)], bool(opts.preview_prompts))
+    need_experts(files, [role.name for role in opts.roles(files.family)], bool(opts.preview_prompts))
     data = open_data(opts, folders, files.family)
 
     # The plan draws everything random about the data, from the seed and the number of the epoch alone. The order of
     # samples therefore does not depend on worker processes, and a resumed run continues in it.
     plan = make_plan(data.train, opts.limits(files.family.grid), opts.seed, opts.cache_latents)
     opts = with_epochs(opts, plan.steps_per_epoch(opts.gradient_accumulation))
-    steps = {role.trainable: role.opts.max_train_steps for role in find_roles(opts, files.family)}
+    steps = {role.trainable: role.opts.max_train_steps for role in opts.roles(files.family)}
 
     # A resumed run must have the options and clips of the saved one. Differences are listed, and are an error without
     # --allow_changes.
@@ -390,11 +386,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes, steps)
 
     device = pick_device()
+    decisions = Decisions(describe(device), state.facts.decided if state else {}, opts.allow_changes)
     with explain_out_of_memory(), explain_failed_compilation():
         if opts.cache_embeddings:
-            load_texts(opts, TextEncoding(files, device), data)
-        elif (session := open_session(opts, files, device, data, plan)) is not None:
-            train(opts, device, session, start_run(opts, data, session, state))
+            load_texts(opts, TextEncoding(files, device, opts.text_encoder_dtype), data)
+        elif (session := open_session(opts, files, device, data, plan, decisions)) is not None:
+            train(opts, device, session, start_run(opts, data, session, state, decisions))
 
 
 if __name__ == "__main__":

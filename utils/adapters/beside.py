@@ -6,7 +6,7 @@ would be added to them acts on the outputs. Vectors and bare parameters are repl
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -35,7 +35,7 @@ def beside(model: WanModel, loras: Sequence[Chosen], device: torch.device) -> It
 
     They act beside any adapter of the model, however its weights are stored. None is a control LoRA, and each must fit
     (`fitting`) the model as it was before a control widened it. Their matrices are on the `device` inside only, and the
-    model's parameters must not be moved inside.
+    model's parameters must not be moved inside, but weights that are in a stream come and go.
     """
     with ExitStack() as undo:
         for chosen in loras:
@@ -64,6 +64,17 @@ def _put_on(model: WanModel, chosen: Chosen, device: torch.device, undo: ExitSta
             undo.enter_context(_adding(model.get_submodule(name), partial(_add_product, change.flatten(1))))
         else:
             undo.enter_context(_changed(parameters[target], change))
+
+
+def split_patch(lora: LoraFile) -> tuple[LoraFile, LoraFile]:
+    """What of a LoRA is for the patch embedding, which a control LoRA widens, and what is for everything else."""
+    is_patch = {key: key.split(".")[0] == PATCH for key in (*lora.pairs, *lora.diffs)}
+    parts = []
+    for wanted in (True, False):
+        pairs = {name: pair for name, pair in lora.pairs.items() if is_patch[name] == wanted}
+        diffs = {key: diff for key, diff in lora.diffs.items() if is_patch[key] == wanted}
+        parts.append(replace(lora, pairs=pairs, diffs=diffs, input_shapes=lora.input_shapes if wanted else {}))
+    return parts[0], parts[1]
 
 
 def _is_vector(matrix: Tensor) -> bool:

@@ -1,25 +1,26 @@
 """From conditions to latents: the LoRAs to sample with, the transformers that answer, and the sampling itself."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.adapters.beside import Chosen
+from utils.adapters.beside import Chosen, beside, split_patch
 from utils.adapters.fitting import fitting
 from utils.adapters.lora import fuse_lora
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.pairs import remarks, resolve_also_loras, resolve_experts
 from utils.common.console import say
-from utils.common.device import compute_dtype
 from utils.common.errors import UserError
 from utils.diffusion.flow import Predict
 from utils.encoding.conditioning import Cond, make_predict, replace_text
-from wan.checkpoints import ModelFiles, build_transformer, load_transformer
+from utils.storage.load import Store
+from utils.storage.weights import Storage
+from wan.checkpoints import ModelFiles, build_transformer, cast_to
 from wan.image2video import hold_first
 from wan.modules.model import WanModel
 from wan.text2video import Sampler, part_at
@@ -80,41 +81,59 @@ def _read_loras(
 class Transformers:
     """The transformers of a model, one of which is in memory: that of the noise level that is asked for.
 
-    They answer as the base model until `fuse` is called, and then with their LoRAs.
+    They answer as the base model until `fuse` is called, and then with their LoRAs. Where weights are quantised or wait
+    in main memory, LoRAs act beside them: added to codes, they would be rounded away.
     """
 
-    def __init__(self, files: ModelFiles, loras: Mapping[str, Sequence[Chosen]], device: torch.device) -> None:
-        self.files, self.loras, self.device = files, loras, device
+    def __init__(self, files: ModelFiles, loras: Mapping[str, Sequence[Chosen]], storage: Storage) -> None:
+        self.files, self.loras, self.storage = files, loras, storage
         self._loaded: tuple[str, WanModel] | None = None
         self._fused = False
+        self._store = Store(storage)
+        self._undo = ExitStack()  # of LoRAs beside the loaded model
 
     def fuse(self) -> None:
-        """Adds the LoRAs to the weights, now and whenever a transformer is loaded again."""
+        """Adds the LoRAs, now and whenever a transformer is loaded again."""
         self._fused = True
         if self._loaded is not None and len(self.files.transformers) == 1:
             self._fuse(*self._loaded)
         else:
-            self._loaded = None  # of two experts the one in memory is the low one, and the high one is asked next
+            self._unload()  # of two experts the one in memory is the low one, and the high one is asked next
 
     def predict(self, latents: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
         """The velocity at a timestep (B,), which all samples share."""
         name = list(self.files.transformers)[part_at(self.files.family.boundaries, timestep)]
         if self._loaded is None or self._loaded[0] != name:
-            self._loaded = None  # the other expert leaves memory first
+            self._unload()  # the other expert leaves memory first
             self._loaded = name, self._load(name)
         return make_predict(self._loaded[1])(latents, timestep, cond)
+
+    def _unload(self) -> None:
+        self._undo.close()
+        self._loaded = None
 
     def _load(self, name: str) -> WanModel:
         label = "the transformer" if len(self.files.transformers) == 1 else f"the {name} expert"
         progress = partial(tqdm, desc=f"loading {label}", unit="tensor", leave=False)
-        model = load_transformer(self.files.transformers[name], compute_dtype(self.device), self.device, progress)
+        model = build_transformer(self.files.transformers[name])
+        stream = self._store.load(model, self.files.transformers[name], cast_to, progress=progress)
+        if stream is not None:
+            stream.follow(model)
         if self._fused:
             self._fuse(name, model)
         return model
 
     def _fuse(self, name: str, model: WanModel) -> None:
-        for chosen in self.loras[name]:
-            fuse_lora(model, chosen.lora, chosen.strength)
+        loras = self.loras[name]
+        if self.storage.is_plain:
+            for chosen in loras:
+                fuse_lora(model, chosen.lora, chosen.strength)
+            return
+        parts = [(*split_patch(chosen.lora), chosen.strength) for chosen in loras]
+        for patch, _, strength in parts:
+            fuse_lora(model, patch, strength)
+        others = [Chosen(rest, strength) for _, rest, strength in parts]
+        self._undo.enter_context(beside(model, others, self.storage.device))
 
 
 def denoise(

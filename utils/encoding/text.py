@@ -1,21 +1,20 @@
 """Prompts to embeddings, through the cache: the text encoder is loaded only if an embedding is missing."""
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.common.console import say
-from utils.common.device import compute_dtype
 from utils.common.errors import UserError
 from utils.common.formatting import readable_size
 from utils.encoding.text_cache import TextCache, load_embedding
-from wan.checkpoints import ModelFiles, load_text_encoder, text_encoder_fingerprint
+from utils.storage.weights import Storage, hold_as
+from wan.checkpoints import ModelFiles, Place, all_to, build_text_encoder, load_text_encoder, text_encoder_fingerprint
 from wan.configs import Family
 from wan.modules.model import WanShape
 
@@ -36,18 +35,26 @@ class Texts:
 
 @dataclass(frozen=True)
 class TextEncoding:
-    """The text encoder of a model, not loaded: bf16 on a machine with a GPU, as released, and fp32 without."""
+    """The text encoder of a model, not loaded: bf16 on a machine with a GPU, as released, and fp32 without.
+
+    Its weights may be `stored` in another way, as `--text_encoder_dtype` says.
+    """
 
     files: ModelFiles
     device: torch.device
+    stored: str = "auto"
+
+    @cached_property
+    def storage(self) -> Storage:
+        return hold_as(self.stored, self.device)
 
     @property
     def dtype(self) -> torch.dtype:
-        return compute_dtype(self.device)
+        return self.storage.dtype
 
     @cached_property
     def fingerprint(self) -> str:
-        return text_encoder_fingerprint(self.files, self.dtype)
+        return text_encoder_fingerprint(self.files, self.dtype, self.storage.format)
 
     def cache(self, root: Path) -> TextCache:
         """The cache of this encoder's embeddings under `root`."""
@@ -80,7 +87,7 @@ class TextEncoding:
         self._check_differences(wanted)
 
     def _encode(self, missing: Mapping[TextCache, list[str]], device: torch.device) -> None:
-        encoder = load_text_encoder(self.files, self.dtype, device)
+        encoder = load_text_encoder(self.files, self.dtype, device, partial(self._place_in, device=device))
         cut: list[str] = []
 
         def encode(texts: list[str]) -> list[Tensor]:
@@ -109,9 +116,14 @@ class TextEncoding:
                 remedy = f"replace the file and remove {cache.folder}"
                 raise UserError(f"{same}: the text encoder {self.files.text_encoder.path} is damaged\n{remedy}")
 
+    def _place_in(self, encoder: nn.Module, device: torch.device) -> Place:
+        storage = replace(self.storage, device=device)
+        layers = storage.prepare(encoder)
+        return storage.place(layers, all_to, home=lambda _: device)
+
     @property
     def _bytes(self) -> int:
-        return sum(map(math.prod, self.files.text_encoder.shapes.values())) * self.dtype.itemsize
+        return sum(self.storage.sizes(build_text_encoder(self.files.text_encoder), lambda _: False).values())
 
     def _choose_device(self) -> torch.device:
         """The GPU if there is one with enough free memory, else the CPU."""

@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,11 @@ CHANGES_SHOWN = 20
 
 @dataclass(frozen=True)
 class Facts:
-    """What decides a run besides its learner: options that affect training, and each clip's fingerprint."""
+    """What decides a run besides its learner: options that affect training, clips' fingerprints, and `Decisions`."""
 
     options: dict[str, Any]
     data: dict[str, str]
+    decided: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def read_state(path: Path) -> State:
             raise UserError(f"{path} has the state format {content['format']!r}: it was written by a newer version")
         step = content["learner"]["step"] if content["learner"] else content["step"]
         _check_facts(content, step)
-        facts = Facts(content["options"], content["data"])
+        facts = Facts(content["options"], content["data"], content.get("decided", {}))
         state = State(path, step, facts, content["metrics"], content["learner"])
         if not all(_is_count(count) for count in state.steps_taken.values()):
             raise ValueError("step_count")
@@ -227,6 +228,9 @@ def _check_facts(content: Mapping[str, Any], step: object) -> None:
         raise ValueError("step")
     if not isinstance(content["options"], dict) or not isinstance(content["data"], dict):
         raise TypeError("options or data")
+    decided = content.get("decided", {})
+    if not isinstance(decided, dict) or not all(isinstance(value, str) for value in decided.values()):
+        raise TypeError("decided")
     if not all(isinstance(value, str) for value in content["data"].values()):
         raise TypeError("data")
     metrics = content["metrics"]

@@ -22,10 +22,10 @@ class QuantisedLinear(nn.Linear):
     mixed_by: Tensor | None  # the rotation that the weight was multiplied by
     in_codes: bool  # whether products are made of the codes themselves, where these allow it
 
-    def __init__(self, layer: nn.Linear, codes: Codes) -> None:
+    def __init__(self, layer: nn.Linear, codes: Codes, in_codes: bool = False) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.bias, self.in_codes = layer.bias, False
+        self.bias, self.in_codes = layer.bias, in_codes
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("mixed_by", None, persistent=False)
         self.hold(codes)

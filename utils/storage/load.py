@@ -24,6 +24,7 @@ class Store:
     def __init__(self, storage: Storage, takes_turns: bool = False) -> None:
         self.storage, self.takes_turns = storage, takes_turns
         self._ring = Ring(storage.device)
+        self._is_described = False
 
     def load(
         self,
@@ -55,7 +56,8 @@ class Store:
         layers = storage.prepare(model)
         load_weights(model, files, storage.place(layers, cast, home, changed), progress, storage.dtype)
         stream = Stream(model, slots, self._ring) if slots else None
-        if not waits:
+        if not self._is_described:
+            self._is_described = True
             for line in self._describe(model, layers, stream):
                 say(line)
         return stream

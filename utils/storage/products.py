@@ -12,6 +12,7 @@ from torch import Tensor
 from utils.storage.formats import E4M3, TINY
 from wan.checkpoints import rotate_columns
 
+PRODUCTS = ("fp8", "fp8_scaled", "int8")  # formats that a device multiplies
 FEWEST_ROWS, STEP = 17, 16  # what the kernels of a GPU take: more than 16 rows, widths in steps of 16
 
 
@@ -31,7 +32,8 @@ def forward(x: Tensor, codes: Tensor, scale: Tensor | None, mixed_by: Tensor | N
 def backward(grad: Tensor, codes: Tensor, scale: Tensor | None, mixed_by: Tensor | None) -> Tensor:
     """grad (M, O) of the product -> that of x (M, I) in the dtype of grad"""
     # The scales of the weight's rows are on the side that is summed over: they go to the gradient.
-    scaled = grad if scale is None else grad * _per_column(scale, codes).to(grad.dtype)
+    by_output = _per_column(scale, codes)
+    scaled = grad if by_output is None else grad * by_output.to(grad.dtype)
     # The kernels read both sides along the columns that are summed over.
     product = _multiply(scaled, codes.t().contiguous().t(), None)
     return product if mixed_by is None else rotate_columns(product, mixed_by)

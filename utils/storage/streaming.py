@@ -9,6 +9,7 @@ bit for bit.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -163,6 +164,11 @@ class Stream:
                 setattr(place.layer, place.role, nn.Parameter(view, requires_grad=False) if is_weight else view)
         if ring.device.type == "cuda":
             lock_pages(memory)
+
+    def follow(self, model: WanModel) -> None:
+        """Lets the blocks of its model say when they are about to run, where nothing else does (`enter`)."""
+        for index, block in enumerate(model.blocks):
+            block.forward = entering(block.forward, partial(self.enter, index))
 
     def describe(self) -> str:
         """A sentence about where the blocks are."""

@@ -1,18 +1,22 @@
 """How the frozen weights of a transformer are held: in which format, and which layers stay as they are."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from utils.common.decisions import Decisions
 from utils.common.device import compute_dtype
 from utils.common.errors import UserError
 from utils.common.options import option
 from utils.storage.formats import Codes, need_bitsandbytes, quantise, stored_bytes
 from utils.storage.linear import QuantisedLinear
+from utils.storage.products import PRODUCTS
+from utils.storage.timing import is_faster_in_codes
 from wan.checkpoints import Place, Quantised, Stored
-from wan.modules.model import WanModel, is_fp32
+from wan.modules.model import WanShape, is_fp32
 
 Cast = Callable[[torch.dtype, torch.device], Place]
 
@@ -36,8 +40,20 @@ class StorageOptions:
         aliases=("transformer_dtype",),
         spellings=SPELLINGS,
     )
+    text_encoder_dtype: str = option(
+        "auto",
+        "the same of the text encoder, which only runs where an embedding is not cached",
+        choices=("auto", *PLAIN, *QUANTISED),
+        spellings=SPELLINGS,
+    )
     keep_end_blocks: bool = option(False, "do not quantise the first and the last block")
 
+    quantised_matmul: str = option(
+        "auto",
+        "multiply with fp8 and int8 weights as they are stored; auto: on a GPU, where that is faster",
+        choices=("auto", "on", "off"),
+        affects_training=False,
+    )
     blocks_to_swap: int = option(
         0,
         "so many blocks have their weights in main memory, and on the GPU only while they run",
@@ -48,37 +64,56 @@ class StorageOptions:
         0.0, "the same as a share of all blocks", minimum=0, maximum=1, affects_training=False
     )
 
-    def storage(self, device: torch.device, num_blocks: int) -> "Storage":
-        """How weights are held. Raises UserError where a library is missing, and for more blocks than there are."""
-        if self.weight_dtype == "nf4":
-            need_bitsandbytes()
+    def storage(self, device: torch.device, shape: WanShape, tokens: int, decisions: Decisions) -> "Storage":
+        """How the weights of a model of this shape are held, for batches of about so many tokens.
+
+        Raises UserError where a library is missing, and for more blocks than there are.
+        """
+        num_blocks = shape.num_layers
         if self.blocks_to_swap and self.layer_offload_fraction:
             raise UserError("--blocks_to_swap and --layer_offload_fraction say the same: give one of them")
         if self.blocks_to_swap > num_blocks:
             raise UserError(f"--blocks_to_swap {self.blocks_to_swap}: the model has {num_blocks} blocks")
-        dtype = PLAIN.get(self.weight_dtype, compute_dtype(device))
-        format = self.weight_dtype if self.weight_dtype in QUANTISED else None
+        held = hold_as(self.weight_dtype, device)
         num_streamed = self.blocks_to_swap or round(self.layer_offload_fraction * num_blocks)
-        return Storage(device, dtype, format, self.keep_end_blocks, num_streamed)
+        in_codes = self.quantised_matmul == "on"
+        if self.quantised_matmul == "auto" and held.format in PRODUCTS and device.type == "cuda":
+            faster = partial(is_faster_in_codes, held.format, (shape.ffn_dim, shape.dim), tokens, device, held.dtype)
+            in_codes = decisions.take("quantised_matmul", lambda: "on" if faster() else "off") == "on"
+        return replace(held, keeps_ends=self.keep_end_blocks, num_streamed=num_streamed, in_codes=in_codes)
+
+
+def hold_as(name: str, device: torch.device) -> "Storage":
+    """What `--weight_dtype` and `--text_encoder_dtype` mean. Raises UserError where a library is missing."""
+    if name == "nf4":
+        need_bitsandbytes()
+    return Storage(device, PLAIN.get(name, compute_dtype(device)), name if name in QUANTISED else None)
 
 
 @dataclass(frozen=True)
 class Storage:
-    """On which device and in which dtype a transformer computes, and how its weights are held."""
+    """On which device and in which dtype a model with blocks computes, and how its weights are held."""
 
     device: torch.device
     dtype: torch.dtype
     format: str | None = None  # of QUANTISED: that of the blocks' linear layers
     keeps_ends: bool = False  # whether those of the first and the last block are not quantised
     num_streamed: int = 0  # blocks whose weights wait in main memory
+    in_codes: bool = False  # whether products are made of the codes themselves
 
-    def prepare(self, model: WanModel) -> dict[str, QuantisedLinear]:
+    @property
+    def is_plain(self) -> bool:
+        """Whether all weights are values on the device."""
+        return self.format is None and not self.num_streamed
+
+    def prepare(self, model: nn.Module) -> dict[str, QuantisedLinear]:
         """Makes room for codes in a model without weights. The layers that will hold them, by their weights' names."""
         layers = dict[str, QuantisedLinear]()
         if self.format is not None:
             for name, layer in linear_layers(model, self.keeps_ends).items():
                 parent, _, own = name.rpartition(".")
-                layers[f"{name}.weight"] = stand_in = QuantisedLinear(layer, Codes(layer.weight.detach(), None))
+                stand_in = QuantisedLinear(layer, Codes(layer.weight.detach(), None), self.in_codes)
+                layers[f"{name}.weight"] = stand_in
                 setattr(model.get_submodule(parent), own, stand_in)
         return layers
 
@@ -110,13 +145,13 @@ class Storage:
 
         return place
 
-    def sizes(self, model: WanModel) -> dict[str, int]:
+    def sizes(self, model: nn.Module, stays_fp32: Callable[[str], bool] = is_fp32) -> dict[str, int]:
         """The bytes that each parameter of a model without weights will take, by its name."""
         quantised = set(linear_layers(model, self.keeps_ends)) if self.format else set()
         return {
             name: stored_bytes(parameter.shape[0], parameter.shape[1], self.format)
             if self.format and name.endswith(".weight") and name.removesuffix(".weight") in quantised
-            else parameter.numel() * (torch.float32 if is_fp32(name) else self.dtype).itemsize
+            else parameter.numel() * (torch.float32 if stays_fp32(name) else self.dtype).itemsize
             for name, parameter in model.named_parameters()
         }
 
@@ -127,12 +162,14 @@ class Storage:
         return self.format in ("fp8", "fp8_scaled") and stored.codes.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-def linear_layers(model: WanModel, keeps_ends: bool = False) -> dict[str, nn.Linear]:
+def linear_layers(model: nn.Module, keeps_ends: bool = False) -> dict[str, nn.Linear]:
     """The linear layers of the blocks by their names, where it is so, without those of the first and the last block."""
-    last = len(model.blocks) - 1
+    blocks = model.get_submodule("blocks")
+    assert isinstance(blocks, nn.ModuleList)
+    last = len(blocks) - 1
     return {
         f"blocks.{index}.{name}": module
-        for index, block in enumerate(model.blocks)
+        for index, block in enumerate(blocks)
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear) and not (keeps_ends and index in (0, last))
     }

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from utils.common.decisions import Decisions
 from utils.common.options import option
 from utils.storage.streaming import Stream, entering
 from utils.storage.weights import Storage
@@ -61,16 +62,22 @@ class MemoryOptions:
         affects_training=False,
     )
 
-    def memory(self, storage: Storage, shape: WanShape, tokens: float) -> Memory:
+    def memory(self, storage: Storage, shape: WanShape, tokens: float, decisions: Decisions) -> Memory:
         """What is done for a run that trains a model of this shape, held so, on so many tokens in all.
 
         Says what `decide` says, and raises what it raises.
         """
         device = storage.device
-        compile = decide(self.compile, device, saved_seconds(device, shape.dim, shape.num_layers, tokens))
+        saved = saved_seconds(device, shape.dim, shape.num_layers, tokens)
+        compile = self.compile
+        if compile == "auto":
+            compile = decisions.take("compile", lambda: "on" if decide("auto", device, saved) else "off")
+        elif compile == "on":
+            decide("on", device, saved)
         stream = torch.float32 if self.fp32_stream else storage.dtype
         # On the CPU the blocks' own operations are as fast in fp32 (benchmarks/RECORDS.md), and they are the reference.
-        return Memory(self.gradient_checkpointing, compile, device.type == "cuda" and not compile, stream)
+        is_compiled = compile == "on"
+        return Memory(self.gradient_checkpointing, is_compiled, device.type == "cuda" and not is_compiled, stream)
 
 
 def prepare(

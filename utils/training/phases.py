@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor
 
@@ -10,17 +11,25 @@ from utils.diffusion.flow import Predict
 from utils.diffusion.objectives import Objective
 from utils.encoding.conditioning import Batch, Cond
 from utils.storage.weights import StorageOptions
-from utils.training.experts import ExpertOptions
+from utils.training.experts import ExpertOptions, Role
 from utils.training.learner import Update
 from utils.training.memory import MemoryOptions
 from utils.training.optim import Optimization
 from utils.training.preview import Previews
 from utils.training.validation import Losses, Validation, validation_loss
+from wan.configs import Family
 
 
 @dataclass(frozen=True)
 class TrainingOptions(Objective, Optimization, ExpertOptions, StorageOptions, MemoryOptions, Validation, Previews):
     """training"""
+
+    def roles(self, family: Family) -> list[Role[Self]]:
+        """As `ExpertOptions.roles`. Raises UserError too where a warm-up is as long as the training of its expert."""
+        roles = super().roles(family)
+        for role in roles:
+            role.opts.check_warmup()
+        return roles
 
 
 @dataclass(frozen=True)

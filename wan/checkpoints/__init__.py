@@ -20,6 +20,7 @@ from wan.checkpoints.fingerprints import text_encoder_fingerprint, vae_fingerpri
 from wan.checkpoints.load import (
     Place,
     Progress,
+    all_to,
     cast_to,
     load_text_encoder,
     load_transformer,
@@ -27,7 +28,7 @@ from wan.checkpoints.load import (
     load_vision_encoder,
     load_weights,
 )
-from wan.checkpoints.parts import build_transformer
+from wan.checkpoints.parts import build_text_encoder, build_transformer
 from wan.checkpoints.stored import GROUPS, Quantised, Stored, decode, rotate_columns, rotation, values_of
 from wan.checkpoints.transformer import INDEX, TRANSFORMER, TransformerFiles
 from wan.checkpoints.weights import Weights, read_weights
@@ -50,6 +51,8 @@ __all__ = [
     "Stored",
     "TransformerFiles",
     "Weights",
+    "all_to",
+    "build_text_encoder",
     "build_transformer",
     "cast_to",
     "decode",

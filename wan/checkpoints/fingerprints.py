@@ -8,9 +8,16 @@ import torch
 from wan.checkpoints.find import ModelFiles, clip_weights
 
 
-def text_encoder_fingerprint(files: ModelFiles, dtype: torch.dtype) -> str:
-    """Equal for equal weights, tokenizer, text length and dtype. Reads up to 4 MB of the weights."""
-    return _fingerprint(f"{files.text_len} {dtype}", *files.text_encoder.files, files.tokenizer / "tokenizer.json")
+def text_encoder_fingerprint(files: ModelFiles, dtype: torch.dtype, format: str | None = None) -> str:
+    """Equal for equal weights, tokenizer, text length, dtype and format of quantised weights.
+
+    Reads up to 4 MB of the weights.
+    """
+    return _fingerprint(
+        " ".join([str(files.text_len), str(dtype), *([format] if format else [])]),
+        *files.text_encoder.files,
+        files.tokenizer / "tokenizer.json",
+    )
 
 
 def vae_fingerprint(files: ModelFiles, dtype: torch.dtype) -> str:

@@ -25,7 +25,7 @@ from wan.checkpoints.transformer import TransformerFiles
 from wan.checkpoints.weights import Weights
 from wan.modules.clip import VisionEncoder, used_shapes
 from wan.modules.model import WanModel, is_fp32
-from wan.modules.t5 import TextEncoder
+from wan.modules.t5 import TextEncoder, UMT5Encoder
 from wan.modules.tokenizers import Tokenizer
 from wan.modules.vae import WanVAE
 
@@ -79,14 +79,19 @@ def load_vae(files: ModelFiles, device: Device = "cpu", dtype: torch.dtype = tor
     return _load(build_vae(files.vae), files.vae, device, dtype)
 
 
-def load_text_encoder(files: ModelFiles, dtype: torch.dtype, device: Device) -> TextEncoder:
-    """The frozen UMT5 encoder with its tokenizer, which truncates to the text length. Raises CheckpointError."""
+def load_text_encoder(
+    files: ModelFiles, dtype: torch.dtype, device: Device, place_in: Callable[[UMT5Encoder], Place] | None = None
+) -> TextEncoder:
+    """The frozen UMT5 encoder with its tokenizer, which truncates to the text length. Raises CheckpointError.
+
+    `place_in` may change the encoder before it has weights, and returns what is done to each of them (`load_weights`).
+    """
     try:
         tokenizer = Tokenizer(files.tokenizer, files.text_len)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{files.tokenizer} is not a tokenizer: {error}") from None
     weights = files.text_encoder
-    return TextEncoder(_load(build_text_encoder(weights), weights, device, dtype), tokenizer)
+    return TextEncoder(_load(build_text_encoder(weights), weights, device, dtype, place_in), tokenizer)
 
 
 def load_vision_encoder(files: ModelFiles, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> VisionEncoder:
@@ -104,10 +109,21 @@ def load_vision_encoder(files: ModelFiles, device: Device = "cpu", dtype: torch.
     return encoder.to(device, dtype)
 
 
-def _load(module: Module, weights: Weights, device: Device, dtype: torch.dtype) -> Module:
-    """The module with its weights, all of them in one dtype."""
+def all_to(dtype: torch.dtype, device: Device = "cpu") -> Place:
+    """A `place` that moves and casts every tensor."""
+    return lambda _, stored: values_of(stored.to(device), dtype).to(dtype)
+
+
+def _load(
+    module: Module,
+    weights: Weights,
+    device: Device,
+    dtype: torch.dtype,
+    place_in: Callable[[Module], Place] | None = None,
+) -> Module:
+    """The module with its weights, all of them in one dtype unless `place_in` says otherwise."""
     check_module(module, weights)
-    return _fill(module, weights, lambda _, stored: values_of(stored.to(device), dtype).to(dtype), iter, dtype)
+    return _fill(module, weights, place_in(module) if place_in else all_to(dtype, device), iter, dtype)
 
 
 def _fill(module: Module, weights: Weights, place: Place, progress: Progress, dtype: torch.dtype) -> Module:
