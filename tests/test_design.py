@@ -52,7 +52,7 @@ def importers_of(package: str, paths: list[Path]) -> set[str]:
 # ----------------------------------------------------------------------------------------------------------- floors
 
 # From the ground up: an import goes to one's own wing or to one further down this list, or to wan/.
-WINGS = ("common", "diffusion", "media", "data", "adapters", "setup", "encoding", "training", "runs")
+WINGS = ("common", "diffusion", "media", "data", "storage", "adapters", "setup", "encoding", "training", "runs")
 WITHOUT_WAN = ("common", "diffusion")
 
 

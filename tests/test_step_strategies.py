@@ -1,6 +1,7 @@
 """What blocks keep, and whether they are compiled, by the command line: every family, every strategy, and resuming."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from tests.tiny import write_clips, write_model
 from utils.adapters.lora_file import delta
 from utils.adapters.lora_reader import read_lora
 from utils.common.tensor_files import read_tensors
-from utils.training import experts, memory
+from utils.storage import weights
+from utils.training import memory
 from wan.configs import FAMILIES, Family
 
 STRATEGIES = ("none", "selective", "full", "offload", "auto")
@@ -40,13 +42,12 @@ def as_on_a_gpu(monkeypatch) -> None:
     """Models compute in bf16, and blocks that are not compiled are fused."""
     decide = memory.MemoryOptions.memory
 
-    def fused(opts: memory.MemoryOptions, device: torch.device, *more: object) -> memory.Memory:
-        chosen = decide(opts, device, *more)
-        stream = torch.float32 if opts.fp32_stream else torch.bfloat16
-        return memory.Memory(chosen.checkpointing, chosen.compile, not chosen.compile, stream)
+    def fused(opts: memory.MemoryOptions, *more: object) -> memory.Memory:
+        chosen = decide(opts, *more)
+        return replace(chosen, fuse=not chosen.compile)
 
     monkeypatch.setattr(memory.MemoryOptions, "memory", fused)
-    monkeypatch.setattr(experts, "compute_dtype", lambda _device: torch.bfloat16)
+    monkeypatch.setattr(weights, "compute_dtype", lambda _device: torch.bfloat16)
 
 
 @pytest.fixture

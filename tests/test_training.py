@@ -16,6 +16,7 @@ from tests.tiny import TINY_SHAPE, tiny_transformer, tiny_vae, write_clips, writ
 from utils.adapters.attach import plan_adapter
 from utils.adapters.lora import add_lora, select_modules
 from utils.adapters.lora_reader import read_lora
+from utils.common.decisions import Decisions
 from utils.common.tensor_files import read_tensors
 from utils.data.folders import Folder, Rules
 from utils.data.loading import load_clip
@@ -26,6 +27,7 @@ from utils.diffusion.objectives import squared_error
 from utils.encoding.conditioning import Batch, Cond, collate, make_predict
 from utils.media.probing import probe
 from utils.runs.metrics import Metrics
+from utils.storage.weights import hold_as
 from utils.training.memory import prepare
 from utils.training.optim import OptimizerSpec, ParameterGroup, Updater
 from wan.checkpoints import build_transformer, load_transformer
@@ -96,7 +98,11 @@ def test_a_bf16_base_as_on_a_gpu_trains_fp32_adapters(tmp_path: Path, batch: Bat
     model = load_transformer(files, torch.bfloat16)
     opts = train_wan_lora.parse_options(train_wan_lora.Options, ["--lora_target", "all-linear", *flags.split()])
     torch.manual_seed(0)
-    memory = replace(opts.memory(torch.device("cpu"), TINY_SHAPE, 0), fuse=True, stream=torch.bfloat16)
+    memory = replace(
+        opts.memory(hold_as("auto", torch.device("cpu")), TINY_SHAPE, 0, Decisions("here")),
+        fuse=True,
+        stream=torch.bfloat16,
+    )
     adapter = prepare(model, memory, plan_adapter(opts, build_transformer(files)).attach)
     parameters = adapter.parameters.values()
     updater = updater_of(parameters, OptimizerSpec(1e-3, 0.0, "constant", 0, 3))

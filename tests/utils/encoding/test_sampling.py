@@ -18,6 +18,7 @@ from utils.adapters.lora_writer import write_lora
 from utils.common.errors import UserError
 from utils.encoding.conditioning import Cond, make_predict
 from utils.encoding.sampling import Chosen, Transformers, choose_loras, denoise
+from utils.storage.weights import hold_as
 from wan.checkpoints import ModelFiles, open_model
 from wan.configs import FAMILIES
 from wan.modules.model import WanModel
@@ -105,7 +106,7 @@ def test_what_does_not_fit_is_said_once_although_two_experts_are_given_it(folder
 
 
 def test_a_lora_that_fits_no_transformer_is_refused_before_weights_are_read(folder, experts, monkeypatch):
-    monkeypatch.setattr(utils.encoding.sampling, "load_transformer", None)
+    monkeypatch.setattr(utils.encoding.sampling, "build_transformer", None)
     with pytest.raises(UserError, match=r"blocks\.9\.self_attn\.q"):
         choose_loras([folder / "deep_high_noise.safetensors"], 1.0, [], experts)
 
@@ -123,16 +124,16 @@ def test_each_expert_answers_on_its_own_side_of_the_boundary_and_only_one_is_in_
     alive: list[weakref.ref] = []
     counts = []
 
-    def load(files, *args):
+    def build(files):
         gc.collect()
         counts.append(sum(reference() is not None for reference in alive))
-        model = original(files, *args)
+        model = original(files)
         alive.append(weakref.ref(model))
         return model
 
-    original = utils.encoding.sampling.load_transformer
-    monkeypatch.setattr(utils.encoding.sampling, "load_transformer", load)
-    transformers = Transformers(experts, {HIGH: [], LOW: []}, CPU)
+    original = utils.encoding.sampling.build_transformer
+    monkeypatch.setattr(utils.encoding.sampling, "build_transformer", build)
+    transformers = Transformers(experts, {HIGH: [], LOW: []}, hold_as("auto", CPU))
     for timestep, expert in ((1000, 0), (875, 0), (874, 1), (0, 1), (999, 0)):
         found = transformers.predict(draw(), torch.tensor([timestep]), COND)
         torch.testing.assert_close(found, answer(expert_model(expert), timestep), rtol=1e-5, atol=1e-5)
@@ -143,7 +144,7 @@ def test_transformers_answer_as_the_base_until_they_are_fused_and_then_with_thei
     folder, experts
 ):
     loras = choose_loras([folder / "fox.safetensors"], 0.5, [f"{folder}/fast.safetensors"], experts)
-    transformers = Transformers(experts, loras, CPU)
+    transformers = Transformers(experts, loras, hold_as("auto", CPU))
 
     def answers() -> list[Tensor]:
         return [transformers.predict(draw(), torch.tensor([timestep]), COND) for timestep in (900.0, 100.0, 950.0)]
@@ -162,9 +163,11 @@ def test_transformers_answer_as_the_base_until_they_are_fused_and_then_with_thei
 
 
 def test_a_transformer_that_is_in_memory_is_fused_where_it_is(folder, single, monkeypatch):
-    transformers = Transformers(single, choose_loras([folder / "fast.safetensors"], 1.0, [], single), CPU)
+    transformers = Transformers(
+        single, choose_loras([folder / "fast.safetensors"], 1.0, [], single), hold_as("auto", CPU)
+    )
     before = transformers.predict(draw(), torch.tensor([500.0]), COND)
-    monkeypatch.setattr(utils.encoding.sampling, "load_transformer", None)
+    monkeypatch.setattr(utils.encoding.sampling, "build_transformer", None)
     transformers.fuse()
     assert not torch.allclose(transformers.predict(draw(), torch.tensor([500.0]), COND), before)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import train_wan_lora
-import utils.training.experts
+import utils.storage.load
 from tests.loras import make_pair
 from tests.tiny import TINY_SHAPE, tiny_shape, tiny_transformer, write_model
 from utils.adapters.attach import LoraAdapter, plan_adapter
@@ -21,6 +21,7 @@ from utils.adapters.lora_writer import write_lora
 from utils.common.errors import UserError
 from utils.common.options import parse_options
 from utils.encoding.conditioning import Cond, make_predict
+from utils.storage.weights import hold_as
 from utils.training.checkpoint_plan import CheckpointPlan
 from utils.training.experts import Experts, Role, load_experts, plan_experts
 from utils.training.memory import Memory
@@ -98,9 +99,9 @@ def test_each_expert_has_the_options_of_the_run_except_for_its_own():
 
 def test_a_warm_up_is_measured_against_the_steps_of_each_expert():
     with pytest.raises(UserError, match="--lr_warmup_steps 50 must be below the 20 steps"):
-        train_wan_lora.find_roles(options("--lr_warmup_steps 50 --low_max_train_steps 20"), A14B)
+        options("--lr_warmup_steps 50 --low_max_train_steps 20").roles(A14B)
     long = "--lr_warmup_steps 1500 --high_max_train_steps 2000 --low_max_train_steps 2000"
-    assert len(train_wan_lora.find_roles(options(long), A14B)) == 2
+    assert len(options(long).roles(A14B)) == 2
 
 
 def test_steps_of_its_own_take_the_place_of_epochs_for_one_expert():
@@ -235,7 +236,9 @@ def files(tmp_path_factory) -> ModelFiles:
 
 def load(files: ModelFiles, flags: str, with_others: bool) -> tuple[list[Role], Experts, dict[str, LoraAdapter]]:
     roles = options(flags).roles(files.family)
-    return roles, *load_experts(roles, plan_experts(roles, files), files, Memory(), KEPT, CPU, with_others)
+    return roles, *load_experts(
+        roles, plan_experts(roles, files), files, Memory(), KEPT, hold_as("auto", CPU), with_others
+    )
 
 
 def ranks(model: WanModel) -> set[int]:
@@ -300,9 +303,9 @@ def test_a_fused_lora_of_an_expert_that_is_not_trained_is_refused(files, tmp_pat
 
 def test_too_little_main_memory_for_the_expert_that_waits_is_reported_before_it_is_read(files, monkeypatch):
     roles = options().roles(A14B)
-    monkeypatch.setattr(utils.training.experts.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(utils.storage.load.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     plans = plan_experts(roles, files)
-    experts, _ = load_experts(roles[:1], plans, files, Memory(), KEPT, CPU, with_others=False)
+    experts, _ = load_experts(roles[:1], plans, files, Memory(), KEPT, hold_as("auto", CPU), with_others=False)
     assert list(experts.models) == [HIGH]
-    with pytest.raises(UserError, match="in main memory at any time: low_noise takes 0.36 MB, and"):
-        load_experts(roles, plans, files, Memory(), KEPT, DEVICE, with_others=False)
+    with pytest.raises(UserError, match="in main memory at any time: it takes 0.36 MB, and"):
+        load_experts(roles, plans, files, Memory(), KEPT, hold_as("auto", DEVICE), with_others=False)

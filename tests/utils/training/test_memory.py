@@ -20,7 +20,9 @@ from tests.trainees import (
     relative_error,
     trainee,
 )
+from utils.common.decisions import Decisions
 from utils.common.errors import UserError
+from utils.storage.weights import hold_as
 from utils.training import compilation, memory
 from utils.training.checkpoint_plan import AUTO, CheckpointPlan, Room
 from utils.training.checkpointing import STRATEGIES
@@ -209,17 +211,21 @@ def test_models_that_take_turns_may_share_a_plan():
 )
 def test_what_is_done_for_a_run_follows_from_its_options_and_device(opts, device, expected, monkeypatch):
     monkeypatch.setattr(compilation, "why_not", lambda _: None)
-    assert opts.memory(device, TINY_SHAPE, tokens=1e3) == expected
+    assert opts.memory(hold_as("auto", device), TINY_SHAPE, 1e3, Decisions("here")) == expected
 
 
 def test_a_long_run_of_a_large_model_is_compiled_where_a_compiler_works(monkeypatch, capsys):
     large = replace(TINY_SHAPE, dim=1536, num_layers=30)
     monkeypatch.setattr(compilation, "why_not", lambda _: None)
-    assert MemoryOptions().memory(CUDA, large, tokens=1e8) == Memory(AUTO, compile=True, stream=BF16)
+    held, decisions = hold_as("auto", CUDA), Decisions("here")
+    assert MemoryOptions().memory(held, large, 1e8, decisions) == Memory(AUTO, compile=True, stream=BF16)
     monkeypatch.setattr(compilation, "why_not", lambda _: "no compiler")
-    assert MemoryOptions().memory(CUDA, large, tokens=1e8) == Memory(AUTO, fuse=True, stream=BF16)
+    resumed = Decisions("here", decisions.table())
+    assert MemoryOptions().memory(held, large, 1e8, Decisions("here")) == Memory(AUTO, fuse=True, stream=BF16)
+    assert MemoryOptions().memory(held, large, 1e8, resumed) == Memory(AUTO, compile=True, stream=BF16)
+    assert MemoryOptions(compile="off").memory(held, large, 1e8, resumed) == Memory(AUTO, fuse=True, stream=BF16)
     with pytest.raises(UserError, match="no compiler"):
-        MemoryOptions(compile="on").memory(CUDA, large, tokens=1e8)
+        MemoryOptions(compile="on").memory(held, large, 1e8, Decisions("here"))
     capsys.readouterr()
 
 

@@ -169,7 +169,7 @@ def test_an_unstated_format_is_named_by_its_tensors_in_whatever_order(kind, reve
     facts = LAYER | UNSTATED[kind]
     if reverse:
         facts = dict(reversed(facts.items()))
-    assert refused(rf"is quantised to {kind} \(", scales_of, facts).endswith("fp8, plain or scaled, are")
+    assert refused(rf"is quantised to {kind} \(", scales_of, facts).endswith("and int8 of ComfyUI are")
 
 
 @pytest.mark.parametrize(
