@@ -261,7 +261,7 @@ def open_session(
     # The largest batch goes through the model before the first step, so that memory is found too small now and not
     # after hours. What there is room for decides how much the blocks keep for the backward pass.
     rehearse(phases[0], experts.models[roles[0].name], samples.load_batch(plan.largest_batch), kept, learner.parameters)
-    needed = opts.flags(files) + needed_flags(files.family, opts.control_signal)
+    needed = opts.flags(files) + opts.storage_flags + needed_flags(files.family, opts.control_signal)
     return Session(learner, schedule, experts, samples, plan, steps_per_epoch, validation, preview, further, needed)
 
 

@@ -64,6 +64,13 @@ class StorageOptions:
         0.0, "the same as a share of all blocks", minimum=0, maximum=1, affects_training=False
     )
 
+    @property
+    def storage_flags(self) -> str:
+        """The options, as typed, with which the test script holds weights as the run does; none for the defaults."""
+        names = ("weight_dtype", "blocks_to_swap", "layer_offload_fraction")
+        changed = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(StorageOptions, name)}
+        return "".join(f" --{name} {value}" for name, value in changed.items())
+
     def storage(self, device: torch.device, shape: WanShape, tokens: int, decisions: Decisions) -> "Storage":
         """How the weights of a model of this shape are held, for batches of about so many tokens.
 
