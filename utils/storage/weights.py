@@ -147,7 +147,7 @@ class Storage:
                 assert self.format is not None
                 # Codes are made of fp32: of what the file says, not of what is left of it in bf16.
                 codes = quantise(cast(torch.float32, self.device)(name, stored), self.format)
-            layer.hold(codes.to(device))
+            layer.hold(codes.to(device), self.device)
             return layer.weight
 
         return place
