@@ -3,9 +3,10 @@
 A step of the real model is linear in the number of its blocks: two depths say what a block adds, and what the rest is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,8 @@ from utils.training.memory import Memory, prepare
 from wan.modules.clip import VisionShape
 from wan.modules.model import WanModel, WanShape, is_fp32, rotary_table
 
-DEPTHS = 2, 4  # blocks of the models that are counted
+DEPTHS = 2, 3  # blocks of the models that are counted: a last one that is not the first, and one more
 META = torch.device("meta")
-LORA_BYTES = 4  # of a number of a LoRA or of its gradient: both are fp32
 
 
 @dataclass(frozen=True)
@@ -132,20 +132,34 @@ def lora_size(work: Workload) -> Line:
 
     def count(depth: int) -> int:
         model = empty_model(replace(work.shape, num_layers=depth), torch.float32, META)
-        layers = (model.get_submodule(name) for name in select_modules(model, work.targets))
-        return sum(work.rank * sum(layer.weight.shape) for layer in layers)
+        weights = (model.get_parameter(f"{name}.weight") for name in select_modules(model, work.targets))
+        return sum(work.rank * sum(weight.shape) for weight in weights)
 
     return Line.through(*map(count, DEPTHS))
 
 
-def peak_bytes(costs: list[Cost], gradients: float) -> float:
+@dataclass(frozen=True)
+class Peak:
+    """What is alive at the peak of a step, in bytes."""
+
+    kept: float  # by blocks
+    working: float
+    gradients: float  # of the LoRA
+
+    @property
+    def total(self) -> float:
+        return self.kept + self.working + self.gradients
+
+
+def peak_of(costs: Sequence[Cost], gradients: float) -> Peak:
     """The peak of a step whose blocks have these costs, in their order, each with so many bytes of gradients.
 
     Blocks run backward from the last: when one does, those before it keep what they kept, and those from it on have
     their gradients.
     """
-    kept, peaks = 0.0, []
-    for index, cost in enumerate(costs):
-        kept += cost.block.peak_bytes
-        peaks.append(kept + cost.rest.peak_bytes + (len(costs) - index) * gradients)
-    return max(peaks)
+    kept = accumulate(cost.block.peak_bytes for cost in costs)
+    peaks = (
+        Peak(before, cost.rest.peak_bytes, (len(costs) - index) * gradients)
+        for index, (before, cost) in enumerate(zip(kept, costs, strict=True))
+    )
+    return max(peaks, key=lambda peak: peak.total)
