@@ -117,8 +117,8 @@ def calibrate(work: Workload, dtype: torch.dtype, memory: Memory) -> Cost:
 def _count(work: Workload, dtype: torch.dtype, memory: Memory) -> Counts:
     # The default device is that of the main memory in which inputs of blocks may wait, too.
     with torch.device(META):
-        loss, _ = training_step(work, dtype, memory, META)
-        return count_step(loss)
+        loss, trained = training_step(work, dtype, memory, META)
+        return count_step(loss, trained)
 
 
 def _rotary_bytes(work: Workload) -> int:

@@ -121,17 +121,17 @@ class Counts:
         return tuple(vars(self).values())
 
 
-def count_step(loss: Callable[[], Tensor], trained: Iterable[nn.Parameter] = ()) -> Counts:
+def count_step(loss: Callable[[], Tensor], accumulating: Iterable[nn.Parameter] = ()) -> Counts:
     """What the forward and backward pass of `loss()` takes, from the second step on.
 
-    The first step is run, too, and not counted: it makes what is cached, such as LoRA matrices in the dtype of
-    computing, and gradients, to which the second one adds; those of `trained` it makes anew.
+    `loss` is called once before, and not counted: that makes what is cached, such as LoRA matrices in the dtype of
+    computing. `accumulating` are parameters that have gradients already, to which the step adds.
     """
     counter = _Counter()
+    for parameter in accumulating:
+        parameter.grad = torch.zeros_like(parameter)
     with fused_ops():
-        loss().backward()
-        for parameter in trained:
-            parameter.grad = None
+        loss()
         with counter:
             value = loss()
             kept = counter.live - value.nbytes
