@@ -48,6 +48,7 @@ KEPT, OPS = "kept", "ops"
 FORWARD, RECOMPUTE, BACKWARD = "forward", "recompute", "backward"
 ROOTS = (Path(torch.__file__).resolve().parents[1], Path(__file__).resolve().parents[1])
 PACKAGES = ("wan", "utils", "diffusers", "peft")  # whose lines are listed
+STAND_INS = Path("utils/training/fused_ops.py")  # for operations of torch: no line that calls them is there
 DEPTHS, GRIDS = (1, 3), ((1, 16, 16), (2, 16, 16))  # what `per_block` subtracts: blocks, latents F, H, W
 COMPILED_GRIDS = ((1, 64, 64), (2, 64, 64))  # what a compiler keeps depends on size: that of real clips
 ELSEWHERE = "elsewhere"
@@ -294,5 +295,5 @@ def _own_path(filename: str) -> str | None:
     for root in ROOTS:
         if Path(filename).is_relative_to(root):
             path = Path(filename).relative_to(root)
-            return path.as_posix() if path.parts[0] in PACKAGES else None
+            return path.as_posix() if path.parts[0] in PACKAGES and path != STAND_INS else None
     return None

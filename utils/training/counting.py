@@ -8,6 +8,7 @@ storage until the storage is freed. What a kernel does inside is not seen, with 
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -70,6 +71,10 @@ def kind_of(name: str) -> str:
 
 
 def tensors_in(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if not isinstance(value, Iterable):
+        return []
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
@@ -92,12 +97,18 @@ def _arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     inputs: list[Tensor] = []
     targets: list[Tensor] = []
     out = False
-    for index, argument in enumerate(func._schema.arguments):
-        value = args[index] if index < len(args) else kwargs.get(argument.name)
-        written = argument.alias_info is not None and argument.alias_info.is_write
+    for index, (name, written, is_out) in enumerate(_declared(func)):
+        value = args[index] if index < len(args) else kwargs.get(name)
         (targets if written else inputs).extend(tensors_in(value))
-        out = out or (written and argument.is_out)
+        out = out or is_out
     return inputs, targets, out or func._schema.name.endswith(OVERWRITES)
+
+
+@cache
+def _declared(func: Any) -> list[tuple[str, bool, bool]]:
+    """Of each argument of an operation its name, whether it is written, and whether it is an answer's place."""
+    arguments = [(each, each.alias_info is not None and each.alias_info.is_write) for each in func._schema.arguments]
+    return [(each.name, written, written and each.is_out) for each, written in arguments]
 
 
 @dataclass(frozen=True)
