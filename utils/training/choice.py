@@ -88,6 +88,12 @@ def _most_kept(work: Workload, card: Card, limits: Limits, given: Given, base: S
             first = middle + 1
         else:
             last = middle - 1
+    # With the last block of a kind the working memory of that kind goes: all of one kind may fit where a mixture of
+    # the same level does not.
+    for position in positions[first:]:
+        if len(set(position)) == 1:
+            found = forecast(work, replace(base, checkpointing=position), card)
+            best = found if limits.hold(found) else best
     return best
 
 

@@ -49,6 +49,23 @@ def test_bf16_is_preferred_and_then_what_streams_less():
     assert choose(LONG, CARD, Limits(limit, PLENTY), Given(checkpointing="full")).setting == Setting("bf16", 4)
 
 
+def test_what_is_faster_by_less_than_the_forecast_knows_is_no_reason_to_stream(monkeypatch):
+    resident = Setting("bf16", 0, ("none",) * 4 + ("selective",) * 2)
+    limits = Limits(forecast(LONG, resident, CARD).device.total, PLENTY)
+    monkeypatch.setattr(choice, "AS_FAST", 1.0)
+    assert choose(LONG, CARD, limits).setting.streamed > 0
+    monkeypatch.setattr(choice, "AS_FAST", 1.1)
+    assert choose(LONG, CARD, limits).setting == resident
+
+
+def test_all_blocks_under_one_strategy_may_fit_where_a_mixture_does_not():
+    """A block that runs again needs more working memory than it saves, where it is the only one."""
+    settings = (Setting(checkpointing=("none",) * n + ("selective",) * (6 - n)) for n in (6, 5))
+    everything, almost = (forecast(LONG, setting, CARD) for setting in settings)
+    assert everything.device.total < almost.device.total
+    assert choose(LONG, CARD, Limits(everything.device.total, 0)).setting == everything.setting
+
+
 def test_where_main_memory_is_small_weights_are_quantised_in_their_order():
     given = Given(checkpointing="full")
     sizes = [forecast(LONG, Setting(weights), CARD).device.total for weights in WEIGHTS]
