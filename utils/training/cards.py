@@ -47,3 +47,10 @@ CARDS = {
     "h100": _card("H100 80 GB", 80, 989, 3350, 67, PCIE5, HOPPER),
     "h200": _card("H200", 140, 989, 4800, 67, PCIE5, HOPPER),
 }
+
+
+def find_card(name: str) -> Card | None:
+    """The card of the name that CUDA gives it, such as "NVIDIA GeForce RTX 4090"; None for one that is not listed."""
+    words = set(name.lower().replace("gb", " gb").split())
+    listed = sorted(CARDS.values(), key=lambda card: -len(card.name))
+    return next((card for card in listed if set(card.name.lower().split()) - {"80", "gb"} <= words), None)

@@ -14,16 +14,16 @@ import torch
 from torch import nn
 
 from utils.common.formatting import format_table
+from utils.storage.formats import stored_bytes
+from utils.storage.streaming import SLOTS
+from utils.storage.weights import PLAIN
 from utils.training.calibration import META, Cost, Workload, calibrate, empty_model, lora_size, peak_of
 from utils.training.cards import Card
 from utils.training.memory import Memory
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CONTEXT = 1.0e9  # bytes of CUDA's context, of cuBLAS, and lost between tensors: an estimate, not measured
-SLOTS = 2  # blocks on the device of those that stream through it
 LORA, GRADIENT, MOMENTS, CONVERTED = 4, 4, 8, 2  # bytes for each number of a LoRA: fp32; fp32; two of fp32; bf16
-SCALE, NF4_GROUP = 4, 64  # bytes of a scale; values that share one
-VALUE = {"fp32": 4, "bf16": 2, "fp8": 1, "fp8_scaled": 1, "int8": 1, "nf4": 0.5}  # bytes of a stored weight
 # int8 weights are stored rotated: their values in bf16 exist before and after the rotation.
 COPIES = {"fp32": 0, "bf16": 0, "fp8": 1, "fp8_scaled": 1, "int8": 2, "nf4": 1}
 PASSES = {"none": 2}  # of the weights of a block through the kernels; 3 where the forward pass runs again
@@ -39,7 +39,7 @@ COMPILED_KEEPS = 33.9 / 29.9
 class Setting:
     """How a model is trained."""
 
-    weights: str = "bf16"  # of VALUE: how the linear layers of blocks are stored
+    weights: str = "bf16"  # of PLAIN or QUANTISED: how the linear layers of blocks are stored
     streamed: int = 0  # blocks whose frozen weights are in main memory, and stream through SLOTS on the device
     checkpointing: str | tuple[str, ...] = "full"  # the strategy of all blocks, or of each
     compile: bool = False
@@ -139,24 +139,20 @@ class Stored:
     matrix: float  # the largest of them in bf16
 
 
-def matrix_bytes(weights: str, rows: int, columns: int) -> float:
-    """Of the stored weight of a linear layer: the one place that knows what a format takes."""
-    scales = {"nf4": rows * columns / NF4_GROUP, "fp32": 0, "bf16": 0}.get(weights, rows)
-    return rows * columns * VALUE[weights] + SCALE * scales
-
-
 @cache
 def stored(work: Workload, weights: str) -> Stored:
     """What is stored of a block and of the rest; the rest is never quantised."""
     model = empty_model(replace(work.shape, num_layers=1), FP32 if weights == "fp32" else BF16, META)
     shapes = [module.weight.shape for module in model.blocks[0].modules() if isinstance(module, nn.Linear)]
-    linear = sum(matrix_bytes(weights, *shape) for shape in shapes)
-    itemsize = VALUE["fp32" if weights == "fp32" else "bf16"]
+    itemsize = PLAIN["fp32" if weights == "fp32" else "bf16"].itemsize
+    linear = sum(
+        itemsize * shape.numel() if weights in PLAIN else stored_bytes(shape[0], shape[1], weights) for shape in shapes
+    )
     values = sum(shape.numel() for shape in shapes)
     block = sum(parameter.nbytes for parameter in model.blocks.parameters())
     others = sum(parameter.nbytes for parameter in model.parameters()) - block
     largest = max(shape.numel() for shape in shapes)
-    return Stored(block - itemsize * values + linear, others, values, linear, VALUE["bf16"] * largest)
+    return Stored(block - itemsize * values + linear, others, values, linear, BF16.itemsize * largest)
 
 
 def forecast(work: Workload, setting: Setting, card: Card) -> Forecast:
@@ -233,4 +229,4 @@ def _dequantised_bytes(weights: str, sizes: Stored) -> float:
     """What a pass of a block moves so that its weights are in bf16: each is read, and written COPIES times."""
     copies = COPIES[weights]
     reads_between = copies - 1 if copies else 0
-    return (sizes.linear + (copies + reads_between) * VALUE["bf16"] * sizes.values) if copies else 0.0
+    return (sizes.linear + (copies + reads_between) * BF16.itemsize * sizes.values) if copies else 0.0
