@@ -1,6 +1,6 @@
 """The fastest setting that fits a GPU, by forecast."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from utils.common.errors import UserError
@@ -38,7 +38,13 @@ class Limits:
         return found.device.total <= self.device and found.host.total <= self.host
 
 
-def choose(work: Workload, card: Card, limits: Limits, given: Given = Given()) -> Forecast:
+def choose(
+    work: Workload,
+    card: Card,
+    limits: Limits,
+    given: Given = Given(),
+    progress: Callable[[list[Setting]], Iterable[Setting]] = iter,
+) -> Forecast:
     """The fastest setting that fits, with its forecast; what is given stays.
 
     For each format of weights, and each number of streamed blocks, blocks keep as much as there is room for, which is
@@ -47,7 +53,8 @@ def choose(work: Workload, card: Card, limits: Limits, given: Given = Given()) -
 
     Raises UserError, which says what would fit, where nothing does.
     """
-    fitting = [found for setting in _bases(work, given) if (found := _most_kept(work, card, limits, given, setting))]
+    settings = progress(list(_bases(work, given)))
+    fitting = [found for setting in settings if (found := _most_kept(work, card, limits, given, setting))]
     if not fitting:
         raise UserError(_what_would_fit(work, card, limits, given))
     fastest = min(found.seconds.total for found in fitting)

@@ -200,8 +200,10 @@ def _memory(work: Workload, setting: Setting, costs: Sequence[Cost], weights: St
         working=peak.working + COPIES[setting.weights] * weights.matrix,
     )
     inputs = setting.strategies(depth).count("offload") * _input_bytes(work, setting)
-    idle = (work.experts - 1) * (depth * weights.block + weights.others)
-    return device, HostBytes(setting.streamed * weights.block, inputs, idle)
+    others = work.experts - 1
+    if others and setting.streamed:  # all blocks of all experts are there, and none is ever copied back
+        return device, HostBytes(work.experts * depth * weights.block, inputs, others * weights.others)
+    return device, HostBytes(setting.streamed * weights.block, inputs, others * (depth * weights.block + weights.others))
 
 
 def _input_bytes(work: Workload, setting: Setting) -> float:
@@ -221,7 +223,7 @@ def _seconds(
     seconds = Seconds(products, attention, moved / card.bandwidth)
     # Streamed weights arrive for the forward and again for the backward pass; inputs leave in one and return in the
     # other, and both directions at once. The GPU computes meanwhile.
-    arriving = 2 * host.streamed + host.inputs
+    arriving = 2 * setting.streamed * weights.block + host.inputs
     return replace(seconds, transfer=max(0.0, arriving / card.link - seconds.total))
 
 

@@ -1,11 +1,13 @@
 """What a run would take on a GPU, and which options would make it fit: said without loading anything."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import psutil
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from utils.common.console import say
 from utils.common.errors import UserError
@@ -15,7 +17,7 @@ from utils.training.calibration import Workload
 from utils.training.cards import CARDS, Card, find_card
 from utils.training.checkpoint_plan import AUTO
 from utils.training.choice import Given, Limits, choose
-from utils.training.forecast import Forecast
+from utils.training.forecast import Forecast, Setting
 from utils.training.memory import MemoryOptions
 from wan.configs import Family
 from wan.modules.clip import VisionEncoder, VisionShape
@@ -24,6 +26,7 @@ from wan.modules.vae2_2 import Wan22VAE
 
 MARGIN = 0.05  # of a GPU's memory: lost between tensors of different sizes, and to the screen
 HOST_MARGIN = 0.25  # of what is free of main memory, which other programs use too
+ASSUMED_HOST = 64e9  # bytes of main memory that are free beside a GPU of another machine
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,18 @@ def say_plan(opts: PlanOptions, given: Given, family: Family, work: Workload, ke
     """
     card = CARDS[opts.gpu] if opts.gpu else this_card()
     encoders = encoder_bytes(family) if keeps_encoders else 0
-    limits = Limits(card.memory * (1 - MARGIN) - encoders, psutil.virtual_memory().available * (1 - HOST_MARGIN))
-    found = choose(work, card, limits, given)
-    say(found.describe())
+    host = ASSUMED_HOST if opts.gpu else psutil.virtual_memory().available * (1 - HOST_MARGIN)
+    found = choose(work, card, Limits(card.memory * (1 - MARGIN) - encoders, host), given, _progress)
+    say(f"\n{found.describe()}")
     if encoders:
         say(f"encoders take {encoders / 1e9:.2f} GB beside that; --cache_latents keeps them off the GPU")
     say(f"options: {flags_of(found)}")
-    say("nothing of this is measured: rates are nominal, and times optimistic by perhaps 20 to 30 %")
+    assumed = f"{ASSUMED_HOST / 1e9:.0f} GB of main memory are assumed; " if opts.gpu else ""
+    say(f"{assumed}nothing of this is measured: rates are nominal, and times optimistic by perhaps 20 to 30 %")
+
+
+def _progress(settings: list[Setting]) -> Iterable[Setting]:
+    return tqdm(settings, desc="forecasting", unit="setting", leave=False)
 
 
 def given_of(storage: StorageOptions, memory: MemoryOptions, num_blocks: int) -> Given:
