@@ -200,10 +200,11 @@ def _memory(work: Workload, setting: Setting, costs: Sequence[Cost], weights: St
         working=peak.working + COPIES[setting.weights] * weights.matrix,
     )
     inputs = setting.strategies(depth).count("offload") * _input_bytes(work, setting)
-    others = work.experts - 1
-    if others and setting.streamed:  # all blocks of all experts are there, and none is ever copied back
-        return device, HostBytes(work.experts * depth * weights.block, inputs, others * weights.others)
-    return device, HostBytes(setting.streamed * weights.block, inputs, others * (depth * weights.block + weights.others))
+    idle = work.experts - 1
+    if idle and setting.streamed:  # all blocks of all experts are there, and none is ever copied back
+        return device, HostBytes(work.experts * depth * weights.block, inputs, idle * weights.others)
+    waiting = idle * (depth * weights.block + weights.others)
+    return device, HostBytes(setting.streamed * weights.block, inputs, waiting)
 
 
 def _input_bytes(work: Workload, setting: Setting) -> float:

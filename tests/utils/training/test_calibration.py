@@ -53,6 +53,7 @@ def counted(work: Workload, strategies: list[str], fuse: bool = True, dtype: tor
     return count_step(loss).peak_bytes + table_bytes(work)
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_deeper_model_is_foreseen_within_5_percent_under_every_strategy():
     errors = {}
     for strategy, fuse, dtype in product(STRATEGIES, (True, False), (FP32, BF16)):

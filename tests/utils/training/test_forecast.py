@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from utils.storage.weights import QUANTISED, Storage
 from utils.training.calibration import META, Workload, empty_model, lora_size
 from utils.training.cards import CARDS
-from utils.training.forecast import COMPILED_KEEPS, CONTEXT, VALUE, Setting, forecast, matrix_bytes, stored
+from utils.training.forecast import COMPILED_KEEPS, CONTEXT, Setting, forecast, stored
 from wan.configs import FAMILIES
+from wan.modules.model import WanModel
 
 CARD = CARDS["4090"]
 SMALL, LARGE = (Workload(FAMILIES[name].shape, 10_000) for name in ("wan2.1-t2v-1.3B", "wan2.1-t2v-14B"))
@@ -33,12 +35,14 @@ def test_the_stored_weights_are_those_of_the_model(name, weights):
     assert work.shape.num_layers * sizes.block + sizes.others == sum(p.nbytes for p in model.parameters())
 
 
-def test_a_format_takes_its_values_and_their_scales():
-    sizes = {weights: matrix_bytes(weights, 128, 256) for weights in VALUE}
-    values = 128 * 256
-    row = values + 4 * 128
-    expected = {"fp32": 4 * values, "bf16": 2 * values, "fp8": row, "fp8_scaled": row, "int8": row}
-    assert sizes == expected | {"nf4": values / 2 + 4 * 128 * 4}
+@pytest.mark.parametrize("weights", QUANTISED)
+def test_quantised_weights_take_what_they_take_in_the_trainer(weights):
+    work = Workload(FAMILIES["wan2.1-t2v-1.3B"].shape, 100)
+    storage = Storage(META, torch.bfloat16, weights)
+    sizes = stored(work, weights)
+    with torch.device("meta"):
+        whole = sum(storage.sizes(WanModel(work.shape)).values())
+    assert work.shape.num_layers * sizes.block + sizes.others == whole
 
 
 @pytest.mark.parametrize(
