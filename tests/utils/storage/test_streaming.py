@@ -60,8 +60,7 @@ CASES = {
     "none": (PLAIN, 4),
     "one block": (PLAIN, 1),
     "all blocks": (Case(Memory("full")), 5),
-    "two blocks": (Case(Memory("selective"), "int8"), 2),
-    "selective, bf16": (Case(Memory("selective", stream=BF16), None, BF16), 3),
+    "selective, bf16": (Case(Memory("selective", stream=BF16), "int8", BF16), 3),
     "offload": (Case(Memory("offload"), "fp8_scaled"), 4),
     "nf4": (Case(Memory("none"), "nf4"), 3),
     "fused, none": (Case(Memory(**FUSED), "int8"), 4),
@@ -101,24 +100,26 @@ def test_every_strategy_and_every_number_of_blocks_is_among_the_cases():
     assert {count for case, count in CASES.values() if case.blocks == 5} == {1, 2, 3, 4, 5}
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("count", [1, 2, 5])
-def test_models_that_take_turns_on_one_ring_give_the_numbers_of_those_that_stay(count, fuse):
-    case, lane = Case(Memory("selective", fuse=fuse), "int8"), LateLane()
-    ring, results = Ring(CPU, lane), []
-    for streamed in (True, False):
-        models = [case.model(seed) for seed in range(2)]
-        slots = assign_slots(case.blocks, count, takes_turns=True)
-        streams = [Stream(model, slots, ring) if streamed else None for model in models]
-        trained = [case.trained(model, stream) for model, stream in zip(models, streams, strict=True)]
-        found = []
-        for index in (0, 0, 1, 0, 1, 1):
-            found += answers(models[index], trained[index], inputs_of(models[index], case.situation))
+def in_turns(case: Case, count: int, ring: Ring | None) -> list[Tensor]:
+    """What two models give in turns, with so many streamed blocks on a ring, or with all weights on the device."""
+    models = [case.model(seed) for seed in range(2)]
+    slots = assign_slots(case.blocks, count, takes_turns=True)
+    streams = [None if ring is None else Stream(model, slots, ring) for model in models]
+    trained = [case.trained(model, stream) for model, stream in zip(models, streams, strict=True)]
+    inputs, found = inputs_of(models[0], case.situation), []
+    for index in (0, 1, 1, 0):
+        found += answers(models[index], trained[index], inputs)
+        if index:
             with torch.no_grad():  # as previews ask them, each for its part
-                found += [model(*inputs_of(model, case.situation, seed=1)) for model in models]
-        results.append(found)
-    assert equal(*results)
-    assert len(ring.slots) == len(set(slots.values())) == case.blocks - count + min(count, SLOTS)
+                found += [model(*inputs) for model in models]
+    return found
+
+
+@pytest.mark.parametrize(("count", "fuse"), [(1, True), (3, False), (5, True)])
+def test_models_that_take_turns_on_one_ring_give_the_numbers_of_those_that_stay(count, fuse):
+    case, ring = Case(Memory("selective", fuse=fuse), "int8"), Ring(CPU, LateLane())
+    assert equal(in_turns(case, count, ring), in_turns(case, count, None))
+    assert len(ring.slots) == case.blocks - count + min(count, SLOTS)
 
 
 @pytest.mark.slow
@@ -165,14 +166,16 @@ def copies(count: int, strategy: str = "full", **more: bool) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("strategy", "fuse"), [("none", False), ("selective", True), ("full", False), ("offload", True)]
+)
 def test_weights_are_copied_as_often_as_needed_and_no_more(strategy, fuse):
-    # Of four blocks, two of which stay from the pass before: up, down, up. Samplers go up again and again.
-    assert copies(4, strategy, fuse=fuse) == [4 + 2, 2 + 2, 4, 4, 4]
+    # Up and down, and up again: each time two of the four are still there. When samplers are at the last block, the
+    # first follows in the slot of the one before.
+    assert copies(4, strategy, fuse=fuse) == [4 + 2, 2 + 2, 2 + 1, 4, 4]
 
 
-@pytest.mark.parametrize(("count", "expected"), [(1, [1, 0, 0, 0, 0]), (2, [2, 0, 0, 0, 0]), (3, [4, 2, 3, 3, 3])])
+@pytest.mark.parametrize(("count", "expected"), [(1, [1, 0, 0, 0, 0]), (2, [2, 0, 0, 0, 0]), (3, [4, 2, 1, 2, 2])])
 def test_as_many_blocks_as_slots_are_copied_once(count, expected):
     assert copies(count) == expected
 
@@ -226,8 +229,9 @@ class OneWay(Stream):
             super().enter(block)
 
 
-@pytest.mark.parametrize("broken", [Hasty, Late, OneWay])
-@pytest.mark.parametrize("name", ["none", "fused, none", "offload"])
+@pytest.mark.parametrize(
+    ("broken", "name"), [(Hasty, "none"), (Hasty, "offload"), (Late, "none"), (OneWay, "none"), (OneWay, "fused, none")]
+)
 def test_a_stream_that_is_too_early_or_too_late_is_found_out(broken, name):
     case, _ = CASES[name]
     found, _ = case.run(4, of=broken)
@@ -236,9 +240,8 @@ def test_a_stream_that_is_too_early_or_too_late_is_found_out(broken, name):
 
 def test_the_weights_are_those_in_main_memory():
     """Poisoned there, they are poisoned in every answer: nothing else of them is left."""
-    for block in (0, 4):
-        found, _ = PLAIN.run(4, before=lambda stream, block=block: stream.hosts[block].fill_(255))
-        assert not any(tensor.isfinite().all() for tensor in found)
+    found, _ = PLAIN.run(4, before=lambda stream: stream.hosts[3].fill_(255))
+    assert not any(tensor.isfinite().all() for tensor in found)
 
 
 # ------------------------------------------------------------------------------------------ what is where
@@ -260,7 +263,9 @@ def test_a_block_is_one_piece_of_memory_and_its_layers_refer_to_one_slot_for_goo
     parameters = case.trained(model, stream)
     answers(model, parameters, inputs_of(model, case.situation))
     for name, layer in linear_layers(model).items():
-        layer = getattr(layer, "base_layer", layer)
+        if ".lora_" in name:
+            continue
+        layer, name = getattr(layer, "base_layer", layer), name.replace(".base_layer", "")
         block = int(name.split(".")[1])
         assert layer.weight.data_ptr() == places[name] and not layer.weight.requires_grad
         assert stream.holds(layer.weight) == (block in stream.slots)
@@ -286,10 +291,10 @@ def test_what_was_done_is_said():
     model = PLAIN.model()
     stream = Stream(model, assign_slots(5, 3), Ring(CPU, PlainLane()))
     said = stream.describe()
-    assert said.startswith("3 blocks have their weights in main memory, ")
+    assert said.startswith("the weights of 3 blocks wait in main memory, ")
     assert "on the device they share 2 places of " in said
     one = Stream(PLAIN.model(), assign_slots(5, 1), Ring(CPU, PlainLane())).describe()
-    assert one.startswith("1 block has") and "1 place of" in one
+    assert one.startswith("the weights of 1 block wait in main memory, ") and "1 place of" in one
 
 
 def test_a_copy_at_once_is_what_the_cpu_does():
