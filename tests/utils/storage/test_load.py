@@ -244,6 +244,8 @@ def load_large(files: TransformerFiles, streamed: int, budget: float) -> CappedD
     rotation.cache_clear()
     with device:
         stream = Store(Storage(META, BF16, "int8", num_streamed=streamed)).load(model, files, cast_to)
+        layers = linear_layers(model).values()
+        assert all(layer.weight.is_meta and layer.scale.is_meta and layer.mixed_by.is_meta for layer in layers)
         loaded = device.live
         for block in 2 * [*range(BLOCKS), *reversed(range(BLOCKS))] if stream else ():
             stream.enter(block)

@@ -27,7 +27,7 @@ from utils.storage.weights import Storage, hold_as
 from utils.training.checkpoint_plan import CheckpointPlan
 from utils.training.experts import Experts, Role, load_experts, plan_experts
 from utils.training.memory import Memory
-from wan.checkpoints import ModelFiles, open_model
+from wan.checkpoints import ModelFiles, open_model, rotation
 from wan.configs import FAMILIES
 from wan.modules.model import WanModel
 
@@ -357,6 +357,16 @@ def test_of_experts_whose_blocks_are_swapped_all_blocks_are_in_main_memory_and_s
         assert all(stream.holds(layer.weight) for stream in experts._streams for layer in layers)
 
 
+def test_the_rotation_that_all_layers_share_is_on_the_device_and_is_not_moved(files):
+    experts, _ = held_pair(files, Storage(CPU, torch.float32, "int8"))
+    shared = rotation(16, CPU)
+    layers = [module for model in experts.models.values() for module in model.modules() if hasattr(module, "mixed_by")]
+    assert len(layers) == 40 and all(layer.mixed_by is shared for layer in layers)
+    experts.device = DEVICE
+    experts.activate(LOW)
+    assert shared.device == CPU and all(layer.mixed_by is shared for layer in layers)
+
+
 def test_a_switch_moves_only_what_is_in_no_stream(files):
     experts, _ = held_pair(files, Storage(CPU, torch.float32, "int8", num_streamed=1))
     models = experts.models
@@ -367,5 +377,5 @@ def test_a_switch_moves_only_what_is_in_no_stream(files):
         experts.activate(LOW)
     moved = {name for _, name, _ in moves.seen}
     base = {name for name in frozen(models[HIGH]) if name not in streamed and not name.endswith(".mixed_by")}
-    assert len(streamed) == 40 and not moved & streamed
+    assert len(streamed) == 40 and not moved & streamed and not any("mixed_by" in name for name in moved)
     assert base <= moved and {(model, device) for model, _, device in moves.seen} == {(HIGH, "cpu"), (LOW, "meta")}
