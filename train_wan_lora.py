@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.adapters.attach import AdapterOptions, LoraAdapter
+from utils.adapters.attach import AdapterOptions
 from utils.adapters.beside import Chosen
 from utils.adapters.lora import speaking
 from utils.common.console import say
@@ -35,7 +35,7 @@ from utils.common.options import option, parse_options, run_script, to_json, tra
 from utils.common.signals import Stop, stop_on_signals
 from utils.common.temp_rng import MAX_SEED
 from utils.data.dataset import DataOptions, Dataset, open_dataset
-from utils.data.folders import Folder, Rules, check_paired_files, resolve_folders
+from utils.data.folders import Folder, Rules, check_paired_files
 from utils.data.plan import Plan, Window, full_length_windows, largest_window, make_plan, validation_windows
 from utils.data.tables import format_plan
 from utils.diffusion.flow import sample_noisy
@@ -59,17 +59,19 @@ from utils.runs.ending import save_on_exit
 from utils.runs.run import Run, RunOptions, RunSettings, open_run
 from utils.runs.state import Facts, State, check_resume_compatible, find_state
 from utils.setup.download import SetupOptions, set_up
-from utils.setup.model import SingleFiles, find_given_family, need_experts, open_given
+from utils.setup.model import SingleFiles, find_given_family, given_shape, need_experts, open_given
+from utils.training.calibration import Workload
 from utils.training.checkpoint_plan import CheckpointPlan
 from utils.training.compilation import explain_failed_compilation
 from utils.training.conditions import check_conditions
-from utils.training.experts import Experts, Role, load_experts, plan_experts
+from utils.training.experts import Experts, load_experts, plan_experts
 from utils.training.learner import Learner, Trainable
 from utils.training.optim import with_epochs
-from utils.training.phases import Phase, Schedule, TrainingOptions
+from utils.training.phases import Schedule, TrainingOptions, make_phase
+from utils.training.planning import given_of, say_plan
 from utils.training.preview import Preview, Scenes, make_preview
 from utils.training.rehearsal import rehearse
-from utils.training.validation import hold_share, quantiles
+from utils.training.validation import hold_share
 from wan.checkpoints import CheckpointError, ModelFiles
 from wan.configs import Family
 from wan.modules.model import WanModel
@@ -153,15 +155,6 @@ class Session:
 # --------------------------------------------------------------------------------------------- before the first step
 
 
-def find_folders(opts: Options) -> list[Folder]:
-    """The folders to train on, each with its rules."""
-    # A dataset config holds nothing but [[dataset]] tables, unless it is the file of --config too.
-    tables_only = opts.dataset_config != opts.config
-    folders = resolve_folders(opts.dataset, opts.dataset_config, Rules.of(opts), tables_only)
-    check_paired_files(folders, opts.control_lora, needs_masks=opts.mask_floor != Options.mask_floor)
-    return folders
-
-
 def open_data(opts: Options, folders: list[Folder], family: Family) -> Dataset:
     """Finds the clips, checks every file, and prints a table of them, before anything that takes long."""
     # Options for which this model has no use are an error.
@@ -186,18 +179,6 @@ def load_texts(opts: Options, encoding: TextEncoding, data: Dataset) -> Texts:
     negatives = [opts.distill_negative or negative_prompt_file(encoding.files.family)] if guided else []
     others = shipped_prompts() if opts.cache_embeddings else []
     return encode_texts(encoding, data.captions, prompts, data.cache_folder, negatives, others)
-
-
-def make_phase(role: Role[Options], adapter: LoraAdapter, experts: Experts, learner: Learner, texts: Texts) -> Phase:
-    """The update of one LoRA: it speaks, forward and backward, and its optimizer follows."""
-    loss = partial(
-        training_loss, opts=role.opts, sigmas=role.expert.sigmas, model=adapter.model, negative=texts.negative
-    )
-    update = partial(learner.update, role.trainable, role.opts.max_grad_norm)
-    span = partial(experts.speaking, role.name, adapter.speaking)
-    updater = learner.trainables[role.trainable].updater
-    sigmas = quantiles(*role.expert.sigmas)
-    return Phase(role.phase, span, make_predict(adapter.model), loss, update, lambda: updater.step_count, sigmas)
 
 
 def open_session(
@@ -237,7 +218,11 @@ def open_session(
     # critic would be two phases of one step.
     trainables = [Trainable(r.trainable, adapters[r.name], r.opts.optimizer, opts.ema_decay) for r in roles]
     learner = Learner(trainables)
-    phases = [make_phase(role, adapters[role.name], experts, learner, texts) for role in roles]
+    phases = []
+    for role in roles:
+        model, sigmas, adapter = experts.models[role.name], role.expert.sigmas, adapters[role.name]
+        loss = partial(training_loss, opts=role.opts, sigmas=sigmas, model=model, negative=texts.negative)
+        phases.append(make_phase(role, adapter, experts, learner, loss))
     schedule = Schedule([[phase] for phase in phases], steps, opts.expert_phase_steps)
     steps_per_epoch = plan.steps_per_epoch(opts.gradient_accumulation)
     say(f"\n{format_plan(plan, steps_per_epoch, schedule.total_steps)} on {describe(device)}")
@@ -261,7 +246,7 @@ def open_session(
     # The largest batch goes through the model before the first step, so that memory is found too small now and not
     # after hours. What there is room for decides how much the blocks keep for the backward pass.
     rehearse(phases[0], experts.models[roles[0].name], samples.load_batch(plan.largest_batch), kept, learner.parameters)
-    needed = opts.flags(files) + needed_flags(files.family, opts.control_signal)
+    needed = opts.flags(files) + opts.storage_flags + needed_flags(files.family, opts.control_signal)
     return Session(learner, schedule, experts, samples, plan, steps_per_epoch, validation, preview, further, needed)
 
 
@@ -272,12 +257,23 @@ def open_preview(
     # Previews have the `size` of the largest clip, or of those that they follow. Without validation clips they follow
     # the largest sample of the first epoch.
     images = opts.preview_images(family, size.frames)
-    if not (opts.control_lora or (family.given and opts.held_share and not images)):
-        validation = []
-    elif not validation:
+    follows = opts.control_lora or (family.given and opts.held_share and not images)
+    if follows and not validation:
         validation = [samples.load_batch([largest_window(chain(*plan.epoch(0)))]).to(CPU)]
-    sampler = opts.preview_sampler(family, size.bucket[:2], bool(opts.distill_cfg))
-    return make_preview(texts, sampler, opts.seed, samples.open_encoders(), Scenes(size.bucket, validation, images))
+    sampler, scenes = (
+        opts.preview_sampler(family, size.bucket[:2], bool(opts.distill_cfg)),
+        validation if follows else [],
+    )
+    return make_preview(texts, sampler, opts.seed, samples.open_encoders(), Scenes(size.bucket, scenes, images))
+
+
+def make_forecast(opts: Options, name: str, family: Family, data: Dataset) -> None:
+    """Says what the run would take on a GPU, by its largest batch."""
+    plan = make_plan(data.train, opts.limits(family.grid), opts.seed, opts.cache_latents)
+    shape, windows, experts = given_shape(opts, name, family), plan.largest_batch, len(opts.roles(family))
+    work = Workload(shape, windows[0].tokens, len(windows), opts.lora_rank, opts.lora_target, experts)
+    given = given_of(opts, opts, shape.num_layers)
+    say_plan(opts, given, family, work, keeps_encoders=not opts.cache_latents or bool(opts.preview_prompts))
 
 
 def start_run(opts: Options, data: Dataset, session: Session, state: State | None, decisions: Decisions) -> Run:
@@ -364,10 +360,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = opts.pretrained_model_name_or_path
 
     # What is wrong with options, clips or a state is found here, before anything takes long.
-    folders, is_default = find_folders(opts), name == Options.pretrained_model_name_or_path
-    if opts.check_dataset:  # a released model need not be downloaded for it
-        open_data(opts, folders, find_given_family(opts, name, is_default))
-        return
+    folders, is_default = opts.folders(Rules.of(opts), opts.config), name == Options.pretrained_model_name_or_path
+    check_paired_files(folders, opts.control_lora, needs_masks=opts.mask_floor != Options.mask_floor)
+    if opts.check_dataset or opts.plan:  # a released model need not be downloaded for these
+        family = find_given_family(opts, name, is_default)
+        data = open_data(opts, folders, family)
+        return make_forecast(opts, name, family, data) if opts.plan else None
     check_writable(opts.output_dir)
     files = open_given(opts, name, is_default)
     need_experts(files, [role.name for role in opts.roles(files.family)], bool(opts.preview_prompts))

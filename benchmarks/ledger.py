@@ -33,38 +33,26 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks.compiled import Graph, watched
-from benchmarks.fused_ops import fused_ops
 from benchmarks.measure import Sizes, count_tokens
 from benchmarks.models import Trainee, random_inputs
 from utils.common.errors import RunError
 from utils.common.formatting import format_table
+from utils.training.counting import ELEMENTWISE, Operation, kind_of, storage_of, tensors_in
+from utils.training.counting import PRODUCT as GEMM
+from utils.training.fused_ops import fused_ops
 from wan.modules.model import WanShape
 
-KEPT, ELEMENTWISE, GEMM, ATTENTION, OPS = "kept", "elementwise", "gemm", "attention", "ops"
+KEPT, OPS = "kept", "ops"
 FORWARD, RECOMPUTE, BACKWARD = "forward", "recompute", "backward"
 ROOTS = (Path(torch.__file__).resolve().parents[1], Path(__file__).resolve().parents[1])
 PACKAGES = ("wan", "utils", "diffusers", "peft")  # whose lines are listed
+STAND_INS = Path("utils/training/fused_ops.py")  # for operations of torch: no line that calls them is there
 DEPTHS, GRIDS = (1, 3), ((1, 16, 16), (2, 16, 16))  # what `per_block` subtracts: blocks, latents F, H, W
 COMPILED_GRIDS = ((1, 64, 64), (2, 64, 64))  # what a compiler keeps depends on size: that of real clips
 ELSEWHERE = "elsewhere"
 COMPILED = ", compiled"
-PRODUCTS = {
-    "template",
-    "mm",
-    "addmm",
-    "addmm_",
-    "bmm",
-    "baddbmm",
-    "baddbmm_",
-    "convolution",
-    "convolution_backward",
-    "_scaled_mm",
-}
-ALLOCATIONS = ("empty", "new_empty")
-OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_")  # in place, without reading what was there
 
 
 class Entry(NamedTuple):
@@ -228,15 +216,11 @@ class _Recorder(TorchDispatchMode):
         if self.in_graph:
             return result
         phase = self._locate()
-        inputs, targets, overwritten = _arguments(func, args, kwargs or {})
-        known = {_storage(tensor) for tensor in (*inputs, *targets)}
-        fresh = [leaf for leaf in _tensors(result) if _storage(leaf) not in known]
+        operation = Operation.of(func, args, kwargs or {}, result)
         if phase == FORWARD:
-            self._follow(fresh)
-        name = func._schema.name.split("::")[1]
-        if (fresh or targets) and not name.startswith(ALLOCATIONS):
-            read = inputs if overwritten else [*inputs, *targets]
-            self._add(_kind(name), phase, sum(map(distinct_bytes, (*read, *targets, *fresh))))
+            self._follow(operation.fresh)
+        if not operation.is_free:
+            self._add(operation.kind, phase, operation.moved)
             self._add(OPS, phase, 1)
         return result
 
@@ -246,18 +230,18 @@ class _Recorder(TorchDispatchMode):
         phase = FORWARD if self.forward else BACKWARD if graph.is_backward else RECOMPUTE
         self._locate()
         self.line += COMPILED
-        known = {_storage(tensor) for tensor in _tensors(inputs)}
+        known = {storage_of(tensor) for tensor in tensors_in(inputs)}
         caller, self.in_graph = self.line, True
         try:
             result = run()
         finally:
             self.in_graph = False
         if phase == FORWARD:
-            self._follow([leaf for leaf in _tensors(result) if _storage(leaf) not in known])
+            self._follow([leaf for leaf in tensors_in(result) if storage_of(leaf) not in known])
         for kernel in graph.kernels:
             own = [f"{path}:{number}" for file, number in kernel.files if (path := _own_path(file)) is not None]
             self.line = own[-1] + COMPILED if own else caller
-            self._add(_kind(kernel.name), phase, kernel.bytes)
+            self._add(kind_of(kernel.name), phase, kernel.bytes)
             self._add(OPS, phase, 1)
         return result
 
@@ -289,7 +273,7 @@ class _Recorder(TorchDispatchMode):
     def close_forward(self, loss: Tensor) -> None:
         """Counts the storages that are alive, without that of the loss."""
         self.forward = False
-        own = _storage(loss)
+        own = storage_of(loss)
         for storage, (size, line) in self.made.items():
             if not storage.expired() and storage.cdata != own:
                 self.line = line
@@ -311,40 +295,5 @@ def _own_path(filename: str) -> str | None:
     for root in ROOTS:
         if Path(filename).is_relative_to(root):
             path = Path(filename).relative_to(root)
-            return path.as_posix() if path.parts[0] in PACKAGES else None
+            return path.as_posix() if path.parts[0] in PACKAGES and path != STAND_INS else None
     return None
-
-
-def _arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], bool]:
-    """The tensors that an operation only reads, those that it writes, and whether it writes without reading them."""
-    inputs: list[Tensor] = []
-    targets: list[Tensor] = []
-    out = False
-    for index, argument in enumerate(func._schema.arguments):
-        value = args[index] if index < len(args) else kwargs.get(argument.name)
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        (targets if written else inputs).extend(_tensors(value))
-        out = out or (written and argument.is_out)
-    return inputs, targets, out or func._schema.name.endswith(OVERWRITES)
-
-
-def _tensors(value: object) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _kind(name: str) -> str:
-    if name in PRODUCTS:
-        return GEMM
-    return ATTENTION if "attention" in name else ELEMENTWISE
-
-
-def distinct_bytes(tensor: Tensor) -> int:
-    """The bytes of a tensor, each element that is broadcast over a dimension once."""
-    count = tensor.element_size()
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        count *= size if stride or not size else 1
-    return count

@@ -16,11 +16,14 @@ from utils.adapters.lora import add_lora, select_modules
 from utils.data.buckets import bucket_size, count_tokens, max_frames
 from utils.diffusion.flow import unshift_sigma
 from utils.encoding.latent_cache import cached_bytes
+from utils.storage.streaming import SLOTS
+from utils.storage.weights import QUANTISED, Storage, linear_layers
 from utils.training import room
 from utils.training.memory import Memory, prepare
 from utils.training.phases import TrainingOptions
 from wan.configs import FAMILIES, Family
 from wan.modules.model import WanModel, WanShape, is_fp32
+from wan.modules.t5 import UMT5Encoder
 from wan.text2video import part_at
 from wan.utils.fm_solvers import make_solver
 
@@ -173,6 +176,46 @@ def test_the_page_about_memory_states_what_all_blocks_keep(tokens, beginning):
     for strategy in ("full", "selective", "none"):
         cells = row(ROOT / "docs" / "memory.md", f"{beginning} | `{strategy}`")[2:]
         assert cells == [kept(name, tokens, strategy) for name in COLUMNS]
+
+
+@cache
+def layout(name: str) -> WanModel:
+    with torch.device("meta"):
+        return WanModel(FAMILIES[name].shape)
+
+
+def in_blocks(name: str, format: str | None) -> int:
+    """The bytes of the weights of the linear layers of all blocks."""
+    storage = Storage(torch.device("meta"), torch.bfloat16, format)
+    layers = linear_layers(layout(name))
+    return sum(size for each, size in storage.sizes(layout(name)).items() if each.removesuffix(".weight") in layers)
+
+
+@pytest.mark.parametrize("format", ["bf16", *QUANTISED])
+def test_the_page_about_memory_states_what_weights_take(format):
+    storage = Storage(torch.device("meta"), torch.bfloat16, format if format in QUANTISED else None)
+    cells = row(ROOT / "docs" / "memory.md", f"`{format}`")[3:]
+    assert cells == [in_gb(sum(storage.sizes(layout(name)).values())) for name in COLUMNS]
+
+
+def test_the_page_about_memory_states_what_streamed_blocks_take():
+    beginnings = ("1.3B | 0", "5B | 0", "14B, one A14B expert | 1", "I2V-14B, FLF2V | 1")
+    for name, beginning in zip(COLUMNS, beginnings, strict=True):
+        *_, slots, slots8, host, host8 = row(ROOT / "docs" / "memory.md", beginning)
+        sizes = [in_blocks(name, format) for format in (None, "int8")]
+        assert [host, host8] == [in_gb(size) for size in sizes]
+        assert [slots, slots8] == [in_gb(SLOTS * size / FAMILIES[name].shape.num_layers) for size in sizes]
+
+
+def test_the_page_about_memory_states_what_the_text_encoder_takes():
+    with torch.device("meta"):
+        encoder = UMT5Encoder()
+    page = " ".join(read(ROOT / "docs" / "memory.md").split())
+    sizes = (
+        in_gb(sum(Storage(torch.device("meta"), torch.bfloat16, format).sizes(encoder, lambda _: False).values()))
+        for format in (None, "int8", "nf4")
+    )
+    assert "{} in bf16, {} in `int8`, {} in `nf4`".format(*sizes) in page
 
 
 def cached(name: str) -> str:

@@ -111,6 +111,15 @@ def test_a_run_from_cached_latents_that_is_killed_ten_times_ends_where_an_unbrok
         assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
 
 
+@pytest.mark.crash
+def test_a_run_in_bf16_that_is_killed_five_times_ends_where_an_unbroken_one_does(work):
+    bf16 = "--adapter_dtype", "bf16"
+    finish(start(work, "bf16", *bf16))
+    unbroken, resumed = final(work, "bf16"), kill_and_resume(work, "killed-bf16", *bf16, kills=5, seed=5)
+    assert any(name.endswith("/compensation") for name in unbroken) and unbroken.keys() == resumed.keys()
+    assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
+
+
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="there are no process groups here")
 def test_stopping_all_processes_of_a_run_at_once_saves_it_too(work, straight):
     process = start(work, "group", start_new_session=True)

@@ -17,6 +17,7 @@ from utils.adapters.attach import plan_adapter
 from utils.adapters.lora import add_lora, select_modules
 from utils.adapters.lora_reader import read_lora
 from utils.common.decisions import Decisions
+from utils.common.errors import UserError
 from utils.common.tensor_files import read_tensors
 from utils.data.folders import Folder, Rules
 from utils.data.loading import load_clip
@@ -193,7 +194,9 @@ RESUMED = (
 )
 
 
-@pytest.mark.parametrize("more", ["--num_workers 0", "--num_workers 2 --cache_latents 2"])
+@pytest.mark.parametrize(
+    "more", ["--num_workers 0", "--num_workers 2 --cache_latents 2", "--num_workers 0 --adapter_dtype bf16"]
+)
 def test_a_resumed_run_ends_where_an_unbroken_one_does_bit_for_bit(work, more):
     flags = [*RESUMED.split(), *more.split()]
     train_wan_lora.main([*flags, "--output_dir", "straight", "--checkpointing_steps", "6"])
@@ -207,3 +210,40 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does_bit_for_bit(work, more):
     assert first.keys() == second.keys() and any("/ema/" in name for name in first)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert len(list(Path("broken").iterdir())) == 1
+
+
+def test_a_lora_in_bf16_is_trained_averaged_written_and_started_from(work, capsys):
+    flags = "--dataset clips --pretrained_model_name_or_path model --base_res 64 --token_limit 60 --val_samples 0"
+    flags += " --num_workers 0 --adapter_dtype bf16 --learning_rate 1e-3 --ema_decay 0.9 --control_lora"
+    train_wan_lora.main([*flags.split(), "--max_train_steps", "12", "--output_dir", "first"])
+    assert "alpha 16, bf16" in capsys.readouterr().out
+    (folder,) = Path("first").glob("*/checkpoints")
+    (lora, average), (state,) = sorted(folder.glob("wan-lora-*")), folder.glob("state-*")
+    if lora.stem.endswith("-ema"):
+        lora, average = average, lora
+    tensors = read_tensors(state)[0]
+    for path, dtype, kind in ((lora, torch.bfloat16, "parameters"), (average, torch.float32, "ema")):
+        for name, pair in read_lora(path).pairs.items():
+            for matrix, value in (("lora_A", pair.down), ("lora_B", pair.up)):
+                saved = tensors[f"trainables/lora/{kind}/{name}.{matrix}.default.weight"]
+                assert value.dtype == dtype and torch.equal(value, saved) and value.any()
+    rests = [tensor for name, tensor in tensors.items() if name.endswith("/compensation")]
+    assert rests and all(rest.dtype == torch.bfloat16 and rest.any() for rest in rests)
+
+    # A rate of 1e-9 moves no value that bf16 can hold, except those of zero.
+    more = ["--max_train_steps", "1", "--learning_rate", "1e-9", "--init_lora", str(lora), "--output_dir", "second"]
+    train_wan_lora.main([*flags.split(), *more])
+    (again,) = (path for path in Path("second").glob("*/checkpoints/wan-lora-*") if not path.stem.endswith("-ema"))
+    first, second = read_lora(lora).pairs, read_lora(again).pairs
+    assert all(torch.allclose(first[name].up, second[name].up, rtol=0, atol=2e-9) for name in first)
+
+
+def test_a_run_in_bf16_is_not_resumed_in_fp32(work):
+    flags = "--dataset clips --pretrained_model_name_or_path model --base_res 64 --token_limit 60 --val_samples 0"
+    flags += " --num_workers 0 --max_train_steps 1 --output_dir runs"
+    train_wan_lora.main([*flags.split(), "--adapter_dtype", "bf16"])
+    resumed = [*flags.split(), "--resume_from_checkpoint", "latest", "--max_train_steps", "2"]
+    with pytest.raises(UserError, match="--adapter_dtype was bf16, is fp32"):
+        train_wan_lora.main(resumed)
+    with pytest.raises(UserError, match="--adapter_dtype must be the one it was saved with"):
+        train_wan_lora.main([*resumed, "--allow_changes"])

@@ -16,7 +16,7 @@ from benchmarks.measure import FAILED, Clock, Row, Sizes, count_tokens, skipped
 from benchmarks.models import Inputs, fused, our_trainee, random_inputs
 from utils.training.checkpoint_plan import AUTO, Room
 from utils.training.memory import TrainingPass
-from utils.training.rehearsal import COPIES
+from utils.training.optim import bytes_of_first_step
 from utils.training.room import measure_room
 
 STEPS = 3
@@ -75,7 +75,7 @@ def _planned(name: str, sizes: Sizes, grid: Grid, device: torch.device) -> Itera
     assert isinstance(training_pass, TrainingPass)
     plan = training_pass.plan
     resident = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    reserve = COPIES * sum(parameter.nbytes for parameter in trainee.parameters)
+    reserve = bytes_of_first_step(trainee.parameters)
     room = measure_room(trainee.model, lambda: torch.autograd.grad(trainee.loss(inputs), trainee.parameters), reserve)
     plan.settle(room)
     chosen = plan.strategies(tokens)

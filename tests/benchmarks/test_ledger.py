@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 import benchmarks.ledger
 from benchmarks.ledger import (
-    ATTENTION,
     BACKWARD,
     COMPILED_GRIDS,
     ELEMENTWISE,
@@ -24,7 +23,6 @@ from benchmarks.ledger import (
     RECOMPUTE,
     Entry,
     Ledger,
-    distinct_bytes,
     per_block,
     record,
     subtract,
@@ -34,6 +32,7 @@ from benchmarks.measure import Sizes
 from benchmarks.models import Trainee, diffusers_trainee, our_trainee
 from tests.compiler import need_compiler
 from utils.training import fused
+from utils.training.counting import ATTENTION, distinct_bytes
 from utils.training.memory import Memory
 from wan.modules.model import Block, RMSNorm, WanModel, WanShape
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from utils.adapters.fitting import fitting
@@ -33,6 +34,7 @@ from wan.checkpoints import Place
 from wan.configs import Family
 from wan.modules.model import WanModel
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ALONE = "transformer"  # the name of a model's only transformer
 
 
@@ -44,6 +46,9 @@ class Lora:
     lora_alpha: float | None = option(None, "the LoRA's strength is alpha / rank (default: the rank)", minimum=0.001)
     lora_target: tuple[str, ...] = option(("attn",), "attn, all-linear, or patterns like self_attn.q ffn.* img_emb.*")
     lora_blocks: str | None = option(None, "blocks to adapt: 1, or 0,2, or 4-9 (default: all)")
+    adapter_dtype: str = option(
+        "fp32", "dtype of the matrices and their gradients; bf16: less memory", choices=tuple(DTYPES)
+    )
     init_lora: Path | None = option(None, "LoRA file to start from, of the same rank, alpha and targets")
     fuse_lora: Path | None = option(None, "LoRA file to add to the base model before training")
     fuse_lora_weight: float = option(1.0, "strength at which --fuse_lora is added", requires="fuse_lora")
@@ -99,7 +104,7 @@ class LoraAdapter:
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The fp32 matrices by their names in the model."""
+        """The matrices by their names in the model."""
         return adapter_parameters(self.model, self.name)
 
     def speaking(self) -> AbstractContextManager[None]:
@@ -115,7 +120,8 @@ class LoraAdapter:
     def describe(self) -> str:
         """The adapter's size in one line."""
         count = sum(parameter.numel() for parameter in self.parameters.values())
-        return f"{count:,} trainable parameters: rank {self.opts.lora_rank}, alpha {self.opts.alpha:g}"
+        dtype = "" if self.opts.adapter_dtype == "fp32" else f", {self.opts.adapter_dtype}"
+        return f"{count:,} trainable parameters: rank {self.opts.lora_rank}, alpha {self.opts.alpha:g}{dtype}"
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ class AdapterPlan:
         if self.opts.control_lora:
             widen_patch_embedding(model, model.shape.in_dim + model.shape.out_dim)
             modules.append("patch_embedding")
-        add_lora(model, modules, self.opts.lora_rank, self.opts.alpha, name)
+        add_lora(model, modules, self.opts.lora_rank, self.opts.alpha, name, DTYPES[self.opts.adapter_dtype])
         if self.init is not None:
             load_lora(model, self.init, name)
         return LoraAdapter(model, self.opts, name)

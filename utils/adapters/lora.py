@@ -1,7 +1,7 @@
 """LoRA on a model: choosing modules, adding adapters, who speaks, reading and writing them, fusing them into weights.
 
 Adapters are PEFT's. For plain LoRA on linear layers their forward is replaced by one that computes in the dtype of the
-activations, with matrices kept in fp32, and adds in place.
+activations, with matrices kept in a dtype of their own, and adds in place.
 """
 
 import math
@@ -75,8 +75,15 @@ def select_modules(model: WanModel, targets: Sequence[str], blocks: str | None =
     return [name for name in inner if name in chosen]
 
 
-def add_lora(model: nn.Module, names: list[str], rank: int, alpha: float, adapter: str = ADAPTER) -> list[nn.Parameter]:
-    """Puts a fresh adapter, which changes nothing yet, on these modules; returns its fp32 parameters."""
+def add_lora(
+    model: nn.Module,
+    names: list[str],
+    rank: int,
+    alpha: float,
+    adapter: str = ADAPTER,
+    dtype: torch.dtype = torch.float32,
+) -> list[nn.Parameter]:
+    """Puts a fresh adapter, which changes nothing yet, on these modules; returns its parameters, of this dtype."""
     with warnings.catch_warnings():
         # Several adapters on one base are what is wanted here.
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
@@ -84,7 +91,7 @@ def add_lora(model: nn.Module, names: list[str], rank: int, alpha: float, adapte
     parameters = []
     for layer in _layers(model, adapter).values():
         for parameter in (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight):
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(dtype)
             parameters.append(parameter)
         if isinstance(layer, LoraLinear) and is_plain(layer, adapter):
             layer.forward = MethodType(_forward_in_place, layer)
@@ -141,7 +148,7 @@ def extract_lora(
 
 @torch.no_grad()
 def load_lora(model: nn.Module, lora: LoraFile, adapter: str = ADAPTER) -> None:
-    """Starts an adapter from a file of the same modules, ranks and alpha.
+    """Starts an adapter, in its own dtype, from a file of the same modules, ranks and alpha.
 
     Raises UserError, before anything changes, where they differ.
     """

@@ -38,7 +38,7 @@ def speaking_adapters(layer: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class Pair:
-    """The matrices of one LoRA, fp32, and its strength."""
+    """The matrices of one LoRA, fp32 or bf16, and its strength."""
 
     down: nn.Parameter  # (r, I)
     up: nn.Parameter  # (O, r)
@@ -92,7 +92,7 @@ class Projection:
         into: Tensor | None = None,
         needs_input: bool = True,
     ) -> tuple[Tensor | None, list[Tensor]]:
-        """The gradient of the input, added to `into` where that is given, and those of the matrices in fp32.
+        """The gradient of the input, added to `into` where that is given, and those of the matrices in their dtype.
 
         grad (M, O); x (M, I), which only LoRAs need; `hidden` as `forward` returned it.
         """
@@ -104,7 +104,8 @@ class Projection:
         for pair, h in zip(self.pairs, hidden, strict=True):
             assert x is not None
             hidden_grad = (grad @ in_dtype(pair.up, grad.dtype)).mul_(pair.scale)
-            grads += [(hidden_grad.T @ x).float(), (grad.T @ h).float().mul_(pair.scale)]
+            grads.append((hidden_grad.T @ x).to(pair.down.dtype))
+            grads.append((grad.T @ h).float().mul_(pair.scale).to(pair.up.dtype))
             if into is not None:
                 into.addmm_(hidden_grad, in_dtype(pair.down, grad.dtype))
         return into, grads

@@ -33,7 +33,8 @@ def out_of_memory(error: torch.OutOfMemoryError) -> str:
     reason = str(error).split(". ")[0]
     return (
         f"{reason}\nfewer tokens need less memory: --token_limit and --base_res when training, --width, --height and "
-        "--frames when generating\nin training --cache_latents keeps the encoders off the GPU, and "
+        "--frames when generating\n--weight_dtype int8 or nf4 and --blocks_to_swap make room that the weights take\n"
+        "in training --cache_latents keeps the encoders off the GPU, and "
         "--gradient_checkpointing offload what blocks keep"
     )
 

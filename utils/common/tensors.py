@@ -1,6 +1,6 @@
-"""Dataclasses of tensors, treated field by field."""
+"""Dataclasses of tensors, treated field by field; many tensors, treated a part at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
+
+PART = 1 << 24  # values
 
 
 def map_tensors(value: T, function: Callable[[Tensor], Tensor]) -> T:
@@ -42,3 +44,18 @@ def stack_tensors(values: Sequence[T]) -> T:
         elif is_dataclass(parts[0]):
             changes[spec.name] = stack_tensors(parts)
     return replace(values[0], **changes)
+
+
+def in_parts(tensors: Sequence[Tensor], most: int = PART) -> Iterator[slice]:
+    """Slices of the sequence, in order, each of so many values at most, or of one tensor that has more.
+
+    What is computed of many tensors at once takes as much memory as they do; of a part, no more than the part does.
+    """
+    start = count = 0
+    for index, tensor in enumerate(tensors):
+        if count and count + tensor.numel() > most:
+            yield slice(start, index)
+            start, count = index, 0
+        count += tensor.numel()
+    if start < len(tensors):
+        yield slice(start, len(tensors))

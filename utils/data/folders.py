@@ -37,6 +37,13 @@ class DatasetOptions:
         False, "train without the files that cannot be used, instead of stopping", affects_training=False
     )
 
+    def folders(self, rules: "Rules", config: Path | None) -> "list[Folder]":
+        """The folders to train on, each with its rules, as `resolve_folders` finds them. `config` is that of --config.
+
+        A dataset config holds nothing but [[dataset]] tables, unless it is the file of --config too.
+        """
+        return resolve_folders(self.dataset, self.dataset_config, rules, tables_only=self.dataset_config != config)
+
 
 @dataclass(frozen=True)
 class Rules:

@@ -1,5 +1,6 @@
 """From conditions to latents: the LoRAs to sample with, the transformers that answer, and the sampling itself."""
 
+import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -111,6 +112,8 @@ class Transformers:
     def _unload(self) -> None:
         self._undo.close()
         self._loaded = None
+        if not self.storage.is_plain:
+            gc.collect()  # blocks whose forward pass was replaced refer to themselves, and would stay in memory
 
     def _load(self, name: str) -> WanModel:
         label = "the transformer" if len(self.files.transformers) == 1 else f"the {name} expert"

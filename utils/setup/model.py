@@ -18,11 +18,13 @@ from wan.checkpoints import (
     CheckpointError,
     MissingPartsError,
     ModelFiles,
+    ModelNotFoundError,
     find_family,
     find_model,
     open_model,
 )
 from wan.configs import FAMILIES, Family, named_family
+from wan.modules.model import WanShape
 
 DOWNLOAD_TOKENIZER = "python train_wan_lora.py --download_tokenizer"
 BASE_FILES = "base_files"  # in a LoRA's metadata: the options that its base model was given by, with file names alone
@@ -102,6 +104,15 @@ def find_given_family(opts: SingleFiles, name: str, is_default: bool = False) ->
     """The family of the same model, for which only its transformers are needed, and none for a release."""
     with suggest_download():
         return find_family(_present(opts, name, is_default), opts.family or "", **opts.given)
+
+
+def given_shape(opts: SingleFiles, name: str, family: Family) -> WanShape:
+    """The shape of the transformers of this model; of a release that is not there, the released one."""
+    try:
+        files = open_model(name, opts.family or "", **opts.given)
+    except (ModelNotFoundError, MissingPartsError):
+        return family.shape
+    return next(iter(files.transformers.values())).shape
 
 
 def need_experts(files: ModelFiles, trained: Sequence[str], with_others: bool) -> None:

@@ -19,7 +19,7 @@ class QuantisedLinear(nn.Linear):
     """As the layer it stands for; `weight` holds codes. What else decides the values is no part of the state dict."""
 
     scale: Tensor | None
-    mixed_by: Tensor | None  # the rotation that the weight was multiplied by
+    mixed_by: Tensor | None  # the rotation that the weight was multiplied by; one for all layers, on the device
     in_codes: bool  # whether products are made of the codes themselves, where these allow it
 
     def __init__(self, layer: nn.Linear, codes: Codes, in_codes: bool = False) -> None:
@@ -27,14 +27,13 @@ class QuantisedLinear(nn.Linear):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias, self.in_codes = layer.bias, in_codes
         self.register_buffer("scale", None, persistent=False)
-        self.register_buffer("mixed_by", None, persistent=False)
-        self.hold(codes)
+        self.hold(codes, codes.codes.device)
 
-    def hold(self, codes: Codes) -> None:
-        """Takes a weight in codes in place of the one before."""
+    def hold(self, codes: Codes, device: torch.device) -> None:
+        """Takes a weight in codes in place of the one before; it may wait elsewhere, but computes on `device`."""
         self.weight = nn.Parameter(codes.codes, requires_grad=False)
         self.scale = codes.scale
-        self.mixed_by = rotation(codes.group, codes.codes.device) if codes.group else None
+        self.mixed_by = rotation(codes.group, device) if codes.group else None
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """The weight (O, I) in `dtype`."""

@@ -64,18 +64,28 @@ class StorageOptions:
         0.0, "the same as a share of all blocks", minimum=0, maximum=1, affects_training=False
     )
 
+    @property
+    def storage_flags(self) -> str:
+        """The options, as typed, with which the test script holds weights as the run does; none for the defaults."""
+        names = ("weight_dtype", "blocks_to_swap", "layer_offload_fraction")
+        changed = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(StorageOptions, name)}
+        return "".join(f" --{name} {value}" for name, value in changed.items())
+
+    def count_streamed(self, num_blocks: int) -> int:
+        """How many blocks have their weights in main memory. Raises UserError for more blocks than there are."""
+        if self.blocks_to_swap and self.layer_offload_fraction:
+            raise UserError("--blocks_to_swap and --layer_offload_fraction say the same: give one of them")
+        if self.blocks_to_swap > num_blocks:
+            raise UserError(f"--blocks_to_swap {self.blocks_to_swap}: the model has {num_blocks} blocks")
+        return self.blocks_to_swap or round(self.layer_offload_fraction * num_blocks)
+
     def storage(self, device: torch.device, shape: WanShape, tokens: int, decisions: Decisions) -> "Storage":
         """How the weights of a model of this shape are held, for batches of about so many tokens.
 
         Raises UserError where a library is missing, and for more blocks than there are.
         """
-        num_blocks = shape.num_layers
-        if self.blocks_to_swap and self.layer_offload_fraction:
-            raise UserError("--blocks_to_swap and --layer_offload_fraction say the same: give one of them")
-        if self.blocks_to_swap > num_blocks:
-            raise UserError(f"--blocks_to_swap {self.blocks_to_swap}: the model has {num_blocks} blocks")
         held = hold_as(self.weight_dtype, device)
-        num_streamed = self.blocks_to_swap or round(self.layer_offload_fraction * num_blocks)
+        num_streamed = self.count_streamed(shape.num_layers)
         in_codes = self.quantised_matmul == "on"
         if self.quantised_matmul == "auto" and held.format in PRODUCTS and device.type == "cuda":
             faster = partial(is_faster_in_codes, held.format, (shape.ffn_dim, shape.dim), tokens, device, held.dtype)
@@ -140,7 +150,7 @@ class Storage:
                 assert self.format is not None
                 # Codes are made of fp32: of what the file says, not of what is left of it in bf16.
                 codes = quantise(cast(torch.float32, self.device)(name, stored), self.format)
-            layer.hold(codes.to(device))
+            layer.hold(codes.to(device), self.device)
             return layer.weight
 
         return place

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.common.errors import RunError, UserError
-from utils.training.ema import Ema
+from utils.training.ema import Ema, average_dtype
 from utils.training.optim import OptimizerSpec, ParameterGroup, Updater
 
 WATCHED_STEP = 10  # by now every matrix of an adapter must have moved
@@ -84,15 +84,25 @@ class Trainable:
         """Raises UserError where `load_state_dict` could not restore this; changes nothing."""
         if not saved.keys() <= {"parameters", "optimizer", "ema"}:
             raise UserError(f"its {self.name} holds something unknown, {', '.join(saved)}")
-        for values in (saved["parameters"], _averages(saved)):
-            if {name: value.shape for name, value in values.items()} != {
-                name: parameter.shape for name, parameter in self.adapter.parameters.items()
-            }:
-                raise UserError("it is of another adapter: rank and targets must be those it was saved with")
-            for name, value in values.items():
-                if value.dtype != self.adapter.parameters[name].dtype or not value.isfinite().all():
-                    raise UserError(f"its values of {name} are of another dtype or not finite: the file is damaged")
+        parameters = self.adapter.parameters
+        self._check_values(saved["parameters"], {name: p.dtype for name, p in parameters.items()})
+        if "ema" in saved:
+            self._check_values(saved["ema"], {name: average_dtype(p) for name, p in parameters.items()})
         self.updater.check_state_dict(saved["optimizer"])
+
+    def _check_values(self, values: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+        """Raises UserError where these are not finite values of this adapter's parameters, in these dtypes."""
+        shapes = {name: parameter.shape for name, parameter in self.adapter.parameters.items()}
+        if {name: value.shape for name, value in values.items()} != shapes:
+            raise UserError("it is of another adapter: rank and targets must be those it was saved with")
+        for name, value in values.items():
+            if value.dtype != dtypes[name]:
+                raise UserError(
+                    f"its values of {name} are {value.dtype}, those of this run {dtypes[name]}: "
+                    "--adapter_dtype must be the one it was saved with"
+                )
+            if not value.isfinite().all():
+                raise UserError(f"its values of {name} are not finite: the file is damaged")
 
     @torch.no_grad()
     def load_state_dict(self, saved: StateDict) -> None:

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from utils.common.errors import UserError
 from utils.common.options import option
+from utils.training.kahan import KahanAdamW
 
 SCHEDULES = ("constant", "linear", "cosine")
 T = TypeVar("T", bound="Optimization")
@@ -91,11 +92,23 @@ def learning_rate_factor(step: int, spec: OptimizerSpec) -> float:
 
 
 def make_optimizer(groups: Sequence[ParameterGroup], spec: OptimizerSpec) -> Optimizer:
-    """Fused AdamW over fp32 parameters."""
+    """Fused AdamW over fp32 parameters, or AdamW with compensation over bf16 ones. Raises TypeError for a mixture."""
     settings = [
         {"params": list(group.parameters.values()), "lr": spec.learning_rate * group.lr_scale} for group in groups
     ]
+    if any(is_bf16(parameter) for group in groups for parameter in group.parameters.values()):
+        return KahanAdamW(settings, lr=spec.learning_rate, weight_decay=spec.weight_decay)
     return AdamW(settings, lr=spec.learning_rate, weight_decay=spec.weight_decay, fused=True)
+
+
+def is_bf16(parameter: Tensor) -> bool:
+    return parameter.dtype == torch.bfloat16
+
+
+def bytes_of_first_step(parameters: Sequence[nn.Parameter]) -> int:
+    """What the first update makes and keeps: gradients, two fp32 moments, and for bf16 parameters a compensation."""
+    moments = 2 * torch.float32.itemsize
+    return sum(p.nbytes + moments * p.numel() + (p.nbytes if is_bf16(p) else 0) for p in parameters)
 
 
 class Updater:
@@ -123,7 +136,7 @@ class Updater:
         A gradient that is not finite leaves parameters and moments unchanged. That is decided on the device through the
         optimizer's `found_inf`, its contract with torch's gradient scaler.
         """
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        norm = _total_norm([p.grad for p in self.parameters if p.grad is not None])
         if max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(self.parameters, max_grad_norm, norm)
         # The optimizer's contract with torch's gradient scaler is no part of its declared type.
@@ -177,21 +190,34 @@ class Updater:
 
 
 def _check_moments(name: str, parameter: nn.Parameter, state: Mapping[str, Any], step_count: int) -> None:
-    """AdamW's: two moments of the parameter's shape and a counter; none of them before the first update.
+    """AdamW's: two moments of the parameter's shape and a counter; of bf16 parameters a compensation; all or none.
+
+    None is right before the first update alone.
 
     Moments of another size would not raise: the fused kernel reads past their end.
     """
-    expected = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": torch.Size()}
+    fp32 = torch.float32
+    expected = {"exp_avg": (parameter.shape, fp32), "exp_avg_sq": (parameter.shape, fp32), "step": (torch.Size(), fp32)}
+    if is_bf16(parameter):
+        expected["compensation"] = parameter.shape, torch.bfloat16
     if not state and step_count == 0:
         return
     if state.keys() != expected.keys():
         raise UserError(f"its optimizer state of {name} has {', '.join(sorted(state)) or 'nothing'}")
-    for key, shape in expected.items():
+    for key, (shape, dtype) in expected.items():
         value = state[key]
-        if not isinstance(value, Tensor) or value.shape != shape or value.dtype != torch.float32:
+        if not isinstance(value, Tensor) or value.shape != shape or value.dtype != dtype:
             raise UserError(f"its optimizer state {key} of {name} has another shape or dtype than the parameter")
-        if not value.isfinite().all() or (key != "exp_avg" and value.min() < 0):
+        if not value.isfinite().all() or (key in ("exp_avg_sq", "step") and value.min() < 0):
             raise UserError(f"its optimizer state {key} of {name} is not finite or negative: the file is damaged")
+
+
+def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of all gradients. Of those in bf16 it is fp32: their squares are added up that way anyway."""
+    if gradients and all(is_bf16(gradient) for gradient in gradients):
+        norms = torch._foreach_norm(list(gradients), 2.0, dtype=torch.float32)
+        return torch.linalg.vector_norm(torch.stack(norms))
+    return nn.utils.get_total_norm(gradients)
 
 
 def _is_number(value: object) -> bool:

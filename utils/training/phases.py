@@ -3,25 +3,32 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Self
+from functools import partial
+from typing import Self, TypeVar
 
 from torch import Tensor
 
+from utils.adapters.attach import LoraAdapter
 from utils.diffusion.flow import Predict
 from utils.diffusion.objectives import Objective
-from utils.encoding.conditioning import Batch, Cond
+from utils.encoding.conditioning import Batch, Cond, make_predict
 from utils.storage.weights import StorageOptions
-from utils.training.experts import ExpertOptions, Role
-from utils.training.learner import Update
+from utils.training.experts import ExpertOptions, Experts, Role
+from utils.training.learner import Learner, Update
 from utils.training.memory import MemoryOptions
 from utils.training.optim import Optimization
+from utils.training.planning import PlanOptions
 from utils.training.preview import Previews
-from utils.training.validation import Losses, Validation, validation_loss
+from utils.training.validation import Losses, Validation, quantiles, validation_loss
 from wan.configs import Family
+
+Opts = TypeVar("Opts", bound="TrainingOptions")
 
 
 @dataclass(frozen=True)
-class TrainingOptions(Objective, Optimization, ExpertOptions, StorageOptions, MemoryOptions, Validation, Previews):
+class TrainingOptions(
+    Objective, Optimization, ExpertOptions, StorageOptions, MemoryOptions, PlanOptions, Validation, Previews
+):
     """training"""
 
     def roles(self, family: Family) -> list[Role[Self]]:
@@ -57,6 +64,21 @@ class Phase:
         """The losses on these clips, on the device, at the noise levels of the phase."""
         with self.speaking():
             return Losses(validation_loss(self.predict, clips, seed, self.sigmas), self.sigmas)
+
+
+def make_phase(
+    role: Role[Opts],
+    adapter: LoraAdapter,
+    experts: Experts,
+    learner: Learner,
+    loss: Callable[[Batch], Tensor],
+) -> Phase:
+    """The update of one LoRA: it speaks, forward and backward, and its optimizer follows."""
+    update = partial(learner.update, role.trainable, role.opts.max_grad_norm)
+    span = partial(experts.speaking, role.name, adapter.speaking)
+    updater = learner.trainables[role.trainable].updater
+    sigmas = quantiles(*role.expert.sigmas)
+    return Phase(role.phase, span, make_predict(adapter.model), loss, update, lambda: updater.step_count, sigmas)
 
 
 @dataclass(frozen=True)

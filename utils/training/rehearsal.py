@@ -9,12 +9,12 @@ from utils.common.console import say
 from utils.common.temp_rng import temp_rng
 from utils.encoding.conditioning import Batch
 from utils.training.checkpoint_plan import AUTO, CheckpointPlan
+from utils.training.optim import bytes_of_first_step
 from utils.training.phases import Phase
 from utils.training.room import measure_room
 from wan.modules.model import WanModel
 
 LESS = 0.1  # of the room, where it was less than measured
-COPIES = 3  # of what is trained, made at the first step: its gradient and two moments
 
 
 def rehearse(
@@ -40,7 +40,7 @@ def rehearse(
 
     with phase.speaking():
         if plan.is_open:
-            plan.settle(measure_room(model, run, COPIES * sum(parameter.nbytes for parameter in trained)))
+            plan.settle(measure_room(model, run, bytes_of_first_step(trained)))
             say(plan.describe(batch.tokens(model.shape.patch_size)))
         _run_with_less(run, plan)
 

@@ -69,7 +69,8 @@ def kept_per_token(
     selective = full + attentions * (width * text.dtype.itemsize + heads * torch.float32.itemsize)
     # With a gradient, as the inputs of all blocks behind the first that is trained.
     x = x.detach().to(training_pass.memory.stream).requires_grad_()
-    none = saved_bytes(lambda: training_pass.eager(x, mod, rotary, text, image), (mod, rotary, text, image))
+    shared = (mod, rotary, text, image, *training_pass.block.buffers())
+    none = saved_bytes(lambda: training_pass.eager(x, mod, rotary, text, image), shared)
     none *= COMPILED if training_pass.memory.compile else 1
     none /= x.shape[0] * x.shape[1]
     return {"offload": 0 if x.is_cuda else full, "full": full, "selective": selective, "none": max(none, selective)}

@@ -303,6 +303,20 @@ def test_a_control_lora_reads_its_control_after_all_that_the_model_reads(inputs)
     assert base.shape[1] == widened and base[:, own:].eq(0).all() and base[:, :own].ne(0).any()
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_matrices_have_the_dtype_that_was_asked_for_on_the_model_and_in_the_file(tmp_path, name, dtype):
+    opts = options(adapter_dtype=name, control_lora=True)
+    adapter = plan_adapter(opts, layout()).attach(tiny_transformer())
+    assert all(parameter.dtype == dtype for parameter in adapter.parameters.values())
+    assert adapter.describe().endswith("alpha 4, bf16" if name == "bf16" else "alpha 4")
+    adapter.export(tmp_path / "lora.safetensors", adapter.parameters, {})
+    averages = {key: parameter.detach().float() for key, parameter in adapter.parameters.items()}
+    adapter.export(tmp_path / "average.safetensors", averages, {})
+    for file, expected in (("lora", dtype), ("average", torch.float32)):
+        pairs = read_lora(tmp_path / f"{file}.safetensors").pairs.values()
+        assert {matrix.dtype for pair in pairs for matrix in (pair.down, pair.up)} == {expected}
+
+
 def test_an_exported_adapter_holds_the_values_that_it_is_given_and_says_what_it_is(tmp_path):
     adapter = plan_adapter(options(lora_alpha=2.0), layout()).attach(tiny_transformer())
     ones = {name: torch.ones_like(parameter) for name, parameter in adapter.parameters.items()}

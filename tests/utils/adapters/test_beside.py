@@ -212,10 +212,10 @@ def test_the_loras_follow_the_experts_and_are_off_when_these_are_moved(monkeypat
     loras = {"high_noise": [SPEED[0]], "low_noise": [SPEED[1]]}
     experts, moved, (latents, _, text) = Experts(models, (0.875,), CPU), [], inputs(1)
 
-    def watched(leaving: WanModel, coming: WanModel, device: torch.device) -> None:
+    def watched(_: Experts, leaving: WanModel, coming: WanModel) -> None:
         moved.extend([sampled(leaving), sampled(coming)])
 
-    monkeypatch.setattr("utils.training.experts._exchange", watched)
+    monkeypatch.setattr("utils.training.experts.Experts._exchange", watched)
 
     def answers() -> dict[str, Tensor]:
         asked = {"low_noise": torch.tensor([100.0]), "high_noise": torch.tensor([900.0])}

@@ -170,6 +170,32 @@ def test_the_adapters_parameters_alone_train_and_are_fp32_on_a_bf16_base():
     assert all(parameter.dtype == torch.float32 for parameter in parameters)
 
 
+def test_an_adapter_in_bf16_starts_from_the_rounded_matrices_of_one_in_fp32_and_another_beside_it_keeps_its_dtype():
+    torch.manual_seed(0)
+    expected = add_lora(tiny_transformer(), ["blocks.0.ffn.0"], RANK, ALPHA)
+    torch.manual_seed(0)
+    model = tiny_transformer()
+    parameters = add_lora(model, ["blocks.0.ffn.0"], RANK, ALPHA, "first", torch.bfloat16)
+    other = add_lora(model, ["blocks.0.ffn.0"], RANK, ALPHA, "second")
+    assert all(torch.equal(own, e.bfloat16()) for own, e in zip(parameters, expected, strict=True))
+    assert {p.dtype for p in parameters} == {torch.bfloat16} and {p.dtype for p in other} == {torch.float32}
+
+
+@pytest.mark.parametrize(("given", "own"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_an_adapter_that_is_started_from_a_file_keeps_its_own_dtype(tmp_path, given, own):
+    names, models = ["blocks.0.ffn.0", "blocks.1.self_attn.q"], [tiny_transformer(), tiny_transformer()]
+    first, second = (
+        add_lora(m, names, RANK, ALPHA, dtype=dtype) for m, dtype in zip(models, (given, own), strict=True)
+    )
+    for parameter in first:
+        parameter.data = torch.randn(parameter.shape).to(given)
+    write_lora(tmp_path / "lora.safetensors", extract_lora(models[0], {}))
+    lora = read_lora(tmp_path / "lora.safetensors")
+    assert all(pair.up.dtype == pair.down.dtype == given for pair in lora.pairs.values())
+    load_lora(models[1], lora)
+    assert all(torch.equal(a.to(own), b) and b.dtype == own for a, b in zip(first, second, strict=True))
+
+
 def linear_pair(dtype: torch.dtype = torch.float32) -> tuple[LoraLinear, LoraLinear]:
     """The same adapted layer twice: with the fused forward, and with PEFT's."""
     torch.manual_seed(0)

@@ -130,6 +130,20 @@ def test_in_bf16_the_error_is_no_larger_than_that_of_layers_that_compute_in_bf16
     assert all(tensor.dtype == FP32 for tensor in found[4:]) and found[0].dtype == found[3].dtype == BF16
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+def test_gradients_of_matrices_in_bf16_are_rounded_once_from_those_in_fp32(dtype):
+    layers, x, found = adapted(dtype), rows(dtype), []
+    for each in (FP32, BF16):
+        for matrix in matrices(layers):
+            matrix.data = matrix.data.to(BF16).to(each)
+        projections = [Projection.of(getattr(layers, name)) for name in "qkv"]
+        found.append(results(project(x, projections), [x, *matrices(layers)]))
+    exact, rounded = found
+    assert all(torch.equal(a, b) for a, b in zip(exact[:4], rounded[:4], strict=True))
+    for gradient, other in zip(rounded[4:], exact[4:], strict=True):
+        assert gradient.dtype == BF16 and torch.equal(gradient, other.to(BF16)) and gradient.any()
+
+
 def test_an_input_that_needs_no_gradient_gets_none():
     layers, x = adapted(), rows().detach()
     projections = [Projection.of(getattr(layers, name)) for name in "qkv"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from utils.common.tensors import map_tensors, stack_tensors
+from utils.common.tensors import in_parts, map_tensors, stack_tensors
 
 
 @dataclass(frozen=True)
@@ -99,3 +99,19 @@ def test_values_are_stacked_along_a_new_first_axis_at_every_depth():
 def test_a_tensor_that_only_some_values_have_is_never_dropped(masked):
     with pytest.raises(ValueError, match="only some of the values have mask"):
         stack_tensors([make(1.0, mask) for mask in masked])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts"),
+    [
+        ([], []),
+        ([3], [[3]]),
+        ([9], [[9]]),
+        ([2, 2, 1, 4], [[2, 2, 1], [4]]),
+        ([9, 1, 9, 9, 5], [[9], [1], [9], [9], [5]]),
+        ([0, 5, 0, 1], [[0, 5, 0], [1]]),
+    ],
+)
+def test_parts_hold_all_tensors_in_order_and_no_more_values_than_allowed_or_one_tensor(sizes, parts):
+    tensors = [torch.zeros(size) for size in sizes]
+    assert [[tensor.numel() for tensor in tensors[part]] for part in in_parts(tensors, most=5)] == parts

@@ -26,3 +26,28 @@ def test_the_average_is_a_copy(change):
     ema = Ema({"p": parameter}, decay=0.5)
     change(parameter)
     assert torch.equal(ema.values["p"], torch.zeros(3))
+
+
+def test_the_average_of_bf16_parameters_is_kept_in_fp32():
+    """In bf16 it would stand still: each update adds less than it can hold."""
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    ema = Ema({"p": parameter}, decay=0.999)
+    parameter.data.fill_(2.0)
+    expected = torch.ones(3)
+    for step in range(10_000, 10_020):
+        ema.update(step)
+        expected = 0.999 * expected + 0.001 * 2
+    assert ema.values["p"].dtype == torch.float32 and parameter.dtype == torch.bfloat16
+    torch.testing.assert_close(ema.values["p"], expected, rtol=1e-5, atol=0)
+
+
+def test_an_average_of_fp32_parameters_that_is_moved_in_parts_is_the_same(monkeypatch):
+    parameters = {name: nn.Parameter(torch.rand(5)) for name in "abc"}
+    whole, parts = (Ema(parameters, decay=0.9) for _ in range(2))
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(1)
+    whole.update(5)
+    monkeypatch.setattr("utils.training.ema.in_parts", lambda tensors: (slice(n, n + 1) for n in range(len(tensors))))
+    parts.update(5)
+    assert all(torch.equal(whole.values[name], parts.values[name]) for name in parameters)

@@ -88,6 +88,33 @@ def test_a_rounded_stream_is_rounded_once_at_the_end_of_a_block_and_its_gradient
     assert not torch.equal(outputs[0], outputs[1].float()) and not torch.equal(gradients[0], gradients[1].float())
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("situation", [s for s in SITUATIONS if s != "control"])
+def test_the_gradients_of_matrices_in_bf16_are_the_rounded_ones_of_the_same_matrices_in_fp32(situation, fuse, dtype):
+    """The patch embedding of a control LoRA is PEFT's: with matrices in bf16 it computes in bf16."""
+    situation, found = SITUATIONS[situation], []
+    for each in (FP32, BF16):
+        model, parameters = prepared(Memory(fuse=fuse), situation, dtype)
+        for parameter in parameters:
+            parameter.data = parameter.data.to(BF16).to(each)
+        found.append(answers(model, parameters, inputs_of(model, situation)))
+    (velocity, *exact), (answered, *rounded) = found
+    assert torch.equal(velocity, answered) and all(gradient.dtype == BF16 for gradient in rounded)
+    assert equal([gradient.to(BF16) for gradient in exact], rounded) and all(gradient.any() for gradient in rounded)
+
+
+def test_a_control_lora_in_bf16_gets_finite_gradients_close_to_those_in_fp32():
+    situation, found = SITUATIONS["control"], []
+    for each in (FP32, BF16):
+        model, parameters = prepared(Memory(fuse=True), situation)
+        for parameter in parameters:
+            parameter.data = parameter.data.to(BF16).to(each)
+        found.append(answers(model, parameters, inputs_of(model, situation)))
+    assert all(gradient.dtype == BF16 for gradient in found[1][1:])
+    assert relative_error(found[1], found[0]) < 0.02
+
+
 def gradient_of_input(model: WanModel, inputs: list[Tensor]) -> Tensor:
     """The gradient of the input of the first block."""
     seen: list[Tensor] = []

@@ -172,6 +172,7 @@ UNFIT = {
     "a matrix that is not finite": lambda s: parameters(s)["down"].fill_(math.nan),
     "an average of another shape": lambda s: s["trainables"]["lora"]["ema"].update(up=torch.ones(1)),
     "an average that is not finite": lambda s: s["trainables"]["lora"]["ema"]["up"].fill_(math.inf),
+    "an average in bf16": lambda s: s["trainables"]["lora"]["ema"].update(up=torch.ones(6, 2, dtype=torch.bfloat16)),
     "moments of a wrong size": lambda s: moments(s).update(exp_avg=torch.ones(1)),
     "moments of a transposed shape": lambda s: moments(s).update(exp_avg_sq=torch.ones(4, 2)),
     "moments in another dtype": lambda s: moments(s).update(exp_avg=torch.ones(2, 4, dtype=torch.float64)),
@@ -251,3 +252,49 @@ def test_the_parameters_of_a_learner_are_those_of_all_its_trainables():
     own = [list(trainable.adapter.parameters.values()) for trainable in learner.trainables.values()]
     assert [id(parameter) for parameter in learner.parameters] == [id(parameter) for each in own for parameter in each]
     assert len(own) == 2 and all(own)
+
+
+# ----------------------------------------------------------------------------------------------------- matrices in bf16
+
+
+def learner_in_bf16(ema_decay: float = 0.0) -> Learner:
+    adapter = SmallLora()
+    for parameter in adapter.parameters.values():
+        parameter.data = parameter.data.bfloat16()
+    return Learner([Trainable("lora", adapter, SPEC, ema_decay)])
+
+
+def take_step_in_bf16(learner: Learner, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    learner.begin_step()
+    for parameter in learner.parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator).bfloat16()
+    learner.update("lora", max_grad_norm=1.0)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_a_restored_learner_in_bf16_continues_like_the_one_that_was_saved(ema_decay):
+    first, second = learner_in_bf16(ema_decay), learner_in_bf16(0.9)
+    for seed in range(3):
+        take_step_in_bf16(first, seed)
+    saved = copy.deepcopy(first.state_dict())
+    second.load_state_dict(saved)
+    averages = second.trainables["lora"].ema.values
+    assert all(value.dtype == torch.float32 for value in averages.values())
+    if not ema_decay:
+        assert all(torch.equal(averages[name], value.float()) for name, value in parameters(saved).items())
+        second.trainables["lora"].ema = None
+    assert equal(values_of(first), values_of(second))
+    for learner in (first, second):
+        take_step_in_bf16(learner, 9)
+    assert equal(values_of(first)[:-1], values_of(second)[:-1])
+    dtypes = {tensor.dtype for tensor in moments(first.state_dict()).values()}
+    assert dtypes == {torch.bfloat16, torch.float32} and parameters(saved)["up"].dtype == torch.bfloat16
+
+
+def test_a_state_of_matrices_in_another_dtype_is_refused_and_the_message_says_what_to_do():
+    for saved, learner in ((small_learner(), learner_in_bf16()), (learner_in_bf16(), small_learner())):
+        before = values_of(learner)
+        with pytest.raises(UserError, match="--adapter_dtype must be the one it was saved with"):
+            learner.load_state_dict(saved.state_dict())
+        assert equal(before, values_of(learner))

@@ -12,12 +12,11 @@ from utils.adapters.attach import AdapterOptions, LoraAdapter
 from utils.adapters.lora import add_lora, select_modules
 from utils.common.options import parse_options
 from utils.encoding.conditioning import Batch, Cond, make_predict
-from utils.encoding.text import Texts
 from utils.training.experts import Experts
 from utils.training.learner import Learner, Trainable
 from utils.training.memory import Memory, prepare
 from utils.training.optim import OptimizerSpec
-from utils.training.phases import Phase, Schedule
+from utils.training.phases import Phase, Schedule, make_phase
 from wan.configs import FAMILIES
 
 SPEC = OptimizerSpec(learning_rate=1e-2, weight_decay=0.0, schedule="constant", warmup_steps=0, total_steps=10)
@@ -89,8 +88,11 @@ def expert_phases(flags: str) -> tuple[Learner, list[Phase], Experts]:
         adapters[role.name] = LoraAdapter(model, role.opts)
     learner = Learner([Trainable(role.trainable, adapters[role.name], role.opts.optimizer) for role in roles])
     experts = Experts({name: a.model for name, a in adapters.items()}, A14B.boundaries, torch.device("cpu"))
-    texts = Texts({}.__getitem__, [], None)
-    phases = [train_wan_lora.make_phase(role, adapters[role.name], experts, learner, texts) for role in roles]
+    phases = []
+    for role in roles:
+        model, sigmas = experts.models[role.name], role.expert.sigmas
+        loss = partial(train_wan_lora.training_loss, opts=role.opts, sigmas=sigmas, model=model, negative=None)
+        phases.append(make_phase(role, adapters[role.name], experts, learner, loss))
     return learner, phases, experts
 
 

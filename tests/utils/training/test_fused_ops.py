@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.fused_ops import fused_ops
+from utils.training.fused_ops import fused_ops
 
 
 def norm_and_gradient(norm: nn.RMSNorm, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Operations that are one kernel on CUDA, and that torch splits into several where the ledger counts.
+"""Operations that are one kernel on CUDA, and that torch splits into several elsewhere.
 
 Inside `fused_ops`, F.rms_norm is one operation on every device. On the meta device, which has no fused attention,
 F.scaled_dot_product_attention is one too. Both keep what their CUDA kernels keep.
@@ -38,7 +38,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     return _attention(query, key, value, *args, **kwargs)
 
 
-@torch.library.custom_op("benchmarks::rms_norm", mutates_args=())
+@torch.library.custom_op("wan_lora::rms_norm", mutates_args=())
 def _forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """x (..., D), weight (D,) -> the normalised x of the same dtype, and 1 / rms (..., 1) fp32."""
     scale = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -46,7 +46,7 @@ def _forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tens
     return (normalised if weight is None else normalised * weight).to(x.dtype), scale
 
 
-@torch.library.custom_op("benchmarks::rms_norm_backward", mutates_args=())
+@torch.library.custom_op("wan_lora::rms_norm_backward", mutates_args=())
 def _backward(grad: Tensor, x: Tensor, weight: Tensor | None, scale: Tensor) -> Tensor:
     """The gradient of x."""
     normalised, upstream = x.float() * scale, grad.float() if weight is None else grad.float() * weight

@@ -1,0 +1,56 @@
+"""GPUs: how much memory they have, and the rates that a training step reaches on them. Nominal: nothing is measured."""
+
+from dataclasses import dataclass
+
+# What a training step reaches of a published peak, on two cards for which others have published their measurements:
+# products, attention (forward and backward together), and memory. RTX 4090: 150, 121 of 165 TFLOP/s, 0.87 of 1.01 TB/s.
+# H200: 700, 545 of 989 TFLOP/s, 3.9 of 4.8 TB/s. All other cards are assumed to be as efficient as the nearer of them.
+ADA = 0.91, 0.73, 0.86
+HOPPER = 0.71, 0.55, 0.81
+PCIE4_X8, PCIE4, PCIE5 = 12.5e9, 25e9, 50e9  # bytes per second each way, from and to page-locked memory
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU. Rates are those that are reached, in operations and bytes per second."""
+
+    name: str
+    memory: float  # bytes
+    products: float  # bf16, added up in fp32
+    attention: float  # the same
+    bandwidth: float  # of its memory
+    link: float  # to main memory, each way
+    fp32: float  # products and attention in fp32, without TF32
+
+
+def _card(
+    name: str, gib: float, peak: float, bandwidth: float, fp32: float, link: float = PCIE4, efficiency: tuple = ADA
+) -> Card:
+    """From published figures: dense bf16 and fp32 TFLOP/s, GB/s."""
+    products, attention, memory = efficiency
+    flops = (products * peak * 1e12, attention * peak * 1e12)
+    return Card(name, gib * GIB, *flops, memory * bandwidth * 1e9, link, products * fp32 * 1e12)
+
+
+CARDS = {
+    "3060": _card("RTX 3060", 12, 25.6, 360, 12.8),
+    "3090": _card("RTX 3090", 24, 71, 936, 35.6),
+    "4060ti": _card("RTX 4060 Ti", 16, 44, 288, 22, PCIE4_X8),
+    "4070": _card("RTX 4070", 12, 58.3, 504, 29.1),
+    "4080": _card("RTX 4080", 16, 97.5, 717, 48.7),
+    "4090": _card("RTX 4090", 24, 165, 1008, 82.6),
+    "5090": _card("RTX 5090", 32, 209.5, 1792, 104.8, PCIE5),
+    "a6000": _card("RTX A6000", 48, 154.8, 768, 38.7),
+    "l40s": _card("L40S", 45, 362, 864, 91.6),
+    "a100": _card("A100 80 GB", 80, 312, 2039, 19.5),
+    "h100": _card("H100 80 GB", 80, 989, 3350, 67, PCIE5, HOPPER),
+    "h200": _card("H200", 140, 989, 4800, 67, PCIE5, HOPPER),
+}
+
+
+def find_card(name: str) -> Card | None:
+    """The card of the name that CUDA gives it, such as "NVIDIA GeForce RTX 4090"; None for one that is not listed."""
+    words = set(name.lower().replace("gb", " gb").split())
+    listed = sorted(CARDS.values(), key=lambda card: -len(card.name))
+    return next((card for card in listed if set(card.name.lower().split()) - {"80", "gb"} <= words), None)

@@ -1,0 +1,232 @@
+"""The memory and the time of a training step, computed before anything is loaded, without a GPU.
+
+What a step computes, keeps and moves is counted on the real code (`calibration`); weights, transfers and what kernels
+do inside are arithmetic. Times are nominal: counts divided by the rates of a card. They leave out the launching of
+kernels, which matters below about 2,000 tokens, and encoders, data and the optimizer.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import nn
+
+from utils.common.formatting import format_table
+from utils.storage.formats import stored_bytes
+from utils.storage.streaming import SLOTS
+from utils.storage.weights import PLAIN
+from utils.training.calibration import META, Cost, Workload, calibrate, empty_model, lora_size, peak_of
+from utils.training.cards import Card
+from utils.training.memory import Memory
+
+BF16, FP32 = torch.bfloat16, torch.float32
+CONTEXT = 1.0e9  # bytes of CUDA's context, of cuBLAS, and lost between tensors: an estimate, not measured
+LORA, GRADIENT, MOMENTS, CONVERTED = 4, 4, 8, 2  # bytes for each number of a LoRA: fp32; fp32; two of fp32; bf16
+# int8 weights are stored rotated: their values in bf16 exist before and after the rotation.
+COPIES = {"fp32": 0, "bf16": 0, "fp8": 1, "fp8_scaled": 1, "int8": 2, "nf4": 1}
+PASSES = {"none": 2}  # of the weights of a block through the kernels; 3 where the forward pass runs again
+RECOMPUTED = 3
+
+# Compiled blocks do not run on the meta device. They move so much of what fused ones move, and keep so much of what
+# these keep without checkpointing: benchmarks/RECORDS.md, counted for 1.3B.
+COMPILED_MOVES = {"none": 215.2 / 424.6, "selective": 253.5 / 539.9, "full": 269.5 / 604.6, "offload": 269.5 / 604.6}
+COMPILED_KEEPS = 33.9 / 29.9
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is trained."""
+
+    weights: str = "bf16"  # of PLAIN or QUANTISED: how the linear layers of blocks are stored
+    streamed: int = 0  # blocks whose frozen weights are in main memory, and stream through SLOTS on the device
+    checkpointing: str | tuple[str, ...] = "full"  # the strategy of all blocks, or of each
+    compile: bool = False
+
+    def strategies(self, depth: int) -> tuple[str, ...]:
+        """That of each block."""
+        return (self.checkpointing,) * depth if isinstance(self.checkpointing, str) else self.checkpointing
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of computing."""
+        return FP32 if self.weights == "fp32" else BF16
+
+    def describe(self, depth: int) -> str:
+        """Such as "bf16 weights, 38 of 40 blocks streamed, 12 blocks selective, 28 full"."""
+        kept = Counter(self.strategies(depth))
+        parts = [f"{self.weights} weights", f"{self.streamed} of {depth} blocks streamed" * bool(self.streamed)]
+        parts.append(next(iter(kept)) if len(kept) == 1 else " + ".join(f"{n} {name}" for name, n in kept.items()))
+        return ", ".join([part for part in parts if part] + ["compiled"] * self.compile)
+
+
+@dataclass(frozen=True)
+class DeviceBytes:
+    """What is on the GPU at the peak of a step."""
+
+    blocks: float  # weights of blocks that stay
+    ring: float  # room for blocks that stream
+    others: float  # weights of embeddings and head
+    adapter: float  # the LoRA, its gradient as far as it exists, its moments, and its copy in the dtype of computing
+    kept: float  # what blocks keep for the backward pass
+    working: float
+    context: float = CONTEXT
+
+    @property
+    def total(self) -> float:
+        return float(sum(vars(self).values()))
+
+
+@dataclass(frozen=True)
+class HostBytes:
+    """What is in main memory."""
+
+    streamed: float  # weights, page-locked
+    inputs: float  # of blocks, page-locked
+    idle: float  # experts that wait
+
+    @property
+    def total(self) -> float:
+        return float(sum(vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Of one step."""
+
+    products: float
+    attention: float
+    elementwise: float
+    transfer: float = 0.0  # that is not hidden behind the others
+
+    @property
+    def total(self) -> float:
+        return float(sum(vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a setting takes."""
+
+    work: Workload
+    setting: Setting
+    card: Card
+    device: DeviceBytes
+    host: HostBytes
+    seconds: Seconds
+
+    def describe(self) -> str:
+        """A table for people."""
+        device, host, seconds = vars(self.device), vars(self.host), vars(self.seconds)
+        rows = [(f"GPU: {name}", f"{value / 1e9:.2f}", "GB") for name, value in device.items() if value]
+        rows += [("GPU: all", f"{self.device.total / 1e9:.2f}", "GB")]
+        rows += [(f"main memory: {name}", f"{value / 1e9:.2f}", "GB") for name, value in host.items() if value]
+        rows += [(f"time: {name}", f"{value:.2f}", "s") for name, value in seconds.items() if value]
+        rows += [("time: a step", f"{self.seconds.total:.2f}", "s")]
+        title = f"{self.setting.describe(self.work.shape.num_layers)}; {self.work.tokens:,} tokens on {self.card.name}"
+        return f"{title}\n{format_table(('forecast, nominal', '', ''), rows)}"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The weights of a model as they are stored, in bytes."""
+
+    block: float
+    others: float
+    values: float  # the number of those of a block's linear layers
+    linear: float  # bytes of these
+    matrix: float  # the largest of them in bf16
+
+
+@cache
+def stored(work: Workload, weights: str) -> Stored:
+    """What is stored of a block and of the rest; the rest is never quantised."""
+    model = empty_model(replace(work.shape, num_layers=1), FP32 if weights == "fp32" else BF16, META)
+    shapes = [module.weight.shape for module in model.blocks[0].modules() if isinstance(module, nn.Linear)]
+    itemsize = PLAIN["fp32" if weights == "fp32" else "bf16"].itemsize
+    linear = sum(
+        itemsize * shape.numel() if weights in PLAIN else stored_bytes(shape[0], shape[1], weights) for shape in shapes
+    )
+    values = sum(shape.numel() for shape in shapes)
+    block = sum(parameter.nbytes for parameter in model.blocks.parameters())
+    others = sum(parameter.nbytes for parameter in model.parameters()) - block
+    largest = max(shape.numel() for shape in shapes)
+    return Stored(block - itemsize * values + linear, others, values, linear, BF16.itemsize * largest)
+
+
+def forecast(work: Workload, setting: Setting, card: Card) -> Forecast:
+    """What a step takes. The shape's number of layers is the depth."""
+    strategies = setting.strategies(work.shape.num_layers)
+    assert len(strategies) == work.shape.num_layers, "a strategy for each block"
+    known = {strategy: _cost(work, setting, strategy) for strategy in set(strategies)}
+    costs = [known[strategy] for strategy in strategies]
+    weights = stored(work, setting.weights)
+    device, host = _memory(work, setting, costs, weights)
+    return Forecast(work, setting, card, device, host, _seconds(setting, costs, host, weights, card, work))
+
+
+def _cost(work: Workload, setting: Setting, strategy: str) -> Cost:
+    """Of a strategy. Blocks on a GPU are compiled or fused."""
+    # What is counted does not depend on these: the counts are kept for all models of one width.
+    work = replace(work, experts=1, shape=replace(work.shape, num_layers=1))
+
+    def counted(strategy: str) -> Cost:
+        return calibrate(work, setting.dtype, Memory(strategy, fuse=True, stream=setting.dtype))
+
+    cost = counted(strategy)
+    if not setting.compile:
+        return cost
+    moved = cost.block.elementwise_bytes * COMPILED_MOVES[strategy]
+    more = (COMPILED_KEEPS - 1) * counted("none").block.peak_bytes  # kept, or made again in the backward pass
+    if strategy == "none":
+        block = replace(cost.block, elementwise_bytes=moved, peak_bytes=cost.block.peak_bytes + more)
+        return replace(cost, block=block)
+    rest = replace(cost.rest, peak_bytes=cost.rest.peak_bytes + more)
+    return Cost(replace(cost.block, elementwise_bytes=moved), rest)
+
+
+def _memory(work: Workload, setting: Setting, costs: Sequence[Cost], weights: Stored) -> tuple[DeviceBytes, HostBytes]:
+    depth, lora = work.shape.num_layers, lora_size(work)
+    peak = peak_of(costs, GRADIENT * lora.block)
+    converted = CONVERTED if setting.dtype == BF16 and not setting.compile else 0
+    adapter = work.experts * (LORA + MOMENTS + converted) * lora.at(depth) + GRADIENT * lora.rest + peak.gradients
+    device = DeviceBytes(
+        blocks=(depth - setting.streamed) * weights.block,
+        ring=min(SLOTS, setting.streamed) * weights.block,
+        others=weights.others,
+        adapter=adapter,
+        kept=peak.kept,
+        working=peak.working + COPIES[setting.weights] * weights.matrix,
+    )
+    inputs = setting.strategies(depth).count("offload") * _input_bytes(work, setting)
+    idle = (work.experts - 1) * (depth * weights.block + weights.others)
+    return device, HostBytes(setting.streamed * weights.block, inputs, idle)
+
+
+def _input_bytes(work: Workload, setting: Setting) -> float:
+    """Of the stream that enters a block."""
+    return float(work.batch * work.tokens * work.shape.dim * setting.dtype.itemsize)
+
+
+def _seconds(
+    setting: Setting, costs: Sequence[Cost], host: HostBytes, weights: Stored, card: Card, work: Workload
+) -> Seconds:
+    counts = sum((cost.block for cost in costs), costs[-1].rest)
+    exact = setting.weights == "fp32"
+    passes = sum(PASSES.get(strategy, RECOMPUTED) for strategy in setting.strategies(len(costs)))
+    moved = counts.elementwise_bytes + passes * _dequantised_bytes(setting.weights, weights)
+    products = counts.product_flops / (card.fp32 if exact else card.products)
+    attention = counts.attention_flops / (card.fp32 if exact else card.attention)
+    seconds = Seconds(products, attention, moved / card.bandwidth)
+    # Streamed weights arrive for the forward and again for the backward pass; inputs leave in one and return in the
+    # other, and both directions at once. The GPU computes meanwhile.
+    arriving = 2 * host.streamed + host.inputs
+    return replace(seconds, transfer=max(0.0, arriving / card.link - seconds.total))
+
+
+def _dequantised_bytes(weights: str, sizes: Stored) -> float:
+    """What a pass of a block moves so that its weights are in bf16: each is read, and written COPIES times."""
+    copies = COPIES[weights]
+    reads_between = copies - 1 if copies else 0
+    return (sizes.linear + (copies + reads_between) * BF16.itemsize * sizes.values) if copies else 0.0
