@@ -108,7 +108,7 @@ def test_what_else_decides_the_values_is_no_part_of_the_state_dict():
 
 def test_a_layer_takes_another_weight():
     layer, other = in_format(plain(), "int8"), in_format(plain(seed=5), "fp8_scaled")
-    layer.hold(quantise(plain(seed=5).weight, "fp8_scaled"))
+    layer.hold(quantise(plain(seed=5).weight, "fp8_scaled"), torch.device("cpu"))
     assert torch.equal(layer.values(FP32), other.values(FP32)) and layer.mixed_by is None
 
 
