@@ -27,12 +27,15 @@ LOAD = """
 import gc, json, re, sys, threading, time
 import torch
 from pathlib import Path
-from wan.checkpoints import load_transformer, read_weights
+from utils.storage.load import Store
+from utils.storage.weights import QUANTISED, Storage
+from wan.checkpoints import build_transformer, cast_to, load_transformer, read_weights
 from wan.checkpoints.load import _load
 from wan.checkpoints.parts import build_text_encoder
 from wan.checkpoints.transformer import read_transformer
 
-part, path, dtype = sys.argv[1], Path(sys.argv[2]), getattr(torch, sys.argv[3])
+part, path, target = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+dtype = torch.bfloat16 if target in QUANTISED else getattr(torch, target)
 
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -49,7 +52,10 @@ gc.collect()
 before = anonymous()
 thread = threading.Thread(target=watch)
 thread.start()
-if part == "transformer":
+if target in QUANTISED:
+    model = build_transformer(files)
+    Store(Storage(torch.device("cpu"), dtype, target)).load(model, files, cast_to)
+elif part == "transformer":
     model = load_transformer(files, dtype)
 else:
     model = _load(build_text_encoder(files), files, "cpu", dtype)
@@ -60,7 +66,7 @@ mapped = [range(*(int(end, 16) for end in words[0].split("-"))) for words in map
 tensors = list(model.state_dict().values())
 kept = sum(tensor.nbytes for tensor in tensors if not any(tensor.data_ptr() in pages for pages in mapped))
 largest = max(tensor.nbytes for tensor in tensors)
-print(json.dumps({"beyond": peak[0] - before - kept, "kept": kept, "largest": largest}))
+print(json.dumps({"beyond": peak[0] - before - kept, "kept": kept, "largest": largest, "peak": peak[0] - before}))
 """
 
 
@@ -92,6 +98,14 @@ def write(path: Path, module: nn.Module, dtype: torch.dtype, scaled: bool = Fals
     return path
 
 
+def load(path: Path, part: str, target: str) -> dict[str, int]:
+    """What a process sees that loads a part to a dtype, or to a format."""
+    command = [sys.executable, "-c", LOAD, part, str(path), target]
+    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
@@ -110,12 +124,20 @@ def test_loading_takes_little_more_host_memory_than_the_model(
     tmp_path: Path, part: str, build: Callable[[], nn.Module], name: str, dtype: torch.dtype, scaled: bool, target: str
 ):
     path = write(tmp_path / name, build(), dtype, scaled)
-    command = [sys.executable, "-c", LOAD, part, str(path), target]
-    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    seen = json.loads(result.stdout.splitlines()[-1])
+    seen = load(path, part, target)
     kept, beyond = seen["kept"], seen["beyond"]
     facts = f"{part} {name} to {target}: the model keeps {kept / 1e9:.2f} GB, loading took {beyond / 1e9:.2f} GB more"
     print(f"{facts}, its largest tensor has {seen['largest'] / 1e9:.2f} GB")
     assert beyond <= 1.2 * seen["largest"] + 0.5e9, facts
+    path.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["int8", "fp8_scaled"])
+def test_quantising_while_loading_takes_less_host_memory_than_the_file(tmp_path: Path, target: str):
+    path = write(tmp_path / "bf16.safetensors", transformer(8), BF16)
+    seen, size = load(path, "transformer", target), path.stat().st_size
+    facts = f"{target} of {size / 1e9:.2f} GB: the model keeps {seen['kept'] / 1e9:.2f} GB, the peak is {seen['peak'] / 1e9:.2f}"
+    print(facts)
+    assert seen["kept"] < 0.65 * size and seen["peak"] <= 1.2 * size, facts
     path.unlink()

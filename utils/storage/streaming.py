@@ -175,7 +175,7 @@ class Stream:
         size = next(iter(self.hosts.values())).nbytes
         waiting, places = len(self.hosts), len(set(self.slots.values()))
         return (
-            f"{counted(waiting, 'block')} have their weights in main memory, {readable_size(waiting * size)}; on the "
+            f"the weights of {counted(waiting, 'block')} wait in main memory, {readable_size(waiting * size)}; on the "
             f"device they share {counted(places, 'place')} of {readable_size(size)}"
         )
 

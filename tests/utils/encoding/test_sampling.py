@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_said_once_although_two_experts_are_given_it(folder
 
 
 def test_a_lora_that_fits_no_transformer_is_refused_before_weights_are_read(folder, experts, monkeypatch):
-    monkeypatch.setattr(utils.encoding.sampling, "build_transformer", None)
+    monkeypatch.setattr(utils.encoding.sampling.Store, "load", None)
     with pytest.raises(UserError, match=r"blocks\.9\.self_attn\.q"):
         choose_loras([folder / "deep_high_noise.safetensors"], 1.0, [], experts)
 

@@ -1,5 +1,6 @@
 """The text encoder of a model is loaded once, and only if a caption is not cached yet."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from tests.tiny import FAMILY, TINY_SHAPE, tiny_text_encoder, write_text_encoder
 from utils.common.errors import UserError
 from utils.encoding.text import EMBEDDINGS, TextEncoding, load_prompt, read_prompt
 from utils.encoding.text_cache import load_embedding
-from wan.checkpoints import ModelFiles, Weights, load_text_encoder, read_weights
+from utils.storage.linear import QuantisedLinear
+from wan.checkpoints import ModelFiles, Weights, load_text_encoder, read_weights, text_encoder_fingerprint
 from wan.modules.t5 import UMT5Encoder
 
 CPU = torch.device("cpu")
@@ -139,7 +141,7 @@ def test_a_gpu_that_is_too_full_leaves_the_encoder_on_the_cpu(
 ):
     loaded_on = []
 
-    def load(files, dtype, device):
+    def load(files, dtype, device, place_in):
         loaded_on.append((device.type, dtype))
         raise KeyboardInterrupt
 
@@ -200,3 +202,37 @@ def test_a_prompt_file_that_is_no_prompt_is_refused_by_name(tmp_path, content, m
     with pytest.raises(UserError, match=message) as caught:
         read_prompt(path)
     assert str(path) in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------- in other formats
+
+
+@pytest.mark.parametrize(("stored", "likeness"), [("int8", 0.999), ("fp8_scaled", 0.99), ("fp8", 0.99), ("nf4", 0.75)])
+def test_an_encoder_in_codes_gives_nearly_the_same_rows(files, tmp_path, stored, likeness, capsys):
+    stages = TextEncoding(files, CPU), TextEncoding(files, CPU, stored)
+    rows = []
+    for stage in stages:
+        cache = stage.cache(tmp_path)
+        stage.encode_missing({cache: ["a red car in the river at night"]})
+        rows.append(cache.load("a red car in the river at night"))
+    found = torch.nn.functional.cosine_similarity(*rows, dim=1)
+    # The least alike of ten rows, of an encoder whose layers are 32 wide: wide ones average more.
+    assert found.min() > likeness and not torch.equal(*rows)
+    assert "on cpu" in capsys.readouterr().out
+
+
+def test_each_format_has_a_cache_of_its_own_and_that_of_values_is_the_one_that_there_was(files, tmp_path):
+    formats = ("auto", "bf16", "fp8", "fp8_scaled", "int8", "nf4")
+    names = [TextEncoding(files, CPU, stored).fingerprint for stored in formats]
+    assert len(set(names)) == len(formats)
+    assert names[:2] == [text_encoder_fingerprint(files, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    assert TextEncoding(files, CPU).fingerprint == TextEncoding(files, CPU, "fp32").fingerprint == names[0]
+
+
+@pytest.mark.parametrize("stored", ["int8", "nf4"])
+def test_an_encoder_in_codes_is_said_to_be_as_large_as_it_is(files, stored):
+    values, codes = TextEncoding(files, CPU), TextEncoding(files, CPU, stored)
+    encoder = load_text_encoder(files, torch.float32, CPU, partial(codes._place_in, device=CPU)).encoder
+    layers = [module for module in encoder.modules() if isinstance(module, QuantisedLinear)]
+    taken = sum(parameter.nbytes for parameter in encoder.parameters()) + sum(layer.scale.nbytes for layer in layers)
+    assert len(layers) == 14 and codes._bytes == taken < values._bytes

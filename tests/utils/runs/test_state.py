@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,16 @@ def test_a_state_of_format_2_is_restored_with_its_means_as_those_of_the_ordinary
     again, _ = content(tmp_path / "again.safetensors")
     assert tensors.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
     assert read_state(tmp_path / "again.safetensors").metrics == METRICS
+
+
+def test_decisions_survive_the_way_to_a_file_and_a_file_of_before_has_none(tmp_path):
+    learner, path = small_learner(), tmp_path / "state-00000000.safetensors"
+    decided = {"device": "NVIDIA H200", "compile": "on", "quantised_matmul": "off"}
+    write_state(path, learner.state_dict(), replace(FACTS, decided=decided), METRICS)
+    assert read_state(path).facts == replace(FACTS, decided=decided)
+    edited(lambda facts: facts.pop("decided"))(path)
+    assert b"NVIDIA" not in path.read_bytes()
+    assert read_state(path).facts == FACTS and read_state(path).facts.decided == {}
 
 
 def test_the_means_of_several_phases_survive_the_way_to_a_file_and_back(tmp_path):
@@ -192,6 +203,9 @@ BAD = {
     "options that are a list": edited(lambda f: f.update(options=[])),
     "no data": edited(lambda f: f.pop("data")),
     "data that is a number": edited(lambda f: f.update(data=3)),
+    "decisions that are a list": edited(lambda f: f.update(decided=["on"])),
+    "decisions that are null": edited(lambda f: f.update(decided=None)),
+    "a decision that is a number": edited(lambda f: f.update(decided={"device": "GPU", "compile": 1})),
     "a fingerprint that is a number": edited(lambda f: f["data"].update({"clips/a.mp4": 5})),
     "no metrics": edited(lambda f: f.pop("metrics")),
     "no means": edited(lambda f: f["metrics"].pop("means")),

@@ -12,8 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 import train_wan_lora
 import utils.storage.load
+from tests.adapted import fill
 from tests.loras import make_pair
 from tests.tiny import TINY_SHAPE, tiny_shape, tiny_transformer, write_model
+from tests.trainees import equal
 from utils.adapters.attach import LoraAdapter, plan_adapter
 from utils.adapters.lora_file import LoraFile, delta
 from utils.adapters.lora_reader import read_lora
@@ -21,11 +23,11 @@ from utils.adapters.lora_writer import write_lora
 from utils.common.errors import UserError
 from utils.common.options import parse_options
 from utils.encoding.conditioning import Cond, make_predict
-from utils.storage.weights import hold_as
+from utils.storage.weights import Storage, hold_as
 from utils.training.checkpoint_plan import CheckpointPlan
 from utils.training.experts import Experts, Role, load_experts, plan_experts
 from utils.training.memory import Memory
-from wan.checkpoints import ModelFiles, open_model
+from wan.checkpoints import ModelFiles, open_model, rotation
 from wan.configs import FAMILIES
 from wan.modules.model import WanModel
 
@@ -309,3 +311,72 @@ def test_too_little_main_memory_for_the_expert_that_waits_is_reported_before_it_
     assert list(experts.models) == [HIGH]
     with pytest.raises(UserError, match="in main memory at any time: it takes 0.36 MB, and"):
         load_experts(roles, plans, files, Memory(), KEPT, hold_as("auto", DEVICE), with_others=False)
+
+
+# ------------------------------------------------------------------------------------------ weights in main memory
+
+
+def held_pair(files: ModelFiles, storage: Storage) -> tuple[Experts, dict[str, LoraAdapter]]:
+    """Both experts, held so, with LoRAs that change their answers."""
+    roles = options("--lora_rank 4 --lora_target all-linear").roles(A14B)
+    memory, plans = Memory("full", fuse=True), plan_experts(roles, files)
+    experts, adapters = load_experts(roles, plans, files, memory, CheckpointPlan("full", 2), storage, with_others=False)
+    for seed, adapter in enumerate(adapters.values()):
+        fill(list(adapter.parameters.values()), seed)
+    return experts, adapters
+
+
+def in_turns(files: ModelFiles, storage: Storage) -> list[Tensor]:
+    """Steps of one expert and the other, with previews in between that need both."""
+    experts, adapters = held_pair(files, storage)
+    found = []
+    for name in (HIGH, LOW, LOW, HIGH, LOW, HIGH):
+        timestep = torch.tensor([950.0 if name == HIGH else 100.0])
+        with experts.speaking(name, adapters[name].speaking):
+            velocity = experts.predict(draw(), timestep, COND)
+            found += [velocity, *torch.autograd.grad(velocity.square().sum(), list(adapters[name].parameters.values()))]
+        with torch.no_grad():
+            found += [experts.predict(draw(), torch.tensor([t]), COND) for t in (999.0, 1.0)]
+    return [tensor.detach() for tensor in found]
+
+
+@pytest.mark.parametrize("format", [None, "int8"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_experts_whose_blocks_are_swapped_give_the_numbers_of_those_that_are_moved_bit_for_bit(files, format, count):
+    found = in_turns(files, Storage(CPU, torch.float32, format, num_streamed=count))
+    assert equal(found, in_turns(files, Storage(CPU, torch.float32, format)))
+
+
+def test_of_experts_whose_blocks_are_swapped_all_blocks_are_in_main_memory_and_share_their_slots(files):
+    experts, _ = held_pair(files, Storage(CPU, torch.float32, "int8", num_streamed=1))
+    high, low = experts._streams
+    assert list(high.hosts) == list(low.hosts) == [0, 1] and high._ring is low._ring
+    for name in ("blocks.0.ffn.0", "blocks.1.self_attn.q"):
+        layers = [experts.models[each].get_submodule(name).get_base_layer() for each in (HIGH, LOW)]
+        assert layers[0].weight.data_ptr() == layers[1].weight.data_ptr()
+        assert all(stream.holds(layer.weight) for stream in experts._streams for layer in layers)
+
+
+def test_the_rotation_that_all_layers_share_is_on_the_device_and_is_not_moved(files):
+    experts, _ = held_pair(files, Storage(CPU, torch.float32, "int8"))
+    shared = rotation(16, CPU)
+    layers = [module for model in experts.models.values() for module in model.modules() if hasattr(module, "mixed_by")]
+    assert len(layers) == 40 and all(layer.mixed_by is shared for layer in layers)
+    with Moves(experts.models):
+        experts.device = DEVICE
+        experts.activate(LOW)
+    assert shared.device == CPU and all(layer.mixed_by is shared for layer in layers)
+    assert not any("mixed_by" in name for model in experts.models.values() for name, _ in model.named_buffers())
+
+
+def test_a_switch_moves_only_what_is_in_no_stream(files):
+    experts, _ = held_pair(files, Storage(CPU, torch.float32, "int8", num_streamed=1))
+    models = experts.models
+    streamed = {name for name, _ in models[HIGH].named_parameters() if name.endswith("base_layer.weight")}
+    streamed |= {name.replace(".weight", ".scale") for name in streamed}
+    experts.device = DEVICE
+    with Moves(models) as moves:
+        experts.activate(LOW)
+    moved = {name for _, name, _ in moves.seen}
+    assert len(streamed) == 40 and moved == frozen(models[HIGH]) - streamed
+    assert {(model, device) for model, _, device in moves.seen} == {(HIGH, "cpu"), (LOW, "meta")}

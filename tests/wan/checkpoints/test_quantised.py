@@ -242,3 +242,93 @@ def test_names_from_a_file_do_not_break_the_message():
     assert (
         len(refused("no format", scales_of, LAYER, {"_quantization_metadata": json.dumps({"layers": {wild: 1}})})) < 500
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------- int8
+
+INT8 = {"a.weight": ((6, 512), "I8"), "a.weight_scale": ((6, 1), "F32"), "a.bias": ((6,), "BF16")}
+TENSORWISE = {"format": "int8_tensorwise"}
+ROTATED = TENSORWISE | {"convrot": True}
+
+
+def groups_of(facts: Facts, settings: object, where: str = "a") -> dict[str, int]:
+    """The groups of a file that states its format beside a layer; the same is found where its metadata states it."""
+    stored = {f"{where}.comfy_quant": torch.tensor(list(json.dumps(settings).encode())).byte()}
+    facts = {**facts, f"{where}.comfy_quant": ((9,), "U8")}
+    shapes, dtypes = ({name: fact[index] for name, fact in facts.items()} for index in (0, 1))
+    return find_scales(shapes, dtypes, {}, stored.__getitem__).groups
+
+
+def below(prefix: str, facts: Facts = INT8) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {prefix + name: fact for name, fact in facts.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model.", "model."])
+@pytest.mark.parametrize(
+    ("settings", "group"),
+    [
+        (TENSORWISE, 0),
+        (TENSORWISE | {"convrot": False, "convrot_groupsize": 7}, 0),
+        (ROTATED, 256),
+        (ROTATED | {"convrot_groupsize": 16}, 16),
+        (ROTATED | {"convrot_groupsize": 64, "full_precision_matrix_mult": True}, 64),
+    ],
+)
+def test_int8_is_read_where_it_is_stated_with_the_group_of_its_rotation(prefix, settings, group):
+    weight = f"{prefix}a.weight"
+    assert groups_of(below(prefix), settings, f"{prefix}a") == {weight: group}
+    shapes, dtypes = ({name: fact[index] for name, fact in below(prefix).items()} for index in (0, 1))
+    found = find_scales(shapes, dtypes, header(settings), {}.__getitem__)
+    assert (found.groups, found.scales) == ({weight: group}, {weight: f"{prefix}a.weight_scale"})
+    assert found.unread == {f"{prefix}a.weight_scale"}
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "BF16", "F32"])
+def test_a_weight_that_is_none_of_int8_is_not_rotated_whatever_is_stated(dtype):
+    assert groups_of(INT8 | {"a.weight": ((6, 512), dtype)}, ROTATED) == {}
+
+
+@pytest.mark.parametrize("scale", [(), (1,), (1, 1), (6, 1), (6, 2, 1)])
+@pytest.mark.parametrize("spelling", ["weight_scale", "scale_weight"])
+def test_scales_of_int8_have_the_names_and_shapes_of_others(scale, spelling):
+    facts = {"a.weight": INT8["a.weight"], f"a.{spelling}": (scale, "F32")}
+    assert scales_of(facts, header(ROTATED))[0] == {"a.weight": f"a.{spelling}"}
+
+
+@pytest.mark.parametrize("group", [0, 1, 2, 8, 128, 4096, -4, 16.0, True, "256", None, [256]])
+def test_a_rotation_of_groups_that_are_none_is_refused(group):
+    settings = ROTATED | {"convrot_groupsize": group}
+    message = r"states a rotation of groups of .+ in a\.comfy_quant, which is not read here"
+    refused(message, groups_of, INT8, settings)
+    refused("states a rotation of groups of .+ in the metadata of a", scales_of, INT8, header(settings))
+
+
+@pytest.mark.parametrize("rotated", [None, 0, 1, "yes", [], {}])
+def test_a_rotation_that_is_neither_there_nor_not_is_refused(rotated):
+    refused("states a rotation", groups_of, INT8, TENSORWISE | {"convrot": rotated})
+
+
+def test_a_group_that_does_not_divide_the_columns_is_refused():
+    facts = INT8 | {"a.weight": ((6, 384), "I8")}
+    refused(r"^has a\.weight of 384 columns, which are rotated in groups of 256$", groups_of, facts, ROTATED)
+    assert groups_of(facts, ROTATED | {"convrot_groupsize": 64}) == {"a.weight": 64}
+
+
+def test_int8_without_its_scale_is_refused():
+    refused(
+        "has no scale of a.weight, which is stated to be scaled", groups_of, {"a.weight": ((6, 512), "I8")}, ROTATED
+    )
+
+
+@pytest.mark.parametrize("settings", [{"format": "float8_e4m3fn"}, None])
+def test_int8_that_nothing_states_is_refused(settings):
+    metadata = {} if settings is None else header(settings)
+    refused(r"is quantised to int8 \(a\.weight is I8\), which is not read here", scales_of, INT8, metadata)
+    both = INT8 | {name.replace("a.", "b."): fact for name, fact in INT8.items()}
+    refused(r"is quantised to int8 \(b\.weight is I8\)", scales_of, both, header(ROTATED))
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (6, 256, 1, 2, 2)])
+def test_int8_that_is_no_matrix_is_refused(shape):
+    facts = {"a.weight": (shape, "I8"), "a.weight_scale": ((), "F32")}
+    refused(r"has a\.weight of shape .+ in int8, which is no matrix", groups_of, facts, TENSORWISE)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tests.damage import edit_pth, refused
 from tests.tiny import FAMILY
 from wan.checkpoints import TRANSFORMER, CheckpointError, tensors
+from wan.checkpoints.stored import Quantised
 from wan.checkpoints.tensors import Entry, Piece, existing, open_file, open_tensors, read_header
 
 VAE, TEXT_ENCODER = FAMILY.vae, FAMILY.text_encoder
@@ -71,16 +72,24 @@ def test_rows_are_joined_in_their_order_and_take_the_axes_of_the_module(tmp_path
         assert torch.equal(read("x"), content["x"][None, None])
 
 
-def test_what_is_quantised_becomes_values_in_the_dtype_of_the_computation(tmp_path):
-    path, weight, scale = tmp_path / "a.safetensors", torch.randn(2, 3).to(FP8), torch.tensor(0.3)
-    save_file({"w": weight, "s": scale, "b": torch.ones(2)}, path)
-    entries = {"w": entry(path, "w", (2, 3), "s"), "plain": entry(path, "w", (2, 3)), "b": entry(path, "b", (2,))}
-    entries["joined"] = Entry((4, 3), (Piece(path, "w", "s"), Piece(path, "w")))
+def test_what_is_quantised_is_read_as_it_is_stored_and_several_parts_as_values_of_the_computation(tmp_path):
+    path, weight, scale = tmp_path / "a.safetensors", torch.randn(2, 4).to(FP8), torch.tensor(0.3)
+    codes, row_scale = torch.randint(-127, 128, (2, 4), dtype=torch.int8), torch.rand(2, 1)
+    save_file({"w": weight, "s": scale, "b": torch.ones(2), "i": codes, "r": row_scale}, path)
+    entries = {"w": entry(path, "w", (2, 4), "s"), "plain": entry(path, "w", (2, 4)), "b": entry(path, "b", (2,))}
+    entries |= {"i": Entry((2, 4), (Piece(path, "i", "r", 4),)), "flat": entry(path, "w", (8,), "s")}
+    entries["joined"] = Entry((4, 4), (Piece(path, "i", "r", 4), Piece(path, "w")))
     with open_tensors(entries, BF16) as read:
-        scaled, plain = weight.to(BF16) * scale.to(BF16), weight.to(BF16)
-        assert torch.equal(read("w"), scaled) and torch.equal(read("plain"), plain)
-        assert read("b").dtype == FP32 and read("plain").dtype == BF16
-        assert torch.equal(read("joined"), torch.cat([scaled, plain]))
+        found = {name: read(name) for name in ("w", "plain", "i")}
+        expected = {"w": (weight, scale, 0), "plain": (weight, None, 0), "i": (codes, row_scale, 4)}
+        for name, (own, own_scale, group) in expected.items():
+            one = found[name]
+            assert isinstance(one, Quantised) and one.group == group and one.codes.dtype == own.dtype
+            assert torch.equal(one.codes.float(), own.float())
+            assert (one.scale is None) if own_scale is None else torch.equal(one.scale, own_scale)
+        assert read("b").dtype == FP32
+        assert torch.equal(read("joined"), torch.cat([found["i"].values(BF16), weight.to(BF16)]))
+        assert torch.equal(read("flat"), (weight.to(BF16) * scale.to(BF16)).flatten())
 
 
 def test_the_length_of_a_header_is_not_taken_for_another_kind_of_file(tmp_path):

@@ -23,6 +23,7 @@ from tests.layouts import (
     write_single,
 )
 from tests.tiny import tiny_clip, tiny_text_encoder, tiny_transformer, tiny_vae, tiny_vae22, write_weights
+from wan.checkpoints.stored import values_of
 from wan.checkpoints.tensors import open_tensors
 from wan.checkpoints.weights import DESCRIPTIONS, Weights, read_weights
 
@@ -71,7 +72,7 @@ def open_clip(state: State) -> State:
     return found
 
 
-# Piece, its official tensors, and how they are stored
+# Part, its official tensors, and how they are stored
 LAYOUTS: dict[str, tuple[str, State, State]] = {
     "transformer": ("transformer", official("transformer"), official("transformer")),
     "transformer of diffusers": (
@@ -127,7 +128,7 @@ def assert_reads(weights: Weights, expected: State) -> None:
     assert weights.shapes == {name: tuple(tensor.shape) for name, tensor in expected.items()}
     with open_tensors(weights.tensors, torch.float32) as read:
         for name, tensor in expected.items():
-            assert torch.equal(read(name), tensor), name
+            assert torch.equal(values_of(read(name), torch.float32), tensor), name
 
 
 # --------------------------------------------------------------------------------------------------------- one file
