@@ -1,10 +1,7 @@
 """The command that measures what storing weights in 8 or 4 bits costs, on a small model."""
 
 import gc
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -141,10 +138,3 @@ def test_products_of_bf16_are_rounded_once_and_those_of_int8_are_exact():
     assert torch.equal(total, torch.addmm(c.float(), a.float(), b.float(), alpha=0.5).bfloat16())
     assert torch.equal(linear, torch.addmm(c[0].float(), a.float(), b.float()).bfloat16())
     assert codes.dtype == torch.int32
-
-
-def test_the_command_runs_as_a_module():
-    root = Path(quantised.__file__).resolve().parents[1]
-    command = [sys.executable, "-m", "benchmarks.quantised", "--help"]
-    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    assert "--keep_end_blocks" in ran.stdout
