@@ -131,10 +131,13 @@ def test_nan_misses_the_limit():
 def test_products_of_bf16_are_rounded_once_and_those_of_int8_are_exact():
     generator = torch.Generator().manual_seed(0)
     a, b, c = (torch.randn(size, generator=generator).bfloat16() for size in ((5, 64), (64, 7), (5, 7)))
+    codes = [torch.randint(-128, 128, size, dtype=torch.int8, generator=generator) for size in ((32, 2048), (2048, 16))]
+    codes[0][0], codes[1][:, 0] = -128, -128  # a sum that fp32 does not hold exactly, once one is added
+    codes[0][0, 0], codes[1][0, 0] = 127, 127
     with Products():
         product, total, linear = a @ b, c.clone().addmm_(a, b, alpha=0.5), nn.functional.linear(a, b.T, c[0])
-        codes = torch._int_mm(*(torch.randint(-128, 128, size, dtype=torch.int8) for size in ((32, 16), (16, 16))))
+        exact = torch._int_mm(*codes)
     assert torch.equal(product, (a.float() @ b.float()).bfloat16())
     assert torch.equal(total, torch.addmm(c.float(), a.float(), b.float(), alpha=0.5).bfloat16())
     assert torch.equal(linear, torch.addmm(c[0].float(), a.float(), b.float()).bfloat16())
-    assert codes.dtype == torch.int32
+    assert torch.equal(exact, (codes[0].long() @ codes[1].long()).int())
