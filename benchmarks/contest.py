@@ -74,7 +74,10 @@ class Contestant:
     def resident(self) -> int:
         """Bytes that stay allocated between steps: weights, buffers and the optimizer's state."""
         states = [value for state in self.updater.optimizer.state.values() for value in state.values()]
-        return sum(t.nbytes for t in (*self.trainee.model.parameters(), *self.trainee.model.buffers(), *states))
+        tensors = (*self.trainee.model.parameters(), *self.trainee.model.buffers(), *states)
+        # Weights that flow to the device share memory there.
+        memory = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(memory.values())
 
     @property
     def median(self) -> float:

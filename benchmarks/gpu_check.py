@@ -58,10 +58,15 @@ PARTS = {
         "link": ("stream", "link"),
         "offload": ("stream", "offload"),
         "offload_long": ("stream", "offload_long"),
+        "weights": ("waiting_weights", "weights"),
+        "weights_14B": ("waiting_weights", "weights_14b"),
+        "weights_capped": ("waiting_weights", "weights_capped"),
     },
     "quantised": {
         "dequantise": ("quantised", "dequantised"),
-        "fp8_weights": ("quantised", "rounded"),
+        "codes": ("quantised", "stored"),
+        "quantised_accuracy": ("quantised", "accuracy"),
+        "quantised_step": ("quantised", "step"),
     },
     "plan": {
         "plan": ("plan", "check"),

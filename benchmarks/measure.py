@@ -52,6 +52,7 @@ class Sizes:
     image: tuple[int, int, int] = (1, 64, 64)  # 512x512, 1,024 tokens
     long: tuple[int, int, int] = (21, 60, 104)  # 81 frames of 832x480, 32,760 tokens
     shallow_layers: int = 4  # blocks of larger models
+    deep_layers: int = 16  # of 14B in bf16 they do not fit into the smallest of `caps`
     caps: tuple[int, ...] = (8, 12, 16, 24)  # GB of a smaller GPU
     clip: tuple[int, int, int] = (25, 480, 832)  # pixels F, H, W for the VAE
     gemm_side: int = 8192

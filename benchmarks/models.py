@@ -1,6 +1,6 @@
 """The two trainers that are compared, with the same random weights, adapters and inputs; the FLOPs of a step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -13,6 +13,7 @@ from benchmarks.weights import random_transformer, seeded, to_bf16
 from utils.adapters.lora import add_lora, select_modules
 from utils.diffusion.flow import Noisy, add_noise
 from utils.diffusion.objectives import squared_error
+from utils.storage.streaming import Stream
 from utils.training.memory import Memory, TrainingPass, prepare
 from wan.modules.model import WanModel, WanShape
 from wan.names import diffusers_name, is_parameter
@@ -136,10 +137,19 @@ def our_trainee(
 ) -> Trainee[WanModel]:
     """Our transformer with our adapter, prepared by the code of the trainer."""
     model = random_transformer(shape, device)
-    if dtype == torch.bfloat16:
-        model = to_bf16(model)
-    names = select_modules(model, TARGETS)
-    parameters = prepare(model, memory, lambda base: add_lora(base, names, sizes.rank, sizes.rank))
+    return with_adapter(to_bf16(model) if dtype == torch.bfloat16 else model, sizes, memory)
+
+
+def with_adapter(
+    model: WanModel,
+    sizes: Sizes,
+    memory: Memory = CHECKPOINTING,
+    targets: Sequence[str] = TARGETS,
+    stream: Stream | None = None,
+) -> Trainee[WanModel]:
+    """A transformer of ours, however its weights are held, with our adapter, prepared by the code of the trainer."""
+    names = select_modules(model, targets)
+    parameters = prepare(model, memory, lambda base: add_lora(base, names, sizes.rank, sizes.rank), stream=stream)
     _draw_adapter(parameters)
     first = model.blocks[0].forward
     waited = None

@@ -1,10 +1,14 @@
 """Random weights, drawn on the device with a fixed seed, and scaled so that activations keep their size with depth."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from utils.storage.formats import Codes, quantise
+from utils.storage.linear import QuantisedLinear
+from utils.storage.weights import linear_layers
 from wan.modules.clip import VisionEncoder, VisionShape
 from wan.modules.model import WanModel, WanShape, is_fp32
 from wan.modules.vae import WanVAE
@@ -42,10 +46,36 @@ def random_transformer(shape: WanShape, device: torch.device) -> WanModel:
 
 
 def to_bf16(model: WanModel) -> WanModel:
-    """Casts the model to bf16 in place, except the parameters that stay fp32, as the trainer does on a GPU."""
+    """Casts the model to bf16 in place, except codes and what stays fp32, as the trainer does on a GPU."""
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data if is_fp32(name) else parameter.data.bfloat16()
+        if parameter.dtype == torch.float32 and not is_fp32(name):
+            parameter.data = parameter.data.bfloat16()
     return model
+
+
+def hold_in_codes(model: WanModel, codes: Mapping[str, Codes]) -> WanModel:
+    """Puts codes in place of the weights of linear layers, by the layers' names, as the trainer does in loading."""
+    for name, of_layer in codes.items():
+        parent, _, own = name.rpartition(".")
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        setattr(model.get_submodule(parent), own, QuantisedLinear(layer, of_layer))
+    return model
+
+
+def stored_transformer(shape: WanShape, device: torch.device, format: str | None, in_codes: bool = False) -> WanModel:
+    """The same weights, those of the blocks' linear layers in a format of `utils.storage` or in bf16, all else in bf16.
+
+    With `in_codes` codes themselves are multiplied.
+    """
+    model = random_transformer(shape, device)
+    if format is not None:
+        layers = linear_layers(model).items()
+        hold_in_codes(model, {name: quantise(layer.weight.detach(), format) for name, layer in layers})
+    for module in model.modules():
+        if isinstance(module, QuantisedLinear):
+            module.in_codes = in_codes
+    return to_bf16(model)
 
 
 def random_vae(dim: int, device: torch.device) -> WanVAE:

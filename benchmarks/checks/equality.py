@@ -21,20 +21,20 @@ def check(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Row]:
     def run(strategy: str) -> Numbers:
         return measure(lambda: our_trainee(sizes.shape, sizes, device, memory=fused(strategy)), inputs)
 
-    with _deterministic():
+    with deterministic():
         reference, again = run(REFERENCE), run(REFERENCE)
-        repeats = _differing(reference, again) == 0
-        yield _row(f"{REFERENCE}, twice", reference, again, "" if repeats else "not deterministic")
+        repeats = differing(reference, again) == 0
+        yield differing_row(f"{REFERENCE}, twice", reference, again, "" if repeats else "not deterministic")
         for strategy in OTHERS:
             try:
                 verdict = FAILED if repeats else "as two runs of one"
-                yield _row(f"{strategy} and {REFERENCE}", reference, run(strategy), verdict)
+                yield differing_row(f"{strategy} and {REFERENCE}", reference, run(strategy), verdict)
             except torch.OutOfMemoryError:
                 yield skipped(strategy, "out of memory")
 
 
 @contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
     """torch chooses deterministic kernels where it has them."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -43,16 +43,16 @@ def _deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def _row(name: str, reference: Numbers, other: Numbers, otherwise: str) -> Row:
+def differing_row(name: str, reference: Numbers, other: Numbers, otherwise: str, what: str = "gradients") -> Row:
     """How many gradients differ, and how far; `otherwise` is the verdict where any number does."""
-    count = _differing(reference, other)
+    count = differing(reference, other)
     far = max(_distance(a, b) for a, b in zip(reference[1], other[1], strict=True))
     loss = "equal" if reference[0] == other[0] else f"differs by {abs(reference[0] / other[0] - 1):.2g}"
-    of = f"of {len(reference[1])} gradients; the worst by {far:.2g} of its norm; the loss {loss}"
+    of = f"of {len(reference[1])} {what}; the worst by {far:.2g} of its norm; the loss {loss}"
     return Row(f"{name}: that differ", count, "", of, otherwise if count else "equal")
 
 
-def _differing(reference: Numbers, other: Numbers) -> int:
+def differing(reference: Numbers, other: Numbers) -> int:
     """How many gradients are not the same bit for bit; one more if the loss is not."""
     pairs = zip(reference[1], other[1], strict=True)
     return sum(not torch.equal(a, b) for a, b in pairs) + (reference[0] != other[0])

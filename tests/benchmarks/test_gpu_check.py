@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,39 +15,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_wan_lora
 from benchmarks import gpu_check
-from benchmarks.checks import environment, equality, numbers, plan, quantised, step, stream, synchronisations, vae
+from benchmarks.checks import environment, equality, numbers, plan, step, stream, synchronisations, vae
 from benchmarks.measure import FAILED, Clock, Row, Sizes, at_least, count_tokens, skipped
 from benchmarks.models import fused, our_trainee, random_inputs, step_flops
 from tests.limits import GRID
+from tests.sizes import CPU, SHAPE, TINY, values
 from utils.data.buckets import count_tokens as tokens_of
 from utils.data.buckets import max_frames
 from utils.training.memory import Memory
 from wan.modules.attention import attention
 from wan.modules.model import WanShape
 
-CPU = torch.device("cpu")
-SHAPE = WanShape(dim=48, ffn_dim=96, num_heads=2, num_layers=2, text_dim=32, text_len=24, freq_dim=32)
-TINY = Sizes(
-    shape=SHAPE,
-    reference_layers=2,
-    vae_dim=8,
-    rank=4,
-    text_tokens=10,
-    video=(2, 4, 6),
-    image=(1, 4, 4),
-    long=(3, 4, 6),
-    shallow_layers=1,
-    caps=(1,),
-    clip=(5, 16, 16),
-    gemm_side=32,
-    warmups=1,
-    steps=3,
-)
 OURS, LEAN, PEER = "fused, full", "fused, none", step.PEER
-
-
-def values(rows: Iterator[Row]) -> dict[str, Row]:
-    return {row.name: row for row in rows}
 
 
 @pytest.fixture
@@ -310,29 +289,6 @@ def test_inputs_in_main_memory_are_timed_against_those_that_stay(group, tokens):
 
 def test_the_link_to_main_memory_is_only_measured_on_a_gpu():
     assert list(stream.link(TINY, CPU, Clock(60))) == [skipped("link", "no GPU")]
-
-
-def test_reading_fp8_is_compared_number_by_number(monkeypatch):
-    rows = list(quantised.dequantised(TINY, CPU, Clock(60)))
-    assert len(rows) == 4 * 2 * 3 + 1
-    assert {row.verdict for row in rows} == {"equal", "skipped: this does not exist yet"}
-    calls, dequantise = [], quantised.dequantise
-
-    def unlike(stored, scale, dtype):
-        calls.append(stored)
-        weight = dequantise(stored, scale, dtype)
-        weight[0, 0] += len(calls) % 2
-        return weight
-
-    monkeypatch.setattr(quantised, "dequantise", unlike)
-    first, *_ = quantised.dequantised(TINY, CPU, Clock(60))
-    assert first.failed and first.value == 1
-
-
-def test_rounding_weights_to_fp8_changes_the_gradients_a_little():
-    rows = values(quantised.rounded(TINY, CPU, Clock(60)))
-    for name in ("plain", "one scale", "a scale for each row"):
-        assert 0.99 < rows[f"e4m3, {name}: cosine of all LoRA gradients"].value < 0.99999
 
 
 @pytest.mark.parametrize(("group", "tokens"), [(plan.check, 12), (plan.long, 18)])
