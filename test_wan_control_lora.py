@@ -142,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{opts.lora_path[0]} does not name its base model; pass --pretrained_model_name_or_path")
     files = open_given(opts, name, is_default=opts.pretrained_model_name_or_path is None)
     need_experts(files, (), with_others=True)
+    opts.check_storage(next(iter(files.transformers.values())).shape.num_layers)
     request = complete(opts, first, files.family)
     loras = choose_loras(opts.lora_path, opts.strength, opts.also_lora, files)
     if request.input_video is None and any(chosen.lora.input_shapes for each in loras.values() for chosen in each):

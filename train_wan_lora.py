@@ -369,6 +369,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_writable(opts.output_dir)
     files = open_given(opts, name, is_default)
     need_experts(files, [role.name for role in opts.roles(files.family)], bool(opts.preview_prompts))
+    opts.check_storage(next(iter(files.transformers.values())).shape.num_layers)
     data = open_data(opts, folders, files.family)
 
     # The plan draws everything random about the data, from the seed and the number of the epoch alone. The order of

@@ -37,7 +37,7 @@ from utils.common.errors import RunError
 from utils.common.formatting import readable_size
 from utils.common.options import option, parse_options, run_script
 from utils.storage import formats
-from utils.storage.formats import ROTATED, Codes, quantise, values
+from utils.storage.formats import ROTATED, Quantised, quantise, values
 from utils.storage.linear import QuantisedLinear
 from utils.storage.weights import linear_layers
 from utils.training.memory import Memory
@@ -77,20 +77,20 @@ class Outcome:
     size: int  # bytes of the blocks' linear layers
 
 
-def _unrotated(weight: Tensor) -> Codes:
+def _unrotated(weight: Tensor) -> Quantised:
     with patch.object(formats, "ROTATED", ()):
         return quantise(weight, "int8")
 
 
-def _rotated_nf4(weight: Tensor) -> Codes:
+def _rotated_nf4(weight: Tensor) -> Quantised:
     group = next((group for group in ROTATED if weight.shape[1] % group == 0), 0)
     if not group:
         return quantise(weight, "nf4")
     codes = quantise(rotate_columns(weight, rotation(group, weight.device)), "nf4")
-    return Codes(codes.codes, codes.scale, group)
+    return Quantised(codes.codes, codes.scale, group)
 
 
-QUANTISE: dict[str, Callable[[Tensor], Codes] | None] = {
+QUANTISE: dict[str, Callable[[Tensor], Quantised] | None] = {
     "bf16": None,
     "fp8": partial(quantise, format="fp8"),
     "fp8_scaled": partial(quantise, format="fp8_scaled"),
@@ -160,7 +160,7 @@ class Base:
     def __init__(self, model: WanModel, sizes: Sizes, quantised: Sequence[str]) -> None:
         """`quantised` names the layers that are."""
         self.model, self.sizes, self.quantised = model, sizes, quantised
-        self._codes = dict[tuple[str, str], Codes]()  # by format and layer
+        self._codes = dict[tuple[str, str], Quantised]()  # by format and layer
 
     def take_step(self, way: Way, targets: str) -> Outcome:
         """Loss and gradients of one step, with weights held so."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from utils.storage.formats import Codes, quantise
+from utils.storage.formats import Quantised, quantise
 from utils.storage.linear import QuantisedLinear
 from utils.storage.weights import linear_layers
 from wan.modules.clip import VisionEncoder, VisionShape
@@ -53,7 +53,7 @@ def to_bf16(model: WanModel) -> WanModel:
     return model
 
 
-def hold_in_codes(model: WanModel, codes: Mapping[str, Codes]) -> WanModel:
+def hold_in_codes(model: WanModel, codes: Mapping[str, Quantised]) -> WanModel:
     """Puts codes in place of the weights of linear layers, by the layers' names, as the trainer does in loading."""
     for name, of_layer in codes.items():
         parent, _, own = name.rpartition(".")

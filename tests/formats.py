@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from utils.storage.formats import Codes, quantise, values
+from utils.storage.formats import Quantised, quantise, values
 from utils.storage.linear import QuantisedLinear
 from utils.storage.weights import linear_layers
 from wan.checkpoints import rotation
@@ -12,7 +12,7 @@ from wan.modules.model import WanModel
 FORMATS = ("fp8", "fp8_scaled", "int8", "nf4")
 
 
-def values_in(codes: Codes, rows: int, dtype: torch.dtype) -> Tensor:
+def values_in(codes: Quantised, rows: int, dtype: torch.dtype) -> Tensor:
     """The values (rows, columns) of codes."""
     mixed_by = rotation(codes.group, codes.codes.device) if codes.group else None
     return values(codes.codes, codes.scale, mixed_by, rows, dtype)

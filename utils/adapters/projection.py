@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from utils.storage.linear import QuantisedLinear
+from utils.storage.linear import QuantisedLinear, product, product_backward
 
 
 def is_plain(layer: LoraLayer, adapter: str) -> bool:
@@ -75,9 +74,7 @@ class Projection:
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """x (M, I) -> the layer's answer (M, O), and each LoRA's hidden values (M, r)."""
-        base = self.base
-        y = base.product(x) if isinstance(base, QuantisedLinear) else F.linear(x, base.weight, base.bias)
-        hidden = []
+        y, hidden = product(self.base, x), []
         for pair in self.pairs:
             h = x @ in_dtype(pair.down, x.dtype).T
             y.addmm_(h, in_dtype(pair.up, x.dtype).T, alpha=pair.scale)
@@ -97,10 +94,8 @@ class Projection:
         grad (M, O); x (M, I), which only LoRAs need; `hidden` as `forward` returned it.
         """
         grads: list[Tensor] = []
-        if needs_input and isinstance(self.base, QuantisedLinear):
-            into = self.base.product_backward(grad, into)
-        elif needs_input:
-            into = grad @ self.base.weight if into is None else into.addmm_(grad, self.base.weight)
+        if needs_input:
+            into = product_backward(self.base, grad, into)
         for pair, h in zip(self.pairs, hidden, strict=True):
             assert x is not None
             hidden_grad = (grad @ in_dtype(pair.up, grad.dtype)).mul_(pair.scale)

@@ -333,7 +333,7 @@ def _convert_scalar(spec: Field, scalar: type, given: _Given) -> Any:
         converted = scalar(value)
     except ValueError:
         raise wrong from None
-    converted = meta["spellings"].get(converted, converted)
+    converted = meta["spellings"].get(str(converted).lower(), converted)
     if meta["choices"] and converted not in meta["choices"]:
         raise UserError(f"--{name} must be one of {', '.join(map(str, meta['choices']))}, not {value!r}")
     if meta["minimum"] is not None and not converted >= meta["minimum"]:

@@ -4,35 +4,22 @@ Shape letters: O output width, I input width.
 """
 
 import importlib
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from utils.common.errors import UserError
-from wan.checkpoints import GROUPS, decode, rotate_columns, rotation
+from wan.checkpoints import GROUPS, Quantised, decode, rotate_columns, rotation
 
 E4M3 = torch.float8_e4m3fn
 NF4_BLOCK = 64  # values that share a scale
 ROTATED = tuple(sorted((group for group in GROUPS if 16 <= group <= 256), reverse=True))
+INSTALL = 'pip install "bitsandbytes>=0.49,<0.52"'
 TINY = 1e-30  # a row of zeros has a scale, too
 
 
-@dataclass(frozen=True)
-class Codes:
-    """A weight (O, I) in codes, and what turns them into values."""
-
-    codes: Tensor  # fp8 or int8 (O, I), or nf4: two to a byte (O I / 2, 1)
-    scale: Tensor | None  # as `Quantised.scale`; of nf4 one for each NF4_BLOCK of values in a row, fp32
-    group: int = 0  # as `Quantised.group`
-
-    def to(self, device: torch.device) -> "Codes":
-        scale = None if self.scale is None else self.scale.to(device)
-        return Codes(self.codes.to(device), scale, self.group)
-
-
-def quantise(weight: Tensor, format: str) -> Codes:
-    """weight (O, I) -> codes. Raises UserError where a format needs a library that is missing.
+def quantise(weight: Tensor, format: str) -> Quantised:
+    """weight (O, I) -> its codes, of nf4 two to a byte (O I / 2, 1). Raises UserError for a library that is missing.
 
     fp8         e4m3, without a scale: the weight itself, rounded
     fp8_scaled  e4m3 with a scale for each row, by its largest value
@@ -43,20 +30,20 @@ def quantise(weight: Tensor, format: str) -> Codes:
     """
     weight = weight.float()
     if format == "fp8":
-        return Codes(_to_e4m3(weight), None)
+        return Quantised(_to_e4m3(weight), None)
     if format == "fp8_scaled":
         scale = _row_scale(weight, torch.finfo(E4M3).max)
-        return Codes(_to_e4m3(weight / scale), scale)
+        return Quantised(_to_e4m3(weight / scale), scale)
     if format == "int8":
         group = next((group for group in ROTATED if weight.shape[1] % group == 0), 0)
         # In fp32: rotated in bf16, every tenth code would be another.
         rotated = rotate_columns(weight, rotation(group, weight.device)) if group else weight
         scale = _row_scale(rotated, 127)
-        return Codes((rotated / scale).round().clamp(-128, 127).to(torch.int8), scale, group)
+        return Quantised((rotated / scale).round().clamp(-128, 127).to(torch.int8), scale, group)
     assert format == "nf4"
     need_bitsandbytes()
     codes, scale = torch.ops.bitsandbytes.quantize_4bit(weight, NF4_BLOCK, "nf4", torch.uint8)
-    return Codes(codes, scale)
+    return Quantised(codes, scale)
 
 
 def values(codes: Tensor, scale: Tensor | None, mixed_by: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor:
@@ -77,11 +64,12 @@ def stored_bytes(rows: int, columns: int, format: str) -> int:
 
 
 def need_bitsandbytes() -> None:
-    """Raises UserError unless bitsandbytes is installed; makes its operations known to torch."""
+    """Raises UserError unless bitsandbytes is installed and works; makes its operations known to torch."""
     try:
         importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise UserError(f"nf4 needs bitsandbytes ({error})\npip install bitsandbytes") from None
+    except (ImportError, OSError, RuntimeError) as error:  # it loads libraries of its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"nf4 needs bitsandbytes, which cannot be imported: {reason}\n{INSTALL}") from None
 
 
 def _row_scale(weight: Tensor, largest: float) -> Tensor:

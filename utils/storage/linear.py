@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from utils.storage import products
-from utils.storage.formats import Codes, values
-from wan.checkpoints import rotation
+from utils.storage.formats import values
+from wan.checkpoints import Quantised, rotation
 
 
 class QuantisedLinear(nn.Linear):
@@ -22,37 +22,28 @@ class QuantisedLinear(nn.Linear):
     mixed_by: Tensor | None  # the rotation that the weight was multiplied by; one for all layers, on the device
     in_codes: bool  # whether products are made of the codes themselves, where these allow it
 
-    def __init__(self, layer: nn.Linear, codes: Codes, in_codes: bool = False) -> None:
+    def __init__(self, layer: nn.Linear, quantised: Quantised, in_codes: bool = False) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias, self.in_codes = layer.bias, in_codes
         self.register_buffer("scale", None, persistent=False)
-        self.hold(codes, codes.codes.device)
+        self.hold(quantised, quantised.codes.device)
 
-    def hold(self, codes: Codes, device: torch.device) -> None:
-        """Takes a weight in codes in place of the one before; it may wait elsewhere, but computes on `device`."""
-        self.weight = nn.Parameter(codes.codes, requires_grad=False)
-        self.scale = codes.scale
-        self.mixed_by = rotation(codes.group, device) if codes.group else None
+    def hold(self, quantised: Quantised, device: torch.device, is_as_read: bool = False) -> None:
+        """Takes a weight in place of the one before, `is_as_read` from a file. Wherever it is, it computes on `device`."""
+        self.weight = nn.Parameter(quantised.codes, requires_grad=False)
+        self.scale = quantised.scale
+        self.mixed_by = rotation(quantised.group, device) if quantised.group else None
+        self.is_as_read = is_as_read
+
+    @property
+    def nbytes(self) -> int:
+        """What the weight takes, with its scale."""
+        return self.weight.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """The weight (O, I) in `dtype`."""
         return values(self.weight, self.scale, self.mixed_by, self.out_features, dtype)
-
-    def product(self, x: Tensor) -> Tensor:
-        """x (M, I) -> (M, O), without a graph."""
-        if self.in_codes and products.fits(self.weight, self.scale, len(x)):
-            product = products.forward(x, self.weight, self.scale, self.mixed_by)
-            return product if self.bias is None else product.add_(self.bias)
-        return F.linear(x, self.values(x.dtype), self.bias)
-
-    def product_backward(self, grad: Tensor, into: Tensor | None = None) -> Tensor:
-        """grad (M, O) -> that of x (M, I), added to `into` where that is given."""
-        if self.in_codes and products.fits(self.weight, self.scale, len(grad)):
-            product = products.backward(grad, self.weight, self.scale, self.mixed_by)
-            return product if into is None else into.add_(product)
-        weight = self.values(grad.dtype)
-        return grad @ weight if into is None else into.addmm_(grad, weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) -> (..., O). What is kept for the backward pass are the codes."""
@@ -60,15 +51,38 @@ class QuantisedLinear(nn.Linear):
         return result.view(*x.shape[:-1], result.shape[-1])
 
 
+def product(layer: nn.Linear, x: Tensor) -> Tensor:
+    """What a frozen layer makes of x (M, I) -> (M, O), without a graph."""
+    if not isinstance(layer, QuantisedLinear):
+        return F.linear(x, layer.weight, layer.bias)
+    if layer.in_codes and products.fits(layer.weight, layer.scale, len(x)):
+        result = products.forward(x, layer.weight, layer.scale, layer.mixed_by)
+        return result if layer.bias is None else result.add_(layer.bias)
+    return F.linear(x, layer.values(x.dtype), layer.bias)
+
+
+def product_backward(layer: nn.Linear, grad: Tensor, into: Tensor | None = None) -> Tensor:
+    """grad (M, O) of `product` -> that of x (M, I), added to `into` where that is given."""
+    if not isinstance(layer, QuantisedLinear):
+        weight: Tensor = layer.weight
+    elif layer.in_codes and products.fits(layer.weight, layer.scale, len(grad)):
+        result = products.backward(grad, layer.weight, layer.scale, layer.mixed_by)
+        return result if into is None else into.add_(result)
+    else:
+        weight = layer.values(grad.dtype)
+    return grad @ weight if into is None else into.addmm_(grad, weight)
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantisedLinear, codes: Tensor, scale: Tensor | None) -> Tensor:
         ctx.layer = layer
-        ctx.save_for_backward(codes, scale)  # so that a block that is streamed learns when they are needed again
-        return layer.product(x)
+        ctx.save_for_backward(codes, scale)
+        return product(layer, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Asking for what was saved tells a stream that the block is needed again: then its slot holds these codes.
         _ = ctx.saved_tensors
-        return ctx.layer.product_backward(grad), None, None, None
+        return product_backward(ctx.layer, grad), None, None, None

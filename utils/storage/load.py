@@ -1,16 +1,17 @@
 """Transformers loaded as the options want them: in which format, and which blocks wait in main memory."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import psutil
 import torch
 from torch import nn
 
 from utils.common.console import say
+from utils.common.device import compute_dtype
 from utils.common.errors import UserError
-from utils.common.formatting import readable_size
+from utils.common.formatting import counted, readable_size
 from utils.storage.linear import QuantisedLinear
-from utils.storage.streaming import Ring, Stream, assign_slots
+from utils.storage.streaming import SLOTS, Ring, Stream, assign_slots
 from utils.storage.weights import Cast, Storage, linear_layers
 from wan.checkpoints import Progress, TransformerFiles, load_weights
 from wan.modules.model import WanModel
@@ -78,19 +79,29 @@ class Store:
             "swap fewer with --blocks_to_swap, or store them in less with --weight_dtype"
         )
 
-    def _describe(self, model: WanModel, layers: Collection[str], stream: Stream | None) -> Iterator[str]:
-        if layers:
-            total = sum(isinstance(module, nn.Linear) for module in model.modules())
-            size = sum(map(_bytes_of, (module for module in model.modules() if isinstance(module, nn.Linear))))
-            others = ", the first and the last block" if self.storage.keeps_ends else ""
-            yield (
-                f"{len(layers)} of {total} linear layers are stored in {self.storage.format}, {readable_size(size)} in "
-                f"all; embeddings{others}, norms, modulation and head are not quantised"
+    def _describe(self, model: WanModel, layers: Mapping[str, QuantisedLinear], stream: Stream | None) -> Iterator[str]:
+        storage = self.storage
+        if storage.format is not None:
+            linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+            quantised = readable_size(sum(layer.nbytes for layer in layers.values()))
+            others = readable_size(sum(each.weight.nbytes for each in linear if not isinstance(each, QuantisedLinear)))
+            as_read = sum(layer.is_as_read for layer in layers.values())
+            kept = f", {as_read} of them as the file has them" if as_read else ""
+            rest = (
+                ": embeddings, head, and the first and the last block" if storage.keeps_ends else ": embeddings, head"
             )
+            yield (
+                f"{storage.format}: {len(layers)} of {len(linear)} linear layers are quantised, {quantised}{kept}; the "
+                f"others take {others}{rest}"
+            )
+        elif storage.dtype != compute_dtype(storage.device):
+            yield f"the model computes in {str(storage.dtype).removeprefix('torch.')}"
         if stream is not None:
-            yield stream.describe()
-
-
-def _bytes_of(layer: nn.Linear) -> int:
-    scale = layer.scale if isinstance(layer, QuantisedLinear) else None
-    return layer.weight.nbytes + (0 if scale is None else scale.nbytes)
+            num_blocks, size = len(model.blocks), stream.block_bytes
+            whose = " of each expert" if self.takes_turns else ""
+            waiting = size * len(stream.slots) * (2 if self.takes_turns else 1)
+            yield (
+                f"{storage.num_streamed} of {num_blocks} blocks{whose} are swapped: main memory holds "
+                f"{readable_size(waiting)} of weights, and the GPU {counted(min(SLOTS, storage.num_streamed), 'buffer')} of "
+                f"{readable_size(size)} for them"
+            )

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from utils.common.formatting import counted, readable_size
 from utils.storage.arena import aligned, lock_pages
 from utils.storage.linear import QuantisedLinear
 from wan.modules.model import WanModel
@@ -170,14 +169,10 @@ class Stream:
         for index, block in enumerate(model.blocks):
             block.forward = entering(block.forward, partial(self.enter, index))
 
-    def describe(self) -> str:
-        """A sentence about where the blocks are."""
-        size = next(iter(self.hosts.values())).nbytes
-        waiting, places = len(self.hosts), len(set(self.slots.values()))
-        return (
-            f"the weights of {counted(waiting, 'block')} wait in main memory, {readable_size(waiting * size)}; on the "
-            f"device they share {counted(places, 'place')} of {readable_size(size)}"
-        )
+    @property
+    def block_bytes(self) -> int:
+        """What the weights of a block take."""
+        return next(iter(self.hosts.values())).nbytes
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is in one of the slots."""

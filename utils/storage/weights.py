@@ -1,7 +1,8 @@
 """How the frozen weights of a transformer are held: in which format, and which layers stay as they are."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -11,10 +12,10 @@ from utils.common.decisions import Decisions
 from utils.common.device import compute_dtype
 from utils.common.errors import UserError
 from utils.common.options import option
-from utils.storage.formats import Codes, need_bitsandbytes, quantise, stored_bytes
+from utils.storage.formats import need_bitsandbytes, quantise, stored_bytes
 from utils.storage.linear import QuantisedLinear
 from utils.storage.products import PRODUCTS
-from utils.storage.timing import is_faster_in_codes
+from utils.storage.timing import faster_matmul, time_products
 from wan.checkpoints import Place, Quantised, Stored
 from wan.modules.model import WanShape, is_fp32
 
@@ -24,8 +25,8 @@ PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
 QUANTISED = ("fp8", "fp8_scaled", "int8", "nf4")
 # What these are called in diffusion-pipe and in OneTrainer.
 SPELLINGS = {
-    "float32": "fp32", "bfloat16": "bf16", "float8": "fp8", "float8_e4m3fn": "fp8",
-    "FLOAT_32": "fp32", "BFLOAT_16": "bf16", "FLOAT_8": "fp8", "NFLOAT_4": "nf4",
+    "float32": "fp32", "bfloat16": "bf16", "float8": "fp8", "float8_e4m3fn": "fp8", "fp8_e4m3fn": "fp8",
+    "float_32": "fp32", "bfloat_16": "bf16", "float_8": "fp8", "int_8": "int8", "nfloat_4": "nf4",
 }  # fmt: skip
 
 
@@ -35,41 +36,51 @@ class StorageOptions:
 
     weight_dtype: str = option(
         "auto",
-        "how the base model's linear layers are stored; auto: bf16 on a GPU, fp32 on the CPU",
+        "how the base model is stored; auto: bf16 on a GPU, fp32 on the CPU, in which it then computes too; of the "
+        "quantised ones int8 is the most exact, and nf4 the smallest",
         choices=("auto", *PLAIN, *QUANTISED),
         aliases=("transformer_dtype",),
         spellings=SPELLINGS,
     )
     text_encoder_dtype: str = option(
         "auto",
-        "the same of the text encoder, which only runs where an embedding is not cached",
+        "the same for the text encoder, which is loaded only if an embedding is not cached yet",
         choices=("auto", *PLAIN, *QUANTISED),
         spellings=SPELLINGS,
     )
     keep_end_blocks: bool = option(False, "do not quantise the first and the last block")
-
     quantised_matmul: str = option(
         "auto",
-        "multiply with fp8 and int8 weights as they are stored; auto: on a GPU, where that is faster",
+        "multiply with fp8 and int8 weights as they are stored, which rounds what is multiplied to 8 bits too; "
+        "auto: on a GPU, where that is faster",
         choices=("auto", "on", "off"),
-        affects_training=False,
     )
     blocks_to_swap: int = option(
         0,
-        "so many blocks have their weights in main memory, and on the GPU only while they run",
+        "number of blocks whose weights are in main memory, and are copied to the GPU when they run",
         minimum=0,
         affects_training=False,
     )
     layer_offload_fraction: float = option(
-        0.0, "the same as a share of all blocks", minimum=0, maximum=1, affects_training=False
+        0.0, "as --blocks_to_swap, as a share of all blocks: 0 to 1", minimum=0, maximum=1, affects_training=False
     )
 
     @property
     def storage_flags(self) -> str:
         """The options, as typed, with which the test script holds weights as the run does; none for the defaults."""
-        names = ("weight_dtype", "blocks_to_swap", "layer_offload_fraction")
+        names = [spec.name for spec in fields(StorageOptions)]
         changed = {name: getattr(self, name) for name in names if getattr(self, name) != getattr(StorageOptions, name)}
-        return "".join(f" --{name} {value}" for name, value in changed.items())
+        return "".join(f" --{name}" if value is True else f" --{name} {value}" for name, value in changed.items())
+
+    def check_storage(self, num_blocks: int) -> None:
+        """Raises UserError for options that contradict each other or would be ignored, and for a missing library."""
+        if "nf4" in (self.weight_dtype, self.text_encoder_dtype):
+            need_bitsandbytes()
+        if self.keep_end_blocks and self.weight_dtype not in QUANTISED:
+            raise UserError(f"--keep_end_blocks would be ignored: --weight_dtype {self.weight_dtype} quantises nothing")
+        if self.quantised_matmul == "on" and self.weight_dtype not in PRODUCTS:
+            raise UserError(f"--quantised_matmul on is for --weight_dtype {', '.join(PRODUCTS)}")
+        self.count_streamed(num_blocks)
 
     def count_streamed(self, num_blocks: int) -> int:
         """How many blocks have their weights in main memory. Raises UserError for more blocks than there are."""
@@ -77,20 +88,23 @@ class StorageOptions:
             raise UserError("--blocks_to_swap and --layer_offload_fraction say the same: give one of them")
         if self.blocks_to_swap > num_blocks:
             raise UserError(f"--blocks_to_swap {self.blocks_to_swap}: the model has {num_blocks} blocks")
-        return self.blocks_to_swap or round(self.layer_offload_fraction * num_blocks)
+        return self.blocks_to_swap or math.ceil(self.layer_offload_fraction * num_blocks)
 
     def storage(self, device: torch.device, shape: WanShape, tokens: int, decisions: Decisions) -> "Storage":
         """How the weights of a model of this shape are held, for batches of about so many tokens.
 
-        Raises UserError where a library is missing, and for more blocks than there are.
+        Raises UserError where a library is missing, for more blocks than there are, and where the device does not
+        multiply what it is to multiply.
         """
-        held = hold_as(self.weight_dtype, device)
+        held, matmul = hold_as(self.weight_dtype, device), self.quantised_matmul
+        if matmul != "off" and held.format in PRODUCTS and device.type == "cuda":
+            measure = partial(time_products, held.format, (shape.ffn_dim, shape.dim), tokens, device, held.dtype)
+            if matmul == "auto":
+                matmul = decisions.take("quantised_matmul", lambda: faster_matmul(measure()))
+            elif measure().in_codes is None:
+                raise UserError(f"--quantised_matmul on: this GPU does not multiply {held.format}")
         num_streamed = self.count_streamed(shape.num_layers)
-        in_codes = self.quantised_matmul == "on"
-        if self.quantised_matmul == "auto" and held.format in PRODUCTS and device.type == "cuda":
-            faster = partial(is_faster_in_codes, held.format, (shape.ffn_dim, shape.dim), tokens, device, held.dtype)
-            in_codes = decisions.take("quantised_matmul", lambda: "on" if faster() else "off") == "on"
-        return replace(held, keeps_ends=self.keep_end_blocks, num_streamed=num_streamed, in_codes=in_codes)
+        return replace(held, keeps_ends=self.keep_end_blocks, num_streamed=num_streamed, in_codes=matmul == "on")
 
 
 def hold_as(name: str, device: torch.device) -> "Storage":
@@ -122,7 +136,7 @@ class Storage:
         if self.format is not None:
             for name, layer in linear_layers(model, self.keeps_ends).items():
                 parent, _, own = name.rpartition(".")
-                stand_in = QuantisedLinear(layer, Codes(layer.weight.detach(), None), self.in_codes)
+                stand_in = QuantisedLinear(layer, Quantised(layer.weight.detach()), self.in_codes)
                 layers[f"{name}.weight"] = stand_in
                 setattr(model.get_submodule(parent), own, stand_in)
         return layers
@@ -145,12 +159,12 @@ class Storage:
             if layer is None or tuple(stored.shape) != (layer.out_features, layer.in_features):
                 return cast(self.dtype, device)(name, stored)
             if isinstance(stored, Quantised) and name not in changed and self._is_kept(stored):
-                codes = Codes(stored.codes, stored.scale, stored.group)
+                layer.hold(stored.to(device), self.device, is_as_read=True)
             else:
                 assert self.format is not None
                 # Codes are made of fp32: of what the file says, not of what is left of it in bf16.
-                codes = quantise(cast(torch.float32, self.device)(name, stored), self.format)
-            layer.hold(codes.to(device), self.device)
+                quantised = quantise(cast(torch.float32, self.device)(name, stored), self.format)
+                layer.hold(quantised.to(device), self.device)
             return layer.weight
 
         return place
@@ -166,7 +180,7 @@ class Storage:
         }
 
     def _is_kept(self, stored: Quantised) -> bool:
-        """Whether codes of a file are in the wanted format, or in a more exact one of the same size."""
+        """Whether codes of a file are kept: int8 as int8, and any fp8 as fp8, which could only lose."""
         if self.format == "int8":
             return stored.codes.dtype == torch.int8
         return self.format in ("fp8", "fp8_scaled") and stored.codes.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)

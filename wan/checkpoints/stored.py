@@ -15,7 +15,7 @@ GROUPS = (4, 16, 64, 256, 1024)
 class Quantised:
     """A weight (rows, columns) in codes. A weight that was rotated before it was quantised is rotated back."""
 
-    codes: Tensor  # fp8 or int8; or values, which have a scale too
+    codes: Tensor  # fp8 or int8; a float that has a scale counts too
     scale: Tensor | None = None  # one value, or one for each row (rows, 1), or for each block (rows, blocks, 1)
     group: int = 0  # columns that the rotation mixes, of GROUPS; 0: none
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.formats import FORMATS, values_in
 from utils.common.errors import UserError
-from utils.storage.formats import Codes, need_bitsandbytes, quantise, stored_bytes
+from utils.storage.formats import Quantised, need_bitsandbytes, quantise, stored_bytes
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 # Relative errors on normal weights: each a little above what is measured.
@@ -101,7 +101,7 @@ def test_the_largest_value_of_a_row_takes_the_largest_code(format):
 
 
 def by_hand(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, scale, and how far each value is from where it is rounded otherwise: all in float64, with every entry."""
+    """Quantised, scale, and how far each value is from where it is rounded otherwise: all in float64, with every entry."""
     matrix = torch.ones(1, 1, dtype=FP64)
     while len(matrix) < group:
         matrix = torch.kron(matrix, R4)
@@ -148,7 +148,7 @@ def test_what_a_weight_takes_is_known_before_it_is_there(format, rows, columns):
 def test_codes_go_to_a_device_with_what_turns_them_into_values(format):
     codes = quantise(draw(), format)
     moved = codes.to(torch.device("meta"))
-    assert isinstance(moved, Codes) and moved.codes.is_meta and moved.group == codes.group
+    assert isinstance(moved, Quantised) and moved.codes.is_meta and moved.group == codes.group
     assert moved.scale is None if codes.scale is None else moved.scale.is_meta
 
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from tests.formats import in_format
 from utils.storage import products
-from utils.storage.formats import Codes
+from utils.storage.formats import Quantised
 from utils.storage.linear import QuantisedLinear
 from utils.storage.products import FEWEST_ROWS, PRODUCTS, fits
 
@@ -99,7 +99,7 @@ def test_int8_is_exact_where_nothing_is_rounded():
     codes = torch.randint(-127, 128, (OUTPUT, WIDTH), generator=generator).to(torch.int8)
     x = torch.randint(-127, 128, (ROWS, WIDTH), generator=generator).float()
     x[:, 0] = 127
-    layer = QuantisedLinear(plain(bias=False), Codes(codes, torch.ones(OUTPUT, 1)), in_codes=True)
+    layer = QuantisedLinear(plain(bias=False), Quantised(codes, torch.ones(OUTPUT, 1)), in_codes=True)
     assert torch.equal(layer.product(x), x @ codes.float().T)
 
 
@@ -125,8 +125,8 @@ def test_the_fewest_rows_are_multiplied_in_codes(format, counted):
 def test_nf4_and_scales_of_blocks_are_multiplied_with_values(counted):
     nf4 = in_format(plain(), "nf4", in_codes=True)
     codes, scale = plain().weight.to(torch.float8_e4m3fn), torch.rand(OUTPUT, 4, 1) + 0.5
-    blocks = QuantisedLinear(plain(), Codes(codes, scale), in_codes=True)
-    e5m2 = QuantisedLinear(plain(), Codes(plain().weight.to(torch.float8_e5m2), None), in_codes=True)
+    blocks = QuantisedLinear(plain(), Quantised(codes, scale), in_codes=True)
+    e5m2 = QuantisedLinear(plain(), Quantised(plain().weight.to(torch.float8_e5m2), None), in_codes=True)
     for layer in (nf4, blocks, e5m2):
         assert not fits(layer.weight, layer.scale, ROWS)
         found = both(layer, ROWS, FP32)
@@ -140,7 +140,7 @@ def test_nf4_and_scales_of_blocks_are_multiplied_with_values(counted):
 def test_one_scale_or_one_for_each_row_is_multiplied(size, dtype, counted):
     scale = torch.rand(size, generator=torch.Generator().manual_seed(0)) + 0.5
     codes = (20 * draw(OUTPUT, WIDTH)).round().clamp(-127, 127).to(dtype)
-    layer = QuantisedLinear(plain(bias=False), Codes(codes, scale), in_codes=True)
+    layer = QuantisedLinear(plain(bias=False), Quantised(codes, scale), in_codes=True)
     x, values = draw(ROWS, WIDTH), layer.values(FP32).double()
     assert error(layer.product(x), x.double() @ values.T) < 0.04
     assert error(layer.product_backward(draw(ROWS, OUTPUT)), draw(ROWS, OUTPUT).double() @ values) < 0.04

@@ -271,7 +271,7 @@ def same(layer: QuantisedLinear, other: QuantisedLinear) -> bool:
 
 def test_a_fused_lora_changes_codes_that_would_be_kept(tmp_path):
     """Only the layers that it changes are quantised again; those of a file in int8 stay as they are elsewhere."""
-    layer = QuantisedLinear(nn.Linear(32, 16, device="meta"), weights.Codes(torch.empty(16, 32), None))
+    layer = QuantisedLinear(nn.Linear(32, 16, device="meta"), weights.Quantised(torch.empty(16, 32), None))
     stored = quantise(torch.randn(16, 32, generator=torch.Generator().manual_seed(0)), "int8")
     from_file = weights.Quantised(stored.codes, stored.scale, stored.group)
     held = Storage(CPU, BF16, "int8")
@@ -287,7 +287,7 @@ def test_a_fused_lora_changes_codes_that_would_be_kept(tmp_path):
 
 
 def test_a_tensor_of_another_shape_is_left_to_be_refused():
-    layer = QuantisedLinear(nn.Linear(32, 16, device="meta"), weights.Codes(torch.empty(16, 32), None))
+    layer = QuantisedLinear(nn.Linear(32, 16, device="meta"), weights.Quantised(torch.empty(16, 32), None))
     place = Storage(CPU, BF16, "int8").place({"blocks.0.a.weight": layer}, cast_to, lambda _: CPU)
     assert place("blocks.0.a.weight", torch.ones(4, 4)).shape == (4, 4)
 
@@ -299,7 +299,7 @@ def test_values_are_quantised_on_the_device_and_go_where_they_wait():
         made_on.append((dtype, device))
         return lambda _, each: each.to(dtype)
 
-    layer = QuantisedLinear(nn.Linear(32, 16, device="meta"), weights.Codes(torch.empty(16, 32), None))
+    layer = QuantisedLinear(nn.Linear(32, 16, device="meta"), weights.Quantised(torch.empty(16, 32), None))
     device, wait = torch.device("cpu", 0), torch.device("meta")
     place = Storage(device, BF16, "int8").place({"blocks.0.a.weight": layer}, cast, lambda _: wait)
     assert place("blocks.0.a.weight", torch.randn(16, 32)).is_meta and layer.scale.is_meta

@@ -1,4 +1,4 @@
-"""Codes become the values that ComfyUI computes with; a rotation is undone exactly."""
+"""Quantised become the values that ComfyUI computes with; a rotation is undone exactly."""
 
 import math
 
