@@ -290,7 +290,7 @@ def generate(
         latents["without the LoRA"] = sample(request, transformers, noise, base, negative, "without the LoRA")
     transformers.fuse()
     latents["with the LoRA"] = sample(request, transformers, noise, cond, negative, "with the LoRA")
-    del transformers
+    transformers.unload()
 
     videos = {} if control is None else {"control": to_pixels(control)}
     for label, result in latents.items():

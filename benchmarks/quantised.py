@@ -39,7 +39,8 @@ from utils.common.options import option, parse_options, run_script
 from utils.storage import formats
 from utils.storage.formats import ROTATED, Quantised, quantise, values
 from utils.storage.linear import QuantisedLinear
-from utils.storage.weights import linear_layers
+from utils.storage.products import PRODUCTS
+from utils.storage.weights import format_of, linear_layers
 from utils.training.memory import Memory
 from wan.checkpoints import rotate_columns, rotation
 from wan.modules.model import Block, WanModel, WanShape
@@ -49,7 +50,6 @@ SIZES = Sizes(shape=WanShape(num_layers=4), video=(2, 24, 32))  # 384 tokens
 CPU = torch.device("cpu")
 LIMITS = {"int8": 0.999, "fp8_scaled": 0.998, "nf4": 0.99}  # of both cosines
 TARGETS = ("attn", "all-linear")
-DIRECTIONS = {"forward": "product", "backward": "product_backward"}  # and the methods of a QuantisedLinear
 HEADER = ("weights", "computed in", "bytes of the blocks", "LoRA on", "relative loss difference",
           "cosine, all LoRA gradients", "cosine, worst matrix", "which", "limit")  # fmt: skip
 
@@ -60,12 +60,11 @@ class Way:
 
     format: str
     dtype: torch.dtype  # of computing
-    in_codes: tuple[str, ...] = ()  # the DIRECTIONS in which codes themselves are multiplied
+    in_codes: bool = False  # whether codes themselves are multiplied, in the forward pass
 
     @property
     def computed_in(self) -> str:
-        codes = f", products of codes {' and '.join(self.in_codes)}" if self.in_codes else ""
-        return f"{'bf16' if self.dtype == torch.bfloat16 else 'fp32'}{codes}"
+        return f"{'bf16' if self.dtype == torch.bfloat16 else 'fp32'}{', products of codes' * self.in_codes}"
 
 
 @dataclass(frozen=True)
@@ -90,14 +89,25 @@ def _rotated_nf4(weight: Tensor) -> Quantised:
     return Quantised(codes.codes, codes.scale, group)
 
 
-QUANTISE: dict[str, Callable[[Tensor], Quantised] | None] = {
+def _as_trained(format: str) -> Callable[[str, Tensor], Quantised]:
+    return lambda layer, weight: quantise(weight, format_of(layer, format))
+
+
+def _everywhere(quantise_weight: Callable[[Tensor], Quantised]) -> Callable[[str, Tensor], Quantised]:
+    return lambda _, weight: quantise_weight(weight)
+
+
+# As the trainer stores them, and as it does not.
+QUANTISE: dict[str, Callable[[str, Tensor], Quantised] | None] = {
     "bf16": None,
-    "fp8": partial(quantise, format="fp8"),
-    "fp8_scaled": partial(quantise, format="fp8_scaled"),
-    "int8, not rotated": _unrotated,
-    "int8": partial(quantise, format="int8"),
-    "nf4": partial(quantise, format="nf4"),
-    "nf4, rotated": _rotated_nf4,
+    "fp8": _as_trained("fp8"),
+    "fp8_scaled": _as_trained("fp8_scaled"),
+    "fp8_scaled, all layers": _everywhere(partial(quantise, format="fp8_scaled")),
+    "int8, not rotated": _everywhere(_unrotated),
+    "int8": _as_trained("int8"),
+    "nf4": _as_trained("nf4"),
+    "nf4, all layers": _everywhere(partial(quantise, format="nf4")),
+    "nf4, all layers, rotated": _everywhere(_rotated_nf4),
 }
 
 
@@ -136,22 +146,20 @@ def measure(opts: Options, sizes: Sizes) -> Iterator[tuple[str, tuple[str, ...],
     base = Base(model, sizes, [name for name in quantised if not any(fnmatchcase(name, p) for p in opts.keep)])
     for targets in TARGETS:
         reference = base.take_step(Way("fp32", torch.float32), targets)
-        for way in _ways(opts.only, targets):
+        for way in _ways(opts.only):
             outcome = base.take_step(way, targets)
             name = f"{way.format} in {way.computed_in}, LoRA on {targets}"
             yield name, *_row(way, targets, reference, outcome)
 
 
-def _ways(only: Sequence[str], targets: str) -> Iterator[Way]:
-    """All that is measured with LoRA on these targets. Of products of codes, each direction alone on the first ones."""
-    apart = [("forward",), ("backward",)] if targets == TARGETS[0] else []
+def _ways(only: Sequence[str]) -> Iterator[Way]:
+    """All that is measured."""
     for format in only or tuple(QUANTISE):
         for dtype in (torch.float32, torch.bfloat16):
             if format != "bf16" or dtype == torch.bfloat16:
                 yield Way(format, dtype)
-        if format in ("fp8_scaled", "int8"):
-            for directions in (*apart, tuple(DIRECTIONS)):
-                yield Way(format, torch.bfloat16, directions)
+        if format in PRODUCTS:
+            yield Way(format, torch.bfloat16, in_codes=True)
 
 
 class Base:
@@ -181,17 +189,17 @@ class Base:
         if (quantise_weight := QUANTISE.get(way.format)) is not None:
             for name in self.quantised:
                 if (way.format, name) not in self._codes:
-                    self._codes[way.format, name] = quantise_weight(model.get_parameter(f"{name}.weight").detach())
+                    weight = model.get_parameter(f"{name}.weight").detach()
+                    self._codes[way.format, name] = quantise_weight(name, weight)
             hold_in_codes(model, {name: self._codes[way.format, name] for name in self.quantised})
         for module in model.modules():
             if isinstance(module, QuantisedLinear):
-                module.in_codes = bool(way.in_codes)
+                module.in_codes = way.in_codes
         return to_bf16(model) if way.dtype == torch.bfloat16 else model
 
 
 def _size(layer: nn.Linear) -> int:
-    scale = layer.scale if isinstance(layer, QuantisedLinear) else None
-    return layer.weight.nbytes + (0 if scale is None else scale.nbytes)
+    return layer.nbytes if isinstance(layer, QuantisedLinear) else layer.weight.nbytes
 
 
 @torch.no_grad()
@@ -225,24 +233,12 @@ def _heavy_channel(width: int) -> int:
 
 @contextmanager
 def multiplying(way: Way) -> Iterator[None]:
-    """Inside, codes are multiplied in the directions of a way, and values in the other."""
+    """Inside, products are those of a GPU, and a format that the trainer does not have is known."""
     with ExitStack() as patches:
-        for direction, product in DIRECTIONS.items():
-            if direction not in way.in_codes:
-                by_values = _by_values(getattr(QuantisedLinear, product))
-                patches.enter_context(patch.object(QuantisedLinear, product, by_values))
-        if way.format == "nf4, rotated":
+        if way.format == "nf4, all layers, rotated":
             patches.enter_context(patch("utils.storage.linear.values", _values_of_rotated))
         patches.enter_context(Products())
         yield
-
-
-def _by_values(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def multiply(layer: QuantisedLinear, *given: Tensor) -> Tensor:
-        with patch.object(layer, "in_codes", False):
-            return product(layer, *given)
-
-    return multiply
 
 
 def _values_of_rotated(

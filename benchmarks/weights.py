@@ -8,7 +8,7 @@ from torch import nn
 
 from utils.storage.formats import Quantised, quantise
 from utils.storage.linear import QuantisedLinear
-from utils.storage.weights import linear_layers
+from utils.storage.weights import format_of, linear_layers
 from wan.modules.clip import VisionEncoder, VisionShape
 from wan.modules.model import WanModel, WanShape, is_fp32
 from wan.modules.vae import WanVAE
@@ -71,7 +71,7 @@ def stored_transformer(shape: WanShape, device: torch.device, format: str | None
     model = random_transformer(shape, device)
     if format is not None:
         layers = linear_layers(model).items()
-        hold_in_codes(model, {name: quantise(layer.weight.detach(), format) for name, layer in layers})
+        hold_in_codes(model, {name: quantise(layer.weight.detach(), format_of(name, format)) for name, layer in layers})
     for module in model.modules():
         if isinstance(module, QuantisedLinear):
             module.in_codes = in_codes

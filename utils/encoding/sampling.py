@@ -1,6 +1,5 @@
 """From conditions to latents: the LoRAs to sample with, the transformers that answer, and the sampling itself."""
 
-import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -99,21 +98,20 @@ class Transformers:
         if self._loaded is not None and len(self.files.transformers) == 1:
             self._fuse(*self._loaded)
         else:
-            self._unload()  # of two experts the one in memory is the low one, and the high one is asked next
+            self.unload()  # of two experts the one in memory is the low one, and the high one is asked next
 
     def predict(self, latents: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
         """The velocity at a timestep (B,), which all samples share."""
         name = list(self.files.transformers)[part_at(self.files.family.boundaries, timestep)]
         if self._loaded is None or self._loaded[0] != name:
-            self._unload()  # the other expert leaves memory first
+            self.unload()  # the other expert leaves memory first
             self._loaded = name, self._load(name)
         return make_predict(self._loaded[1])(latents, timestep, cond)
 
-    def _unload(self) -> None:
+    def unload(self) -> None:
+        """Frees what is loaded."""
         self._undo.close()
         self._loaded = None
-        if not self.storage.is_plain:
-            gc.collect()  # blocks whose forward pass was replaced refer to themselves, and would stay in memory
 
     def _load(self, name: str) -> WanModel:
         label = "the transformer" if len(self.files.transformers) == 1 else f"the {name} expert"
@@ -121,7 +119,7 @@ class Transformers:
         model = build_transformer(self.files.transformers[name])
         stream = self._store.load(model, self.files.transformers[name], cast_to, progress=progress)
         if stream is not None:
-            stream.follow(model)
+            self._undo.enter_context(stream.followed(model))
         if self._fused:
             self._fuse(name, model)
         return model

@@ -20,7 +20,7 @@ class QuantisedLinear(nn.Linear):
 
     scale: Tensor | None
     mixed_by: Tensor | None  # the rotation that the weight was multiplied by; one for all layers, on the device
-    in_codes: bool  # whether products are made of the codes themselves, where these allow it
+    in_codes: bool  # whether `product` multiplies the codes themselves, where these allow it
 
     def __init__(self, layer: nn.Linear, quantised: Quantised, in_codes: bool = False) -> None:
         nn.Module.__init__(self)
@@ -30,11 +30,22 @@ class QuantisedLinear(nn.Linear):
         self.hold(quantised, quantised.codes.device)
 
     def hold(self, quantised: Quantised, device: torch.device, is_as_read: bool = False) -> None:
-        """Takes a weight in place of the one before, `is_as_read` from a file. Wherever it is, it computes on `device`."""
+        """Takes a weight in place of the one before. Wherever it is, it computes on `device`."""
         self.weight = nn.Parameter(quantised.codes, requires_grad=False)
         self.scale = quantised.scale
         self.mixed_by = rotation(quantised.group, device) if quantised.group else None
         self.is_as_read = is_as_read
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Not that of the codes. PEFT makes adapters in it."""
+        return torch.float32 if self.bias is None else self.bias.dtype
+
+    def scale_rows(self) -> None:
+        """Gives each row a scale, where all share one or there is none. The values stay the same, bit for bit."""
+        if self.weight.dtype != torch.uint8 and (self.scale is None or self.scale.numel() == 1):
+            ones = torch.ones(self.out_features, 1, device=self.weight.device)
+            self.scale = ones if self.scale is None else ones * self.scale.float().reshape(())
 
     @property
     def nbytes(self) -> int:
@@ -56,20 +67,14 @@ def product(layer: nn.Linear, x: Tensor) -> Tensor:
     if not isinstance(layer, QuantisedLinear):
         return F.linear(x, layer.weight, layer.bias)
     if layer.in_codes and products.fits(layer.weight, layer.scale, len(x)):
-        result = products.forward(x, layer.weight, layer.scale, layer.mixed_by)
+        result = products.multiply(x, layer.weight, layer.scale, layer.mixed_by)
         return result if layer.bias is None else result.add_(layer.bias)
     return F.linear(x, layer.values(x.dtype), layer.bias)
 
 
 def product_backward(layer: nn.Linear, grad: Tensor, into: Tensor | None = None) -> Tensor:
     """grad (M, O) of `product` -> that of x (M, I), added to `into` where that is given."""
-    if not isinstance(layer, QuantisedLinear):
-        weight: Tensor = layer.weight
-    elif layer.in_codes and products.fits(layer.weight, layer.scale, len(grad)):
-        result = products.backward(grad, layer.weight, layer.scale, layer.mixed_by)
-        return result if into is None else into.add_(result)
-    else:
-        weight = layer.values(grad.dtype)
+    weight: Tensor = layer.values(grad.dtype) if isinstance(layer, QuantisedLinear) else layer.weight
     return grad @ weight if into is None else into.addmm_(grad, weight)
 
 

@@ -10,6 +10,7 @@ from utils.common.console import say
 from utils.common.device import compute_dtype
 from utils.common.errors import UserError
 from utils.common.formatting import counted, readable_size
+from utils.storage.arena import return_memory_at_once
 from utils.storage.linear import QuantisedLinear
 from utils.storage.streaming import SLOTS, Ring, Stream, assign_slots
 from utils.storage.weights import Cast, Storage, linear_layers
@@ -55,6 +56,8 @@ class Store:
             return CPU if name in waiting else storage.device
 
         layers = storage.prepare(model)
+        if waiting:
+            return_memory_at_once()
         load_weights(model, files, storage.place(layers, cast, home, changed), progress, storage.dtype)
         stream = Stream(model, slots, self._ring) if slots else None
         if not self._is_described:
@@ -74,10 +77,8 @@ class Store:
                 f"one of the two experts is in main memory at any time: it takes {sizes}\n"
                 "train one at a time: --expert high, then --expert low, without previews; or see --weight_dtype"
             )
-        raise UserError(
-            f"the blocks in main memory take {sizes}\n"
-            "swap fewer with --blocks_to_swap, or store them in less with --weight_dtype"
-        )
+        fewer = "train one at a time (--expert)" if self.takes_turns else "swap fewer with --blocks_to_swap"
+        raise UserError(f"the blocks in main memory take {sizes}\n{fewer}, or store them in less with --weight_dtype")
 
     def _describe(self, model: WanModel, layers: Mapping[str, QuantisedLinear], stream: Stream | None) -> Iterator[str]:
         storage = self.storage
@@ -86,22 +87,21 @@ class Store:
             quantised = readable_size(sum(layer.nbytes for layer in layers.values()))
             others = readable_size(sum(each.weight.nbytes for each in linear if not isinstance(each, QuantisedLinear)))
             as_read = sum(layer.is_as_read for layer in layers.values())
-            kept = f", {as_read} of them as the file has them" if as_read else ""
-            rest = (
-                ": embeddings, head, and the first and the last block" if storage.keeps_ends else ": embeddings, head"
-            )
+            in_int8 = sum(layer.weight.dtype == torch.int8 for layer in layers.values())
+            kept = f", {in_int8} of them in int8" if in_int8 and storage.format != "int8" else ""
+            kept += f", {as_read} as the file has them" if as_read else ""
+            ends = ", the first and the last block" if storage.keeps_ends else ""
             yield (
                 f"{storage.format}: {len(layers)} of {len(linear)} linear layers are quantised, {quantised}{kept}; the "
-                f"others take {others}{rest}"
+                f"others take {others}: embeddings, head{ends}"
             )
         elif storage.dtype != compute_dtype(storage.device):
             yield f"the model computes in {str(storage.dtype).removeprefix('torch.')}"
         if stream is not None:
-            num_blocks, size = len(model.blocks), stream.block_bytes
             whose = " of each expert" if self.takes_turns else ""
-            waiting = size * len(stream.slots) * (2 if self.takes_turns else 1)
+            waiting = readable_size(stream.nbytes * (2 if self.takes_turns else 1))
+            buffers = f"{counted(min(SLOTS, storage.num_streamed), 'buffer')} of {readable_size(stream.block_bytes)}"
             yield (
-                f"{storage.num_streamed} of {num_blocks} blocks{whose} are swapped: main memory holds "
-                f"{readable_size(waiting)} of weights, and the GPU {counted(min(SLOTS, storage.num_streamed), 'buffer')} of "
-                f"{readable_size(size)} for them"
+                f"{storage.num_streamed} of {len(model.blocks)} blocks{whose} are swapped: main memory holds {waiting} "
+                f"of weights, and the GPU has {buffers} for them"
             )

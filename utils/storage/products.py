@@ -1,7 +1,8 @@
-"""Products of a frozen layer with its codes themselves: what is multiplied is rounded to 8 bits too, row by row.
+"""Products with the codes of a frozen layer themselves: what is multiplied is rounded to 8 bits too, row by row.
 
 A GPU multiplies fp8 and int8 up to twice as fast as bf16, and no values of the weight are made. The price is the
-rounding of inputs and gradients: of fp8 to 3 bits after the leading one, of int8 to a 127th of a row's largest value.
+rounding of inputs: of fp8 to 3 bits after the leading one, of int8 to a 127th of a row's largest value. Gradients are
+not rounded so: the directions of a LoRA's gradients would be further off than is allowed (benchmarks/RECORDS.md).
 
 Shape letters: M rows, O output width, I input width.
 """
@@ -23,20 +24,10 @@ def fits(codes: Tensor, scale: Tensor | None, rows: int) -> bool:
     return rows >= FEWEST_ROWS and all(size % STEP == 0 for size in codes.shape)
 
 
-def forward(x: Tensor, codes: Tensor, scale: Tensor | None, mixed_by: Tensor | None) -> Tensor:
+def multiply(x: Tensor, codes: Tensor, scale: Tensor | None, mixed_by: Tensor | None) -> Tensor:
     """x (M, I) times the weight of codes (O, I) -> (M, O) in the dtype of x"""
     rotated = x if mixed_by is None else rotate_columns(x, mixed_by)
     return _multiply(rotated, codes.t(), _per_column(scale, codes))
-
-
-def backward(grad: Tensor, codes: Tensor, scale: Tensor | None, mixed_by: Tensor | None) -> Tensor:
-    """grad (M, O) of the product -> that of x (M, I) in the dtype of grad"""
-    # The scales of the weight's rows are on the side that is summed over: they go to the gradient.
-    by_output = _per_column(scale, codes)
-    scaled = grad if by_output is None else grad * by_output.to(grad.dtype)
-    # The kernels read both sides along the columns that are summed over.
-    product = _multiply(scaled, codes.t().contiguous().t(), None)
-    return product if mixed_by is None else rotate_columns(product, mixed_by)
 
 
 def _per_column(scale: Tensor | None, codes: Tensor) -> Tensor | None:

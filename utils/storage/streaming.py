@@ -7,7 +7,8 @@ downwards in the backward pass. Nothing is ever copied back. The numbers are tho
 bit for bit.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from utils.common.errors import RunError
 from utils.storage.arena import aligned, lock_pages
 from utils.storage.linear import QuantisedLinear
 from wan.modules.model import WanModel
@@ -54,7 +56,9 @@ class CudaLane:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             slot.copy_(host, non_blocking=True)
-            return self._stream.record_event()
+            ready = self._stream.record_event()
+        slot.record_stream(self._stream)  # should the slot be freed while something is copied to it
+        return ready
 
     def wait(self, ready: Ready) -> None:
         assert ready is not None
@@ -100,6 +104,8 @@ def _layout(layers: Sequence[nn.Linear]) -> list[_Place]:
     """Where the weights of a block's layers, and their scales, are in its memory."""
     places, start = [], 0
     for layer in layers:
+        if isinstance(layer, QuantisedLinear):
+            layer.scale_rows()  # so that the blocks of two files fit the same slots
         for role in ("weight", "scale") if isinstance(layer, QuantisedLinear) else ("weight",):
             tensor = getattr(layer, role)
             if tensor is not None:
@@ -118,18 +124,29 @@ class Ring:
         self._held: dict[int, tuple[Tensor, Ready]] = {}  # what each holds, and what is to be waited for before
 
     def slot(self, number: int, size: int) -> Tensor:
-        """The memory of a slot of `size` bytes."""
+        """The memory of a slot of `size` bytes. Raises RunError for one that is there, and smaller."""
         if number not in self.slots:
             self.slots[number] = torch.empty(size, dtype=torch.uint8, device=self.device)
-        assert len(self.slots[number]) == size
+        if len(self.slots[number]) < size:
+            raise RunError(
+                "the files of the two experts are quantised in different ways, so their blocks cannot share the GPU's "
+                "memory: give both in one format, or leave out --blocks_to_swap"
+            )
         return self.slots[number]
 
     def fetch(self, number: int, host: Tensor) -> None:
         """Starts the copy of a block's weights to a slot, unless it holds them."""
         if number not in self._held or self._held[number][0] is not host:
             # Selective checkpointing would look for these copies among what a block computes again.
+            self._held.pop(number, None)  # whatever interrupts the copy
             with _disable_current_modes():
-                self._held[number] = host, self.lane.copy(self.slots[number], host)
+                self._held[number] = host, self.lane.copy(self.slots[number][: len(host)], host)
+
+    def forget(self) -> None:
+        """Waits for copies, and lets go of what they were made of. Nothing is in a slot any more."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._held.clear()
 
     def wait(self, number: int) -> None:
         """What is queued from now on finds the weights that were fetched to a slot."""
@@ -150,13 +167,12 @@ class Stream:
         """
         self.slots, self._ring, self._blocks = slots, ring, sorted(slots)
         layouts = {block: _layout(_linears(model.blocks[block])) for block in self._blocks}
-        size = max(aligned(layout[-1].end) for layout in layouts.values())
-        memory = torch.empty(len(slots) * size, dtype=torch.uint8)
-        self.hosts = dict(zip(self._blocks, memory.split(size), strict=True))
+        sizes = [aligned(layout[-1].end) for layout in layouts.values()]
+        memory = torch.empty(sum(sizes), dtype=torch.uint8)
+        self.hosts = dict(zip(self._blocks, memory.split(sizes), strict=True))
         for block, layout in layouts.items():
-            slot = ring.slot(slots[block], size)
+            slot = ring.slot(slots[block], max(sizes))
             for place in layout:
-                # One after another: the memory of each is free before the next one's is filled.
                 place.in_memory(self.hosts[block]).copy_(getattr(place.layer, place.role))
                 view = place.in_memory(slot)
                 is_weight = place.role == "weight"
@@ -164,15 +180,27 @@ class Stream:
         if ring.device.type == "cuda":
             lock_pages(memory)
 
-    def follow(self, model: WanModel) -> None:
-        """Lets the blocks of its model say when they are about to run, where nothing else does (`enter`)."""
+    @contextmanager
+    def followed(self, model: WanModel) -> Iterator[None]:
+        """Inside, the blocks of its model say when they are about to run, where nothing else does (`enter`)."""
         for index, block in enumerate(model.blocks):
             block.forward = entering(block.forward, partial(self.enter, index))
+        try:
+            yield
+        finally:
+            for block in model.blocks:
+                del block.forward
+            self._ring.forget()
+
+    @property
+    def nbytes(self) -> int:
+        """The main memory that it takes."""
+        return sum(host.nbytes for host in self.hosts.values())
 
     @property
     def block_bytes(self) -> int:
-        """What the weights of a block take."""
-        return next(iter(self.hosts.values())).nbytes
+        """What a slot takes on the device."""
+        return max(host.nbytes for host in self.hosts.values())
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is in one of the slots."""

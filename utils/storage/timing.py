@@ -12,6 +12,7 @@ from utils.common.console import say
 from utils.storage.formats import quantise
 from utils.storage.linear import QuantisedLinear, product, product_backward
 
+MOST_ROWS = 8192
 WARMUPS, REPEATS = 3, 7
 WORTH = 0.98  # of the time: what is hardly faster is not worth its rounding
 
@@ -29,7 +30,17 @@ class Times:
 
 
 def time_products(format: str, size: tuple[int, int], rows: int, device: torch.device, dtype: torch.dtype) -> Times:
-    """Times a layer of this size (O, I): codes multiplied, values made of codes, and a weight in `dtype`."""
+    """Times a layer of this size (O, I): codes multiplied, values made of codes, and a weight in `dtype`.
+
+    Of more than MOST_ROWS so many are timed. Leaves no memory reserved.
+    """
+    times = _time_products(format, size, min(rows, MOST_ROWS), device, dtype)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return times
+
+
+def _time_products(format: str, size: tuple[int, int], rows: int, device: torch.device, dtype: torch.dtype) -> Times:
     with torch.device(device):
         plain = nn.Linear(size[1], size[0], dtype=dtype).requires_grad_(False)
         x, grad = torch.randn(rows, size[1], dtype=dtype), torch.randn(rows, size[0], dtype=dtype)

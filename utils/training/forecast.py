@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from utils.common.formatting import format_table
-from utils.storage.formats import stored_bytes
 from utils.storage.streaming import SLOTS
-from utils.storage.weights import PLAIN
+from utils.storage.weights import PLAIN, QUANTISED, Storage, linear_layers
 from utils.training.calibration import META, Cost, Workload, calibrate, empty_model, lora_size, peak_of
 from utils.training.cards import Card
 from utils.training.memory import Memory
@@ -144,15 +143,12 @@ def stored(work: Workload, weights: str) -> Stored:
     """What is stored of a block and of the rest; the rest is never quantised."""
     model = empty_model(replace(work.shape, num_layers=1), FP32 if weights == "fp32" else BF16, META)
     shapes = [module.weight.shape for module in model.blocks[0].modules() if isinstance(module, nn.Linear)]
-    itemsize = PLAIN["fp32" if weights == "fp32" else "bf16"].itemsize
-    linear = sum(
-        itemsize * shape.numel() if weights in PLAIN else stored_bytes(shape[0], shape[1], weights) for shape in shapes
-    )
-    values = sum(shape.numel() for shape in shapes)
-    block = sum(parameter.nbytes for parameter in model.blocks.parameters())
-    others = sum(parameter.nbytes for parameter in model.parameters()) - block
-    largest = max(shape.numel() for shape in shapes)
-    return Stored(block - itemsize * values + linear, others, values, linear, BF16.itemsize * largest)
+    storage = Storage(META, PLAIN.get(weights, BF16), weights if weights in QUANTISED else None)
+    sizes = storage.sizes(model)
+    linear = sum(sizes[f"{name}.weight"] for name in linear_layers(model))
+    block = sum(size for name, size in sizes.items() if name.startswith("blocks."))
+    values, largest = sum(shape.numel() for shape in shapes), max(shape.numel() for shape in shapes)
+    return Stored(block, sum(sizes.values()) - block, values, linear, BF16.itemsize * largest)
 
 
 def forecast(work: Workload, setting: Setting, card: Card) -> Forecast:

@@ -72,8 +72,8 @@ class MemoryOptions:
         compile = self.compile
         if compile == "auto":
             compile = decisions.take("compile", lambda: "on" if decide("auto", device, saved) else "off")
-        elif compile == "on":
-            decide("on", device, saved)
+        if compile == "on" and (self.compile == "on" or "compile" in decisions.saved):
+            decide("on", device, saved)  # says so where there is no compiler, or none any more
         stream = torch.float32 if self.fp32_stream else storage.dtype
         # On the CPU the blocks' own operations are as fast in fp32 (benchmarks/RECORDS.md), and they are the reference.
         is_compiled = compile == "on"

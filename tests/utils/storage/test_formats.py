@@ -101,7 +101,7 @@ def test_the_largest_value_of_a_row_takes_the_largest_code(format):
 
 
 def by_hand(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantised, scale, and how far each value is from where it is rounded otherwise: all in float64, with every entry."""
+    """Codes, scale, and how far each value is from where it is rounded otherwise: in float64, with every entry."""
     matrix = torch.ones(1, 1, dtype=FP64)
     while len(matrix) < group:
         matrix = torch.kron(matrix, R4)
