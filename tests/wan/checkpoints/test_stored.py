@@ -63,7 +63,7 @@ def test_a_rotation_that_was_made_in_inference_mode_can_be_trained_with():
     rotation.cache_clear()
     with torch.inference_mode():
         rotation(4, CPU)
-    x = torch.randn(2, 4, requires_grad=True)
+    x = torch.randn(2, 4, dtype=BF16, requires_grad=True)  # the dtype of the rotation, which is kept as it is
     rotate_columns(x, rotation(4, CPU)).sum().backward()
     assert x.grad is not None
 
