@@ -62,9 +62,9 @@ def test_products_without_a_graph_are_the_same_and_are_added_to_what_is_given(fo
     values = layer.values(dtype)
     x, grad = draw(ROWS, WIDTH, dtype=dtype), draw(ROWS, OUTPUT, dtype=dtype)
     before = draw(ROWS, WIDTH, dtype=dtype, seed=3)
-    assert torch.equal(layer.product(x), F.linear(x, values, layer.bias))
-    assert torch.equal(layer.product_backward(grad), grad @ values)
-    assert torch.equal(layer.product_backward(grad, before.clone()), before.addmm(grad, values))
+    assert torch.equal(product(layer, x), F.linear(x, values, layer.bias))
+    assert torch.equal(product_backward(layer, grad), grad @ values)
+    assert torch.equal(product_backward(layer, grad, before.clone()), before.addmm(grad, values))
 
 
 # -------------------------------------------------------------------------------------------------- what is kept

@@ -72,25 +72,25 @@ def test_each_row_is_rounded_by_its_own_largest_value_and_rows_of_zeros_stay_zer
     layer = in_format(plain(bias=False), format, in_codes=True)
     x = draw(ROWS, WIDTH)
     sizes = torch.logspace(-20, 20, ROWS)[:, None]
-    answer = layer.product(x * sizes)
+    answer = product(layer, x * sizes)
     expected = (x * sizes).double() @ layer.values(FP32).double().T
     assert all(error(a, b) < 2 * ERRORS[format] for a, b in zip(answer, expected, strict=True))
     x[3] = 0
-    assert layer.product(x)[3].eq(0).all() and layer.product(x).isfinite().all()
-    assert layer.product_backward(torch.zeros(ROWS, OUTPUT)).eq(0).all()
+    assert product(layer, x)[3].eq(0).all() and product(layer, x).isfinite().all()
+    assert product_backward(layer, torch.zeros(ROWS, OUTPUT)).eq(0).all()
 
 
 def test_an_input_that_stands_out_is_shared_out_by_the_rotation():
     x = draw(ROWS, WIDTH)
     x[:, 5] *= 50
     layer = in_format(plain(bias=False), "int8", in_codes=True)
-    assert error(layer.product(x), x.double() @ layer.values(FP32).double().T) < ERRORS["int8"]
+    assert error(product(layer, x), x.double() @ layer.values(FP32).double().T) < ERRORS["int8"]
 
 
 def test_a_gradient_is_added_to_what_is_given():
     layer, before = in_format(plain(), "int8", in_codes=True), draw(ROWS, WIDTH, seed=3)
     grad = draw(ROWS, OUTPUT)
-    assert torch.equal(layer.product_backward(grad, before.clone()), before + layer.product_backward(grad))
+    assert torch.equal(product_backward(layer, grad, before.clone()), before + product_backward(layer, grad))
 
 
 def test_int8_is_exact_where_nothing_is_rounded():
@@ -100,7 +100,7 @@ def test_int8_is_exact_where_nothing_is_rounded():
     x = torch.randint(-127, 128, (ROWS, WIDTH), generator=generator).float()
     x[:, 0] = 127
     layer = QuantisedLinear(plain(bias=False), Quantised(codes, torch.ones(OUTPUT, 1)), in_codes=True)
-    assert torch.equal(layer.product(x), x @ codes.float().T)
+    assert torch.equal(product(layer, x), x @ codes.float().T)
 
 
 # ----------------------------------------------------------------------------------------------- what is not multiplied
@@ -142,6 +142,6 @@ def test_one_scale_or_one_for_each_row_is_multiplied(size, dtype, counted):
     codes = (20 * draw(OUTPUT, WIDTH)).round().clamp(-127, 127).to(dtype)
     layer = QuantisedLinear(plain(bias=False), Quantised(codes, scale), in_codes=True)
     x, values = draw(ROWS, WIDTH), layer.values(FP32).double()
-    assert error(layer.product(x), x.double() @ values.T) < 0.04
-    assert error(layer.product_backward(draw(ROWS, OUTPUT)), draw(ROWS, OUTPUT).double() @ values) < 0.04
+    assert error(product(layer, x), x.double() @ values.T) < 0.04
+    assert error(product_backward(layer, draw(ROWS, OUTPUT)), draw(ROWS, OUTPUT).double() @ values) < 0.04
     assert counted == ["forward", "backward"]
