@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from utils.common.console import say
 from utils.common.errors import UserError
-from utils.common.formatting import readable_size
+from utils.common.formatting import counted, readable_size
 from utils.encoding.text_cache import TextCache, load_embedding
 from utils.storage.weights import Storage, hold_as
 from wan.checkpoints import ModelFiles, Place, all_to, build_text_encoder, load_text_encoder, text_encoder_fingerprint
@@ -74,6 +74,10 @@ class TextEncoding:
         known = sum(len(set(texts)) for texts in wanted.values()) - count
         counts = f"text: {count} to encode, {known} cached"
         if missing:
+            elsewhere = sum(cache.is_cached_elsewhere(text) for cache, texts in missing.items() for text in texts)
+            if elsewhere:
+                what = "of another text encoder, or with another --text_encoder_dtype"
+                say(f"text: {counted(elsewhere, 'embedding')} cached before are {what}: they are not used")
             device = self._choose_device()
             for cache in missing:
                 cache.prepare()  # a folder that cannot be written is reported before the encoder loads

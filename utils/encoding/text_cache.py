@@ -33,6 +33,11 @@ class TextCache:
         """The captions that have to be encoded, each once, in order: an incomplete file counts as missing."""
         return [caption for caption in dict.fromkeys(captions) if KEY not in tensor_names(self.path(caption))]
 
+    def is_cached_elsewhere(self, caption: str) -> bool:
+        """Whether another encoder, or this one in another dtype, has left its rows beside this cache."""
+        name = self.path(caption).name
+        return any(self.folder.parent.glob(f"*/{name}"))
+
     def load(self, caption: str) -> Tensor:
         """The rows (T, E) of a caption, on the CPU. Raises UserError if they are not cached."""
         return load_embedding(self.path(caption))

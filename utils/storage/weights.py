@@ -17,16 +17,16 @@ from utils.storage.formats import need_bitsandbytes, quantise, stored_bytes
 from utils.storage.linear import QuantisedLinear
 from utils.storage.products import PRODUCTS
 from utils.storage.timing import faster_matmul, time_products
-from wan.checkpoints import Place, Quantised, Stored
+from wan.checkpoints import FP8, Place, Quantised, Stored
 from wan.modules.model import WanShape, is_fp32
 
 Cast = Callable[[torch.dtype, torch.device], Place]
 
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
 QUANTISED = ("fp8", "fp8_scaled", "int8", "nf4")
-# Of these formats some layers are stored in int8: rounded more coarsely, they alone would turn the gradients of LoRAs
-# further away than is allowed (benchmarks/RECORDS.md). They take as much as in fp8.
-IN_INT8 = {"fp8_scaled": ("*.cross_attn.*", "*.v", "*.o"), "nf4": ("*_attn.*",)}
+# In these formats the transformer's attention layers are stored in int8: rounded more coarsely, they alone would turn the
+# gradients of LoRAs further away than is allowed (benchmarks/RECORDS.md).
+WITH_INT8, IN_INT8 = ("fp8_scaled", "nf4"), "*_attn.*"
 # What these are called in diffusion-pipe and in OneTrainer.
 SPELLINGS = {
     "float32": "fp32", "bfloat16": "bf16", "float8": "fp8", "float8_e4m3fn": "fp8", "fp8_e4m3fn": "fp8",
@@ -189,12 +189,12 @@ class Storage:
         """Whether codes of a file are kept: int8 as int8, and any fp8 as fp8, which could only lose."""
         if self.format == "int8":
             return stored.codes.dtype == torch.int8
-        return self.format in ("fp8", "fp8_scaled") and stored.codes.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+        return self.format in ("fp8", "fp8_scaled") and stored.codes.dtype in FP8
 
 
 def format_of(layer: str, format: str) -> str:
     """The format of a layer, by its name, in a model that is stored in `format`."""
-    return "int8" if any(fnmatchcase(layer, pattern) for pattern in IN_INT8.get(format, ())) else format
+    return "int8" if format in WITH_INT8 and fnmatchcase(layer, IN_INT8) else format
 
 
 def linear_layers(model: nn.Module, keeps_ends: bool = False) -> dict[str, nn.Linear]:

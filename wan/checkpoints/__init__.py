@@ -29,11 +29,12 @@ from wan.checkpoints.load import (
     load_weights,
 )
 from wan.checkpoints.parts import build_text_encoder, build_transformer
-from wan.checkpoints.stored import GROUPS, Quantised, Stored, decode, rotate_columns, rotation, values_of
+from wan.checkpoints.stored import FP8, GROUPS, Quantised, Stored, decode, rotate_columns, rotation, values_of
 from wan.checkpoints.transformer import INDEX, TRANSFORMER, TransformerFiles
 from wan.checkpoints.weights import Weights, read_weights
 
 __all__ = [
+    "FP8",
     "GROUPS",
     "INDEX",
     "LOCAL_MODELS",

@@ -47,10 +47,10 @@ def load_weights(
     Each tensor is read and passed to `place` before the next one is read, so that memory never holds a second copy of
     the model. It is a view of the file, in main memory: moved to a device before it is cast, it leaves no copy there.
     `place` returns what the model will hold: the tensor in another dtype, on another device, quantised, with a LoRA
-    added. The model may have been changed
-    before, such as by wider inputs or layers of another class. What the file has quantised is passed on as it is
-    stored; `dtype` is that of the model's computation, in which several parts of one tensor are joined. Raises
-    CheckpointError unless its names are those of the file and its shapes those `place` returns.
+    added. The model may have been changed before, such as by wider inputs or layers of another class. What the file has
+    quantised is passed on as it is stored; `dtype` is that of the model's computation, in which several parts of one
+    tensor are joined. Raises CheckpointError unless its names are those of the file and its shapes those `place`
+    returns.
     """
     check_names(model.state_dict(), files.tensors, files.path)
     return _fill(model, files, place, progress, dtype)
