@@ -56,7 +56,7 @@ class Store:
             return CPU if name in waiting else storage.device
 
         layers = storage.prepare(model)
-        if waiting:
+        if waiting or layers:
             return_memory_at_once()
         load_weights(model, files, storage.place(layers, cast, home, changed), progress, storage.dtype)
         stream = Stream(model, slots, self._ring) if slots else None

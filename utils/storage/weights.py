@@ -24,9 +24,9 @@ Cast = Callable[[torch.dtype, torch.device], Place]
 
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
 QUANTISED = ("fp8", "fp8_scaled", "int8", "nf4")
-# In these formats the transformer's attention layers are stored in int8: rounded more coarsely, they alone would turn the
+# In these formats some layers of the transformer are stored in int8: rounded more coarsely, they alone would turn the
 # gradients of LoRAs further away than is allowed (benchmarks/RECORDS.md).
-WITH_INT8, IN_INT8 = ("fp8_scaled", "nf4"), "*_attn.*"
+IN_INT8 = {"fp8_scaled": ("*_attn.*", "*.ffn.2"), "nf4": ("*_attn.*",)}
 # What these are called in diffusion-pipe and in OneTrainer.
 SPELLINGS = {
     "float32": "fp32", "bfloat16": "bf16", "float8": "fp8", "float8_e4m3fn": "fp8", "fp8_e4m3fn": "fp8",
@@ -194,7 +194,7 @@ class Storage:
 
 def format_of(layer: str, format: str) -> str:
     """The format of a layer, by its name, in a model that is stored in `format`."""
-    return "int8" if format in WITH_INT8 and fnmatchcase(layer, IN_INT8) else format
+    return "int8" if any(fnmatchcase(layer, pattern) for pattern in IN_INT8.get(format, ())) else format
 
 
 def linear_layers(model: nn.Module, keeps_ends: bool = False) -> dict[str, nn.Linear]:
