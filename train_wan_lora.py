@@ -210,26 +210,19 @@ def open_session(
 
     # The other random numbers come from torch's generator: the LoRA's first values, then noise and noise levels.
     torch.manual_seed(opts.seed)
-    previews = bool(texts.previews)
     kept = CheckpointPlan(memory.checkpointing, shape.num_layers)
-    experts, adapters = load_experts(roles, plans, files, memory, kept, storage, with_others=previews)
+    experts, adapters = load_experts(roles, plans, files, memory, kept, storage, bool(texts.previews))
 
     # Only LoRAs are trained; base models are frozen. A step is one phase, and two experts take turns. A student and its
     # critic would be two phases of one step.
-    trainables = [Trainable(r.trainable, adapters[r.name], r.opts.optimizer, opts.ema_decay) for r in roles]
-    learner = Learner(trainables)
-    phases = []
-    for role in roles:
-        model, sigmas, adapter = experts.models[role.name], role.expert.sigmas, adapters[role.name]
-        loss = partial(training_loss, opts=role.opts, sigmas=sigmas, model=model, negative=texts.negative)
-        phases.append(make_phase(role, adapter, experts, learner, loss))
+    learner = Learner([Trainable(r.trainable, adapters[r.name], r.opts.optimizer, opts.ema_decay) for r in roles])
+    loss = partial(training_loss, negative=texts.negative)
+    phases = [make_phase(role, adapters[role.name], experts, learner, loss) for role in roles]
     schedule = Schedule([[phase] for phase in phases], steps, opts.expert_phase_steps)
     steps_per_epoch = plan.steps_per_epoch(opts.gradient_accumulation)
     say(f"\n{format_plan(plan, steps_per_epoch, schedule.total_steps)} on {describe(device)}")
-    distilled = f", guidance {1 + opts.distill_cfg:g} distilled" if opts.distill_cfg else ""
     for role in roles:
-        rate = f"learning rate {role.opts.learning_rate:g}, shift {opts.shift:g}{distilled}"
-        say(f"{role.label}{adapters[role.name].describe()}, {rate}")
+        say(f"{role.label}{adapters[role.name].describe()}, {describe_rate(role.opts)}")
 
     # A condition that is lost on its way to the model costs hours, and shows only in the result.
     # The longest clips have every condition; a still has no first frame that could be given.
@@ -240,7 +233,7 @@ def open_session(
 
     clips = tqdm(watched, "encoding validation clips", leave=False)
     validation = [samples.load_batch([window]).to(CPU) for window in clips]
-    preview = open_preview(opts, files.family, texts, samples, plan, size, validation) if previews else None
+    preview = open_preview(opts, files.family, texts, samples, plan, size, validation) if texts.previews else None
     validation = hold_share(validation, opts.held_share)
 
     # The largest batch goes through the model before the first step, so that memory is found too small now and not
@@ -248,6 +241,12 @@ def open_session(
     rehearse(phases[0], experts.models[roles[0].name], samples.load_batch(plan.largest_batch), kept, learner.parameters)
     needed = opts.flags(files) + opts.storage_flags + needed_flags(files.family, opts.control_signal)
     return Session(learner, schedule, experts, samples, plan, steps_per_epoch, validation, preview, further, needed)
+
+
+def describe_rate(opts: Options) -> str:
+    """How fast is learned, and what."""
+    distilled = f", guidance {1 + opts.distill_cfg:g} distilled" if opts.distill_cfg else ""
+    return f"learning rate {opts.learning_rate:g}, shift {opts.shift:g}{distilled}"
 
 
 def open_preview(

@@ -71,9 +71,13 @@ def make_phase(
     adapter: LoraAdapter,
     experts: Experts,
     learner: Learner,
-    loss: Callable[[Batch], Tensor],
+    loss: Callable[..., Tensor],
 ) -> Phase:
-    """The update of one LoRA: it speaks, forward and backward, and its optimizer follows."""
+    """The update of one LoRA: it speaks, forward and backward, and its optimizer follows.
+
+    `loss` maps a batch to a scalar, given the role's `opts` and `sigmas`, and the `model`.
+    """
+    loss = partial(loss, opts=role.opts, sigmas=role.expert.sigmas, model=adapter.model)
     update = partial(learner.update, role.trainable, role.opts.max_grad_norm)
     span = partial(experts.speaking, role.name, adapter.speaking)
     updater = learner.trainables[role.trainable].updater

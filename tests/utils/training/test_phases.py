@@ -88,11 +88,8 @@ def expert_phases(flags: str) -> tuple[Learner, list[Phase], Experts]:
         adapters[role.name] = LoraAdapter(model, role.opts)
     learner = Learner([Trainable(role.trainable, adapters[role.name], role.opts.optimizer) for role in roles])
     experts = Experts({name: a.model for name, a in adapters.items()}, A14B.boundaries, torch.device("cpu"))
-    phases = []
-    for role in roles:
-        model, sigmas = experts.models[role.name], role.expert.sigmas
-        loss = partial(train_wan_lora.training_loss, opts=role.opts, sigmas=sigmas, model=model, negative=None)
-        phases.append(make_phase(role, adapters[role.name], experts, learner, loss))
+    loss = partial(train_wan_lora.training_loss, negative=None)
+    phases = [make_phase(role, adapters[role.name], experts, learner, loss) for role in roles]
     return learner, phases, experts
 
 
