@@ -13,6 +13,7 @@ from tests.formats import FORMATS, in_format
 from utils.adapters.lora import add_lora
 from utils.adapters.projection import Projection, project
 from utils.storage.formats import quantise
+from utils.storage.linear import product, product_backward
 
 BF16, FP32 = torch.bfloat16, torch.float32
 DTYPES = (FP32, BF16)
