@@ -15,7 +15,7 @@ SIZE, ROWS = (96, 48), 32
 
 
 def asked(monkeypatch, *seconds: float) -> list[tuple[torch.dtype, int]]:
-    """Makes values, plain weights and codes take so long, in this order; in which dtype, and how many rows, each ran."""
+    """Makes values, plain weights and codes take so long, in this order; the dtype and the rows of each."""
     times, ran = list(seconds), []
 
     def take(run: Callable[[], tuple[Tensor, Tensor]], device: torch.device) -> float:
