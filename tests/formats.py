@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from utils.storage.formats import Quantised, quantise, values
+from utils.storage.formats import quantise, values
 from utils.storage.linear import QuantisedLinear
 from utils.storage.weights import linear_layers
-from wan.checkpoints import rotation
+from wan.checkpoints import Quantised, rotation
 from wan.modules.model import WanModel
 
 FORMATS = ("fp8", "fp8_scaled", "int8", "nf4")

@@ -14,7 +14,7 @@ from benchmarks.quantised import Base, Options, Products, Way
 from benchmarks.weights import random_transformer
 from utils.common.errors import RunError
 from utils.storage.linear import QuantisedLinear
-from utils.storage.weights import linear_layers
+from utils.storage.weights import IN_INT8, linear_layers
 from wan.modules.model import WanShape
 
 CPU = torch.device("cpu")
@@ -60,27 +60,30 @@ def test_the_table_has_every_format_with_its_size_and_how_near_it_is(monkeypatch
     monkeypatch.setattr(quantised, "HEAVY_INPUT", 6.0)
     rows = [cells for _, cells, _ in quantised.measure(Options(), SIZES)]
     found = {(row[0], row[1], row[3]): row for row in rows}
-    assert len(found) == len(rows) == 20 - 1 + 20 - 1 - 4
+    assert len(found) == len(rows) == 2 * (1 + 3 * 3 + 5 * 2)
     exact = SHAPE.num_layers * 4 * (8 * 96**2 + 2 * 96 * 192)
     sizes = {row[0]: float(row[2].removesuffix(" MB")) * 1e6 / exact for row in rows}
-    bits = {"bf16": 16, "fp8": 8, "fp8_scaled": 8, "int8": 8, "int8, not rotated": 8, "nf4": 4.5, "nf4, rotated": 4.5}
+    mixed = (8 * 96**2 * 8 + 2 * 96 * 192 * 4.5) / (8 * 96**2 + 2 * 96 * 192)  # attention in int8
+    eight = ("fp8", "fp8_scaled", "fp8_scaled, all layers", "int8", "int8, not rotated")
+    four = ("nf4, all layers", "nf4, all layers, rotated")
+    bits = {"bf16": 16, "nf4": mixed} | dict.fromkeys(eight, 8) | dict.fromkeys(four, 4.5)
     assert sizes == pytest.approx({name: size / 32 for name, size in bits.items()}, abs=0.015)
     together = {key: float(row[5]) for key, row in found.items()}
     assert all(0.5 < float(row[6]) <= float(row[5]) < 1 for row in rows)
     for targets in ("attn", "all-linear"):
         by_format = {key[0]: value for key, value in together.items() if key[1:] == ("fp32", targets)}
-        assert by_format["nf4"] < by_format["fp8_scaled"] < by_format["int8"]
+        assert by_format["nf4, all layers"] < by_format["fp8_scaled, all layers"] < by_format["int8"]
+        assert all(by_format[f"{name}, all layers"] < by_format[name] < by_format["int8"] for name in IN_INT8)
         assert by_format["int8, not rotated"] < by_format["int8"]
         assert together["bf16", "bf16", targets] > by_format["int8"]
 
 
-def test_products_of_codes_are_made_in_the_directions_that_are_named():
+def test_products_of_codes_are_made_where_that_is_asked_for():
     base = with_outliers(layers=2)
-    ways = [(), ("forward",), ("backward",), ("forward", "backward")]
-    steps = {way: base.take_step(Way("int8", BF16, way), "attn") for way in ways}
-    assert steps[()].loss == steps["backward",].loss != steps["forward",].loss == steps["forward", "backward"].loss
-    gradients = [torch.cat([g.flatten() for g in step.gradients.values()]) for step in steps.values()]
-    assert not any(torch.equal(a, b) for i, a in enumerate(gradients) for b in gradients[:i])
+    values, codes = (base.take_step(Way("int8", BF16, in_codes), "attn") for in_codes in (False, True))
+    assert values.loss != codes.loss
+    assert not any(torch.equal(values.gradients[name], codes.gradients[name]) for name in values.gradients)
+    assert all(gradient.isfinite().all() for gradient in codes.gradients.values())
 
 
 def test_layers_that_are_kept_are_not_quantised():
@@ -98,7 +101,8 @@ def test_the_options_choose_rows_and_layers(monkeypatch):
     monkeypatch.setattr(Base, "take_step", lambda base, *_: asked.append(base.quantised) or outcome())
     opts = Options(only=("fp8",), keep=("*.ffn.2",), keep_end_blocks=True)
     rows = [cells for _, cells, _ in quantised.measure(opts, replace(SIZES, shape=replace(SHAPE, num_layers=3)))]
-    assert [row[:2] for row in rows] == [("fp8", "fp32"), ("fp8", "bf16")] * 2
+    ways = ("fp32", "bf16", "bf16, products of codes")
+    assert [row[:2] for row in rows] == [("fp8", way) for way in ways] * 2
     assert len(asked[0]) == 9 and all(name.startswith("blocks.1.") for name in asked[0])
 
 

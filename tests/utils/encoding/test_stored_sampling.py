@@ -1,6 +1,9 @@
 """Transformers whose weights are in codes, or wait in main memory, are sampled with their LoRAs as plain ones are."""
 
+import gc
+import weakref
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.encoding.conditioning import Cond, make_predict
 from utils.encoding.sampling import Chosen, Transformers
 from utils.storage.load import Store
+from utils.storage.streaming import Stream
 from utils.storage.weights import Storage
 from wan.checkpoints import ModelFiles, build_transformer, cast_to, open_model
 from wan.configs import FAMILIES
@@ -144,3 +148,69 @@ def test_experts_come_and_go_with_their_loras_however_they_are_held(experts, sto
         ]
     assert relative_error(found, expected) < ERRORS["int8"]
     assert torch.equal(found[0], found[3])
+
+
+@pytest.fixture
+def without_gc():
+    """Nothing frees what refers to itself."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def refer(transformers: Transformers) -> tuple[weakref.ref[WanModel], list[Any]]:
+    """The loaded model, and the storages of its weights on either side, none of which is kept alive by this."""
+    _, model = transformers._loaded
+    held = transformers._store._ring._held.values()
+    tensors = [*model.parameters(), *(host for host, _ in held)]
+    slots = {slot.data_ptr() for slot in transformers._store._ring.slots.values()}
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    kept = [torch.UntypedStorage._weak_ref(each) for address, each in storages.items() if address not in slots]
+    return weakref.ref(model), kept
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    "storage",
+    [
+        Storage(CPU, FP32),
+        Storage(CPU, FP32, "int8"),
+        Storage(CPU, FP32, num_streamed=1),
+        Storage(CPU, FP32, "int8", num_streamed=2),
+    ],
+)
+def test_what_is_unloaded_is_freed_at_once_on_either_side(single, without_gc, storage, fused):
+    transformers = Transformers(single, {"transformer": [Chosen(make_lora(), 0.5)]}, storage)
+    if fused:
+        transformers.fuse()
+    before = ask(transformers)
+    model, weights = refer(transformers)
+    assert model() is not None and not any(torch.UntypedStorage._expired(each) for each in weights)
+    transformers.unload()
+    assert model() is None and all(torch.UntypedStorage._expired(each) for each in weights)
+    assert transformers._store._ring._held == {}
+    assert torch.equal(ask(transformers), before)
+
+
+def test_an_expert_has_left_memory_before_the_other_is_read(experts, without_gc, monkeypatch):
+    transformers = Transformers(experts, {}, Storage(CPU, FP32, "int8", num_streamed=1))
+    ask(transformers, 950.0)
+    model, weights = refer(transformers)
+    own, seen = transformers._store.load, list[bool]()
+
+    def load(*args: Any, **how: Any) -> Stream | None:
+        seen.append(model() is None and all(torch.UntypedStorage._expired(each) for each in weights))
+        return own(*args, **how)
+
+    monkeypatch.setattr(transformers._store, "load", load)
+    ask(transformers, 100.0)
+    assert seen == [True]
+
+
+def test_nothing_is_unloaded_where_nothing_is_loaded(single):
+    transformers = Transformers(single, {}, Storage(CPU, FP32, num_streamed=1))
+    transformers.unload()
+    ask(transformers)
+    transformers.unload()
+    transformers.unload()

@@ -13,6 +13,8 @@ from tests.formats import FORMATS, in_format
 from utils.adapters.lora import add_lora
 from utils.adapters.projection import Projection, project
 from utils.storage.formats import quantise
+from utils.storage.linear import QuantisedLinear, product, product_backward
+from wan.checkpoints import Quantised
 
 BF16, FP32 = torch.bfloat16, torch.float32
 DTYPES = (FP32, BF16)
@@ -112,6 +114,39 @@ def test_a_layer_takes_another_weight():
     assert torch.equal(layer.values(FP32), other.values(FP32)) and layer.mixed_by is None
 
 
+def test_what_a_weight_takes_and_whether_it_is_as_read_are_those_of_the_weight_that_is_held():
+    layer, quantised = in_format(plain(), "int8"), quantise(plain().weight, "fp8")
+    assert layer.nbytes == OUTPUT * WIDTH + 4 * OUTPUT and not layer.is_as_read
+    layer.hold(quantised, torch.device("cpu"), is_as_read=True)
+    assert layer.nbytes == OUTPUT * WIDTH and layer.is_as_read
+
+
+def test_the_rotation_is_on_the_device_that_computes_wherever_the_codes_wait():
+    layer = in_format(plain(), "int8")
+    layer.hold(quantise(plain().weight, "int8"), torch.device("meta"))
+    assert layer.mixed_by.is_meta and not layer.weight.is_meta and not layer.scale.is_meta
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [None, (), (1,), (1, 1), (OUTPUT, 1), (OUTPUT, 4, 1)])
+@pytest.mark.parametrize("scale_dtype", DTYPES)
+def test_a_scale_for_each_row_leaves_the_values_as_they_are_bit_for_bit(dtype, scale, scale_dtype):
+    scales = None if scale is None else torch.full(scale, 0.3).mul_(1 + torch.rand(scale)).to(scale_dtype)
+    layer = QuantisedLinear(plain(dtype), Quantised(plain().weight.to(torch.float8_e4m3fn), scales))
+    before, given = layer.values(dtype), layer.scale
+    layer.scale_rows()
+    assert torch.equal(layer.values(dtype), before)
+    assert layer.scale is given if scale in ((OUTPUT, 1), (OUTPUT, 4, 1)) else layer.scale.shape == (OUTPUT, 1)
+    assert "scale" in dict(layer.named_buffers()) and "scale" not in layer.state_dict()
+
+
+def test_what_is_in_nf4_keeps_its_scales():
+    layer = in_format(plain(), "nf4")
+    given = layer.scale
+    layer.scale_rows()
+    assert layer.scale is given
+
+
 # --------------------------------------------------------------------------------------------------------------- LoRA
 
 
@@ -133,6 +168,19 @@ def filled(model: Small) -> list[nn.Parameter]:
     for number, matrix in enumerate(matrices):
         matrix.data = 0.2 * draw(*matrix.shape, dtype=FP32, seed=number)
     return matrices
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_fresh_lora_around_it_is_the_one_around_a_plain_layer_bit_for_bit(format, dtype):
+    fresh = []
+    for layer in (plain(dtype), in_format(plain(dtype), format)):
+        model = Small(layer)
+        torch.manual_seed(4)
+        fresh.append(add_lora(model, ["layer"], rank=4, alpha=6.0))
+    (a, b), others = fresh
+    assert a.shape == (4, WIDTH) and a.abs().max() > 0 and b.eq(0).all()
+    assert all(one.dtype == other.dtype and torch.equal(one, other) for one, other in zip((a, b), others, strict=True))
 
 
 @pytest.mark.parametrize("format", FORMATS)

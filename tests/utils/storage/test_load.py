@@ -3,7 +3,8 @@
 import math
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 import utils.storage.load
 import wan.checkpoints.load
-from tests.tiny import tiny_transformer, write_model
+from tests.tiny import TINY_SHAPE, tiny_transformer, write_model
 from tests.trainees import inputs_of
 from utils.common.errors import UserError
+from utils.common.formatting import readable_size
 from utils.storage.arena import aligned
+from utils.storage.linear import QuantisedLinear
 from utils.storage.load import Store
 from utils.storage.streaming import SLOTS, Stream
 from utils.storage.weights import Storage, linear_layers
@@ -37,6 +40,7 @@ from wan.modules.model import WanModel, WanShape
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CPU, META = torch.device("cpu"), torch.device("meta")
+NEAR = torch.device("cpu", 0)  # in main memory, as another device than that
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +55,8 @@ def load(files: ModelFiles, store: Store, **how: Any) -> tuple[WanModel, Stream 
 
 @torch.no_grad()
 def answer(model: WanModel, stream: Stream | None = None) -> Tensor:
-    if stream is not None:
-        stream.follow(model)
-    return model(*inputs_of(model))
+    with nullcontext() if stream is None else stream.followed(model):
+        return model(*inputs_of(model))
 
 
 def said(capsys) -> list[str]:
@@ -85,9 +88,8 @@ def test_models_that_take_turns_share_one_ring(files):
         assert layers[0].weight.data_ptr() == layers[1].weight.data_ptr()
     assert one.hosts[0].data_ptr() != two.hosts[0].data_ptr()
     expected = answer(load(files, Store(Storage(CPU, FP32, "int8")))[0])
-    assert torch.equal(answer(first, one), expected)
-    assert torch.equal(answer(second, two), expected)
-    assert torch.equal(answer(first), expected)
+    for model, stream in ((first, one), (second, two), (first, one)):
+        assert torch.equal(answer(model, stream), expected)
 
 
 def homes(model: WanModel) -> dict[str, str]:
@@ -111,22 +113,51 @@ def test_streamed_weights_are_in_main_memory_and_in_a_ring_on_the_device(files):
 # ------------------------------------------------------------------------------------------------------ what is said
 
 
+def quantised(format: str, size: str) -> str:
+    others = "the others take 0.09 MB: embeddings, head"
+    return f"{format}: 20 of 26 linear layers are quantised, {size}; {others}"
+
+
+def swapped(count: int, buffers: str) -> str:
+    holds = f"main memory holds {0.11 * count:.2f} MB of weights"
+    return f"{count} of 2 blocks are swapped: {holds}, and the GPU has {buffers} of 0.11 MB for them"
+
+
+@pytest.mark.parametrize(
+    ("storage", "expected"),
+    [
+        (Storage(CPU, FP32), []),
+        (Storage(CPU, BF16), ["the model computes in bfloat16"]),
+        (Storage(CPU, BF16, "fp8"), [quantised("fp8", "0.06 MB")]),
+        (Storage(CPU, BF16, "int8"), [quantised("int8", "0.06 MB")]),
+        (Storage(CPU, BF16, "fp8_scaled"), [quantised("fp8_scaled", "0.06 MB, 12 of them in int8")]),
+        (Storage(CPU, BF16, "nf4"), [quantised("nf4", "0.05 MB, 16 of them in int8")]),
+        (Storage(CPU, FP32, num_streamed=1), [swapped(1, "1 buffer")]),
+        (Storage(CPU, FP32, num_streamed=2), [swapped(2, "2 buffers")]),
+    ],
+)
+def test_what_was_done_is_said(files, capsys, storage, expected):
+    load(files, Store(storage))
+    assert said(capsys) == expected
+
+
 def test_what_was_done_is_said_of_the_first_model_alone(files, capsys):
     store = Store(Storage(CPU, BF16, "int8", num_streamed=1), takes_turns=True)
-    load(files, store)
+    _, stream = load(files, store)
     first, second = said(capsys)
-    assert first.startswith("20 of 26 linear layers are stored in int8, 0.")
-    assert first.endswith(" in all; embeddings, norms, modulation and head are not quantised")
-    assert second.startswith("the weights of 2 blocks wait in main memory, ")
+    assert first.startswith("int8: 20 of 26")
+    twice, slot = readable_size(2 * stream.nbytes), readable_size(stream.block_bytes)
+    holds = f"1 of 2 blocks of each expert are swapped: main memory holds {twice} of weights"
+    assert second == f"{holds}, and the GPU has 1 buffer of {slot} for them"
     load(files, store, waits=True)
     assert said(capsys) == []
 
 
 def test_ends_that_are_kept_are_said(capsys, files):
-    load(files, Store(Storage(CPU, BF16, "fp8", keeps_ends=True)))
-    assert said(capsys) == []  # a model of two blocks has nothing else
-    load(files, Store(Storage(CPU, BF16)))
-    assert said(capsys) == []
+    load(files, Store(Storage(CPU, BF16, "fp8", keeps_ends=True)))  # a model of two blocks has nothing else
+    (line,) = said(capsys)
+    assert line.startswith("fp8: 0 of 26 linear layers are quantised")
+    assert line.endswith(": embeddings, head, the first and the last block")
 
 
 # ------------------------------------------------------------------------------------------------------- main memory
@@ -170,6 +201,50 @@ def test_exactly_as_much_main_memory_as_is_needed_is_enough(files, monkeypatch):
     with_free(monkeypatch, needed - 1)
     with pytest.raises(UserError, match="swap fewer with --blocks_to_swap"):
         load(files, Store(held))
+
+
+@pytest.fixture(scope="module")
+def wide_files(tmp_path_factory) -> ModelFiles:
+    """A model of four blocks whose weights fill their places in memory, as those of released widths do."""
+    shape = replace(TINY_SHAPE, dim=64, ffn_dim=128, num_layers=4)
+    return open_model(write_model(tmp_path_factory.mktemp("models") / "Wan2.1-T2V-1.3B", base=shape))
+
+
+@pytest.mark.parametrize("format", [None, "fp8_scaled", "int8", "nf4"])
+@pytest.mark.parametrize("keeps_ends", [False, True])
+def test_what_is_counted_is_what_waits_in_main_memory_each_block_with_its_own_size(
+    wide_files, monkeypatch, format, keeps_ends
+):
+    counted: list[int] = []
+    monkeypatch.setattr(Store, "_check_room", lambda _, needed: counted.append(needed))
+    model, stream = load(wide_files, Store(Storage(NEAR, BF16, format, keeps_ends, num_streamed=4)))
+    own = dict.fromkeys(range(4), 0)
+    for name, layer in linear_layers(model).items():
+        own[int(name.split(".")[1])] += layer.nbytes if isinstance(layer, QuantisedLinear) else layer.weight.nbytes
+    assert counted == [sum(own.values())] == [stream.nbytes]
+    assert {block: host.nbytes for block, host in stream.hosts.items()} == own
+    assert own[0] == own[3] and own[1] == own[2]
+    assert (own[0] > own[1]) == (keeps_ends and format is not None) and stream.block_bytes == own[0]
+
+
+@pytest.mark.parametrize(
+    ("held", "waits", "asks"),
+    [
+        (Storage(CPU, BF16), False, 0),
+        (Storage(CPU, BF16, "int8"), False, 0),
+        (Storage(CPU, BF16, num_streamed=1), False, 1),
+        (Storage(META, BF16), True, 1),
+    ],
+)
+def test_what_waits_in_main_memory_gives_back_at_once_what_is_freed_while_it_is_loaded(
+    files, monkeypatch, held, waits, asks
+):
+    asked: list[str] = []
+    monkeypatch.setattr(utils.storage.load, "return_memory_at_once", lambda: asked.append("give back"))
+    own = utils.storage.load.load_weights
+    monkeypatch.setattr(utils.storage.load, "load_weights", lambda *args: asked.append("load") or own(*args))
+    load(files, Store(held), waits=waits)
+    assert asked == ["give back"] * asks + ["load"]
 
 
 def test_where_the_model_is_in_main_memory_anyway_nothing_is_checked(files, monkeypatch):
@@ -265,4 +340,4 @@ def test_a_streamed_model_takes_its_ring_and_what_stays_and_not_a_byte_more(monk
         load_large(files, STREAMED, needed - 1)
     with pytest.raises(torch.OutOfMemoryError):
         load_large(files, 0, needed)  # nothing waits
-    assert "they share 2 places of 0.35 GB" in capsys.readouterr().out
+    assert "and the GPU has 2 buffers of 0.35 GB for them" in capsys.readouterr().out

@@ -10,10 +10,7 @@ from torch import Tensor
 from tests.compiler import need_compiler
 from tests.streamed import CPU, Case, LateLane, resident
 from tests.trainees import SITUATIONS, Situation, answers, equal, inputs_of, relative_error
-from utils.storage.arena import ALIGNMENT
-from utils.storage.linear import QuantisedLinear
-from utils.storage.streaming import SLOTS, PlainLane, Ring, Stream, assign_slots, streamed_blocks
-from utils.storage.weights import linear_layers
+from utils.storage.streaming import SLOTS, Ring, Stream, assign_slots, streamed_blocks
 from utils.training.checkpointing import STRATEGIES
 from utils.training.memory import Memory
 
@@ -140,10 +137,11 @@ def test_a_sampled_model_gives_the_numbers_of_one_that_stays():
     inputs = inputs_of(model, PLAIN.situation)
     with torch.no_grad():
         expected = model(*inputs)
-        Stream(model, assign_slots(5, 4), Ring(CPU, lane)).follow(model)
-        assert all(torch.equal(model(*inputs), expected) for _ in range(3))
-    with torch.inference_mode():
-        assert torch.equal(model(*inputs), expected)
+    stream = Stream(model, assign_slots(5, 4), Ring(CPU, lane))
+    for context in (torch.no_grad, torch.inference_mode):  # again, after it was no longer followed
+        with context(), stream.followed(model):
+            assert all(torch.equal(model(*inputs), expected) for _ in range(3))
+        assert not any("forward" in vars(block) for block in model.blocks)
 
 
 # --------------------------------------------------------------------------------------- how often, and when
@@ -242,71 +240,3 @@ def test_the_weights_are_those_in_main_memory():
     """Poisoned there, they are poisoned in every answer: nothing else of them is left."""
     found, _ = PLAIN.run(4, before=lambda stream: stream.hosts[3].fill_(255))
     assert not any(tensor.isfinite().all() for tensor in found)
-
-
-# ------------------------------------------------------------------------------------------ what is where
-
-
-@pytest.mark.parametrize("format", [None, "fp8", "fp8_scaled", "int8", "nf4"])
-def test_a_block_is_one_piece_of_memory_and_its_layers_refer_to_one_slot_for_good(format):
-    case = Case(Memory("full"), format)
-    model, ring = case.model(), Ring(CPU, LateLane())
-    names, biases = list(model.state_dict()), {name: p for name, p in model.named_parameters() if "bias" in name}
-    weights = {name: layer.weight.clone() for name, layer in linear_layers(model).items()}
-    stream = Stream(model, assign_slots(5, 3), ring)
-    assert list(model.state_dict()) == names
-    assert all(model.get_parameter(name) is bias for name, bias in biases.items())
-    (size,) = {host.nbytes for host in stream.hosts.values()}
-    assert size % ALIGNMENT == 0 and {slot.nbytes for slot in ring.slots.values()} == {size}
-    assert len({host.untyped_storage().data_ptr() for host in stream.hosts.values()}) == 1
-    places = {name: layer.weight.data_ptr() for name, layer in linear_layers(model).items()}
-    parameters = case.trained(model, stream)
-    answers(model, parameters, inputs_of(model, case.situation))
-    for name, layer in linear_layers(model).items():
-        if ".lora_" in name:
-            continue
-        layer, name = getattr(layer, "base_layer", layer), name.replace(".base_layer", "")
-        block = int(name.split(".")[1])
-        assert layer.weight.data_ptr() == places[name] and not layer.weight.requires_grad
-        assert stream.holds(layer.weight) == (block in stream.slots)
-        if isinstance(layer, QuantisedLinear) and layer.scale is not None:
-            assert stream.holds(layer.scale) == (block in stream.slots)
-        if block in stream.slots:
-            slot = ring.slots[stream.slots[block]]
-            start = layer.weight.data_ptr() - slot.data_ptr()
-            assert start % ALIGNMENT == 0 and start >= 0 and start + layer.weight.nbytes <= size
-            host = stream.hosts[block][start : start + layer.weight.nbytes]
-            assert torch.equal(host, weights[name].flatten().view(torch.uint8))
-    assert not any(stream.holds(parameter) for parameter in parameters)
-
-
-def test_weights_that_moved_to_main_memory_leave_the_device():
-    model = PLAIN.model()
-    kept = [torch.UntypedStorage._weak_ref(layer.weight.untyped_storage()) for layer in linear_layers(model).values()]
-    Stream(model, assign_slots(5, 5), Ring(CPU, PlainLane()))
-    assert all(torch.UntypedStorage._expired(each) for each in kept)
-
-
-def test_what_was_done_is_said():
-    model = PLAIN.model()
-    stream = Stream(model, assign_slots(5, 3), Ring(CPU, PlainLane()))
-    said = stream.describe()
-    assert said.startswith("the weights of 3 blocks wait in main memory, ")
-    assert "on the device they share 2 places of " in said
-    one = Stream(PLAIN.model(), assign_slots(5, 1), Ring(CPU, PlainLane())).describe()
-    assert one.startswith("the weights of 1 block wait in main memory, ") and "1 place of" in one
-
-
-def test_a_copy_at_once_is_what_the_cpu_does():
-    ring, host = Ring(CPU), torch.arange(8, dtype=torch.uint8)
-    assert isinstance(ring.lane, PlainLane) and ring.lane.copy(ring.slot(0, 8), host) is None
-    assert torch.equal(ring.slots[0], host)
-    ring.lane.wait(None)
-
-
-def test_slots_of_one_ring_have_one_size():
-    ring = Ring(CPU, PlainLane())
-    first: Tensor = ring.slot(0, 8)
-    assert ring.slot(0, 8) is first
-    with pytest.raises(AssertionError):
-        ring.slot(0, 16)
