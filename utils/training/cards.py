@@ -9,6 +9,8 @@ ADA = 0.91, 0.73, 0.86
 HOPPER = 0.71, 0.55, 0.81
 PCIE4_X8, PCIE4, PCIE5 = 12.5e9, 25e9, 50e9  # bytes per second each way, from and to page-locked memory
 GIB = 1 << 30
+# Words of a name that do not say which card it is.
+MAKES = {"nvidia", "geforce", "pcie", "sxm", "sxm4", "sxm5", "nvl", "hbm3"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,15 @@ CARDS = {
 
 
 def find_card(name: str) -> Card | None:
-    """The card of the name that CUDA gives it, such as "NVIDIA GeForce RTX 4090"; None for one that is not listed."""
-    words = set(name.lower().replace("gb", " gb").split())
-    listed = sorted(CARDS.values(), key=lambda card: -len(card.name))
-    return next((card for card in listed if set(card.name.lower().split()) - {"80", "gb"} <= words), None)
+    """The card of the name that CUDA gives it, such as "NVIDIA A100-SXM4-80GB"; None for one that is not listed.
+
+    Neither is a variant, such as "RTX 4090 Laptop GPU": it has other rates, and often less memory.
+    """
+    words = set(name.lower().replace("-", " ").replace("gb", " gb").split()) - MAKES
+    return next((card for card in CARDS.values() if words in _names(card)), None)
+
+
+def _names(card: Card) -> tuple[set[str], set[str]]:
+    """The words of its name, with its memory and without."""
+    words = set(card.name.lower().split())
+    return words, words - {"80", "gb"}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.training.cards import CARDS, GIB
+from utils.training.cards import CARDS, GIB, find_card
 
 
 def test_the_rates_of_the_two_cards_that_others_have_measured_are_theirs():
@@ -23,3 +23,46 @@ def test_names_are_short_and_what_they_stand_for_is_said():
     for name, card in CARDS.items():
         assert name.islower() or name.isdigit()
         assert name.removesuffix("ti") in card.name.lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA GeForce RTX 3060", "3060"),
+        ("NVIDIA GeForce RTX 3090", "3090"),
+        ("NVIDIA GeForce RTX 4060 Ti", "4060ti"),
+        ("NVIDIA GeForce RTX 4070", "4070"),
+        ("NVIDIA GeForce RTX 4080", "4080"),
+        ("NVIDIA GeForce RTX 4090", "4090"),
+        ("NVIDIA GeForce RTX 5090", "5090"),
+        ("NVIDIA RTX A6000", "a6000"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H200 NVL", "h200"),
+    ],
+)
+def test_a_card_is_found_by_the_name_that_cuda_gives_it(name, card):
+    assert find_card(name) is CARDS[card]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "NVIDIA GeForce GTX 1080",
+            "NVIDIA RTX 6000 Ada Generation",
+            "NVIDIA L40",
+            "NVIDIA GeForce RTX 4060",
+            "",
+            "GPU",
+        ),
+        *("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB", "NVIDIA GH200 480GB"),  # with another memory
+        *("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 3060 Ti", "NVIDIA GeForce RTX 4070 Ti SUPER"),
+    ],
+)
+def test_what_is_not_listed_is_not_taken_for_what_is(name):
+    assert find_card(name) is None

@@ -17,7 +17,7 @@ from tests.trainees import inputs_of
 from utils.adapters.full_model import write_config
 from utils.storage.formats import quantise
 from utils.storage.load import Store
-from utils.storage.weights import Storage, linear_layers
+from utils.storage.weights import Storage, format_of, linear_layers
 from wan.checkpoints import TRANSFORMER, build_transformer, cast_to, load_transformer
 from wan.checkpoints.transformer import read_config, read_transformer
 from wan.modules.model import WanModel
@@ -94,7 +94,8 @@ def test_the_codes_of_an_int8_file_are_held_as_they_are_and_answer_as_its_values
         assert torch.equal(layer.weight, in_file[f"{name}.weight"])
         assert torch.equal(layer.scale, in_file[f"{name}.weight_scale"]) and layer.mixed_by.shape == (GROUP, GROUP)
     assert torch.equal(answer(held), answer(load(tmp_path, dtype)))
-    assert "20 of 26 linear layers are stored in int8" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "int8: 20 of 26 linear layers are quantised" in said and "20 as the file has them" in said
 
 
 @pytest.mark.parametrize("kind", ["fp8", "fp8-e5m2", "fp8-scaled-old", "fp8-scaled-new", "fp8-scaled-rows"])
@@ -125,5 +126,5 @@ def test_codes_of_another_format_are_made_of_the_values_of_the_file(tmp_path):
     write_int8(tmp_path, tiny_transformer().state_dict(), "", in_header=True)
     values, held = load(tmp_path, FP32), load(tmp_path, BF16, "fp8_scaled")
     for name, layer in linear_layers(held).items():
-        expected = quantise(values.get_submodule(name).weight, "fp8_scaled")
+        expected = quantise(values.get_submodule(name).weight, format_of(name, "fp8_scaled"))
         assert torch.equal(layer.weight.float(), expected.codes.float()) and torch.equal(layer.scale, expected.scale)
