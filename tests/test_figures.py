@@ -2,26 +2,38 @@
 
 import math
 import re
+import shlex
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
+import train_wan_lora
 from tests.documents import ROOT, read
 from tests.manifests import load_manifest
 from tests.tiny import tiny_shape, tiny_transformer
 from utils.adapters.lora import add_lora, select_modules
+from utils.common.errors import UserError
+from utils.common.options import parse_options
 from utils.data.buckets import bucket_size, count_tokens, max_frames
 from utils.diffusion.flow import unshift_sigma
 from utils.encoding.latent_cache import cached_bytes
+from utils.encoding.text import HEADROOM
 from utils.storage.streaming import SLOTS
 from utils.storage.weights import QUANTISED, Storage, linear_layers
 from utils.training import room
+from utils.training.calibration import Workload
+from utils.training.cards import CARDS, Card
+from utils.training.choice import Given, Limits, choose
+from utils.training.forecast import Forecast
 from utils.training.memory import Memory, prepare
 from utils.training.phases import TrainingOptions
-from wan.configs import FAMILIES, Family
+from utils.training.planning import ASSUMED_HOST, MARGIN, flags_of
+from wan.configs import FAMILIES, Family, named_family
 from wan.modules.model import WanModel, WanShape, is_fp32
 from wan.modules.t5 import UMT5Encoder
 from wan.text2video import part_at
@@ -216,6 +228,89 @@ def test_the_page_about_memory_states_what_the_text_encoder_takes():
         for format in (None, "int8", "nf4")
     )
     assert "{} in bf16, {} in `int8`, {} in `nf4`".format(*sizes) in page
+
+
+def test_the_readme_states_where_the_text_encoder_fits():
+    with torch.device("meta"):
+        encoder = UMT5Encoder()
+    page = " ".join(read(README).split())
+    needed = [
+        HEADROOM * sum(Storage(torch.device("meta"), torch.bfloat16, format).sizes(encoder, lambda _: False).values())
+        for format in (None, "int8")
+    ]
+    assert f"on the GPU where {in_gb(needed[0])} are free" in page
+    assert f"With `--text_encoder_dtype int8`, {in_gb(needed[1])} are enough" in page
+
+
+def test_the_page_about_memory_states_the_bits_of_nf4():
+    stored = [in_blocks(name, "nf4") for name in COLUMNS]
+    counts = [sum(layer.weight.numel() for layer in linear_layers(layout(name)).values()) for name in COLUMNS]
+    bits = [8 * size / count for size, count in zip(stored, counts, strict=True)]
+    assert row(ROOT / "docs" / "memory.md", "`nf4`")[1] == f"{min(bits):.1f} to {max(bits):.1f}"
+
+
+# ---------------------------------------------------------------------------------------------------------- forecasts
+
+SMALL_CARD = replace(CARDS["3060"], memory=8e9)
+BY_CARD = {"12 GB, RTX 3060": "3060", "16 GB, RTX 4080": "4080", "24 GB, RTX 4090": "4090"}
+BY_CARD |= {"48 GB, RTX A6000": "a6000", "80 GB, H100": "h100"}
+TRAINED = ("wan2.1-t2v-1.3B", "wan2.2-ti2v-5B", "wan2.1-t2v-14B", "wan2.2-t2v-A14B")  # of the table by card
+
+
+def foreseen(name: str, frames: int, card: Card, given: Given = Given()) -> Forecast:
+    """What `--plan` foresees for clips of 832x480."""
+    family = FAMILIES[name]
+    tokens = count_tokens(832, 480, frames, family.grid)
+    limits = Limits(card.memory * (1 - MARGIN), ASSUMED_HOST)
+    return choose(Workload(family.shape, tokens, experts=len(family.experts)), card, limits, given)
+
+
+def forecast_cell(name: str, frames: int, card: Card) -> str:
+    try:
+        found = foreseen(name, frames, card)
+    except UserError as error:
+        fewer = re.search(r"nf4 weights, 40 of 40 blocks streamed, offload; with about ([\d,]+) tokens", str(error))
+        assert fewer
+        return f"no; about {fewer[1]} tokens fit"
+    flags = flags_of(found).removeprefix("--weight_dtype bf16").strip()
+    host = f" + {found.host.total / 1e9:.1f}" if found.host.total else ""
+    return f"{found.device.total / 1e9:.1f}{host} GB" + (f", `{flags}`" if flags else "")
+
+
+def by_card(name: str, frames: int) -> ParameterSet:
+    """Each counts the step of another width and length: one is enough for `make test`."""
+    is_quick = (name, frames) == ("wan2.2-ti2v-5B", 21)
+    return pytest.param(name, frames, marks=() if is_quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name, frames", [by_card(name, frames) for frames in (21, 81) for name in TRAINED])
+def test_the_readme_states_what_is_foreseen_by_card(name, frames):
+    lines = read(README).split(f"| 832x480, {frames} frames |")[1].split("\n\n")[0].splitlines()
+    column = 1 + TRAINED.index(name)
+    head, _, *rows = ([cell.strip() for cell in f" |{line}".split("|")[1:]] for line in lines)
+    tokens = count_tokens(832, 480, frames, FAMILIES[name].grid)
+    assert head[column].endswith(f": {tokens:,} tokens")
+    cells = {cells[1]: cells[1 + column] for cells in rows}
+    cards = {"8 GB, at the rates of an RTX 3060": SMALL_CARD} | {text: CARDS[card] for text, card in BY_CARD.items()}
+    assert cells == {text: forecast_cell(name, frames, card) for text, card in cards.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "size, card", [(8, SMALL_CARD), *((n, CARDS[c]) for n, c in ((12, "3060"), (16, "4080"), (24, "4090")))]
+)
+def test_a_recipe_has_the_options_and_sizes_that_are_foreseen(size, card):
+    page = read(ROOT / "docs" / "memory.md")
+    text, block = re.search(rf"^\*\*{size} GB\*\*(.*?)^```bash\n(.*?)^```", page, re.DOTALL | re.MULTILINE).groups()
+    sizes = re.findall(r"\((\d+\.\d \+ \d+\.\d GB)\)", text)
+    lines = block.replace("\\\n", " ").splitlines()
+    for stated, line in zip(sizes, lines, strict=True):
+        opts = parse_options(train_wan_lora.Options, shlex.split(line)[2:])
+        family = named_family(opts.pretrained_model_name_or_path)
+        frames = max_frames(832, 480, opts.token_limit, family.grid)
+        found = foreseen(family.name, frames, card, Given(weights="int8"))
+        assert flags_of(found) == f"--weight_dtype {opts.weight_dtype} --blocks_to_swap {opts.blocks_to_swap}"
+        assert stated == f"{found.device.total / 1e9:.1f} + {found.host.total / 1e9:.1f} GB"
 
 
 def cached(name: str) -> str:

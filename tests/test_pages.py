@@ -23,7 +23,7 @@ from tests.documents import ROOT, commands, read, toml_files
 from tests.layouts import KINDS, read_model, stored, to_umt5, write_single
 from tests.media import image as picture
 from tests.media import video
-from tests.tiny import WORDS, tiny_shape, tiny_transformer, write_clips, write_model
+from tests.tiny import TINY_SHAPE, WORDS, tiny_shape, tiny_transformer, write_clips, write_model
 from utils.adapters.lora import add_lora, extract_lora, select_modules
 from utils.adapters.lora_writer import write_lora
 from utils.common.options import parse_options
@@ -38,7 +38,7 @@ STORED = {"fp8_scaled": "fp8-scaled-old", "fp16": "fp16"}  # by a part of the fi
 SMALL = "--base_res 64 --token_limit 60 --num_workers 0 --val_samples 1 --lr_warmup_steps 0"
 SHORT = "--width 64 --height 64 --frames 5 --steps 1"
 FAMILY_PAGES = ("wan21_t2v", "wan21_i2v", "wan21_flf2v", "wan22_ti2v_5b", "wan22_t2v_a14b", "wan22_i2v_a14b")
-PAGES = (*FAMILY_PAGES, "models", "diffusion_pipe", "onetrainer", "datasets")
+PAGES = (*FAMILY_PAGES, "models", "memory", "diffusion_pipe", "onetrainer", "datasets")
 
 
 @pytest.fixture
@@ -100,6 +100,7 @@ def shortened(arguments: list[str]) -> list[str]:
     lengths = ["--epochs", "1"] if opts.epochs else ["--max_train_steps", "2"]
     lengths += ["--high_max_train_steps", "2"] if opts.high_max_train_steps else []
     lengths += ["--sample_steps", "1"] if opts.sample_prompts else []
+    lengths += ["--blocks_to_swap", str(TINY_SHAPE.num_layers)] if opts.blocks_to_swap else []
     return [*arguments, *SMALL.split(), *lengths]
 
 

@@ -16,7 +16,7 @@ import pytest
 import convert_lora_to_comfy
 import test_wan_control_lora
 import train_wan_lora
-from benchmarks import step
+from benchmarks import quantised, step
 from tests.documents import DOCUMENTS, ROOT, blocks, commands, label, prose, read, toml_files
 from utils.common.options import convert_table, parse_options
 from utils.data.folders import Rules
@@ -76,7 +76,7 @@ def test_every_make_target_that_a_text_mentions_exists():
 
 def test_every_option_that_a_text_mentions_exists():
     specs = [spec for options in SCRIPTS.values() for spec in fields(options)]
-    specs += fields(step.Options)
+    specs += [*fields(step.Options), *fields(quantised.Options)]
     known = {name for spec in specs for name in (spec.name, *spec.metadata["aliases"])} | NO_OPTIONS
     for path in DOCUMENTS:
         mentioned = set(re.findall(r"`--(?:no-)?([a-z0-9_]+)", "\n".join(prose(read(path)))))
