@@ -28,9 +28,9 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Waiting threads that spin slow the other processes of the test suite down.
+# Two processes, each with a file of tests at a time and one thread. Waiting threads that spin slow other processes down.
 test: check
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow and not nano and not crash and not families"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not nano and not crash and not families"
 
 test-slow: venv
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow
