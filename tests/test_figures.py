@@ -249,70 +249,6 @@ def test_the_page_about_memory_states_the_bits_of_nf4():
     assert row(ROOT / "docs" / "memory.md", "`nf4`")[1] == f"{min(bits):.1f} to {max(bits):.1f}"
 
 
-# ---------------------------------------------------------------------------------------------------------- forecasts
-
-SMALL_CARD = replace(CARDS["3060"], memory=8e9)
-BY_CARD = {"12 GB, RTX 3060": "3060", "16 GB, RTX 4080": "4080", "24 GB, RTX 4090": "4090"}
-BY_CARD |= {"48 GB, RTX A6000": "a6000", "80 GB, H100": "h100"}
-TRAINED = ("wan2.1-t2v-1.3B", "wan2.2-ti2v-5B", "wan2.1-t2v-14B", "wan2.2-t2v-A14B")  # of the table by card
-
-
-def foreseen(name: str, frames: int, card: Card, given: Given = Given()) -> Forecast:
-    """What `--plan` foresees for clips of 832x480."""
-    family = FAMILIES[name]
-    tokens = count_tokens(832, 480, frames, family.grid)
-    limits = Limits(card.memory * (1 - MARGIN), ASSUMED_HOST)
-    return choose(Workload(family.shape, tokens, experts=len(family.experts)), card, limits, given)
-
-
-def forecast_cell(name: str, frames: int, card: Card) -> str:
-    try:
-        found = foreseen(name, frames, card)
-    except UserError as error:
-        fewer = re.search(r"nf4 weights, 40 of 40 blocks streamed, offload; with about ([\d,]+) tokens", str(error))
-        assert fewer
-        return f"no; about {fewer[1]} tokens fit"
-    flags = flags_of(found).removeprefix("--weight_dtype bf16").strip()
-    host = f" + {found.host.total / 1e9:.1f}" if found.host.total else ""
-    return f"{found.device.total / 1e9:.1f}{host} GB" + (f", `{flags}`" if flags else "")
-
-
-def by_card(name: str, frames: int) -> ParameterSet:
-    """Each counts the step of another width and length: one is enough for `make test`."""
-    is_quick = (name, frames) == ("wan2.2-ti2v-5B", 21)
-    return pytest.param(name, frames, marks=() if is_quick else pytest.mark.slow)
-
-
-@pytest.mark.parametrize("name, frames", [by_card(name, frames) for frames in (21, 81) for name in TRAINED])
-def test_the_readme_states_what_is_foreseen_by_card(name, frames):
-    lines = read(README).split(f"| 832x480, {frames} frames |")[1].split("\n\n")[0].splitlines()
-    column = 1 + TRAINED.index(name)
-    head, _, *rows = ([cell.strip() for cell in f" |{line}".split("|")[1:]] for line in lines)
-    tokens = count_tokens(832, 480, frames, FAMILIES[name].grid)
-    assert head[column].endswith(f": {tokens:,} tokens")
-    cells = {cells[1]: cells[1 + column] for cells in rows}
-    cards = {"8 GB, at the rates of an RTX 3060": SMALL_CARD} | {text: CARDS[card] for text, card in BY_CARD.items()}
-    assert cells == {text: forecast_cell(name, frames, card) for text, card in cards.items()}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "size, card", [(8, SMALL_CARD), *((n, CARDS[c]) for n, c in ((12, "3060"), (16, "4080"), (24, "4090")))]
-)
-def test_a_recipe_has_the_options_and_sizes_that_are_foreseen(size, card):
-    page = read(ROOT / "docs" / "memory.md")
-    text, block = re.search(rf"^\*\*{size} GB\*\*(.*?)^```bash\n(.*?)^```", page, re.DOTALL | re.MULTILINE).groups()
-    sizes = re.findall(r"\((\d+\.\d \+ \d+\.\d GB)\)", text)
-    lines = block.replace("\\\n", " ").splitlines()
-    for stated, line in zip(sizes, lines, strict=True):
-        opts = parse_options(train_wan_lora.Options, shlex.split(line)[2:])
-        family = named_family(opts.pretrained_model_name_or_path)
-        frames = max_frames(832, 480, opts.token_limit, family.grid)
-        found = foreseen(family.name, frames, card, Given(weights="int8"))
-        assert flags_of(found) == f"--weight_dtype {opts.weight_dtype} --blocks_to_swap {opts.blocks_to_swap}"
-        assert stated == f"{found.device.total / 1e9:.1f} + {found.host.total / 1e9:.1f} GB"
-
-
 def cached(name: str) -> str:
     """What the cache keeps of a clip of 832x480 with 21 and with 81 frames."""
     family, unmasked = FAMILIES[name], SimpleNamespace(mask=None)
@@ -342,6 +278,72 @@ def test_the_page_of_the_5b_states_its_tokens():
         cells = row(page, f"{width}x{height} (`--base_res {base_res}`")[1:]
         tokens = count_tokens(width, height, 1, grid), count_tokens(width, height, 121, grid)
         assert cells == [f"{tokens[0]}", f"{max_frames(width, height, 10_000, grid)}", f"{tokens[1]:,} tokens"]
+
+
+# ---------------------------------------------------------------------------------------------------------- forecasts
+
+SMALL_CARD = replace(CARDS["3060"], memory=8e9)
+BY_CARD = {"12 GB, RTX 3060": "3060", "16 GB, RTX 4080": "4080", "24 GB, RTX 4090": "4090"}
+BY_CARD |= {"48 GB, RTX A6000": "a6000", "80 GB, H100": "h100"}
+TRAINED = ("wan2.1-t2v-1.3B", "wan2.2-ti2v-5B", "wan2.1-t2v-14B", "wan2.2-t2v-A14B")  # of the table by card
+
+
+def foreseen(name: str, frames: int, card: Card, weights: str | None = None) -> Forecast:
+    """What `--plan` foresees for clips of 832x480."""
+    family = FAMILIES[name]
+    tokens = count_tokens(832, 480, frames, family.grid)
+    limits = Limits(card.memory * (1 - MARGIN), ASSUMED_HOST)
+    work = Workload(family.shape, tokens, experts=len(family.experts))
+    return choose(work, card, limits, Given(weights=weights))
+
+
+def forecast_cell(name: str, frames: int, card: Card) -> str:
+    try:
+        found = foreseen(name, frames, card)
+    except UserError as error:
+        fewer = re.search(r"nf4 weights, 40 of 40 blocks streamed, offload; with about ([\d,]+) tokens", str(error))
+        assert fewer
+        return f"no; about {fewer[1]} tokens fit"
+    flags = flags_of(found).removeprefix("--weight_dtype bf16").strip()
+    host = f" + {found.host.total / 1e9:.1f}" if found.host.total else ""
+    return f"{found.device.total / 1e9:.1f}{host} GB" + (f", `{flags}`" if flags else "")
+
+
+def by_card(name: str, frames: int) -> ParameterSet:
+    """Each counts the step of another width and length: one is enough for `make test`."""
+    is_quick = (name, frames) == ("wan2.2-ti2v-5B", 21)
+    return pytest.param(name, frames, marks=() if is_quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name, frames", [by_card(name, frames) for frames in (21, 81) for name in TRAINED])
+def test_the_readme_states_what_is_foreseen_by_card(name, frames):
+    heading = f"| 832x480, {frames} frames |"
+    table = heading + read(README).split(heading)[1].split("\n\n")[0]
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    column, tokens = 1 + TRAINED.index(name), count_tokens(832, 480, frames, FAMILIES[name].grid)
+    assert head[column].endswith(f": {tokens:,} tokens")
+    cards = {"8 GB, at the rates of an RTX 3060": SMALL_CARD} | {text: CARDS[card] for text, card in BY_CARD.items()}
+    assert {cells[0]: cells[column] for cells in rows} == {
+        text: forecast_cell(name, frames, card) for text, card in cards.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "size, card", [(8, SMALL_CARD), *((n, CARDS[c]) for n, c in ((12, "3060"), (16, "4080"), (24, "4090")))]
+)
+def test_a_recipe_has_the_options_and_sizes_that_are_foreseen(size, card):
+    page = read(ROOT / "docs" / "memory.md")
+    text, block = re.search(rf"^\*\*{size} GB\*\*(.*?)^```bash\n(.*?)^```", page, re.DOTALL | re.MULTILINE).groups()
+    sizes = re.findall(r"\((\d+\.\d \+ \d+\.\d GB)\)", text)
+    lines = block.replace("\\\n", " ").splitlines()
+    for stated, line in zip(sizes, lines, strict=True):
+        opts = parse_options(train_wan_lora.Options, shlex.split(line)[2:])
+        family = named_family(opts.pretrained_model_name_or_path)
+        frames = max_frames(832, 480, opts.token_limit, family.grid)
+        found = foreseen(family.name, frames, card, weights="int8")
+        assert flags_of(found) == f"--weight_dtype {opts.weight_dtype} --blocks_to_swap {opts.blocks_to_swap}"
+        assert stated == f"{found.device.total / 1e9:.1f} + {found.host.total / 1e9:.1f} GB"
 
 
 # ------------------------------------------------------------------------------------------------------------ experts
