@@ -219,13 +219,15 @@ def test_a_long_run_of_a_large_model_is_compiled_where_a_compiler_works(monkeypa
     monkeypatch.setattr(compilation, "why_not", lambda _: None)
     held, decisions = hold_as("auto", CUDA), Decisions("here")
     assert MemoryOptions().memory(held, large, 1e8, decisions) == Memory(AUTO, compile=True, stream=BF16)
-    monkeypatch.setattr(compilation, "why_not", lambda _: "no compiler")
+    # Resumed, it is compiled however few steps are left.
     resumed = Decisions("here", decisions.table())
+    assert MemoryOptions().memory(held, large, 1.0, resumed) == Memory(AUTO, compile=True, stream=BF16)
+    monkeypatch.setattr(compilation, "why_not", lambda _: "no compiler")
     assert MemoryOptions().memory(held, large, 1e8, Decisions("here")) == Memory(AUTO, fuse=True, stream=BF16)
-    assert MemoryOptions().memory(held, large, 1e8, resumed) == Memory(AUTO, compile=True, stream=BF16)
     assert MemoryOptions(compile="off").memory(held, large, 1e8, resumed) == Memory(AUTO, fuse=True, stream=BF16)
-    with pytest.raises(UserError, match="no compiler"):
-        MemoryOptions(compile="on").memory(held, large, 1e8, Decisions("here"))
+    for mode, known in (("on", Decisions("here")), ("auto", resumed)):  # asked for, or as the run began
+        with pytest.raises(UserError, match="no compiler"):
+            MemoryOptions(compile=mode).memory(held, large, 1e8, known)
     capsys.readouterr()
 
 
