@@ -24,7 +24,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 CONTEXT = 1.0e9  # bytes of CUDA's context, of cuBLAS, and lost between tensors: an estimate, not measured
 LORA, GRADIENT, MOMENTS, CONVERTED = 4, 4, 8, 2  # bytes for each number of a LoRA: fp32; fp32; two of fp32; bf16
 # int8 weights are stored rotated: their values in bf16 exist before and after the rotation.
-COPIES = {"fp32": 0, "bf16": 0, "fp8": 1, "fp8_scaled": 1, "int8": 2, "nf4": 1}
+COPIES = {"fp32": 0, "bf16": 0, "fp8": 1, "fp8_scaled": 2, "int8": 2, "nf4": 1}
 PASSES = {"none": 2}  # of the weights of a block through the kernels; 3 where the forward pass runs again
 RECOMPUTED = 3
 
