@@ -270,6 +270,7 @@ def make_forecast(opts: Options, name: str, family: Family, data: Dataset) -> No
     """Says what the run would take on a GPU, by its largest batch."""
     plan = make_plan(data.train, opts.limits(family.grid), opts.seed, opts.cache_latents)
     shape, windows, experts = given_shape(opts, name, family), plan.largest_batch, len(opts.roles(family))
+    opts.check_storage(shape.num_layers)
     work = Workload(shape, windows[0].tokens, len(windows), opts.lora_rank, opts.lora_target, experts)
     given = given_of(opts, opts, shape.num_layers)
     say_plan(opts, given, family, work, keeps_encoders=not opts.cache_latents or bool(opts.preview_prompts))

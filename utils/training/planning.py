@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -90,7 +90,8 @@ def this_card() -> Card:
     card = find_card(name)
     if card is None:
         raise UserError(f"--plan: no rates are known for {name}; name one that is like it: --gpu {', '.join(CARDS)}")
-    return card
+    # Some cards come with different memory under one name.
+    return replace(card, memory=torch.cuda.get_device_properties().total_memory)
 
 
 def encoder_bytes(family: Family) -> int:

@@ -37,7 +37,11 @@ from wan.configs import FAMILIES
 I2V = FAMILIES["wan2.1-i2v-14B-480P"]
 RUN = "--plan --dataset clips --base_res 64 --cache_latents 1"
 MODEL = "--pretrained_model_name_or_path model"
-GPU = SimpleNamespace(is_available=lambda: True, get_device_name=lambda: "NVIDIA L40S")
+GPU = SimpleNamespace(
+    is_available=lambda: True,
+    get_device_name=lambda: "NVIDIA L40S",
+    get_device_properties=lambda: SimpleNamespace(total_memory=40e9),
+)
 
 
 @pytest.fixture(scope="module")
@@ -170,8 +174,8 @@ def test_the_gpu_of_this_machine_is_planned_for_by_its_name(monkeypatch, asked, 
     monkeypatch.setattr(planning.torch, "cuda", GPU)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
     train_wan_lora.main(f"{RUN} {MODEL}".split())
-    assert asked[1] is CARDS["l40s"]
-    assert asked[2] == Limits(CARDS["l40s"].memory * (1 - MARGIN), 8e9 * (1 - HOST_MARGIN))
+    assert asked[1] == replace(CARDS["l40s"], memory=40e9)  # the rates of its name, and its own memory
+    assert asked[2] == Limits(40e9 * (1 - MARGIN), 8e9 * (1 - HOST_MARGIN))
     assert "are assumed" not in capsys.readouterr().out
 
 
