@@ -15,7 +15,7 @@ from tests.tiny import write_clips, write_model
 from utils.adapters.lora_file import delta
 from utils.adapters.lora_reader import read_lora
 from utils.common.tensor_files import read_tensors
-from utils.storage import weights
+from utils.storage import streaming, weights
 from utils.training import memory
 from wan.configs import FAMILIES, Family
 
@@ -119,3 +119,21 @@ def test_compiled_blocks_train_almost_the_same_lora_and_resume_exactly(family, a
     result = train(family, "compiled", *flags)
     assert 0 < distance(result, train(family, "eager", *flags, "--compile", "off")) < 0.1
     assert same(broken_off_and_resumed(family, "resumed", *flags), final_state("compiled"))
+
+
+@pytest.mark.families
+def test_swapped_blocks_train_the_same_lora_with_weights_of_any_format_and_resume_exactly(
+    family, as_on_a_gpu, monkeypatch
+):
+    monkeypatch.setattr(streaming, "SLOTS", 1)  # the small models have two blocks: each makes room for the other
+    train(family, "plain", "--gradient_checkpointing", "none")
+    swapped = ["--blocks_to_swap", "2"]
+    train(family, "swapped", "--gradient_checkpointing", "selective", *swapped)
+    assert same(final_state("swapped"), final_state("plain"))
+
+    # Each format is trained with in some of the families.
+    format = weights.QUANTISED[RELEASES.index(family.name) % len(weights.QUANTISED)]
+    flags = ["--weight_dtype", format, "--gradient_checkpointing", "full"]
+    train(family, format, *flags)
+    assert not same(final_state(format), final_state("plain"))
+    assert same(broken_off_and_resumed(family, "resumed", *flags, *swapped), final_state(format))
