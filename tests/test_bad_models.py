@@ -52,7 +52,7 @@ def template(tmp_path_factory) -> Path:
 
     nothing = torch.zeros(1)
     variant("int8.safetensors", {f"{layer}.weight": state[f"{layer}.weight"].to(torch.int8)})
-    for format_ in ("nvfp4", "mxfp8", "int8_tensorwise"):
+    for format_ in ("nvfp4", "mxfp8", "int8_blockwise"):
         text = torch.tensor(list(f'{{"format": "{format_}"}}'.encode()), dtype=torch.uint8)
         variant(f"{format_}.safetensors", {f"{layer}.comfy_quant": text, f"{layer}.weight_scale": nothing})
     variant("vace.safetensors", {"vace_patch_embedding.weight": torch.zeros(48, 96, 1, 2, 2)})
@@ -89,7 +89,7 @@ def ends(main: Callable, arguments: str, capsys: pytest.CaptureFixture) -> str:
         ("--transformer int8.safetensors", "int8.safetensors is quantised to int8"),
         ("--transformer nvfp4.safetensors", "is quantised to nvfp4"),
         ("--transformer mxfp8.safetensors", "is quantised to mxfp8"),
-        ("--transformer int8_tensorwise.safetensors", "is quantised to int8_tensorwise"),
+        ("--transformer int8_blockwise.safetensors", "is quantised to int8_blockwise"),
         ("--transformer wan-Q8_0.gguf", "wan-Q8_0.gguf is a GGUF file"),
         ("--transformer pointer.safetensors", "is a pointer of Git LFS"),
         ("--transformer vace.safetensors", "is of Wan 2.1 VACE"),

@@ -80,7 +80,7 @@ def test_weights_in_codes_change_the_gradients_a_little():
     together = {name.split(":")[0]: row.value for name, row in rows.items() if "cosine of all" in name}
     assert set(together) == {*CODED, "nf4", *(f"{name}, products of codes" for name in CODED)}
     assert all(0.8 < value < 0.99999 for value in together.values())
-    assert together["nf4"] < together["fp8"] < together["int8"]
+    assert together["fp8"] < together["int8"] and together["nf4"] < together["int8"]
     assert all(together[f"{name}, products of codes"] < together[name] for name in CODED)
 
 

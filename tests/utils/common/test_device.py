@@ -10,9 +10,10 @@ from utils.common.errors import RunError
 def test_a_full_gpu_is_reported_with_the_options_to_reduce():
     with pytest.raises(RunError) as caught, explain_out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
-    first, second, third = str(caught.value).splitlines()
+    first, second, third, fourth = str(caught.value).splitlines()
     assert first == "CUDA out of memory" and "--token_limit" in second
-    assert "--cache_latents" in third and "--gradient_checkpointing offload" in third
+    assert "--weight_dtype" in third and "--blocks_to_swap" in third
+    assert "--cache_latents" in fourth and "--gradient_checkpointing offload" in fourth
 
 
 @pytest.mark.parametrize("available", [True, False])

@@ -130,7 +130,7 @@ def swapped(count: int, buffers: str) -> str:
         (Storage(CPU, BF16), ["the model computes in bfloat16"]),
         (Storage(CPU, BF16, "fp8"), [quantised("fp8", "0.06 MB")]),
         (Storage(CPU, BF16, "int8"), [quantised("int8", "0.06 MB")]),
-        (Storage(CPU, BF16, "fp8_scaled"), [quantised("fp8_scaled", "0.06 MB, 12 of them in int8")]),
+        (Storage(CPU, BF16, "fp8_scaled"), [quantised("fp8_scaled", "0.06 MB, 18 of them in int8")]),
         (Storage(CPU, BF16, "nf4"), [quantised("nf4", "0.05 MB, 16 of them in int8")]),
         (Storage(CPU, FP32, num_streamed=1), [swapped(1, "1 buffer")]),
         (Storage(CPU, FP32, num_streamed=2), [swapped(2, "2 buffers")]),
@@ -231,12 +231,12 @@ def test_what_is_counted_is_what_waits_in_main_memory_each_block_with_its_own_si
     ("held", "waits", "asks"),
     [
         (Storage(CPU, BF16), False, 0),
-        (Storage(CPU, BF16, "int8"), False, 0),
+        (Storage(CPU, BF16, "int8"), False, 1),
         (Storage(CPU, BF16, num_streamed=1), False, 1),
         (Storage(META, BF16), True, 1),
     ],
 )
-def test_what_waits_in_main_memory_gives_back_at_once_what_is_freed_while_it_is_loaded(
+def test_what_waits_or_is_quantised_gives_back_at_once_what_is_freed_while_it_is_loaded(
     files, monkeypatch, held, waits, asks
 ):
     asked: list[str] = []

@@ -51,7 +51,7 @@ def test_the_linear_layers_of_blocks_are_quantised_and_nothing_else(family, per_
 IN_INT8 = {  # of a block that reads pictures, by what is said of them
     "fp8": "",
     "int8": "self_attn.q .k .v .o cross_attn.q .k .v .o .k_img .v_img ffn.0 ffn.2",
-    "fp8_scaled": "self_attn.v .o cross_attn.q .k .v .o .k_img .v_img",
+    "fp8_scaled": "self_attn.q .k .v .o cross_attn.q .k .v .o .k_img .v_img ffn.2",
     "nf4": "self_attn.q .k .v .o cross_attn.q .k .v .o .k_img .v_img",
 }
 

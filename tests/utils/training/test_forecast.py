@@ -122,7 +122,7 @@ def test_transfers_cost_what_takes_longer_than_computing():
 
 
 def test_quantised_weights_take_less_memory_and_are_made_bf16_on_the_way():
-    bf16, int8, fp8, nf4 = (found(LARGE, weights=weights) for weights in ("bf16", "int8", "fp8_scaled", "nf4"))
+    bf16, int8, fp8, nf4 = (found(LARGE, weights=weights) for weights in ("bf16", "int8", "fp8", "nf4"))
     matrix = 2 * 5120 * 13824
     assert fp8.device.working - bf16.device.working == matrix
     assert int8.device.working - bf16.device.working == 2 * matrix
