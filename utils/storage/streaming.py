@@ -137,8 +137,8 @@ class Ring:
     def fetch(self, number: int, host: Tensor) -> None:
         """Starts the copy of a block's weights to a slot, unless it holds them."""
         if number not in self._held or self._held[number][0] is not host:
+            self._held.pop(number, None)  # should the copy be interrupted
             # Selective checkpointing would look for these copies among what a block computes again.
-            self._held.pop(number, None)  # whatever interrupts the copy
             with _disable_current_modes():
                 self._held[number] = host, self.lane.copy(self.slots[number][: len(host)], host)
 
@@ -167,11 +167,12 @@ class Stream:
         """
         self.slots, self._ring, self._blocks = slots, ring, sorted(slots)
         layouts = {block: _layout(_linears(model.blocks[block])) for block in self._blocks}
-        sizes = [aligned(layout[-1].end) for layout in layouts.values()]
-        memory = torch.empty(sum(sizes), dtype=torch.uint8)
-        self.hosts = dict(zip(self._blocks, memory.split(sizes), strict=True))
+        sizes = {block: aligned(layout[-1].end) for block, layout in layouts.items()}
+        memory = torch.empty(sum(sizes.values()), dtype=torch.uint8)
+        self.hosts = dict(zip(self._blocks, memory.split(list(sizes.values())), strict=True))
         for block, layout in layouts.items():
-            slot = ring.slot(slots[block], max(sizes))
+            shared_by = (other for other in slots if slots[other] == slots[block])
+            slot = ring.slot(slots[block], max(sizes[other] for other in shared_by))
             for place in layout:
                 place.in_memory(self.hosts[block]).copy_(getattr(place.layer, place.role))
                 view = place.in_memory(slot)

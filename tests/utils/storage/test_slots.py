@@ -98,11 +98,12 @@ def test_blocks_whose_ends_are_kept_take_their_own_sizes_and_are_copied_no_furth
     assert {block: host.nbytes for block, host in stream.hosts.items()} == own
     assert stream.nbytes == sum(own.values()) == next(iter(stream.hosts.values())).untyped_storage().nbytes()
     assert stream.block_bytes == max(own.values()) == own[0] and (own[1] < own[0]) == (format is not None)
-    assert {len(slot) for slot in ring.slots.values()} == {own[0]}
-    ring.slots[stream.slots[1]].fill_(7)
-    ring.fetch(stream.slots[1], stream.hosts[1])
-    slot = ring.slots[stream.slots[1]]
-    assert torch.equal(slot[: own[1]], stream.hosts[1]) and slot[own[1] :].eq(7).all()
+    # A slot is as large as the largest of the blocks that share it: 0, 2 and 4; 1 and 3.
+    assert {number: len(slot) for number, slot in ring.slots.items()} == {0: own[0], 1: own[1]}
+    ring.slots[stream.slots[2]].fill_(7)
+    ring.fetch(stream.slots[2], stream.hosts[2])
+    slot = ring.slots[stream.slots[2]]
+    assert torch.equal(slot[: own[2]], stream.hosts[2]) and slot[own[2] :].eq(7).all()
 
 
 @pytest.mark.parametrize("format", ["fp8_scaled", "int8"])
