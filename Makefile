@@ -1,6 +1,6 @@
 # make venv        the virtual environment with everything the trainer and its tests need
 # make demo        teach the small Wan a new style, and look at it: five minutes on two cores
-# make test        checks and tests, a quarter of an hour on two cores
+# make test        checks and tests, ten minutes on two cores
 # make check       only the checks: lint, format, types; a minute the first time, seconds later
 # make test-slow   proofs at full size
 # make crash-check proof that a killed run goes on as if nothing had happened

@@ -14,7 +14,9 @@ from diffusers import WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import convert_lora_to_comfy
 import test_wan_control_lora
+import train_wan_lora
 from tests.checkout import ROOT, run, write_checkout
 from tests.peers import diffusers_transformer
 from tests.tiny import TINY_SHAPE, write_clips, write_model
@@ -152,13 +154,17 @@ def test_generating_writes_an_mp4_at_the_models_rate_and_a_contact_sheet(work, l
     assert video.with_suffix(".png").exists()
 
 
-def test_a_control_lora_is_trained_converted_and_followed(work, tmp_path):
-    base = ["--dataset", "clips", "--pretrained_model_name_or_path", "Small/Wan", "--output_dir", tmp_path]
+def test_a_control_lora_is_trained_converted_and_followed(work, tmp_path, monkeypatch, capsys):
+    """In this process: that the scripts run by themselves is tested above."""
+    monkeypatch.chdir(work)
+    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", work / "embeddings")
+    base = ["--dataset", "clips", "--pretrained_model_name_or_path", str(work / "models/Small/Wan")]
     control = "--control_lora --control_inject_noise 0.5 --max_train_steps 2 --val_samples 1 --distill_cfg 1.0".split()
-    result = run("train_wan_lora.py", *base, *SMALL, *control, "--gradient_checkpointing", cwd=work)
-    assert "guidance 2 distilled" in result.stdout
+    control += ["--gradient_checkpointing", "--output_dir", str(tmp_path)]
+    train_wan_lora.main([*base, *SMALL, *control])
+    assert "guidance 2 distilled" in capsys.readouterr().out
     lora = next(tmp_path.glob("*/checkpoints/wan-lora-*.safetensors"))
-    run("convert_lora_to_comfy.py", "--input_lora", lora, "--dtype", "bf16", cwd=work)
+    convert_lora_to_comfy.main(["--input_lora", str(lora), "--dtype", "bf16"])
     converted = load_file(lora.with_name(f"{lora.stem}_comfy.safetensors"))
     shape = converted["diffusion_model.patch_embedding.reshape_weight"]
     assert shape.dtype == torch.int64
@@ -168,8 +174,8 @@ def test_a_control_lora_is_trained_converted_and_followed(work, tmp_path):
     sizes = "--width 96 --height 64 --frames 5 --steps 2 --guidance 1 --compare".split()
     clip = next((work / "clips" / "val").glob("*.mp4"))
     follow = ["--lora_path", lora, "--input_video", clip, "--output_dir", tmp_path / "samples"]
-    said = run("test_wan_control_lora.py", *follow, *sizes, cwd=work).stdout
-    assert "control | without the LoRA | with the LoRA" in said
+    test_wan_control_lora.main([*map(str, follow), *sizes])
+    assert "control | without the LoRA | with the LoRA" in capsys.readouterr().out
     assert probe(next((tmp_path / "samples").glob("*.mp4"))).width == 3 * 96
 
 

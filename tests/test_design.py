@@ -171,9 +171,8 @@ def test_the_command_line_and_toml_are_read_in_one_place():
     assert importers_of("argparse", shipped) | importers_of("tomllib", shipped) == {"utils/common/options.py"}
 
 
-def test_adapters_come_from_one_place_and_their_layers_are_read_in_another():
-    places = {"utils/adapters/lora.py", "utils/adapters/projection.py"}
-    assert importers_of("peft", SOURCES + ROOMS["nano"]) == places
+def test_adapters_come_from_one_place():
+    assert importers_of("peft", SOURCES + ROOMS["nano"]) == {"utils/adapters/peft.py"}
 
 
 # ------------------------------------------------------------------------------------------------------------ safety
@@ -255,8 +254,10 @@ def test_no_text_names_a_place_on_one_machine():
     places = [f"/{place}/" for place in ("home", "root", "work")]
     for name in listed.stdout.splitlines():
         path = ROOT / name
+        if not path.is_file():
+            continue
         try:
             text = path.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, FileNotFoundError):
+        except UnicodeDecodeError:
             continue
         assert not [place for place in places if place in text], name

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,12 +36,16 @@ def check(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Row]:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """torch chooses deterministic kernels where it has them."""
+    """torch chooses deterministic kernels where it has them, and fills no new memory, which would take longer still."""
+    settings: Any = torch.utils.deterministic  # what is set there is not declared
+    filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+        settings.fill_uninitialized_memory = filled
 
 
 def differing_row(name: str, reference: Numbers, other: Numbers, otherwise: str, what: str = "gradients") -> Row:

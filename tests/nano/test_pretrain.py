@@ -1,4 +1,5 @@
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,27 +13,33 @@ from utils.common.errors import UserError
 from wan.checkpoints import load_text_encoder, load_transformer, load_vae, open_model
 
 
-@pytest.fixture
-def brief(tmp_path, monkeypatch) -> Path:
-    """A working folder; pretraining is shortened to a few steps."""
-    monkeypatch.setattr(pretrain_vae, "LESSONS", (Pieces(1, 1, 32, 2), Pieces(1, 5, 32, 1), Pieces(1, 5, 64, 1)))
-    for name, value in {"NUM_TESTED": 1, "NUM_FOLDED": 3}.items():
-        monkeypatch.setattr(pretrain_vae, name, value)
-    brief = {"IMAGE_STEPS": 1, "CLIP_STEPS": 1, "IMAGE_BATCH": 2, "CLIP_BATCH": 2, "NUM_TESTED": 1}
-    for name, value in (brief | {"CLIPS": 6, "RECOLOURED_CLIPS": 2}).items():
-        monkeypatch.setattr(pretrain_transformer, name, value)
-    return tmp_path
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Iterator[Path]:
+    """The folder of a finished training, shortened to a few steps of a narrow VAE: model/ and states/."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    vae = {"WIDTH": 4, "NUM_TESTED": 1, "NUM_FOLDED": 3}
+    vae["LESSONS"] = (Pieces(1, 1, 32, 2), Pieces(1, 5, 32, 1), Pieces(1, 5, 64, 1))
+    transformer = {"IMAGE_STEPS": 1, "CLIP_STEPS": 1, "IMAGE_BATCH": 2, "CLIP_BATCH": 2, "NUM_TESTED": 1}
+    transformer |= {"CLIPS": 6, "RECOLOURED_CLIPS": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        for module, values in ((pretrain_vae, vae), (pretrain_transformer, transformer)):
+            for name, value in values.items():
+                patch.setattr(module, name, value)
+        pretrain.main(command(folder))
+        yield folder
+
+
+def command(folder: Path) -> list[str]:
+    return ["--model", str(folder / "model"), "--work", str(folder / "states")]
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_command_writes_a_model_that_loads_and_resumes_with_the_same_result(brief):
-    arguments = ["--model", str(brief / "model"), "--work", str(brief / "states")]
-    pretrain.main(arguments)
-    first = files(brief / "model")
-    written = open_model(brief / "model")
+def test_the_command_writes_a_model_that_loads_and_resumes_with_the_same_result(pretrained):
+    first = files(pretrained / "model")
+    written = open_model(pretrained / "model")
     assert written.family.task == "t2v"
     vae, model = load_vae(written), load_transformer(written.transformer, torch.float32)
     encoder = load_text_encoder(written, torch.float32, "cpu")
@@ -40,18 +47,17 @@ def test_the_command_writes_a_model_that_loads_and_resumes_with_the_same_result(
     velocity = model(torch.randn(1, vae.z_dim, 2, 4, 4), torch.tensor([500.0]), rows[None])
     assert velocity.isfinite().all() and velocity.abs().max() > 0
 
-    (brief / "states" / "transformer.pt").unlink()
-    pretrain.main(arguments)
-    assert files(brief / "model").keys() == first.keys()
-    assert all(data == first[name] for name, data in files(brief / "model").items() if name.endswith(".pth"))
-    again = load_transformer(open_model(brief / "model").transformer, torch.float32)
+    (pretrained / "states" / "transformer.pt").unlink()
+    pretrain.main(command(pretrained))
+    assert files(pretrained / "model").keys() == first.keys()
+    assert all(data == first[name] for name, data in files(pretrained / "model").items() if name.endswith(".pth"))
+    again = load_transformer(open_model(pretrained / "model").transformer, torch.float32)
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_the_state_of_another_training_is_refused(brief):
-    pretrain_vae.train_vae(brief, torch.device("cpu"), seed=0, compiled=False)
+def test_the_state_of_another_training_is_refused(pretrained):
     with pytest.raises(UserError, match="vae.pt is damaged, or belongs to another training"):
-        pretrain_vae.train_vae(brief, torch.device("cpu"), seed=1, compiled=False)
+        pretrain.main([*command(pretrained), "--seed", "1"])
 
 
 def test_encoded_clips_are_cached_and_a_damaged_cache_is_refused(tmp_path):

@@ -16,9 +16,11 @@ def frames_of(scene: Scene, seed: int, style: str | None = None) -> torch.Tensor
     return to_frames(render(scene, random.Random(seed), style))
 
 
+# Both steps go through all shapes, colours, backgrounds and motions.
+@pytest.mark.parametrize("step", [25, pytest.param(5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("style", [None, "sunset"])
-def test_the_worlds_own_clips_are_recognised_in_video_files(tmp_path, style):
-    shown = scenes()[::5]
+def test_the_worlds_own_clips_are_recognised_in_video_files(tmp_path, style, step):
+    shown = scenes()[::step]
     right = 0
     for number, scene in enumerate(shown):
         write_video(tmp_path / "clip.mp4", frames_of(scene, number, style), FPS)

@@ -245,7 +245,15 @@ def test_closing_waits_for_the_value_in_progress_alone():
     assert not loading_threads() and len(taken) <= 2
 
 
-def test_an_interrupt_while_waiting_for_a_thread_ends_it():
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Interrupts raise KeyboardInterrupt. A shell has processes in its background ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_while_waiting_for_a_thread_ends_it(interruptible):
     begun = threading.Event()
 
     def slow() -> Iterator[int]:
