@@ -15,12 +15,10 @@ from types import MethodType
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from utils.adapters.lora_file import LoraFile, LoraPair, delta
+from utils.adapters.peft import LoraLayer, LoraLinear, inject_lora
 from utils.adapters.projection import is_plain
 from utils.common.errors import UserError
 from wan.modules.model import WanModel
@@ -87,7 +85,7 @@ def add_lora(
     with warnings.catch_warnings():
         # Several adapters on one base are what is wanted here.
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=names), model, adapter)
+        inject_lora(model, names, adapter, rank, alpha)
     parameters = []
     for layer in _layers(model, adapter).values():
         for parameter in (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight):

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from utils.adapters.peft import LoraLayer, LoraLinear
 from utils.storage.linear import QuantisedLinear, product, product_backward
 
 

@@ -4,11 +4,13 @@ Shape letters: O output width, I input width.
 """
 
 import importlib
+import logging
 
 import torch
 from torch import Tensor
 
 from utils.common.errors import UserError
+from utils.common.imports import hidden
 from wan.checkpoints import GROUPS, Quantised, decode, rotate_columns, rotation
 
 E4M3 = torch.float8_e4m3fn
@@ -49,9 +51,11 @@ def quantise(weight: Tensor, format: str) -> Quantised:
 def values(codes: Tensor, scale: Tensor | None, mixed_by: Tensor | None, rows: int, dtype: torch.dtype) -> Tensor:
     """The values (O, I) in `dtype`, the one in which the model computes; `rows` is O."""
     if codes.dtype == torch.uint8:
-        size = [rows, 2 * codes.numel() // rows]
+        count = 2 * codes.numel()
+        # Given rows whose width is no multiple of a block, the library takes wrong scales on CPUs with AVX-512.
+        size = [count // NF4_BLOCK, NF4_BLOCK] if count % NF4_BLOCK == 0 else [count]
         result: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes, scale, NF4_BLOCK, "nf4", size, dtype)
-        return result
+        return result.view(rows, -1)
     return decode(codes, scale, mixed_by, dtype)
 
 
@@ -64,9 +68,15 @@ def stored_bytes(rows: int, columns: int, format: str) -> int:
 
 
 def need_bitsandbytes() -> None:
-    """Raises UserError unless bitsandbytes is installed and works; makes its operations known to torch."""
+    """Raises UserError unless bitsandbytes is installed and works; makes its operations known to torch.
+
+    On some CPUs it would load code from a hub where a package named kernels is installed, and else advises to install
+    it. What that code is for, products of codes, is not used here.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        importlib.import_module("bitsandbytes")
+        with hidden("kernels"):
+            importlib.import_module("bitsandbytes")
     except (ImportError, OSError, RuntimeError) as error:  # it loads libraries of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"nf4 needs bitsandbytes, which cannot be imported: {reason}\n{INSTALL}") from None

@@ -4,8 +4,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
 
 SOLVERS = ("unipc", "euler")
@@ -36,11 +34,16 @@ def make_solver(name: str, num_steps: int, shift: float, device: torch.device) -
     UniPC is the official default (order 2, bh2). Its timesteps are truncated to integers, as the official ones are.
     """
     sigmas = sigma_grid(num_steps, shift)
+    # Importing diffusers takes most of a second, which a run without previews need not wait for.
     # The grid is shifted already: the schedulers' own shift must stay 1, else it would be shifted twice.
     if name == "unipc":
+        from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
         solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
         solver.set_timesteps(sigmas=sigmas, device=device)
     elif name == "euler":
+        from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
         solver = FlowMatchEulerDiscreteScheduler(shift=1.0)
         solver.set_timesteps(sigmas=sigmas, device=device)
     else:

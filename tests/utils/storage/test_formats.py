@@ -1,6 +1,7 @@
 """Each format keeps a weight to its known error, in the bytes that it is said to take."""
 
 import importlib
+import sys
 
 import pytest
 import torch
@@ -166,3 +167,30 @@ def test_a_missing_library_is_named_with_how_to_install_it(monkeypatch):
             attempt()
         assert str(caught.value).endswith(INSTALL)
     quantise(draw(), "int8")  # the others need nothing
+
+
+# What the library does as it is imported, on CPUs with instructions for bf16.
+ASKS_A_HUB = """
+import logging
+try:
+    from kernels import get_kernel
+    get_kernel("kernels-community/quantization-bitsandbytes", version=1)
+except Exception as error:
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning("install kernels: %s", error)
+"""
+HUB = """
+def get_kernel(name, version):
+    raise SystemExit("a hub was asked for code")
+"""
+
+
+def test_importing_the_library_asks_no_hub_for_code_and_gives_no_advice(tmp_path, monkeypatch, caplog):
+    for name, source in (("bitsandbytes", ASKS_A_HUB), ("kernels", HUB)):
+        (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]  # undone afterwards, whatever was loaded
+    monkeypatch.syspath_prepend(tmp_path)
+    need_bitsandbytes()
+    assert sys.modules["bitsandbytes"].__file__ == str(tmp_path / "bitsandbytes.py")
+    assert caplog.records == []
+    assert importlib.import_module("kernels").__file__ == str(tmp_path / "kernels.py")  # others find it
