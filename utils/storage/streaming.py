@@ -23,6 +23,10 @@ from utils.storage.linear import QuantisedLinear
 from wan.modules.model import WanModel
 
 SLOTS = 2  # one for the block that runs, one for the next
+MISFIT = (
+    "the files of the two experts are quantised in different ways, so their blocks cannot share memory: give both in "
+    "one format, or leave out --blocks_to_swap"
+)
 Ready = torch.cuda.Event | None  # None: nothing to wait for
 
 
@@ -128,10 +132,7 @@ class Ring:
         if number not in self.slots:
             self.slots[number] = torch.empty(size, dtype=torch.uint8, device=self.device)
         if len(self.slots[number]) < size:
-            raise RunError(
-                "the files of the two experts are quantised in different ways, so their blocks cannot share the GPU's "
-                "memory: give both in one format, or leave out --blocks_to_swap"
-            )
+            raise RunError(MISFIT)
         return self.slots[number]
 
     def fetch(self, number: int, host: Tensor) -> None:
@@ -160,26 +161,44 @@ class Ring:
 class Stream:
     """The blocks of one model whose weights wait in main memory."""
 
-    def __init__(self, model: WanModel, slots: Mapping[int, int], ring: Ring) -> None:
+    hosts: dict[int, Tensor]  # the memory of each block, uint8
+
+    def __init__(self, model: WanModel, slots: Mapping[int, int], ring: Ring, sharing: "Stream | None" = None) -> None:
         """Moves the weights of these blocks' linear layers to main memory; `slots` as `assign_slots` returns them.
 
-        `model` has all of its weights, on the device or not. Biases, norms and modulation stay where they are.
+        `model` has all of its weights, on the device or not. Biases, norms and modulation stay where they are. With
+        `sharing`, the stream of another model, there is one memory for both, which holds the weights of one at a time:
+        those of this model are moved there later (`settle`).
         """
         self.slots, self._ring, self._blocks = slots, ring, sorted(slots)
-        layouts = {block: _layout(_linears(model.blocks[block])) for block in self._blocks}
-        sizes = {block: aligned(layout[-1].end) for block, layout in layouts.items()}
+        self._layers = {block: _linears(model.blocks[block]) for block in self._blocks}
+        if sharing is not None:
+            self.hosts = sharing.hosts
+            return
+        sizes = {block: aligned(_layout(layers)[-1].end) for block, layers in self._layers.items()}
         memory = torch.empty(sum(sizes.values()), dtype=torch.uint8)
         self.hosts = dict(zip(self._blocks, memory.split(list(sizes.values())), strict=True))
-        for block, layout in layouts.items():
+        for block in self._blocks:
             shared_by = (other for other in slots if slots[other] == slots[block])
-            slot = ring.slot(slots[block], max(sizes[other] for other in shared_by))
-            for place in layout:
-                place.in_memory(self.hosts[block]).copy_(getattr(place.layer, place.role))
-                view = place.in_memory(slot)
-                is_weight = place.role == "weight"
-                setattr(place.layer, place.role, nn.Parameter(view, requires_grad=False) if is_weight else view)
+            ring.slot(slots[block], max(sizes[other] for other in shared_by))
+            self.settle(block)
         if ring.device.type == "cuda":
             lock_pages(memory)
+
+    def settle(self, block: int) -> None:
+        """Moves the weights of a block's layers to its memory, from wherever they are. They refer to its slot then.
+
+        Raises RunError where they do not fit.
+        """
+        layout, host = _layout(self._layers[block]), self.hosts[block]
+        if layout[-1].end > len(host):
+            raise RunError(MISFIT)
+        self._ring.forget()  # a slot may hold what was in this memory before
+        for place in layout:
+            place.in_memory(host).copy_(getattr(place.layer, place.role))
+            view = place.in_memory(self._ring.slots[self.slots[block]])
+            is_weight = place.role == "weight"
+            setattr(place.layer, place.role, nn.Parameter(view, requires_grad=False) if is_weight else view)
 
     @contextmanager
     def followed(self, model: WanModel) -> Iterator[None]:

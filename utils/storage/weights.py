@@ -24,6 +24,7 @@ Cast = Callable[[torch.dtype, torch.device], Place]
 
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
 QUANTISED = ("fp8", "fp8_scaled", "int8", "nf4")
+FORMATS = (*PLAIN, *QUANTISED)
 # In these formats some layers of the transformer are stored in int8: rounded more coarsely, they alone would turn the
 # gradients of LoRAs further away than is allowed (benchmarks/RECORDS.md).
 IN_INT8 = {"fp8_scaled": ("*_attn.*", "*.ffn.2"), "nf4": ("*_attn.*",)}
@@ -42,14 +43,14 @@ class StorageOptions:
         "auto",
         "how the base model is stored; auto: bf16 on a GPU, fp32 on the CPU, in which it then computes too; of the "
         "quantised ones int8 is the most exact, and nf4 the smallest",
-        choices=("auto", *PLAIN, *QUANTISED),
+        choices=("auto", *FORMATS),
         aliases=("transformer_dtype",),
         spellings=SPELLINGS,
     )
     text_encoder_dtype: str = option(
         "auto",
         "the same for the text encoder, which is loaded only if an embedding is not cached yet",
-        choices=("auto", *PLAIN, *QUANTISED),
+        choices=("auto", *FORMATS),
         spellings=SPELLINGS,
     )
     keep_end_blocks: bool = option(False, "do not quantise the first and the last block")
@@ -59,14 +60,15 @@ class StorageOptions:
         "auto: on a GPU, where that is faster",
         choices=("auto", "on", "off"),
     )
-    blocks_to_swap: int = option(
-        0,
-        "number of blocks whose weights are in main memory, and are copied to the GPU when they run",
+    blocks_to_swap: int | None = option(
+        None,
+        "number of blocks whose weights are in main memory, and are copied to the GPU when they run (default: "
+        "chosen by --vram when training, otherwise 0)",
         minimum=0,
         affects_training=False,
     )
-    layer_offload_fraction: float = option(
-        0.0, "as --blocks_to_swap, as a share of all blocks: 0 to 1", minimum=0, maximum=1, affects_training=False
+    layer_offload_fraction: float | None = option(
+        None, "as --blocks_to_swap, as a share of all blocks: 0 to 1", minimum=0, maximum=1, affects_training=False
     )
 
     @property
@@ -81,18 +83,24 @@ class StorageOptions:
         if "nf4" in (self.weight_dtype, self.text_encoder_dtype):
             need_bitsandbytes()
         if self.keep_end_blocks and self.weight_dtype not in QUANTISED:
-            raise UserError(f"--keep_end_blocks would be ignored: --weight_dtype {self.weight_dtype} quantises nothing")
+            raise UserError(f"--keep_end_blocks is for a quantised --weight_dtype: give {', '.join(QUANTISED)}")
         if self.quantised_matmul == "on" and self.weight_dtype not in PRODUCTS:
             raise UserError(f"--quantised_matmul on is for --weight_dtype {', '.join(PRODUCTS)}")
         self.count_streamed(num_blocks)
 
     def count_streamed(self, num_blocks: int) -> int:
         """How many blocks have their weights in main memory. Raises UserError for more blocks than there are."""
-        if self.blocks_to_swap and self.layer_offload_fraction:
+        if self.blocks_to_swap is not None and self.layer_offload_fraction is not None:
             raise UserError("--blocks_to_swap and --layer_offload_fraction say the same: give one of them")
-        if self.blocks_to_swap > num_blocks:
-            raise UserError(f"--blocks_to_swap {self.blocks_to_swap}: the model has {num_blocks} blocks")
-        return self.blocks_to_swap or math.ceil(self.layer_offload_fraction * num_blocks)
+        count = self.blocks_to_swap or 0
+        if count > num_blocks:
+            raise UserError(f"--blocks_to_swap {count}: the model has {num_blocks} blocks")
+        return math.ceil(self.layer_offload_fraction * num_blocks) if self.layer_offload_fraction else count
+
+    @property
+    def says_what_is_swapped(self) -> bool:
+        """Whether the user has decided how many blocks are."""
+        return self.blocks_to_swap is not None or self.layer_offload_fraction is not None
 
     def storage(self, device: torch.device, shape: WanShape, tokens: int, decisions: Decisions) -> "Storage":
         """How the weights of a model of this shape are held, for batches of about so many tokens.
@@ -100,7 +108,12 @@ class StorageOptions:
         Raises UserError where a library is missing, for more blocks than there are, and where the device does not
         multiply what it is to multiply.
         """
-        held, matmul = hold_as(self.weight_dtype, device), self.quantised_matmul
+        name, matmul = self.weight_dtype, self.quantised_matmul
+        if name == "auto":
+            name = decisions.take(
+                "weight_dtype", lambda: "bf16" if device.type == "cuda" else "fp32", FORMATS.__contains__
+            )
+        held = hold_as(name, device)
         if matmul != "off" and held.format in PRODUCTS and device.type == "cuda":
             measure = partial(time_products, held.format, (shape.ffn_dim, shape.dim), tokens, device, held.dtype)
             if matmul == "auto":
@@ -108,7 +121,12 @@ class StorageOptions:
             elif measure().in_codes is None:
                 raise UserError(f"--quantised_matmul on: this GPU does not multiply {held.format}")
         num_streamed = self.count_streamed(shape.num_layers)
-        return replace(held, keeps_ends=self.keep_end_blocks, num_streamed=num_streamed, in_codes=matmul == "on")
+        return replace(
+            held,
+            keeps_ends=self.keep_end_blocks,
+            num_streamed=num_streamed,
+            in_codes=matmul == "on",
+        )
 
 
 def hold_as(name: str, device: torch.device) -> "Storage":
@@ -128,6 +146,7 @@ class Storage:
     keeps_ends: bool = False  # whether those of the first and the last block are not quantised
     num_streamed: int = 0  # blocks whose weights wait in main memory
     in_codes: bool = False  # whether products are made of the codes themselves
+    idle_on_disk: bool = False  # of models that take turns: whether the one that waits is read again for its turn
 
     @property
     def is_plain(self) -> bool:
@@ -161,7 +180,9 @@ class Storage:
         def place(name: str, stored: Stored) -> Tensor:
             layer, device = layers.get(name), home(name)
             if layer is None or tuple(stored.shape) != (layer.out_features, layer.in_features):
-                return cast(self.dtype, device)(name, stored)
+                # What is computed is computed on one device: the numbers are the same wherever the tensor waits.
+                is_computed = name in changed or isinstance(stored, Quantised)
+                return cast(self.dtype, self.device if is_computed else device)(name, stored).to(device)
             if isinstance(stored, Quantised) and name not in changed and self._is_kept(stored):
                 layer.hold(stored.to(device), self.device, is_as_read=True)
             else:
@@ -184,6 +205,10 @@ class Storage:
             for name, parameter in model.named_parameters()
             for layer in [name.removesuffix(".weight")]
         }
+
+    def streamed_sizes(self, model: nn.Module) -> dict[str, int]:
+        """As `sizes`, of blocks in a `Stream`, which gives each row of fp8 a scale where the format has none."""
+        return (replace(self, format="fp8_scaled") if self.format == "fp8" else self).sizes(model)
 
     def _is_kept(self, stored: Quantised) -> bool:
         """Whether codes of a file are kept: int8 as int8, and any fp8 as fp8, which could only lose."""

@@ -1,13 +1,14 @@
 """Models with several experts: which of them are trained, with which options, and which is on the device."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, zip_longest
 from typing import Generic, Self, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from utils.adapters.attach import AdapterOptions, AdapterPlan, LoraAdapter, plan_adapter, plan_fusion
@@ -19,11 +20,12 @@ from utils.common.options import option
 from utils.diffusion.flow import Predict
 from utils.encoding.conditioning import Cond, make_predict
 from utils.storage.load import Store
+from utils.storage.on_disk import OnDisk
 from utils.storage.streaming import Stream
 from utils.storage.weights import Storage
 from utils.training.checkpoint_plan import CheckpointPlan
 from utils.training.memory import Memory, prepare
-from wan.checkpoints import ModelFiles, Place, build_transformer, cast_to
+from wan.checkpoints import ModelFiles, Place, Progress, build_transformer, cast_to
 from wan.configs import Expert, Family
 from wan.modules.model import WanModel
 from wan.text2video import part_at
@@ -32,6 +34,8 @@ T = TypeVar("T")
 Opts = TypeVar("Opts", bound=AdapterOptions)
 CPU = torch.device("cpu")
 SIDES = ("high", "low")
+DISK = "disk"
+PLACES = ("auto", "memory", DISK)  # where an expert waits
 OWN = ("learning_rate", "lora_rank", "lora_alpha", "max_train_steps")  # options that each expert may have of its own
 
 
@@ -46,6 +50,13 @@ class ExpertOptions:
         aliases=("boundary_type",),
     )
     expert_phase_steps: int = option(200, "with both, steps of one expert before the other takes its turn", minimum=1)
+    idle_expert: str = option(
+        "auto",
+        "where the weights of the expert wait that does not run; auto: in main memory, on disk where --vram finds that "
+        "they do not fit",
+        choices=PLACES,
+        affects_training=False,
+    )
     high_learning_rate: float | None = option(None, "learning rate of the high-noise expert", minimum=0)
     low_learning_rate: float | None = option(None, "learning rate of the low-noise expert", minimum=0)
     high_lora_rank: int | None = option(None, "rank of the high-noise expert's LoRA", minimum=1)
@@ -74,6 +85,14 @@ class ExpertOptions:
             raise UserError("--expert_phase_steps would be ignored: it is for training both experts")
         trained = (expert for expert in family.experts if expert.name in names)
         return [Role(expert, self._options_of(expert), alone=not several) for expert in trained]
+
+    def check_idle_expert(self, num_loaded: int) -> None:
+        """Raises UserError where --idle_expert would be ignored: fewer than two transformers are loaded together."""
+        if self.idle_expert != "auto" and num_loaded < 2:
+            raise UserError(
+                f"--idle_expert {self.idle_expert} would be ignored: no second transformer is loaded beside the one "
+                "that runs"
+            )
 
     def _options_of(self, expert: Expert) -> Self:
         """The options of one expert: the run's, with its own values where it has any."""
@@ -121,6 +140,7 @@ class Role(Generic[T]):
 class Experts:
     """The transformers of a model, one of which is on the device while the base weights of others wait on the CPU.
 
+    Those of blocks may wait on disk instead.
     Trained parameters stay on the device, so optimizers never notice. A model with one transformer is never moved.
     """
 
@@ -130,16 +150,19 @@ class Experts:
         boundaries: tuple[float, ...],
         device: torch.device,
         streams: Sequence[Stream] = (),
+        on_disk: Sequence[OnDisk] = (),
     ) -> None:
         """`models` by the names of the family's experts, from high noise to low; the first is on the device.
 
-        Weights that are in `streams` are not moved: they come when they are needed.
+        Weights that are in `streams` are not moved: they come when they are needed. `on_disk` has one for each model
+        where weights of those that wait are on disk; otherwise none.
         """
         self.models = dict(models)
         self.boundaries = boundaries
         self.device = device
         self._streams = streams
-        self.active = next(iter(models))
+        self._on_disk = dict(zip(models, on_disk, strict=bool(on_disk)))
+        self.active: str | None = next(iter(models))  # None: experts were being exchanged, which was interrupted
         self._further: Mapping[str, Sequence[Chosen]] = {}
         self._undo = ExitStack()  # of those that act on the active expert
         for model in models.values():
@@ -148,10 +171,15 @@ class Experts:
                     parameter.data = parameter.data.to(device)
 
     def activate(self, name: str) -> None:
-        """Brings an expert's base weights to the device, and those of the other to the CPU."""
+        """Brings an expert's base weights to the device, and those of the other to where they wait.
+
+        Raises UserError for files that cannot be read again, and RunError for those of experts that do not fit the same
+        memory.
+        """
         if name != self.active:
             self._undo.close()
-            self._exchange(self.models[self.active], self.models[name])
+            self.active = None
+            self._exchange(name)
             self.active = name
             self._act()
 
@@ -174,31 +202,41 @@ class Experts:
             self._further = {}
 
     def _act(self) -> None:
-        further = self._further.get(self.active, ())
-        self._undo.enter_context(beside(self.models[self.active], further, self.device))
+        if self.active is not None:
+            further = self._further.get(self.active, ())
+            self._undo.enter_context(beside(self.models[self.active], further, self.device))
 
-    def _exchange(self, leaving: nn.Module, coming: nn.Module) -> None:
-        """Moves the base weights of one model to the CPU and those of another to the device, in turns.
+    def _exchange(self, coming: str) -> None:
+        """Moves the base weights of the others to the CPU and those of one model to the device, in turns.
 
-        Neither the CPU nor the device ever holds more than the weights of one model and one tensor.
+        Neither the CPU nor the device ever holds more than the weights of one model and one tensor. What may be on disk
+        is dropped first, and read last. After an interrupt, all of this can be done again, for either model.
         """
-        for old, new in zip_longest(self._base(leaving), self._base(coming)):
+        others = [name for name in self.models if name != coming]
+        for name in others:
+            if self._on_disk:
+                self._on_disk[name].drop()
+        for old, new in zip_longest(chain.from_iterable(map(self._base, others)), self._base(coming)):
             if old is not None:
                 old.data = old.data.to(CPU)
             if new is not None:
                 new.data = new.data.to(self.device)
+        if self._on_disk:
+            self._on_disk[coming].read(_progress(f"reading the {coming} expert"))
 
-    def _base(self, model: nn.Module) -> Iterator[Tensor]:
-        """The parameters that are not trained, and the buffers, without what is in a stream."""
+    def _base(self, name: str) -> Iterator[Tensor]:
+        """The parameters that are not trained, and the buffers, without what is in a stream, or may be on disk."""
+        model = self.models[name]
+        on_disk = {id(tensor) for tensor in self._on_disk[name].tensors} if self._on_disk else set[int]()
         frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
         for tensor in chain(frozen, model.buffers()):
-            if not any(stream.holds(tensor) for stream in self._streams):
+            if id(tensor) not in on_disk and not any(stream.holds(tensor) for stream in self._streams):
                 yield tensor
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
         """How many latent frames, rows and columns make a token."""
-        return self.models[self.active].shape.patch_size
+        return next(iter(self.models.values())).shape.patch_size
 
     @property
     def predict(self) -> Predict[Cond]:
@@ -268,15 +306,16 @@ def load_experts(
         def cast(dtype: torch.dtype, device: torch.device, plan: AdapterPlan = plan) -> Place:
             return plan.place(cast_to(dtype, device))
 
-        stream = store.load(model, files.transformers[name], cast, plan.changed, _progress, waits=bool(models))
+        progress = _progress("loading the transformer")
+        stream = store.load(model, files.transformers[name], cast, plan.changed, progress, waits=bool(models))
         attach = plan.attach if name in trained else lambda _: None
         adapter = prepare(model, memory, attach, kept, stream)
         models[name] = model
         if adapter is not None:
             adapters[name] = adapter
         streams += [stream] if stream else []
-    return Experts(models, files.family.boundaries, storage.device, streams), adapters
+    return Experts(models, files.family.boundaries, storage.device, streams, store.on_disk), adapters
 
 
-def _progress(names: Sequence[str]) -> Iterable[str]:
-    return tqdm(names, desc="loading the transformer", unit="tensor", leave=False)
+def _progress(description: str) -> Progress:
+    return partial(tqdm, desc=description, unit="tensor", leave=False)

@@ -27,6 +27,7 @@ from wan.checkpoints.load import (
     load_vae,
     load_vision_encoder,
     load_weights,
+    read_some,
 )
 from wan.checkpoints.parts import build_text_encoder, build_transformer
 from wan.checkpoints.stored import FP8, GROUPS, Quantised, Stored, decode, rotate_columns, rotation, values_of
@@ -65,6 +66,7 @@ __all__ = [
     "load_vision_encoder",
     "load_weights",
     "open_model",
+    "read_some",
     "read_weights",
     "rotate_columns",
     "rotation",

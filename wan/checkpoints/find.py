@@ -29,6 +29,7 @@ from wan.checkpoints.transformer import CONFIG, Config, TransformerFiles, read_c
 from wan.checkpoints.variants import refuse_variant_by_config
 from wan.checkpoints.weights import Weights, read_weights
 from wan.configs import FAMILIES, Family, named_family
+from wan.modules.model import WanShape
 from wan.modules.tokenizers import vocabulary_size
 
 LOCAL_MODELS = Path("models")
@@ -52,6 +53,11 @@ class ModelFiles:
     tokenizer: Path  # the folder of tokenizer.json
     text_len: int  # text tokens that the transformers read
     clip: Weights | None = None  # the vision encoder, where the family has one
+
+    @property
+    def shape(self) -> WanShape:
+        """That of the transformers."""
+        return next(iter(self.transformers.values())).shape
 
     @property
     def transformer(self) -> TransformerFiles:

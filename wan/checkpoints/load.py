@@ -1,6 +1,6 @@
 """From files to modules: built without memory on the meta device, filled tensor by tensor, frozen, in eval mode."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -41,6 +41,7 @@ def load_weights(
     place: Place,
     progress: Progress = iter,
     dtype: torch.dtype = torch.float32,
+    unread: Collection[str] = (),
 ) -> WanModel:
     """Gives a model from `build_transformer` its weights; returns it.
 
@@ -49,11 +50,28 @@ def load_weights(
     `place` returns what the model will hold: the tensor in another dtype, on another device, quantised, with a LoRA
     added. The model may have been changed before, such as by wider inputs or layers of another class. What the file has
     quantised is passed on as it is stored; `dtype` is that of the model's computation, in which several parts of one
-    tensor are joined. Raises CheckpointError unless its names are those of the file and its shapes those `place`
-    returns.
+    tensor are joined. Of the tensors `unread` only the shapes are compared, with those of what the model has in their
+    place and keeps; `read_some` reads them later. Raises CheckpointError unless its names are those of the file and its
+    shapes those `place` returns.
     """
     check_names(model.state_dict(), files.tensors, files.path)
-    return _fill(model, files, place, progress, dtype)
+    return _fill(model, files, place, progress, dtype, unread)
+
+
+def read_some(
+    weights: Weights,
+    names: Collection[str],
+    place: Place,
+    progress: Progress = iter,
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[tuple[str, Tensor]]:
+    """These tensors of a file, one after another: each name, and what `place` returns, as `load_weights` has it.
+
+    Raises CheckpointError for a file that cannot be read.
+    """
+    with open_tensors({name: weights.tensors[name] for name in names}, dtype) as read:
+        for name in progress(list(names)):
+            yield name, place(name, read(name))
 
 
 def cast_to(dtype: torch.dtype, device: Device = "cpu") -> Place:
@@ -126,10 +144,19 @@ def _load(
     return _fill(module, weights, place_in(module) if place_in else all_to(dtype, device), iter, dtype)
 
 
-def _fill(module: Module, weights: Weights, place: Place, progress: Progress, dtype: torch.dtype) -> Module:
-    with open_tensors(weights.tensors, dtype) as read:
-        state = {name: place(name, read(name)) for name in progress(list(weights.tensors))}
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    check_shapes(expected, {name: tuple(tensor.shape) for name, tensor in state.items()}, weights.path)
-    module.load_state_dict(state, assign=True)
+def _fill(
+    module: Module,
+    weights: Weights,
+    place: Place,
+    progress: Progress,
+    dtype: torch.dtype,
+    unread: Collection[str] = (),
+) -> Module:
+    names = [name for name in weights.tensors if name not in unread]
+    state = dict(read_some(weights, names, place, progress, dtype))
+    own = module.state_dict()
+    shapes = {name: weights.tensors[name].shape for name in unread}
+    shapes |= {name: tuple(tensor.shape) for name, tensor in state.items()}
+    check_shapes({name: tuple(tensor.shape) for name, tensor in own.items()}, shapes, weights.path)
+    module.load_state_dict({name: own[name] for name in unread} | state, assign=True)
     return module

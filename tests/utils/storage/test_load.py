@@ -153,6 +153,21 @@ def test_what_was_done_is_said_of_the_first_model_alone(files, capsys):
     assert said(capsys) == []
 
 
+@pytest.mark.parametrize("streamed", [0, 1])
+def test_what_waits_on_disk_is_said(files, capsys, streamed):
+    store = Store(Storage(CPU, FP32, num_streamed=streamed, idle_on_disk=True), takes_turns=True)
+    _, stream = load(files, store)
+    *before, last = said(capsys)
+    layers = linear_layers(build_transformer(files.transformer)).values()
+    size = readable_size(4 * sum(layer.weight.numel() for layer in layers))
+    assert last == f"the expert that waits is on disk: {size} are read again whenever the experts change"
+    assert [f"main memory holds {readable_size(stream.nbytes)} of weights" in line for line in before] == [
+        True
+    ] * streamed
+    load(files, store, waits=True)
+    assert said(capsys) == []
+
+
 def test_ends_that_are_kept_are_said(capsys, files):
     load(files, Store(Storage(CPU, BF16, "fp8", keeps_ends=True)))  # a model of two blocks has nothing else
     (line,) = said(capsys)
@@ -192,6 +207,38 @@ def test_too_little_main_memory_is_said_with_numbers_before_anything_is_read(fil
         load(files, Store(held), waits=waits)
 
 
+DISK, ALONE = "let one of them wait on disk with --idle_expert disk, ", "train one at a time"
+
+
+@pytest.mark.parametrize(
+    ("held", "waits", "advice"),
+    [
+        (Storage(META, BF16), True, f"\n{DISK}{ALONE}: --expert high"),
+        (Storage(META, BF16, num_streamed=1), True, f"\n{DISK}{ALONE} \\(--expert\\)"),
+        (Storage(META, BF16, num_streamed=1), False, f"\n{ALONE} \\(--expert\\)"),  # the first one alone is too large
+        (Storage(META, BF16, num_streamed=1, idle_on_disk=True), False, f"\n{ALONE} \\(--expert\\)"),
+    ],
+)
+def test_disk_is_the_advice_where_the_expert_that_waits_is_too_much(files, monkeypatch, held, waits, advice):
+    with_free(monkeypatch, 1000)
+    with pytest.raises(UserError, match=advice):
+        load(files, Store(held, takes_turns=True), waits=waits)
+
+
+@pytest.mark.parametrize("streamed", [0, 1])
+def test_of_an_expert_that_waits_on_disk_only_what_is_in_main_memory_is_counted(files, monkeypatch, streamed):
+    held = Storage(NEAR, BF16, num_streamed=streamed, idle_on_disk=True)
+    store, layout = Store(held, takes_turns=True), build_transformer(files.transformer)
+    load(files, store)
+    inner = {f"{name}.weight" for name in linear_layers(layout)}
+    needed = sum(size for name, size in held.sizes(layout).items() if name not in inner)
+    with_free(monkeypatch, needed)
+    load(files, store, waits=True)
+    with_free(monkeypatch, needed - 1)
+    with pytest.raises(UserError, match=f"what the expert that waits on disk has in main memory takes .*\n{ALONE}"):
+        load(files, store, waits=True)
+
+
 def test_exactly_as_much_main_memory_as_is_needed_is_enough(files, monkeypatch):
     held = Storage(META, BF16, num_streamed=1)
     layers = linear_layers(build_transformer(files.transformer))
@@ -210,13 +257,13 @@ def wide_files(tmp_path_factory) -> ModelFiles:
     return open_model(write_model(tmp_path_factory.mktemp("models") / "Wan2.1-T2V-1.3B", base=shape))
 
 
-@pytest.mark.parametrize("format", [None, "fp8_scaled", "int8", "nf4"])
+@pytest.mark.parametrize("format", [None, "fp8", "fp8_scaled", "int8", "nf4"])
 @pytest.mark.parametrize("keeps_ends", [False, True])
 def test_what_is_counted_is_what_waits_in_main_memory_each_block_with_its_own_size(
     wide_files, monkeypatch, format, keeps_ends
 ):
     counted: list[int] = []
-    monkeypatch.setattr(Store, "_check_room", lambda _, needed: counted.append(needed))
+    monkeypatch.setattr(Store, "_check_room", lambda _, needed, waits: counted.append(needed))
     model, stream = load(wide_files, Store(Storage(NEAR, BF16, format, keeps_ends, num_streamed=4)))
     own = dict.fromkeys(range(4), 0)
     for name, layer in linear_layers(model).items():

@@ -191,6 +191,25 @@ def test_values_are_quantised_on_the_device_and_go_where_they_wait():
     assert made_on == [(FP32, device)]
 
 
+@pytest.mark.parametrize(
+    ("stored", "changed", "made_on"),
+    [
+        (torch.ones(4, 4), [], "meta"),  # a cast is the same everywhere
+        (torch.ones(4, 4), ["a"], "cpu"),
+        (Quantised(torch.ones(4, 4, dtype=torch.int8), torch.ones(4, 1), 4), [], "cpu"),
+    ],
+)
+def test_values_that_are_computed_are_computed_on_the_device_wherever_they_wait(stored, changed, made_on):
+    devices = []
+
+    def cast(dtype: torch.dtype, device: torch.device) -> Callable[[str, object], Tensor]:
+        devices.append(device.type)
+        return cast_to(dtype, device)
+
+    place = Storage(CPU, BF16).place({}, cast, lambda _: torch.device("meta"), changed)
+    assert place("a", stored).is_meta and devices == [made_on]
+
+
 def test_a_text_encoder_is_held_in_the_same_way():
     encoder = tiny_text_encoder(32)
     names = set(linear_layers(encoder))

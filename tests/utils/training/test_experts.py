@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-import train_wan_lora
 import utils.storage.load
-from tests.adapted import fill
+from tests.experts import A14B, COND, HIGH, LOW, TEXT, draw, held_pair, in_turns, options
 from tests.loras import make_pair
 from tests.tiny import TINY_SHAPE, tiny_shape, tiny_transformer, write_model
 from tests.trainees import equal
@@ -21,7 +20,6 @@ from utils.adapters.lora_file import LoraFile, delta
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
 from utils.common.errors import UserError
-from utils.common.options import parse_options
 from utils.encoding.conditioning import Cond, make_predict
 from utils.storage.weights import Storage, hold_as
 from utils.training.checkpoint_plan import CheckpointPlan
@@ -33,14 +31,7 @@ from wan.modules.model import WanModel
 
 KEPT = CheckpointPlan("none", 2)
 CPU, DEVICE = torch.device("cpu"), torch.device("meta")
-A14B, SINGLE = FAMILIES["wan2.2-i2v-A14B"], FAMILIES["wan2.1-t2v-1.3B"]
-HIGH, LOW = "high_noise", "low_noise"
-TEXT = torch.randn(1, 5, TINY_SHAPE.text_dim, generator=torch.Generator().manual_seed(1))
-COND = Cond(TEXT, torch.ones(1, 20, 2, 4, 6))
-
-
-def options(flags: str = "") -> train_wan_lora.Options:
-    return parse_options(train_wan_lora.Options, flags.split())
+SINGLE = FAMILIES["wan2.1-t2v-1.3B"]
 
 
 # ---------------------------------------------------------------------------------------------------- who is trained
@@ -191,10 +182,6 @@ def test_what_is_moved_away_and_back_is_still_the_same_parameter_with_the_same_v
     assert all(torch.equal(parameter, values[name]) for name, parameter in models[HIGH].named_parameters())
 
 
-def draw() -> Tensor:
-    return torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(0))
-
-
 @torch.no_grad()
 def test_the_expert_of_a_timestep_answers_and_the_boundary_is_the_high_ones():
     models = {name: tiny_transformer(tiny_shape(A14B), seed) for seed, name in enumerate((HIGH, LOW))}
@@ -314,30 +301,6 @@ def test_too_little_main_memory_for_the_expert_that_waits_is_reported_before_it_
 
 
 # ------------------------------------------------------------------------------------------ weights in main memory
-
-
-def held_pair(files: ModelFiles, storage: Storage) -> tuple[Experts, dict[str, LoraAdapter]]:
-    """Both experts, held so, with LoRAs that change their answers."""
-    roles = options("--lora_rank 4 --lora_target all-linear").roles(A14B)
-    memory, plans = Memory("full", fuse=True), plan_experts(roles, files)
-    experts, adapters = load_experts(roles, plans, files, memory, CheckpointPlan("full", 2), storage, with_others=False)
-    for seed, adapter in enumerate(adapters.values()):
-        fill(list(adapter.parameters.values()), seed)
-    return experts, adapters
-
-
-def in_turns(files: ModelFiles, storage: Storage) -> list[Tensor]:
-    """Steps of one expert and the other, with previews in between that need both."""
-    experts, adapters = held_pair(files, storage)
-    found = []
-    for name in (HIGH, LOW, LOW, HIGH, LOW, HIGH):
-        timestep = torch.tensor([950.0 if name == HIGH else 100.0])
-        with experts.speaking(name, adapters[name].speaking):
-            velocity = experts.predict(draw(), timestep, COND)
-            found += [velocity, *torch.autograd.grad(velocity.square().sum(), list(adapters[name].parameters.values()))]
-        with torch.no_grad():
-            found += [experts.predict(draw(), torch.tensor([t]), COND) for t in (999.0, 1.0)]
-    return [tensor.detach() for tensor in found]
 
 
 @pytest.mark.parametrize("format", [None, "int8"])

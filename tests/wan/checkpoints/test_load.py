@@ -36,6 +36,7 @@ from wan.checkpoints import (
     load_vision_encoder,
     load_weights,
     open_model,
+    read_some,
 )
 from wan.checkpoints.transformer import read_config, read_transformer
 from wan.checkpoints.weights import read_weights
@@ -165,6 +166,26 @@ def test_a_model_that_was_widened_before_takes_the_tensors_that_are_widened_by_p
     widen_patch_embedding(wide, 32)
     message = r"has the tensor patch_embedding\.weight of shape \[48, 16, 1, 2, 2\], not \[48, 32, 1, 2, 2\]"
     refused(message, load_weights, wide, files, cast_to(FP32))
+
+
+def test_tensors_that_are_left_out_stay_as_the_model_has_them_and_are_read_later(whole):
+    files, names = files_of(whole), ["blocks.1.ffn.0.weight", "head.head.bias"]
+    model, expected = build_transformer(files), tiny_transformer().state_dict()
+    seen: list[str] = []
+
+    def place(name: str, tensor: Tensor) -> Tensor:
+        seen.append(name)
+        return tensor
+
+    load_weights(model, files, place, unread=names)
+    assert set(seen) == expected.keys() - set(names)
+    assert {name for name, tensor in model.state_dict().items() if tensor.is_meta} == set(names)
+    seen.clear()
+    found = dict(read_some(files, names, lambda name, tensor: -place(name, tensor)))
+    assert seen == list(found) == names and all(torch.equal(found[name], -expected[name]) for name in names)
+    model.blocks[1].ffn[0] = nn.Linear(TINY_SHAPE.dim, 3)
+    message = r"has the tensor blocks.1.ffn.0.weight of shape \[96, 48\], not \[3, 48\]"
+    refused(message, load_weights, model, files, place, unread=["blocks.1.ffn.0.weight", "blocks.1.ffn.0.bias"])
 
 
 class Int8Linear(nn.Module):
