@@ -33,6 +33,17 @@ class Workload:
     rank: int = 16
     targets: tuple[str, ...] = ("attn",)  # of the LoRA, as `select_modules` reads them
     experts: int = 1  # transformers that are trained in turns
+    adapter_dtype: torch.dtype = torch.float32
+    loaded: int = 1  # transformers that are loaded; some may serve previews alone
+    has_average: bool = False  # a moving average of the LoRA
+    accumulates: bool = False  # gradients of several batches: all of them exist while a batch runs
+    fp32_stream: bool = False
+    keeps_ends: bool = False  # whether the first and the last block are not quantised
+
+    @property
+    def waiting(self) -> int:
+        """The transformers that wait while one runs."""
+        return max(self.experts, self.loaded) - 1
 
 
 @dataclass(frozen=True)

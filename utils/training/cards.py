@@ -1,6 +1,6 @@
 """GPUs: how much memory they have, and the rates that a training step reaches on them. Nominal: nothing is measured."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # What a training step reaches of a published peak, on two cards for which others have published their measurements:
 # products, attention (forward and backward together), and memory. RTX 4090: 150, 121 of 165 TFLOP/s, 0.87 of 1.01 TB/s.
@@ -15,7 +15,7 @@ MAKES = {"nvidia", "geforce", "pcie", "sxm", "sxm4", "sxm5", "nvl", "hbm3"}
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU. Rates are those that are reached, in operations and bytes per second."""
+    """A GPU. Rates are those that are reached, but for the peak, in operations and bytes per second."""
 
     name: str
     memory: float  # bytes
@@ -24,6 +24,7 @@ class Card:
     bandwidth: float  # of its memory
     link: float  # to main memory, each way
     fp32: float  # products and attention in fp32, without TF32
+    peak: float  # bf16 products, as published
 
 
 def _card(
@@ -32,7 +33,7 @@ def _card(
     """From published figures: dense bf16 and fp32 TFLOP/s, GB/s."""
     products, attention, memory = efficiency
     flops = (products * peak * 1e12, attention * peak * 1e12)
-    return Card(name, gib * GIB, *flops, memory * bandwidth * 1e9, link, products * fp32 * 1e12)
+    return Card(name, gib * GIB, *flops, memory * bandwidth * 1e9, link, products * fp32 * 1e12, peak * 1e12)
 
 
 CARDS = {
@@ -58,6 +59,12 @@ def find_card(name: str) -> Card | None:
     """
     words = set(name.lower().replace("-", " ").replace("gb", " gb").split()) - MAKES
     return next((card for card in CARDS.values() if words in _names(card)), None)
+
+
+def card_like(name: str, memory: float) -> Card:
+    """A card that is not listed, at the rates of the one whose memory is the most similar."""
+    similar = min(CARDS.values(), key=lambda card: abs(card.memory - memory))
+    return replace(similar, name=f"{name}, at the rates of an {similar.name}")
 
 
 def _names(card: Card) -> tuple[set[str], set[str]]:

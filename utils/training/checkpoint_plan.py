@@ -1,7 +1,9 @@
 """Which blocks keep how much for the backward pass: as much as the device has room for."""
 
+import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 
 from utils.training.offload import Parking
@@ -25,6 +27,21 @@ class Room:
     working: int  # bytes of activations at the peak
     tokens: int
     costs: Mapping[str, float]  # bytes that a block keeps for each token, by strategy
+
+    @classmethod
+    def parse(cls, text: str) -> "Room":
+        """The room that `str` has written. Raises ValueError for any other text."""
+        try:
+            free, working, tokens, costs = (json.loads(text)[spec.name] for spec in fields(cls))
+            room = cls(int(free), int(working), int(tokens), {name: float(costs[name]) for name in LADDER})
+        except (TypeError, LookupError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{error}") from None
+        if room.tokens < 1 or room.working < 0 or not all(0 <= cost < math.inf for cost in room.costs.values()):
+            raise ValueError("numbers that were never measured")
+        return room
+
+    def __str__(self) -> str:
+        return json.dumps(asdict(self))
 
     def choose(self, tokens: int, num_blocks: int) -> list[str]:
         """A strategy for each block, for a batch of so many tokens. The first blocks keep most."""
@@ -51,6 +68,11 @@ class CheckpointPlan:
         self.parking = Parking()  # for the inputs of blocks that keep nothing on the device
         self._room: Room | None = None
         self._chosen: dict[int, list[str]] = {}
+
+    @property
+    def room(self) -> Room | None:
+        """What it was settled by."""
+        return self._room
 
     @property
     def is_open(self) -> bool:

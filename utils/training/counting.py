@@ -151,6 +151,14 @@ def count_step(loss: Callable[[], Tensor], accumulating: Iterable[nn.Parameter] 
     return Counts(counter.peak, kept, flops.get(PRODUCT, 0), flops.get(ATTENTION, 0), moved)
 
 
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The bytes that are alive at once while this runs, beyond what was there before."""
+    counter = _Counter()
+    with torch.no_grad(), counter:
+        run()
+    return counter.peak
+
+
 class _Counter(TorchDispatchMode):
     """Follows the storages that operations make, and adds up what they do."""
 

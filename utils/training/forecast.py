@@ -18,15 +18,28 @@ from utils.storage.streaming import SLOTS
 from utils.storage.weights import PLAIN, QUANTISED, Storage, linear_layers
 from utils.training.calibration import META, Cost, Workload, calibrate, empty_model, lora_size, peak_of
 from utils.training.cards import Card
+from utils.training.counting import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
 from utils.training.memory import Memory
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CONTEXT = 1.0e9  # bytes of CUDA's context, of cuBLAS, and lost between tensors: an estimate, not measured
-LORA, GRADIENT, MOMENTS, CONVERTED = 4, 4, 8, 2  # bytes for each number of a LoRA: fp32; fp32; two of fp32; bf16
+MOMENTS, AVERAGE, CONVERTED = 8, 4, 2  # bytes for each number of a LoRA: two of fp32; fp32; bf16
 # int8 weights are stored rotated: their values in bf16 exist before and after the rotation.
 COPIES = {"fp32": 0, "bf16": 0, "fp8": 1, "fp8_scaled": 2, "int8": 2, "nf4": 1}
 PASSES = {"none": 2}  # of the weights of a block through the kernels; 3 where the forward pass runs again
 RECOMPUTED = 3
+
+SHOWN = 5e6  # bytes: less is not shown
+DEVICE_WORDS = {
+    "blocks": "weights of blocks",
+    "ring": "buffers for swapped blocks",
+    "others": "embeddings and head",
+    "adapter": "LoRA, gradients, AdamW",
+    "kept": "activations kept",
+    "working": "activations of one block",
+    "context": "CUDA",
+}
+HOST_WORDS = {"streamed": "swapped blocks", "inputs": "activations", "idle": "the idle expert"}
 
 # Compiled blocks do not run on the meta device. They move so much of what fused ones move, and keep so much of what
 # these keep without checkpointing: benchmarks/RECORDS.md, counted for 1.3B.
@@ -42,6 +55,7 @@ class Setting:
     streamed: int = 0  # blocks whose frozen weights are in main memory, and stream through SLOTS on the device
     checkpointing: str | tuple[str, ...] = "full"  # the strategy of all blocks, or of each
     compile: bool = False
+    idle_on_disk: bool = False  # whether the expert whose turn it is not is read from disk when it is
 
     def strategies(self, depth: int) -> tuple[str, ...]:
         """That of each block."""
@@ -53,11 +67,13 @@ class Setting:
         return FP32 if self.weights == "fp32" else BF16
 
     def describe(self, depth: int) -> str:
-        """Such as "bf16 weights, 38 of 40 blocks streamed, 12 blocks selective, 28 full"."""
+        """Such as "bf16 weights, 38 of 40 blocks swapped, checkpointing 12 selective + 28 full"."""
         kept = Counter(self.strategies(depth))
-        parts = [f"{self.weights} weights", f"{self.streamed} of {depth} blocks streamed" * bool(self.streamed)]
-        parts.append(next(iter(kept)) if len(kept) == 1 else " + ".join(f"{n} {name}" for name, n in kept.items()))
-        return ", ".join([part for part in parts if part] + ["compiled"] * self.compile)
+        parts = [f"{self.weights} weights", f"{self.streamed} of {depth} blocks swapped" * bool(self.streamed)]
+        how = next(iter(kept)) if len(kept) == 1 else " + ".join(f"{n} {name}" for name, n in kept.items())
+        parts.append(f"checkpointing {how}")
+        parts += ["compiled"] * self.compile + ["the idle expert on disk"] * self.idle_on_disk
+        return ", ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -75,6 +91,11 @@ class DeviceBytes:
     @property
     def total(self) -> float:
         return float(sum(vars(self).values()))
+
+    @property
+    def resident(self) -> float:
+        """What stays there between two steps."""
+        return self.total - self.kept - self.working
 
 
 @dataclass(frozen=True)
@@ -94,7 +115,7 @@ class HostBytes:
 class Seconds:
     """Of one step."""
 
-    products: float
+    matmul: float
     attention: float
     elementwise: float
     transfer: float = 0.0  # that is not hidden behind the others
@@ -115,16 +136,17 @@ class Forecast:
     host: HostBytes
     seconds: Seconds
 
-    def describe(self) -> str:
-        """A table for people."""
-        device, host, seconds = vars(self.device), vars(self.host), vars(self.seconds)
-        rows = [(f"GPU: {name}", f"{value / 1e9:.2f}", "GB") for name, value in device.items() if value]
-        rows += [("GPU: all", f"{self.device.total / 1e9:.2f}", "GB")]
-        rows += [(f"main memory: {name}", f"{value / 1e9:.2f}", "GB") for name, value in host.items() if value]
-        rows += [(f"time: {name}", f"{value:.2f}", "s") for name, value in seconds.items() if value]
-        rows += [("time: a step", f"{self.seconds.total:.2f}", "s")]
+    def describe(self, available: float, encoders: float = 0.0) -> str:
+        """A table for people. Of `available` bytes of the GPU `encoders` are taken by others than the step."""
+        parts = {"encoders": encoders} | {DEVICE_WORDS[name]: value for name, value in vars(self.device).items()}
+        rows = [(f"GPU: {name}", f"{value / 1e9:.2f}", "GB") for name, value in parts.items() if value >= SHOWN]
+        rows += [("GPU: all", f"{sum(parts.values()) / 1e9:.2f}", f"of {available / 1e9:.2f} GB")]
+        host = ((HOST_WORDS[name], value) for name, value in vars(self.host).items())
+        rows += [(f"main memory: {name}", f"{value / 1e9:.2f}", "GB") for name, value in host if value >= SHOWN]
+        rows += [(f"time: {name}", f"{value:.3g}", "s") for name, value in vars(self.seconds).items() if value]
+        rows += [("time: a step", f"{self.seconds.total:.3g}", "s")]
         title = f"{self.setting.describe(self.work.shape.num_layers)}; {self.work.tokens:,} tokens on {self.card.name}"
-        return f"{title}\n{format_table(('forecast, nominal', '', ''), rows)}"
+        return f"{title}\n{format_table(('forecast, not measured', '', ''), rows)}"
 
 
 @dataclass(frozen=True)
@@ -132,6 +154,7 @@ class Stored:
     """The weights of a model as they are stored, in bytes."""
 
     block: float
+    end: float  # the first or the last block
     others: float
     values: float  # the number of those of a block's linear layers
     linear: float  # bytes of these
@@ -141,14 +164,16 @@ class Stored:
 @cache
 def stored(work: Workload, weights: str) -> Stored:
     """What is stored of a block and of the rest; the rest is never quantised."""
+    plain = "fp32" if weights == "fp32" else "bf16"
     model = empty_model(replace(work.shape, num_layers=1), FP32 if weights == "fp32" else BF16, META)
     shapes = [module.weight.shape for module in model.blocks[0].modules() if isinstance(module, nn.Linear)]
     storage = Storage(META, PLAIN.get(weights, BF16), weights if weights in QUANTISED else None)
     sizes = storage.sizes(model)
     linear = sum(sizes[f"{name}.weight"] for name in linear_layers(model))
     block = sum(size for name, size in sizes.items() if name.startswith("blocks."))
+    end = stored(work, plain).block if work.keeps_ends and weights != plain else block
     values, largest = sum(shape.numel() for shape in shapes), max(shape.numel() for shape in shapes)
-    return Stored(block, sum(sizes.values()) - block, values, linear, BF16.itemsize * largest)
+    return Stored(block, end, sum(sizes.values()) - block, values, linear, BF16.itemsize * largest)
 
 
 def forecast(work: Workload, setting: Setting, card: Card) -> Forecast:
@@ -162,13 +187,25 @@ def forecast(work: Workload, setting: Setting, card: Card) -> Forecast:
     return Forecast(work, setting, card, device, host, _seconds(setting, costs, host, weights, card, work))
 
 
+def needed_flops(work: Workload, dtype: torch.dtype) -> float:
+    """The operations of a step, in the products and the attention, where nothing is computed twice.
+
+    The backward pass of attention computes its scores again: of its five products four are counted.
+    """
+    cost = _cost(work, Setting("fp32" if dtype == FP32 else "bf16", checkpointing="none"), "none")
+    counts = cost.rest + cost.block * work.shape.num_layers
+    products = FORWARD_PRODUCTS + BACKWARD_PRODUCTS
+    return counts.product_flops + counts.attention_flops * (products - 1) / products
+
+
 def _cost(work: Workload, setting: Setting, strategy: str) -> Cost:
     """Of a strategy. Blocks on a GPU are compiled or fused."""
     # What is counted does not depend on these: the counts are kept for all models of one width.
-    work = replace(work, experts=1, shape=replace(work.shape, num_layers=1))
+    shape = replace(work.shape, num_layers=1)
+    counted_work = Workload(shape, work.tokens, work.batch, work.rank, work.targets)
 
     def counted(strategy: str) -> Cost:
-        return calibrate(work, setting.dtype, Memory(strategy, fuse=True, stream=setting.dtype))
+        return calibrate(counted_work, setting.dtype, Memory(strategy, fuse=True, stream=_stream(work, setting)))
 
     cost = counted(strategy)
     if not setting.compile:
@@ -183,12 +220,13 @@ def _cost(work: Workload, setting: Setting, strategy: str) -> Cost:
 
 
 def _memory(work: Workload, setting: Setting, costs: Sequence[Cost], weights: Stored) -> tuple[DeviceBytes, HostBytes]:
-    depth, lora = work.shape.num_layers, lora_size(work)
-    peak = peak_of(costs, GRADIENT * lora.block)
-    converted = CONVERTED if setting.dtype == BF16 and not setting.compile else 0
-    adapter = work.experts * (LORA + MOMENTS + converted) * lora.at(depth) + GRADIENT * lora.rest + peak.gradients
+    depth, lora, gradient = work.shape.num_layers, lora_size(work), work.adapter_dtype.itemsize
+    peak = peak_of(costs, 0 if work.accumulates else gradient * lora.block)
+    gradients = gradient * (lora.at(depth) if work.accumulates else lora.rest) + peak.gradients
+    adapter = work.experts * _bytes_of_number(work, setting) * lora.at(depth) + gradients
+    ends = 2 * (weights.end - weights.block)  # that they take more; the slots of a ring are as large as they
     device = DeviceBytes(
-        blocks=(depth - setting.streamed) * weights.block,
+        blocks=(depth - setting.streamed) * weights.block + ends,
         ring=min(SLOTS, setting.streamed) * weights.block,
         others=weights.others,
         adapter=adapter,
@@ -196,16 +234,31 @@ def _memory(work: Workload, setting: Setting, costs: Sequence[Cost], weights: St
         working=peak.working + COPIES[setting.weights] * weights.matrix,
     )
     inputs = setting.strategies(depth).count("offload") * _input_bytes(work, setting)
-    idle = work.experts - 1
-    if idle and setting.streamed:  # all blocks of all experts are there, and none is ever copied back
-        return device, HostBytes(work.experts * depth * weights.block, inputs, idle * weights.others)
-    waiting = idle * (depth * weights.block + weights.others)
-    return device, HostBytes(setting.streamed * weights.block, inputs, waiting)
+    idle, blocks = work.waiting, depth * weights.block + ends
+    waiting = idle * weights.others
+    if not setting.streamed:
+        return device, HostBytes(0, inputs, waiting + idle * blocks * (not setting.idle_on_disk))
+    if idle:  # all blocks of all experts are there, or of one, and none is ever copied back
+        return device, HostBytes(blocks if setting.idle_on_disk else (1 + idle) * blocks, inputs, waiting)
+    return device, HostBytes(setting.streamed * weights.block + ends, inputs, 0)
+
+
+def _bytes_of_number(work: Workload, setting: Setting) -> int:
+    """What a number of the LoRA takes, without its gradient."""
+    # In bf16 a second number holds what the first cannot (`utils.training.kahan`).
+    held = torch.float32.itemsize + MOMENTS + AVERAGE * work.has_average
+    is_converted = setting.dtype == BF16 and not setting.compile and work.adapter_dtype == FP32
+    return held + CONVERTED * is_converted
+
+
+def _stream(work: Workload, setting: Setting) -> torch.dtype:
+    """In which the residual stream enters a block."""
+    return FP32 if work.fp32_stream else setting.dtype
 
 
 def _input_bytes(work: Workload, setting: Setting) -> float:
     """Of the stream that enters a block."""
-    return float(work.batch * work.tokens * work.shape.dim * setting.dtype.itemsize)
+    return float(work.batch * work.tokens * work.shape.dim * _stream(work, setting).itemsize)
 
 
 def _seconds(

@@ -4,7 +4,8 @@ A trainable is one set of parameters that is updated together and becomes one fi
 student or its critic, a whole model. A run may have several; they share one random state and one count of steps.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.common.errors import RunError, UserError
+from utils.common.temp_rng import temp_rng
 from utils.training.ema import Ema, average_dtype
 from utils.training.optim import OptimizerSpec, ParameterGroup, Updater
 
@@ -153,6 +155,18 @@ class Learner:
         """Whether no step is half done: what would be saved now is the outcome of `step` whole steps."""
         return not self._is_updating and self._remaining in (0, self._planned)
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """A span after which all of this is as it was before, bit for bit: also counts, and torch's random states."""
+        saved = _copied(self.state_dict())
+        with temp_rng(0):
+            try:
+                yield
+            finally:
+                for parameter in self.parameters:
+                    parameter.grad = None
+                self.load_state_dict(saved)
+
     def _capture_rng_state(self) -> None:
         self._random = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
@@ -180,6 +194,17 @@ class Learner:
         self.step = saved["step"]
         self._planned = self._remaining = 0
         self._capture_rng_state()
+
+
+def _copied(tree: StateDict) -> StateDict:
+    """The same tree with copies of its tensors, in main memory."""
+    copies: StateDict = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            copies[key] = _copied(value)
+        else:
+            copies[key] = value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+    return copies
 
 
 def _averages(saved: StateDict) -> Mapping[str, Tensor]:

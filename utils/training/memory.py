@@ -62,22 +62,23 @@ class MemoryOptions:
         affects_training=False,
     )
 
-    def memory(self, storage: Storage, shape: WanShape, tokens: float, decisions: Decisions) -> Memory:
-        """What is done for a run that trains a model of this shape, held so, on so many tokens in all.
+    def compiles(self, device: torch.device, shape: WanShape, tokens: float, decisions: Decisions) -> bool:
+        """Whether blocks are compiled in a run that trains a model of this shape on so many tokens in all.
 
         Says what `decide` says, and raises what it raises.
         """
-        device = storage.device
-        saved = saved_seconds(device, shape.dim, shape.num_layers, tokens)
-        compile = self.compile
-        if compile == "auto":
-            compile = decisions.take("compile", lambda: "on" if decide("auto", device, saved) else "off")
-        if compile == "on" and (self.compile == "on" or "compile" in decisions.saved):
+        saved, mode = saved_seconds(device, shape.dim, shape.num_layers, tokens), self.compile
+        if mode == "auto":
+            mode = decisions.take("compile", lambda: "on" if decide("auto", device, saved) else "off")
+        if mode == "on" and (self.compile == "on" or "compile" in decisions.saved):
             decide("on", device, saved)  # says so where there is no compiler, or none any more
+        return mode == "on"
+
+    def memory(self, storage: Storage, compile: bool) -> Memory:
+        """What is done to a model that is held so."""
         stream = torch.float32 if self.fp32_stream else storage.dtype
         # On the CPU the blocks' own operations are as fast in fp32 (benchmarks/RECORDS.md), and they are the reference.
-        is_compiled = compile == "on"
-        return Memory(self.gradient_checkpointing, is_compiled, device.type == "cuda" and not is_compiled, stream)
+        return Memory(self.gradient_checkpointing, compile, storage.device.type == "cuda" and not compile, stream)
 
 
 def prepare(

@@ -33,6 +33,9 @@ class Optimization:
     weight_decay: float = option(0.01, "weight decay of AdamW", minimum=0)
     gradient_accumulation: int = option(1, "batches per optimizer step", minimum=1)
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: no clipping", minimum=0)
+    ema_decay: float = option(
+        0.0, "keep a moving average of the LoRA and write it too; try 0.99", minimum=0, maximum=0.99999
+    )
 
     def check_length(self) -> None:
         """Raises UserError for two lengths of the run."""

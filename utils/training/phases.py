@@ -21,6 +21,7 @@ from utils.training.planning import PlanOptions
 from utils.training.preview import Previews
 from utils.training.validation import Losses, Validation, quantiles, validation_loss
 from wan.configs import Family
+from wan.modules.model import WanModel
 
 Opts = TypeVar("Opts", bound="TrainingOptions")
 
@@ -32,18 +33,27 @@ class TrainingOptions(
     """training"""
 
     def roles(self, family: Family) -> list[Role[Self]]:
-        """As `ExpertOptions.roles`. Raises UserError too where a warm-up is as long as the training of its expert."""
+        """As `ExpertOptions.roles`. Raises UserError too where a warm-up is as long as the training of its expert, and
+        where --idle_expert would be ignored.
+        """
         roles = super().roles(family)
+        # An expert that is not trained is loaded for previews.
+        self.check_idle_expert(len(roles) if self.sample_prompts is None else len(family.experts))
         for role in roles:
             role.opts.check_warmup()
         return roles
+
+    def describe_rate(self) -> str:
+        """How fast is learned, and what."""
+        distilled = f", guidance {1 + self.distill_cfg:g} distilled" if self.distill_cfg else ""
+        return f"learning rate {self.learning_rate:g}, shift {self.shift:g}{distilled}"
 
 
 @dataclass(frozen=True)
 class Phase:
     """One update of a step: who speaks, a loss, and the update that it leads to.
 
-    `speaking` opens a span in which one adapter of the model answers. It must hold forward and backward together: a
+    `speaking` opens a span in which one adapter of the `model` answers. It must hold forward and backward together: a
     checkpointed block runs again in the backward pass, and must meet the adapter that its forward met. Inside,
     `predict` is the model's answer and `loss` maps a batch to a scalar. `step` clips, updates, and moves schedule and
     average; `taken` counts these updates. `sigmas` are the noise levels to validate at. Metrics appear under `name`.
@@ -59,6 +69,7 @@ class Phase:
     step: Callable[[], Update]
     taken: Callable[[], int]
     sigmas: Sequence[float]
+    model: WanModel
 
     def validate(self, clips: Iterable[Batch], seed: int) -> Losses:
         """The losses on these clips, on the device, at the noise levels of the phase."""
@@ -82,7 +93,8 @@ def make_phase(
     span = partial(experts.speaking, role.name, adapter.speaking)
     updater = learner.trainables[role.trainable].updater
     sigmas = quantiles(*role.expert.sigmas)
-    return Phase(role.phase, span, make_predict(adapter.model), loss, update, lambda: updater.step_count, sigmas)
+    predict, model = make_predict(adapter.model), adapter.model
+    return Phase(role.phase, span, predict, loss, update, lambda: updater.step_count, sigmas, model)
 
 
 @dataclass(frozen=True)

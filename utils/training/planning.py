@@ -1,24 +1,20 @@
-"""What a run would take on a GPU, and which options would make it fit: said without loading anything."""
+"""Which setting a run has so that it fits into a GPU: the options, and the forecast that they are chosen by."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import psutil
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from utils.common.console import say
 from utils.common.errors import UserError
+from utils.common.formatting import readable_size
 from utils.common.options import option
-from utils.storage.weights import StorageOptions
-from utils.training.calibration import Workload
-from utils.training.cards import CARDS, Card, find_card
-from utils.training.checkpoint_plan import AUTO
-from utils.training.choice import Given, Limits, choose
-from utils.training.forecast import Forecast, Setting
-from utils.training.memory import MemoryOptions
+from utils.training.cards import CARDS, Card, card_like, find_card
+from utils.training.choice import Limits
+from utils.training.counting import peak_bytes
+from utils.training.forecast import CONTEXT
 from wan.configs import Family
 from wan.modules.clip import VisionEncoder, VisionShape
 from wan.modules.vae import WanVAE
@@ -27,14 +23,35 @@ from wan.modules.vae2_2 import Wan22VAE
 MARGIN = 0.05  # of a GPU's memory: lost between tensors of different sizes, and to the screen
 HOST_MARGIN = 0.25  # of what is free of main memory, which other programs use too
 ASSUMED_HOST = 64e9  # bytes of main memory that are free beside a GPU of another machine
+GIB = 1 << 30
+PRESETS = {"8gb": 8, "12gb": 12, "16gb": 16, "24gb": 24, "48gb": 48}
 
 
 @dataclass(frozen=True)
 class PlanOptions:
     """plan"""
 
+    vram: str = option(
+        "auto",
+        "GiB of GPU memory that the run may use; auto: what is free. Chooses --weight_dtype, --blocks_to_swap and "
+        "--idle_expert, where they are not given, so that the largest batch fits; off: chooses nothing",
+        affects_training=False,
+    )
+    preset: str | None = option(
+        None, "as --vram, by the size of a card", choices=tuple(PRESETS), affects_training=False
+    )
+    oom: str = option(
+        "stop",
+        "where GPU memory is full, stop and say which options would fit, or retry with them",
+        choices=("stop", "retry"),
+        affects_training=False,
+    )
     plan: bool = option(
         False, "say what would fit into the GPU and how long a step would take, by forecast, and stop",
+        affects_training=False,
+    )  # fmt: skip
+    benchmark: bool = option(
+        False, "train ten steps on the largest batch, print a table of time and memory, and stop",
         affects_training=False,
     )  # fmt: skip
     gpu: str | None = option(
@@ -42,62 +59,132 @@ class PlanOptions:
         affects_training=False,
     )  # fmt: skip
 
+    def plans_for(self, device: torch.device) -> bool:
+        """Whether a run on this device is to have a setting that fits. On the CPU it has the defaults."""
+        return device.type == "cuda" and (self.preset is not None or self.vram != "off")
 
-def say_plan(opts: PlanOptions, given: Given, family: Family, work: Workload, keeps_encoders: bool) -> None:
-    """Prints the forecast of the fastest setting that fits, and its options; what is given stays as it is.
+    @property
+    def cap(self) -> float | None:
+        """The bytes of GPU memory to use; None: no fewer than there are."""
+        if self.preset is not None:
+            return PRESETS[self.preset] * GIB
+        return None if self.vram in ("auto", "off") else float(self.vram) * GIB
 
-    `keeps_encoders`: whether the VAE, and the vision encoder where there is one, are on the GPU while training. Raises
-    UserError where nothing fits, and for a GPU that is not known.
+    def check_plan(self) -> None:
+        """Raises UserError for a --vram that is none, and for options that contradict each other."""
+        if self.vram not in ("auto", "off"):
+            try:
+                enough = 1 <= float(self.vram) < math.inf
+            except ValueError:
+                enough = False
+            if not enough:
+                raise UserError(f"--vram must be auto, off, or at least 1 GiB, not {self.vram!r}")
+        if self.preset is not None and self.vram != "auto":
+            raise UserError("--vram and --preset say the same: give one of them")
+        if self.plan and self.benchmark:
+            raise UserError("--plan and --benchmark both end the run: give one of them")
+        if self.vram == "off" and (self.plan or self.oom == "retry"):
+            option = "--plan" if self.plan else "--oom retry"
+            raise UserError(f"{option} chooses a setting, and --vram off chooses none: give one of them")
+
+    def limit_memory(self, device: torch.device) -> None:
+        """Keeps the process within --vram. Raises UserError where there is no GPU with so much memory."""
+        if self.cap is None:
+            return
+        if device.type != "cuda":
+            raise UserError(f"{self._given} needs a GPU, and there is none; --plan --gpu 3060 {self._given} forecasts")
+        total = torch.cuda.get_device_properties(device).total_memory
+        self.check_cap(total)
+        # The CUDA context is not in what the allocator counts.
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, self.cap - CONTEXT) / total))
+
+    def check_cap(self, total: float) -> None:
+        """Raises UserError where --vram is more than a GPU has. Cards have a little less than their names say."""
+        if self.cap is not None and self.cap > total * (1 + MARGIN):
+            raise UserError(f"{self._given}: the GPU has {total / GIB:.1f} GiB")
+
+    @property
+    def _given(self) -> str:
+        return f"--vram {self.vram}" if self.preset is None else f"--preset {self.preset}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A GPU, and the memory of it and of its machine that a training step may take."""
+
+    card: Card
+    limits: Limits
+    is_here: bool  # whether it is that of this machine
+    encoders: float = 0.0  # bytes that encoders take, beside the limits
+
+
+@dataclass(frozen=True)
+class OnGpu:
+    """What the encoders do while the transformer is on the GPU: the sizes (width, height, frames), None for nothing."""
+
+    encoded: tuple[int, int, int] | None  # the largest sample, where latents are not cached
+    decoded: tuple[int, int, int] | None  # previews
+
+
+def budget(opts: PlanOptions, family: Family, on_gpu: OnGpu) -> Budget:
+    """That of `--gpu`, or of this machine.
+
+    Raises UserError where this machine has no GPU, and for one that has too little memory left for the encoders.
     """
-    card = CARDS[opts.gpu] if opts.gpu else this_card()
-    encoders = encoder_bytes(family) if keeps_encoders else 0
+    encoders = encoder_bytes(family) if on_gpu != OnGpu(None, None) else 0
+    card, others = (CARDS[opts.gpu], 0.0) if opts.gpu else (this_card(), taken_by_others())
+    opts.check_cap(card.memory)
+    memory = card.memory - others
+    usable = (1 - MARGIN) * (memory if opts.cap is None else min(memory, opts.cap)) - encoders
+    if usable <= 0:
+        raise UserError(f"{readable_size(int(usable + encoders))} of GPU memory are too little for the encoders alone")
     host = ASSUMED_HOST if opts.gpu else psutil.virtual_memory().available * (1 - HOST_MARGIN)
-    found = choose(work, card, Limits(card.memory * (1 - MARGIN) - encoders, host), given, _progress)
-    say(f"\n{found.describe()}")
-    if encoders:
-        say(f"encoders take {encoders / 1e9:.2f} GB beside that; --cache_latents keeps them off the GPU")
-    say(f"options: {flags_of(found)}")
-    assumed = f"{ASSUMED_HOST / 1e9:.0f} GB of main memory are assumed; " if opts.gpu else ""
-    say(f"{assumed}nothing of this is measured: rates are nominal, and times optimistic by perhaps 20 to 30 %")
-
-
-def _progress(settings: list[Setting]) -> Iterable[Setting]:
-    return tqdm(settings, desc="forecasting", unit="setting", leave=False)
-
-
-def given_of(storage: StorageOptions, memory: MemoryOptions, num_blocks: int) -> Given:
-    """What the user has decided."""
-    return Given(
-        weights=None if storage.weight_dtype == "auto" else storage.weight_dtype,
-        streamed=storage.count_streamed(num_blocks) or None,
-        checkpointing=None if memory.gradient_checkpointing == AUTO else memory.gradient_checkpointing,
-        compile=memory.compile == "on",
-    )
-
-
-def flags_of(found: Forecast) -> str:
-    """The options of a setting. How much blocks keep is left to the run, which measures it."""
-    setting = found.setting
-    streamed = f" --blocks_to_swap {setting.streamed}" if setting.streamed else ""
-    return f"--weight_dtype {setting.weights}{streamed}{' --compile on' if setting.compile else ''}"
+    return Budget(card, Limits(usable, host, encoding_bytes(family, on_gpu)), not opts.gpu, encoders)
 
 
 def this_card() -> Card:
-    """The GPU of this machine. Raises UserError where there is none, or none that is known."""
+    """The GPU of this machine; one that is not known has the rates of the known one with the most similar memory.
+
+    Raises UserError where there is none.
+    """
     if not torch.cuda.is_available():
         raise UserError(f"--plan: this machine has no GPU; name one: --gpu {', '.join(CARDS)}")
-    name = torch.cuda.get_device_name()
-    card = find_card(name)
-    if card is None:
-        raise UserError(f"--plan: no rates are known for {name}; name one that is like it: --gpu {', '.join(CARDS)}")
+    name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties().total_memory
     # Some cards come with different memory under one name.
-    return replace(card, memory=torch.cuda.get_device_properties().total_memory)
+    return replace(find_card(name) or card_like(name, memory), memory=memory)
+
+
+def taken_by_others() -> float:
+    """The bytes of the GPU's memory that other programs have taken, such as a desktop."""
+    free, total = torch.cuda.mem_get_info()
+    return max(0.0, total - free - CONTEXT)
 
 
 def encoder_bytes(family: Family) -> int:
     """What the VAE and the vision encoder of a family take in fp32."""
     with torch.device("meta"):
-        modules: list[nn.Module] = [Wan22VAE() if family.vae == "Wan2.2_VAE.pth" else WanVAE()]
+        modules: list[nn.Module] = [_empty_vae(family)]
         if family.clip:
             modules.append(VisionEncoder(VisionShape()))
     return 4 * sum(math.prod(p.shape) for module in modules for p in module.parameters())
+
+
+@cache
+def encoding_bytes(family: Family, on_gpu: OnGpu) -> float:
+    """The activations at the peak of the VAE, counted on the real code; the workspace of convolutions is not seen."""
+    peaks = [0]
+    with torch.device("meta"):
+        vae = _empty_vae(family)
+        if on_gpu.encoded is not None:
+            width, height, frames = on_gpu.encoded
+            video = torch.empty(1, 3, frames, height, width)
+            peaks.append(video.nbytes + peak_bytes(lambda: vae.encode(video)))
+        if on_gpu.decoded is not None:
+            width, height, frames = on_gpu.decoded
+            latents = torch.empty(1, *vae.latent_shape(frames, height, width))
+            peaks.append(peak_bytes(lambda: vae.decode(latents)))
+    return float(max(peaks))
+
+
+def _empty_vae(family: Family) -> WanVAE:
+    return (Wan22VAE() if family.vae == "Wan2.2_VAE.pth" else WanVAE()).requires_grad_(False).to("meta")

@@ -115,6 +115,11 @@ class Preview:
     fps: float
     vae: WanVAE
 
+    def in_brief(self) -> "Preview":
+        """The largest of them, in one sampling step: it needs as much memory."""
+        largest = max(self.requests, key=lambda request: request.noise.numel())
+        return replace(self, requests=[largest], sampler=replace(self.sampler, steps=1))
+
     def generate(self, predict: Predict[Cond]) -> list[tuple[str, Tensor]]:
         """Each prompt with its video (F, 3, H, W) uint8; a control is shown to the left of the video that follows it.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from utils.common.device import free_memory
 from utils.training.checkpoint_plan import Room
 from utils.training.memory import TrainingPass
 from wan.modules.model import WanModel
@@ -53,9 +54,9 @@ def _measure_cuda(run: Callable[[], object]) -> tuple[int, int]:
     run()
     torch.cuda.synchronize()
     working = torch.cuda.max_memory_allocated() - resident
-    unused, total = torch.cuda.mem_get_info()
-    margin = max(MARGIN * total, LEAST_MARGIN)
-    return int(unused + torch.cuda.memory_reserved() - resident - margin), working
+    _, total = torch.cuda.mem_get_info()
+    margin = max(MARGIN * torch.cuda.get_per_process_memory_fraction() * total, LEAST_MARGIN)
+    return int(free_memory() + torch.cuda.memory_reserved() - resident - margin), working
 
 
 def kept_per_token(

@@ -1,8 +1,10 @@
 """The rates of cards are what their comments say."""
 
+from dataclasses import replace
+
 import pytest
 
-from utils.training.cards import CARDS, GIB, find_card
+from utils.training.cards import CARDS, GIB, card_like, find_card
 
 
 def test_the_rates_of_the_two_cards_that_others_have_measured_are_theirs():
@@ -66,3 +68,14 @@ def test_a_card_is_found_by_the_name_that_cuda_gives_it(name, card):
 )
 def test_what_is_not_listed_is_not_taken_for_what_is(name):
     assert find_card(name) is None
+
+
+def test_an_unknown_card_has_the_rates_of_the_one_with_the_most_similar_memory():
+    found = card_like("Some GPU", 25e9)
+    assert found.name == "Some GPU, at the rates of an RTX 3090"
+    assert replace(found, name=CARDS["3090"].name) == CARDS["3090"]
+
+
+def test_the_published_peak_is_more_than_what_is_reached():
+    assert CARDS["4090"].peak == 165e12 and CARDS["h100"].peak == 989e12
+    assert all(card.products < card.peak for card in CARDS.values())

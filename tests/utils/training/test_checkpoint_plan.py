@@ -1,6 +1,7 @@
 """Blocks keep as much as there is room for, and never more."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -162,3 +163,37 @@ def test_a_plan_says_what_blocks_keep():
         "for the backward pass of 10 tokens blocks 0 to 1 keep everything, "
         "blocks 2 to 4 keep the input and the attention"
     )
+
+
+def test_a_room_is_read_back_exactly():
+    found = room(123, 45, 6, selective=0.1 + 0.2)
+    assert Room.parse(str(found)) == found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tokens": 0}, {"tokens": -1}, {"working": -1}, {"full": -1.0}, {"full": float("nan")}, {"none": float("inf")}],
+)
+def test_a_room_that_was_never_measured_is_none(change):
+    costs = {name: value for name, value in change.items() if name in COSTS}
+    facts = {name: value for name, value in change.items() if name not in COSTS}
+    with pytest.raises(ValueError):
+        Room.parse(str(replace(room(1, 2, 3, **costs), **facts)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        '{"free": 1, "working": 2, "tokens": 3, "costs": {"full": 1}}',
+        '{"free": "a", "working": 2, "tokens": 3, "costs": {}}',
+        '{"free": 1e999, "working": 2, "tokens": 3, "costs": 7}',
+    ],
+)
+def test_another_text_is_no_room(text):
+    with pytest.raises(ValueError):
+        Room.parse(text)

@@ -1,6 +1,7 @@
 """Strategies change what is kept in memory, and no number; parameter names stay."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -211,23 +212,24 @@ def test_models_that_take_turns_may_share_a_plan():
 )
 def test_what_is_done_for_a_run_follows_from_its_options_and_device(opts, device, expected, monkeypatch):
     monkeypatch.setattr(compilation, "why_not", lambda _: None)
-    assert opts.memory(hold_as("auto", device), TINY_SHAPE, 1e3, Decisions("here")) == expected
+    compile = opts.compiles(device, TINY_SHAPE, 1e3, Decisions("here"))
+    assert opts.memory(hold_as("auto", device), compile) == expected
 
 
 def test_a_long_run_of_a_large_model_is_compiled_where_a_compiler_works(monkeypatch, capsys):
     large = replace(TINY_SHAPE, dim=1536, num_layers=30)
     monkeypatch.setattr(compilation, "why_not", lambda _: None)
-    held, decisions = hold_as("auto", CUDA), Decisions("here")
-    assert MemoryOptions().memory(held, large, 1e8, decisions) == Memory(AUTO, compile=True, stream=BF16)
+    decisions = Decisions("here")
+    assert MemoryOptions().compiles(CUDA, large, 1e8, decisions)
     # Resumed, it is compiled however few steps are left.
-    resumed = Decisions("here", decisions.table())
-    assert MemoryOptions().memory(held, large, 1.0, resumed) == Memory(AUTO, compile=True, stream=BF16)
+    resumed = partial(Decisions, "here", decisions.table())
+    assert MemoryOptions().compiles(CUDA, large, 1.0, resumed())
     monkeypatch.setattr(compilation, "why_not", lambda _: "no compiler")
-    assert MemoryOptions().memory(held, large, 1e8, Decisions("here")) == Memory(AUTO, fuse=True, stream=BF16)
-    assert MemoryOptions(compile="off").memory(held, large, 1e8, resumed) == Memory(AUTO, fuse=True, stream=BF16)
-    for mode, known in (("on", Decisions("here")), ("auto", resumed)):  # asked for, or as the run began
+    assert not MemoryOptions().compiles(CUDA, large, 1e8, Decisions("here"))
+    assert not MemoryOptions(compile="off").compiles(CUDA, large, 1e8, resumed())
+    for mode, known in (("on", Decisions("here")), ("auto", resumed())):  # asked for, or as the run began
         with pytest.raises(UserError, match="no compiler"):
-            MemoryOptions(compile=mode).memory(held, large, 1e8, known)
+            MemoryOptions(compile=mode).compiles(CUDA, large, 1e8, known)
     capsys.readouterr()
 
 

@@ -58,7 +58,7 @@ def test_each_of_two_phases_changes_its_own_adapter_alone(checkpointing):
         return predict(batch.latents, timestep, batch.cond).square().mean()
 
     phases = [
-        Phase(name, adapter.speaking, predict, loss, partial(learner.update, name, 1.0), lambda: 0, ())
+        Phase(name, adapter.speaking, predict, loss, partial(learner.update, name, 1.0), lambda: 0, (), adapter.model)
         for name, adapter in adapters.items()
     ]
     learner.begin_step(len(phases))
@@ -139,7 +139,7 @@ def test_an_expert_is_validated_at_its_own_noise_levels_with_its_own_lora():
 
 def make_schedule(steps: tuple[int, ...], turn: int, taken: dict[str, int]) -> Schedule:
     """Phases named by letters, which have taken so many steps."""
-    turns = [[Phase(letter, None, None, None, None, partial(taken.__getitem__, letter), ())] for letter in taken]
+    turns = [[Phase(letter, None, None, None, None, partial(taken.__getitem__, letter), (), None)] for letter in taken]
     return Schedule(turns, steps, turn)
 
 
@@ -204,7 +204,7 @@ def test_a_step_of_experts_is_one_update_so_that_batches_are_counted_by_steps():
 
 def test_two_phases_of_one_turn_share_every_step():
     taken = {"critic": 3, "student": 3}
-    both = [Phase(name, None, None, None, None, partial(taken.__getitem__, name), ()) for name in taken]
+    both = [Phase(name, None, None, None, None, partial(taken.__getitem__, name), (), None) for name in taken]
     schedule = Schedule([both], (5,))
     assert [phase.name for phase in schedule.due()] == ["critic", "student"] and schedule.phases == both
     assert schedule.total_steps == 5 and schedule.updates_before(3) == 6

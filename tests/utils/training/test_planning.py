@@ -17,30 +17,38 @@ from tests.tiny import TINY_SHAPE, write_model
 from utils.common.errors import UserError
 from utils.common.options import parse_options, run_script
 from utils.media.frames import write_video
-from utils.training import planning
+from utils.training import fit, planning
 from utils.training.calibration import Workload
 from utils.training.cards import CARDS
 from utils.training.choice import Given, Limits
-from utils.training.forecast import DeviceBytes, Forecast, HostBytes, Seconds, Setting
+from utils.training.counting import peak_bytes
+from utils.training.fit import given_of
+from utils.training.forecast import CONTEXT, DeviceBytes, Forecast, HostBytes, Seconds, Setting
 from utils.training.planning import (
     ASSUMED_HOST,
+    GIB,
     HOST_MARGIN,
     MARGIN,
+    OnGpu,
+    PlanOptions,
+    budget,
     encoder_bytes,
-    flags_of,
-    given_of,
-    say_plan,
+    encoding_bytes,
     this_card,
 )
-from wan.configs import FAMILIES
+from wan.configs import FAMILIES, Family
+from wan.modules.vae import WanVAE
+from wan.modules.vae2_2 import Wan22VAE
 
-I2V = FAMILIES["wan2.1-i2v-14B-480P"]
+SINGLE, I2V = FAMILIES["wan2.1-t2v-1.3B"], FAMILIES["wan2.1-i2v-14B-480P"]
+NOTHING = OnGpu(None, None)
 RUN = "--plan --dataset clips --base_res 64 --cache_latents 1"
 MODEL = "--pretrained_model_name_or_path model"
 GPU = SimpleNamespace(
     is_available=lambda: True,
     get_device_name=lambda: "NVIDIA L40S",
-    get_device_properties=lambda: SimpleNamespace(total_memory=40e9),
+    get_device_properties=lambda *_: SimpleNamespace(total_memory=40e9),
+    mem_get_info=lambda: (40e9 - CONTEXT, 40e9),
 )
 
 
@@ -77,7 +85,7 @@ def asked(monkeypatch) -> list[Any]:
         asked[:] = args[:4]
         return outcome(Setting("int8", 7))
 
-    monkeypatch.setattr(planning, "choose", choose)
+    monkeypatch.setattr(fit, "choose", choose)
     return asked
 
 
@@ -89,7 +97,7 @@ def test_a_model_that_is_there_is_forecast_without_being_loaded(monkeypatch, cap
     before = sorted(Path().rglob("*"))
     train_wan_lora.main(f"{RUN} {MODEL} --gpu 4090".split())
     said = capsys.readouterr().out
-    assert "bf16 weights, none; 48 tokens on RTX 4090" in said and "time: a step" in said
+    assert "bf16 weights, checkpointing none; 48 tokens on RTX 4090" in said and "time: a step" in said
     assert "\noptions: --weight_dtype bf16\n" in said
     assert "64 GB of main memory are assumed; nothing of this is measured" in said
     assert "outputs" not in {path.name for path in Path().iterdir()} and before == sorted(Path().rglob("*"))
@@ -124,7 +132,9 @@ def test_a_release_that_is_not_there_has_the_shape_of_its_family(release, family
         ("", Given()),
         ("--weight_dtype nf4", Given(weights="nf4")),
         ("--blocks_to_swap 2", Given(streamed=2)),
+        ("--blocks_to_swap 0", Given(streamed=0)),
         ("--layer_offload_fraction 0.3", Given(streamed=1)),
+        ("--layer_offload_fraction 0", Given(streamed=0)),
         ("--gradient_checkpointing full", Given(checkpointing="full")),
         ("--compile on", Given(compile=True)),
         ("--compile off", Given()),
@@ -134,13 +144,13 @@ def test_what_is_given_is_kept(flags, given, asked):
     train_wan_lora.main(f"{RUN} {MODEL} --gpu 4090 {flags}".split())
     assert asked[3] == given
     opts = parse_options(train_wan_lora.Options, flags.split())
-    assert given_of(opts, opts, TINY_SHAPE.num_layers) == given
+    assert given_of(opts, TINY_SHAPE.num_layers, opts.compile == "on") == given
 
 
 def test_what_is_given_is_in_the_options_that_are_said(capsys):
     train_wan_lora.main(f"{RUN} {MODEL} --gpu 4090 --weight_dtype int8 --blocks_to_swap 1".split())
     said = capsys.readouterr().out
-    assert "int8 weights, 1 of 2 blocks streamed, none" in said
+    assert "int8 weights, 1 of 2 blocks swapped, checkpointing none" in said
     assert "\noptions: --weight_dtype int8 --blocks_to_swap 1\n" in said
 
 
@@ -179,10 +189,59 @@ def test_the_gpu_of_this_machine_is_planned_for_by_its_name(monkeypatch, asked, 
     assert "are assumed" not in capsys.readouterr().out
 
 
-def test_a_gpu_whose_rates_are_not_known_is_said(monkeypatch):
+def test_a_gpu_whose_rates_are_not_known_has_those_of_one_with_similar_memory(monkeypatch):
     monkeypatch.setattr(planning.torch, "cuda", replace_name(GPU, "NVIDIA GeForce RTX 4090 Laptop GPU"))
-    with pytest.raises(UserError, match="no rates are known for NVIDIA GeForce RTX 4090 Laptop GPU; name one that is"):
-        this_card()
+    name = "NVIDIA GeForce RTX 4090 Laptop GPU, at the rates of an RTX 5090"
+    assert this_card() == replace(CARDS["5090"], name=name, memory=40e9)
+
+
+def test_what_other_programs_have_taken_of_the_gpu_is_left_to_them(monkeypatch):
+    monkeypatch.setattr(planning.torch, "cuda", SimpleNamespace(**vars(GPU) | {"mem_get_info": lambda: (30e9, 40e9)}))
+    found = budget(PlanOptions(), SINGLE, NOTHING)
+    assert found.limits.device == (1 - MARGIN) * (30e9 + CONTEXT) and found.is_here
+
+
+@pytest.mark.parametrize(("flags", "gib"), [("--vram 8", 8), ("--vram 11.5", 11.5), ("--preset 16gb", 16)])
+def test_no_more_than_was_said_is_planned_for(flags, gib):
+    opts = parse_options(train_wan_lora.Options, f"--plan --gpu 4090 {flags}".split())
+    assert budget(opts, SINGLE, NOTHING).limits.device == (1 - MARGIN) * gib * GIB
+
+
+def test_more_than_a_card_has_is_refused():
+    opts = parse_options(train_wan_lora.Options, "--plan --gpu 4060ti --preset 24gb".split())
+    with pytest.raises(UserError, match="--preset 24gb: the GPU has 16.0 GiB"):
+        budget(opts, SINGLE, NOTHING)
+
+
+@pytest.mark.parametrize("vram", ["8gb", "0", "0.5", "-1", "nan", "inf", "1e400", "on", ""])
+def test_a_vram_that_is_none_is_refused(vram):
+    with pytest.raises(UserError, match="--vram must be auto, off, or at least 1 GiB, not"):
+        parse_options(train_wan_lora.Options, ["--vram", vram])
+
+
+def test_vram_and_preset_are_not_both_given():
+    with pytest.raises(UserError, match="--vram and --preset say the same: give one of them"):
+        parse_options(train_wan_lora.Options, "--vram 8 --preset 8gb".split())
+
+
+def test_without_a_gpu_there_is_nothing_to_limit():
+    for flags in ("--vram 8", "--preset 8gb"):
+        opts = parse_options(train_wan_lora.Options, flags.split())
+        with pytest.raises(UserError, match=f"{flags} needs a GPU, and there is none; --plan --gpu 3060 {flags}"):
+            opts.limit_memory(torch.device("cpu"))
+    for flags in ("", "--vram off"):
+        parse_options(train_wan_lora.Options, flags.split()).limit_memory(torch.device("cpu"))
+
+
+def test_the_allocator_of_a_gpu_is_kept_within_the_limit(monkeypatch):
+    shares: list[float] = []
+    limited = SimpleNamespace(**vars(GPU) | {"set_per_process_memory_fraction": shares.append})
+    monkeypatch.setattr(planning.torch, "cuda", limited)
+    for flags in ("", "--vram 8", "--preset 24gb"):
+        parse_options(train_wan_lora.Options, flags.split()).limit_memory(torch.device("cuda"))
+    assert shares == pytest.approx([(8 * GIB - CONTEXT) / 40e9, (24 * GIB - CONTEXT) / 40e9])
+    with pytest.raises(UserError, match="--preset 48gb: the GPU has 37.3 GiB"):
+        parse_options(train_wan_lora.Options, ["--preset", "48gb"]).limit_memory(torch.device("cuda"))
 
 
 def replace_name(gpu: SimpleNamespace, name: str) -> SimpleNamespace:
@@ -190,19 +249,6 @@ def replace_name(gpu: SimpleNamespace, name: str) -> SimpleNamespace:
 
 
 # --------------------------------------------------------------------------------------- what is said, and counted
-
-
-@pytest.mark.parametrize(
-    ("setting", "flags"),
-    [
-        (Setting("bf16"), "--weight_dtype bf16"),
-        (Setting("nf4", 12, ("none", "full")), "--weight_dtype nf4 --blocks_to_swap 12"),
-        (Setting("int8", 0, compile=True), "--weight_dtype int8 --compile on"),
-    ],
-)
-def test_the_options_of_a_setting_leave_what_blocks_keep_to_the_run(setting, flags):
-    assert flags_of(outcome(setting)) == flags
-    parse_options(train_wan_lora.Options, flags.split())
 
 
 def size(manifest: str, part: str = "", unread: tuple[str, ...] = ()) -> int:
@@ -226,19 +272,74 @@ def test_the_encoders_take_what_the_released_ones_do_in_fp32(family, expected):
     assert encoder_bytes(FAMILIES[family]) == expected > 4e8
 
 
-@pytest.mark.parametrize("keeps_encoders", [True, False])
-def test_encoders_that_stay_on_the_gpu_take_their_share_of_it_and_that_is_said(asked, capsys, keeps_encoders):
+@pytest.mark.parametrize("on_gpu", [NOTHING, OnGpu((64, 64, 5), None)])
+def test_encoders_that_stay_on_the_gpu_take_their_share_of_it_and_that_is_said(on_gpu):
     opts = parse_options(train_wan_lora.Options, "--plan --gpu 4090".split())
-    say_plan(opts, Given(), I2V, Workload(TINY_SHAPE, 100), keeps_encoders)
-    taken = encoder_bytes(I2V) if keeps_encoders else 0
-    assert asked[2].device == CARDS["4090"].memory * (1 - MARGIN) - taken
-    said = capsys.readouterr().out
-    assert (f"encoders take {encoder_bytes(I2V) / 1e9:.2f} GB beside that" in said) == keeps_encoders
+    found = budget(opts, I2V, on_gpu)
+    taken = encoder_bytes(I2V) if on_gpu != NOTHING else 0
+    assert found.limits.device == CARDS["4090"].memory * (1 - MARGIN) - taken
+    assert found.encoders == taken and found.limits.host == ASSUMED_HOST and not found.is_here
+    assert (found.limits.encoding > 0) == (on_gpu != NOTHING)
 
 
-@pytest.mark.parametrize(("flags", "keeps"), [("--cache_latents 0", True), ("--sample_prompts a", True), ("", False)])
-def test_encoders_stay_where_latents_are_not_cached_or_previews_are_drawn(monkeypatch, flags, keeps):
-    seen: list[bool] = []
-    monkeypatch.setattr(train_wan_lora, "say_plan", lambda *_, keeps_encoders: seen.append(keeps_encoders))
+def test_a_gpu_that_is_too_small_for_the_encoders_is_refused():
+    opts = parse_options(train_wan_lora.Options, "--plan --gpu 4090 --vram 2".split())
+    with pytest.raises(UserError, match="2.04 GB of GPU memory are too little for the encoders alone"):
+        budget(opts, I2V, OnGpu((64, 64, 5), None))
+
+
+@pytest.mark.parametrize("name", ["wan2.1-t2v-1.3B", "wan2.2-ti2v-5B"])
+def test_what_the_vae_takes_while_it_computes_is_that_of_a_real_one(name):
+    """Counted with tensors on the CPU, where those of the forecast have no memory."""
+    family, size = FAMILIES[name], (64, 96, 9)
+    vae = Wan22VAE() if name == "wan2.2-ti2v-5B" else WanVAE()
+    video = torch.zeros(1, 3, size[2], size[1], size[0])
+    encoded = video.nbytes + peak_bytes(lambda: vae.encode(video))
+    latents = torch.zeros(1, *vae.latent_shape(size[2], size[1], size[0]))
+    decoded = peak_bytes(lambda: vae.decode(latents))
+    assert encoding_bytes(family, OnGpu(size, None)) == encoded > 10 * video.nbytes
+    assert encoding_bytes(family, OnGpu(None, size)) == decoded and encoding_bytes(family, NOTHING) == 0
+    assert encoding_bytes(family, OnGpu(size, size)) == max(encoded, decoded)
+
+
+@pytest.mark.parametrize(
+    ("flags", "encoded", "decoded"),
+    [("--cache_latents 0", True, False), ("--sample_prompts a", False, True), ("", False, False)],
+)
+def test_encoders_stay_where_latents_are_not_cached_or_previews_are_drawn(monkeypatch, flags, encoded, decoded, asked):
+    seen: list[OnGpu] = []
+
+    def watched(opts: PlanOptions, family: Family, on_gpu: OnGpu) -> planning.Budget:
+        seen.append(on_gpu)
+        return budget(opts, family, on_gpu)
+
+    monkeypatch.setattr(train_wan_lora, "budget", watched)
     train_wan_lora.main(f"{RUN} {MODEL} --gpu 4090 {flags}".split())
-    assert seen == [keeps]
+    size = (64, 64, 9)
+    assert seen == [OnGpu(size if encoded else None, size if decoded else None)]
+
+
+# ------------------------------------------------------------------------------------------------- what is planned
+
+
+@pytest.mark.parametrize(
+    ("flags", "planned"), [("", True), ("--vram 8", True), ("--preset 8gb", True), ("--vram off", False)]
+)
+def test_a_run_on_a_gpu_is_planned_unless_that_is_off(flags, planned):
+    opts = parse_options(train_wan_lora.Options, flags.split())
+    assert opts.plans_for(torch.device("cuda")) == planned and not opts.plans_for(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--plan --benchmark",
+        "--plan --vram off",
+        "--oom retry --vram off",
+        "--benchmark --check_dataset",
+        "--benchmark --cache_embeddings",
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(flags):
+    with pytest.raises(UserError):
+        parse_options(train_wan_lora.Options, flags.split())

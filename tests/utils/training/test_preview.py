@@ -79,6 +79,18 @@ def test_a_preview_leaves_the_random_state_and_no_gradient(vae):
     assert torch.equal(state, torch.get_rng_state()) and model.asked and not model.with_gradient
 
 
+def test_a_brief_preview_is_the_largest_one_in_a_single_step(vae):
+    small, large = (
+        make_requests([(name, text(1))], Scenes(size), 0, encoders_of(vae))[0]
+        for name, size in (("a", (16, 16, 1)), ("b", (32, 32, 5)))
+    )
+    preview = Preview([small, large], None, Sampler("unipc", 7, (3.0,), 5.0), 16, vae)
+    model = Model()
+    ((prompt, frames),) = preview.in_brief().generate(model)
+    assert prompt == "b" and frames.shape == (5, 3, 32, 32)
+    assert preview.in_brief().sampler == Sampler("unipc", 1, (3.0,), 5.0) and preview.sampler.steps == 7
+
+
 def test_prompts_are_a_text_or_the_lines_of_a_text_file(tmp_path):
     (tmp_path / "Prompts.TXT").write_text("\ufeffa fox\n\n  a hare \n", encoding="utf-8")
     assert read_prompts(str(tmp_path / "Prompts.TXT")) == ["a fox", "a hare"]

@@ -79,7 +79,10 @@ def test_passes_without_gradients_are_not_measured(available, monkeypatch):
     assert measured == [True]
 
 
-def test_on_a_gpu_the_room_is_what_is_unused_beside_what_is_resident(monkeypatch):
+@pytest.mark.parametrize(("share", "usable"), [(1.0, 60 + 30), (0.95, 60 + 30), (0.5, 50)])
+def test_on_a_gpu_the_room_is_what_is_unused_beside_what_is_resident_and_no_more_than_allowed(
+    monkeypatch, share, usable
+):
     """100 GB in all, 60 of them unused, 30 reserved by PyTorch, of which 20 are allocated before and 27 at the peak."""
     model, _, _ = prepared_model()
     order = []
@@ -88,15 +91,16 @@ def test_on_a_gpu_the_room_is_what_is_unused_beside_what_is_resident(monkeypatch
         "memory_allocated": lambda: 20 * GB,
         "reset_peak_memory_stats": lambda: order.append("reset"),
         "max_memory_allocated": lambda: 27 * GB,
-        "memory_reserved": lambda: 30 * GB,
-        "mem_get_info": lambda: (60 * GB, 100 * GB),
+        "memory_reserved": lambda device=None: 30 * GB,
+        "mem_get_info": lambda device=None: (60 * GB, 100 * GB),
+        "get_per_process_memory_fraction": lambda device=None: share,
     }
     for name, value in values.items():
         monkeypatch.setattr(torch.cuda, name, value)
     free, working = room._measure_cuda(lambda: order.append("run"))
     assert order == ["synchronize", "reset", "run", "synchronize"]
     assert working == 7 * GB
-    assert free == int((60 + 30 - 20 - 0.05 * 100) * GB)
+    assert free == int((usable - 20 - 0.05 * 100 * share) * GB)
 
 
 # ---------------------------------------------------------------------------------------------------------------- costs
