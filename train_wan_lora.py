@@ -11,72 +11,67 @@ utils/adapters (LoRA on the model), utils/training (what learns), utils/runs (wh
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.adapters.attach import AdapterOptions
-from utils.adapters.beside import Chosen
 from utils.adapters.lora import speaking
 from utils.common.console import say
 from utils.common.decisions import Decisions
-from utils.common.device import describe, explain_out_of_memory, pick_device
+from utils.common.device import describe, doing, explain_out_of_memory, pick_device
 from utils.common.errors import UserError
 from utils.common.files import check_writable
-from utils.common.formatting import counted
 from utils.common.options import option, parse_options, run_script, to_json, training_table
 from utils.common.signals import Stop, stop_on_signals
 from utils.common.temp_rng import MAX_SEED
-from utils.data.dataset import DataOptions, Dataset, open_dataset
+from utils.data.dataset import Dataset
 from utils.data.folders import Folder, Rules, check_paired_files
-from utils.data.plan import Plan, Window, full_length_windows, largest_window, make_plan, validation_windows
+from utils.data.plan import Plan, make_plan
 from utils.data.tables import format_plan
 from utils.diffusion.flow import sample_noisy
 from utils.diffusion.objectives import guided_target, squared_error
-from utils.encoding.conditioning import (
-    Batch,
-    GivenFrames,
-    draw_held,
-    inject_noise,
-    loss_weight,
-    make_predict,
-    replace_text,
-)
-from utils.encoding.latent_cache import format_cache_size
+from utils.encoding.conditioning import Batch, draw_held, inject_noise, loss_weight, make_predict, replace_text
 from utils.encoding.pictures import needed_flags
-from utils.encoding.samples import Caches, LatentEncoding, Samples, open_samples
-from utils.encoding.sampling import further_loras
-from utils.encoding.text import TextEncoding, Texts, encode_texts, negative_prompt_file, shipped_prompts
 from utils.media.controls import FROM_FILE
+from utils.runs.attempts import run_until_it_fits
+from utils.runs.benchmark import benchmark
 from utils.runs.ending import save_on_exit
+from utils.runs.inputs import (
+    InputOptions,
+    Inputs,
+    encoders_on_gpu,
+    load_texts,
+    open_data,
+    open_inputs,
+    open_preview,
+    workload,
+)
+from utils.runs.rehearsal import ROOM, rehearse_run, rehearse_saving
 from utils.runs.run import Run, RunOptions, RunSettings, open_run
-from utils.runs.state import Facts, State, check_resume_compatible, find_state
+from utils.runs.session import Session
+from utils.runs.state import Facts, State, check_resume_compatible, decisions_of, find_state
 from utils.setup.download import SetupOptions, set_up
-from utils.setup.model import SingleFiles, find_given_family, given_shape, need_experts, open_given
-from utils.training.calibration import Workload
+from utils.setup.model import find_given_family, given_shape, need_experts, open_given
 from utils.training.checkpoint_plan import CheckpointPlan
 from utils.training.compilation import explain_failed_compilation
 from utils.training.conditions import check_conditions
-from utils.training.experts import Experts, load_experts, plan_experts
+from utils.training.experts import DISK, load_experts
+from utils.training.fit import Fit, find_fit, given_of
 from utils.training.learner import Learner, Trainable
 from utils.training.optim import with_epochs
-from utils.training.phases import Schedule, TrainingOptions, make_phase
-from utils.training.planning import given_of, say_plan
-from utils.training.preview import Preview, Scenes, make_preview
-from utils.training.rehearsal import rehearse
+from utils.training.phases import Schedule, make_phase
+from utils.training.planning import budget
 from utils.training.validation import hold_share
-from wan.checkpoints import CheckpointError, ModelFiles
+from wan.checkpoints import CheckpointError
 from wan.configs import Family
-from wan.modules.model import WanModel
-
-CPU = torch.device("cpu")
+from wan.modules.model import WanModel, WanShape
 
 # ------------------------------------------------------------------------------------------------------------ options
 # A name here is a flag on the command line and a key in --config FILE.toml. Groups live with what they configure.
@@ -92,16 +87,17 @@ class General:
 
 
 @dataclass(frozen=True)
-class Options(
-    General, SetupOptions, SingleFiles, DataOptions, Caches, GivenFrames, AdapterOptions, TrainingOptions, RunOptions
-):
+class Options(General, SetupOptions, InputOptions, RunOptions):
     """Train a LoRA for a Wan video model on your own clips."""
 
     def __post_init__(self) -> None:
         self.check_length()
         self.check_name()
+        self.check_plan()
         if self.cache_embeddings and self.cache_latents:
             raise UserError("--cache_embeddings stops after the texts, before --cache_latents: give one of them")
+        if self.benchmark and (self.cache_embeddings or self.cache_only or self.check_dataset):
+            raise UserError("--benchmark needs a run: leave out --cache_embeddings, --cache_only and --check_dataset")
 
 
 # ---------------------------------------------------------------------------------------------------- what is learned
@@ -132,159 +128,80 @@ def training_loss(
     return squared_error(predict(noisy.latents, noisy.timestep, cond), target, weight)
 
 
-@dataclass(frozen=True)
-class Session:
-    """What the loop needs: who learns, in which phases, from which samples, and what is measured in between."""
-
-    learner: Learner
-    schedule: Schedule  # which update a step has; ordinary training has always the same
-    experts: Experts  # the transformers; most models have one
-    samples: Samples
-    plan: Plan
-    steps_per_epoch: int
-    validation: list[Batch]
-    preview: Preview | None
-    further: Mapping[str, Sequence[Chosen]]  # LoRAs that act beside those in training in previews
-    needed: str  # the flags that the test script needs to show this model
-
-    def watched(self, device: torch.device) -> Iterator[Batch]:
-        """The validation clips, one after another on the device."""
-        return (batch.to(device) for batch in tqdm(self.validation, desc="validating", leave=False))
-
-
 # --------------------------------------------------------------------------------------------- before the first step
 
 
-def open_data(opts: Options, folders: list[Folder], family: Family) -> Dataset:
-    """Finds the clips, checks every file, and prints a table of them, before anything that takes long."""
-    # Options for which this model has no use are an error.
-    opts.check_given(family, any(folder.rules.reads_first for folder in folders))
-    opts.check_control(family)
-    opts.roles(family)
-    limits = opts.limits(family.grid)
-    data = open_dataset(folders, limits, family.fps, opts.cache_dir, opts.skip_bad_files)
-    if family.given_as == "channels" and data.num_images:
-        images = counted(data.num_images, "image")
-        say(f"{images}: this model is given the first frame, so of an image it sees the answer")
-    say(format_cache_size(data, limits, family, opts.control_lora))
-    return data
+def fit_memory(opts: Options, family: Family, shape: WanShape, plan: Plan, compile: bool, decisions: Decisions) -> Fit:
+    """The fastest setting with which the largest batch fits, by forecast, within what the options leave open."""
+    work, memory = workload(opts, family, shape, plan), budget(opts, family, encoders_on_gpu(opts, plan))
+    fit = find_fit(work, memory, given_of(opts, shape.num_layers, compile), decisions)
+    fit.say()
+    return fit
 
 
-def load_texts(opts: Options, encoding: TextEncoding, data: Dataset) -> Texts:
-    """The embeddings of all captions and prompts; what is not cached yet is encoded."""
-    # Distillation and guided previews also need a negative prompt. --cache_embeddings encodes all that ship with us.
-    prompts = opts.preview_prompts
-    sampler = opts.preview_sampler(encoding.files.family, encoding.files.family.size, bool(opts.distill_cfg))
-    guided = bool(opts.distill_cfg) or (bool(prompts) and sampler.is_guided)
-    negatives = [opts.distill_negative or negative_prompt_file(encoding.files.family)] if guided else []
-    others = shipped_prompts() if opts.cache_embeddings else []
-    return encode_texts(encoding, data.captions, prompts, data.cache_folder, negatives, others)
-
-
-def open_session(
-    opts: Options, files: ModelFiles, device: torch.device, data: Dataset, plan: Plan, decisions: Decisions
-) -> Session | None:
-    """Encodes and loads what the loop needs, one model after another; None with --cache_only."""
-    # First a rehearsal on transformers without weights: a misspelled layer, or a LoRA file that does not fit, should
-    # not cost the minutes of loading.
-    roles = opts.roles(files.family)
-    plans = plan_experts(roles, files)
-    size = largest_window(full_length_windows(plan.sources, plan.limits))
-    opts.preview_images(files.family, size.frames)
-    further = further_loras(opts.also_lora, files)
-    shape, steps = next(iter(files.transformers.values())).shape, [role.opts.max_train_steps for role in roles]
-    # What the machine decides, such as whether blocks are compiled, stays as it is when a run is resumed.
-    storage = opts.storage(device, shape, round(plan.mean_tokens), decisions)
-    memory = opts.memory(storage, shape, sum(steps) * opts.gradient_accumulation * plan.mean_tokens, decisions)
-
-    # The text encoder takes 11 GB. It is loaded only if an embedding is missing, and freed before the next model.
-    texts = load_texts(opts, TextEncoding(files, device, opts.text_encoder_dtype), data)
-
-    # Clips go through the VAE at every step, or once, to the cache; frames that the model is given through a vision
-    # encoder too. Without held-out clips validation uses training clips.
-    watched = validation_windows(data.val or data.train, plan.limits, opts.val_samples)
-    encoding, windows = LatentEncoding(files, device, opts.control_signal), [*plan.fixed_windows, *watched]
-    samples = open_samples(opts, encoding, windows, texts.captions, data.cache_folder, opts.num_workers)
-    if opts.cache_only:
-        return None
+def open_session(opts: Options, inputs: Inputs, device: torch.device, compile: bool, decisions: Decisions) -> Session:
+    """Loads what learns, and what the loop shows it."""
+    files, plan, roles, samples = inputs.files, inputs.plan, inputs.roles, inputs.samples
+    storage = opts.storage(device, files.shape, round(plan.mean_tokens), decisions)
+    storage = replace(storage, idle_on_disk=opts.idle_expert == DISK)
+    memory = opts.memory(storage, compile)
 
     # The other random numbers come from torch's generator: the LoRA's first values, then noise and noise levels.
     torch.manual_seed(opts.seed)
-    kept = CheckpointPlan(memory.checkpointing, shape.num_layers)
-    experts, adapters = load_experts(roles, plans, files, memory, kept, storage, bool(texts.previews))
+    kept = CheckpointPlan(memory.checkpointing, files.shape.num_layers)
+    with_others = bool(inputs.texts.previews)
+    experts, adapters = load_experts(roles, inputs.adapters, files, memory, kept, storage, with_others)
 
     # Only LoRAs are trained; base models are frozen. A step is one phase, and two experts take turns. A student and its
     # critic would be two phases of one step.
     learner = Learner([Trainable(r.trainable, adapters[r.name], r.opts.optimizer, opts.ema_decay) for r in roles])
-    loss = partial(training_loss, negative=texts.negative)
+    loss = partial(training_loss, negative=inputs.texts.negative)
     phases = [make_phase(role, adapters[role.name], experts, learner, loss) for role in roles]
+    steps = [role.opts.max_train_steps for role in roles]
     schedule = Schedule([[phase] for phase in phases], steps, opts.expert_phase_steps)
     steps_per_epoch = plan.steps_per_epoch(opts.gradient_accumulation)
     say(f"\n{format_plan(plan, steps_per_epoch, schedule.total_steps)} on {describe(device)}")
     for role in roles:
-        say(f"{role.label}{adapters[role.name].describe()}, {describe_rate(role.opts)}")
+        say(f"{role.label}{adapters[role.name].describe()}, {role.opts.describe_rate()}")
 
     # A condition that is lost on its way to the model costs hours, and shows only in the result.
     # The longest clips have every condition; a still has no first frame that could be given.
     batch = samples.load_batch(max(plan.epoch(0), key=lambda windows: windows[0].frames))
     for phase, adapter in zip(phases, adapters.values(), strict=True):
-        with phase.speaking():
+        with phase.speaking(), doing("checking the conditions"):
             check_conditions(adapter, batch, phase.sigmas[2], files.family.given, opts.control_lora)
 
-    clips = tqdm(watched, "encoding validation clips", leave=False)
-    validation = [samples.load_batch([window]).to(CPU) for window in clips]
-    preview = open_preview(opts, files.family, texts, samples, plan, size, validation) if texts.previews else None
+    validation = [
+        inputs.load_batch(window) for window in tqdm(inputs.watched, "encoding validation clips", leave=False)
+    ]
+    preview = open_preview(opts, inputs, validation, opts.seed) if inputs.texts.previews else None
     validation = hold_share(validation, opts.held_share)
-
-    # The largest batch goes through the model before the first step, so that memory is found too small now and not
-    # after hours. What there is room for decides how much the blocks keep for the backward pass.
-    rehearse(phases[0], experts.models[roles[0].name], samples.load_batch(plan.largest_batch), kept, learner.parameters)
     needed = opts.flags(files) + opts.storage_flags + needed_flags(files.family, opts.control_signal)
-    return Session(learner, schedule, experts, samples, plan, steps_per_epoch, validation, preview, further, needed)
-
-
-def describe_rate(opts: Options) -> str:
-    """How fast is learned, and what."""
-    distilled = f", guidance {1 + opts.distill_cfg:g} distilled" if opts.distill_cfg else ""
-    return f"learning rate {opts.learning_rate:g}, shift {opts.shift:g}{distilled}"
-
-
-def open_preview(
-    opts: Options, family: Family, texts: Texts, samples: Samples, plan: Plan, size: Window, validation: list[Batch]
-) -> Preview:
-    """What previews show: prompts, and for some models the controls and the given frames of validation clips."""
-    # Previews have the `size` of the largest clip, or of those that they follow. Without validation clips they follow
-    # the largest sample of the first epoch.
-    images = opts.preview_images(family, size.frames)
-    follows = opts.control_lora or (family.given and opts.held_share and not images)
-    if follows and not validation:
-        validation = [samples.load_batch([largest_window(chain(*plan.epoch(0)))]).to(CPU)]
-    sampler, scenes = (
-        opts.preview_sampler(family, size.bucket[:2], bool(opts.distill_cfg)),
-        validation if follows else [],
+    return Session(
+        learner, schedule, experts, samples, plan, steps_per_epoch, validation, preview, inputs.further, kept, needed
     )
-    return make_preview(texts, sampler, opts.seed, samples.open_encoders(), Scenes(size.bucket, scenes, images))
 
 
-def make_forecast(opts: Options, name: str, family: Family, data: Dataset) -> None:
-    """Says what the run would take on a GPU, by its largest batch."""
-    plan = make_plan(data.train, opts.limits(family.grid), opts.seed, opts.cache_latents)
-    shape, windows, experts = given_shape(opts, name, family), plan.largest_batch, len(opts.roles(family))
-    opts.check_storage(shape.num_layers)
-    work = Workload(shape, windows[0].tokens, len(windows), opts.lora_rank, opts.lora_target, experts)
-    given = given_of(opts, opts, shape.num_layers)
-    say_plan(opts, given, family, work, keeps_encoders=not opts.cache_latents or bool(opts.preview_prompts))
+def forecast_run(opts: Options, folders: list[Folder], is_default: bool) -> None:
+    """Checks the clips, and with --plan says what their largest batch takes."""
+    name = opts.pretrained_model_name_or_path
+    family = find_given_family(opts, name, is_default)
+    data = open_data(opts, folders, family)
+    if opts.plan:
+        shape = given_shape(opts, name, family)
+        opts.check_storage(shape.num_layers)
+        plan = make_plan(data.train, opts.limits(family.grid), opts.seed, opts.cache_latents)
+        fit_memory(opts, family, shape, plan, opts.compile == "on", Decisions(opts.gpu or ""))
 
 
-def start_run(opts: Options, data: Dataset, session: Session, state: State | None, decisions: Decisions) -> Run:
-    """Creates the run's folder, or restores the learner from a saved state and continues in that run's folder."""
+def run_settings(opts: Options, data: Dataset, session: Session, decisions: Decisions) -> RunSettings:
+    """What is written of a run into its folder, its states and its LoRAs."""
     control = FROM_FILE if any(source.control for source in data.train) else opts.control_type * opts.control_lora
     about = {**opts.base(opts.pretrained_model_name_or_path), "control": control, "shift": f"{opts.shift:g}"}
     about |= {"control_i2v": "true"} if opts.control_i2v else {}
     options, facts = to_json(opts), Facts(training_table(opts), data.fingerprint, decisions.table())
     total, name = session.schedule.total_steps, opts.output_name
-    settings = RunSettings(opts.output_dir, total, opts.max_grad_norm, options, facts, about, name)
-    return open_run(settings, session.learner, state)
+    return RunSettings(opts.output_dir, total, opts.max_grad_norm, options, facts, about, name)
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -319,8 +236,7 @@ def train(opts: Options, device: torch.device, session: Session, run: Run) -> No
             # Previews: always the same prompts from the same noise, so that only the LoRA makes a difference.
             if preview and run.is_due(opts.sample_every) and not metrics.has_previews:
                 metrics.flush()
-                with session.experts.beside(session.further):
-                    metrics.log_previews(preview.generate(session.experts.predict), preview.fps)
+                metrics.log_previews(session.show(preview), preview.fps)
 
             if last:
                 files = " ".join(map(str, run.last_saved_files))
@@ -353,6 +269,31 @@ def take_step(opts: Options, session: Session, run: Run, stream: Iterator[Batch]
     run.metrics.end_step(tokens)
 
 
+def run_with(
+    opts: Options,
+    inputs: Inputs,
+    device: torch.device,
+    compile: bool,
+    decisions: Decisions,
+    fit: Fit | None,
+    state: State | None,
+) -> None:
+    """A whole run with a setting, from its beginning or from a state."""
+    if state is None:
+        decisions.forget(ROOM)  # that of a try with another setting
+    planned, spare = (opts, 0.0) if fit is None else (fit.applied(opts, decisions), fit.spare)
+    folder = opts.output_dir if state is None else state.run_folder
+    with explain_out_of_memory(), explain_failed_compilation():
+        session = open_session(planned, inputs, device, compile, decisions)
+        # The state has the options as they were given; what was chosen, also in the rehearsal, is in the decisions.
+        settings = partial(run_settings, opts, inputs.data, session, decisions)
+        save = partial(rehearse_saving, session.learner, settings(), folder)
+        rehearse_run(session, opts, save, decisions if compile else None, spare)
+        if opts.benchmark:
+            return benchmark(planned, inputs, session, compile, decisions)
+        train(opts, device, session, open_run(settings(), session.learner, state))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     opts = parse_options(Options, argv)
     if set_up(opts):
@@ -363,13 +304,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders, is_default = opts.folders(Rules.of(opts), opts.config), name == Options.pretrained_model_name_or_path
     check_paired_files(folders, opts.control_lora, needs_masks=opts.mask_floor != Options.mask_floor)
     if opts.check_dataset or opts.plan:  # a released model need not be downloaded for these
-        family = find_given_family(opts, name, is_default)
-        data = open_data(opts, folders, family)
-        return make_forecast(opts, name, family, data) if opts.plan else None
+        return forecast_run(opts, folders, is_default)
+    device = pick_device()
+    opts.limit_memory(device)
     check_writable(opts.output_dir)
     files = open_given(opts, name, is_default)
     need_experts(files, [role.name for role in opts.roles(files.family)], bool(opts.preview_prompts))
-    opts.check_storage(next(iter(files.transformers.values())).shape.num_layers)
+    opts.check_storage(files.shape.num_layers)
     data = open_data(opts, folders, files.family)
 
     # The plan draws everything random about the data, from the seed and the number of the epoch alone. The order of
@@ -384,13 +325,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     if state is not None:
         check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes, steps)
 
-    device = pick_device()
-    decisions = Decisions(describe(device), state.facts.decided if state else {}, opts.allow_changes)
-    with explain_out_of_memory(), explain_failed_compilation():
+    with explain_out_of_memory():
         if opts.cache_embeddings:
-            load_texts(opts, TextEncoding(files, device, opts.text_encoder_dtype), data)
-        elif (session := open_session(opts, files, device, data, plan, decisions)) is not None:
-            train(opts, device, session, start_run(opts, data, session, state, decisions))
+            load_texts(opts, files, device, data)
+            return
+        if opts.cache_only:
+            open_inputs(opts, files, device, data, plan)
+            return
+
+        # What the machine decides, such as whether blocks are compiled, stays as it is when a run is resumed.
+        decisions = decisions_of(state, device, opts.allow_changes)
+        tokens = sum(steps.values()) * opts.gradient_accumulation * plan.mean_tokens
+        compile = opts.compiles(device, files.shape, tokens, decisions)
+        fit = None
+        if opts.plans_for(device):
+            fit = fit_memory(opts, files.family, files.shape, plan, compile, decisions)
+        inputs = open_inputs(opts, files, device, data, plan)
+
+    run = partial(run_with, opts, inputs, device, compile, decisions)
+    run_until_it_fits(run, fit, state, retries=opts.oom == "retry")
 
 
 if __name__ == "__main__":

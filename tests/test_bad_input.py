@@ -100,6 +100,7 @@ def ends(main: Callable, arguments: str, capsys: pytest.CaptureFixture) -> str:
             f"{TRAIN} --sample_prompts fox --also_lora foreign.safetensors:0.5",
             "foreign.safetensors: the LoRA has (7, 7)",
         ),
+        (f"{TRAIN} --idle_expert disk", "--idle_expert disk would be ignored"),
         (f"{TRAIN} --output_dir clips/fox.txt", "clips/fox.txt is a file"),
     ],
 )
@@ -136,7 +137,7 @@ def test_a_mistaken_call_of_the_test_script_is_reported(work, capsys, arguments,
 
 
 def test_all_bad_files_are_reported_together_before_a_model_loads(work, capsys, monkeypatch):
-    monkeypatch.setattr(train_wan_lora, "plan_experts", None)  # whoever calls it fails
+    monkeypatch.setattr("utils.runs.inputs.plan_experts", None)  # whoever calls it fails
     (work / "clips" / "broken.mp4").write_bytes((work / "clips" / "fox.mp4").read_bytes()[:700])
     (work / "clips" / "broken.txt").write_text("broken", encoding="utf-8")
     write_video(work / "clips" / "mute.mp4", torch.zeros(9, 3, 48, 80, dtype=torch.uint8), 16)

@@ -29,10 +29,11 @@ from utils.training import room
 from utils.training.calibration import Workload
 from utils.training.cards import CARDS, Card
 from utils.training.choice import Given, Limits, choose
+from utils.training.fit import Fit
 from utils.training.forecast import Forecast
 from utils.training.memory import Memory, prepare
 from utils.training.phases import TrainingOptions
-from utils.training.planning import ASSUMED_HOST, MARGIN, flags_of
+from utils.training.planning import ASSUMED_HOST, GIB, MARGIN, OnGpu, encoding_bytes
 from wan.configs import FAMILIES, Family, named_family
 from wan.modules.model import WanModel, WanShape, is_fp32
 from wan.modules.t5 import UMT5Encoder
@@ -219,6 +220,12 @@ def test_the_page_about_memory_states_what_streamed_blocks_take():
         assert [slots, slots8] == [in_gb(SLOTS * size / FAMILIES[name].shape.num_layers) for size in sizes]
 
 
+def test_the_page_about_memory_states_how_much_of_an_expert_may_wait_on_disk():
+    whole = sum(Storage(torch.device("meta"), torch.bfloat16).sizes(layout("wan2.2-t2v-A14B")).values())
+    share = f"{in_blocks('wan2.2-t2v-A14B', None) / whole:.0%}".replace("%", " %")
+    assert f"{share} of it in bf16, are in no memory" in read(ROOT / "docs" / "memory.md")
+
+
 def test_the_page_about_memory_states_what_the_text_encoder_takes():
     with torch.device("meta"):
         encoder = UMT5Encoder()
@@ -282,7 +289,7 @@ def test_the_page_of_the_5b_states_its_tokens():
 
 # ---------------------------------------------------------------------------------------------------------- forecasts
 
-SMALL_CARD = replace(CARDS["3060"], memory=8e9)
+SMALL_CARD = replace(CARDS["3060"], memory=8 * GIB)
 BY_CARD = {"12 GB, RTX 3060": "3060", "16 GB, RTX 4080": "4080", "24 GB, RTX 4090": "4090"}
 BY_CARD |= {"48 GB, RTX A6000": "a6000", "80 GB, H100": "h100"}
 TRAINED = ("wan2.1-t2v-1.3B", "wan2.2-ti2v-5B", "wan2.1-t2v-14B", "wan2.2-t2v-A14B")  # of the table by card
@@ -297,13 +304,19 @@ def foreseen(name: str, frames: int, card: Card, weights: str | None = None) -> 
     return choose(work, card, limits, Given(weights=weights))
 
 
+def flags_of(found: Forecast) -> str:
+    return Fit(None, None, None, found).flags
+
+
 def forecast_cell(name: str, frames: int, card: Card) -> str:
     try:
         found = foreseen(name, frames, card)
     except UserError as error:
-        fewer = re.search(r"nf4 weights, 40 of 40 blocks streamed, offload; with about ([\d,]+) tokens", str(error))
+        fewer = re.search(
+            r"nf4 weights, 40 of 40 blocks swapped, checkpointing offload\n--token_limit (\d+) would fit", str(error)
+        )
         assert fewer
-        return f"no; about {fewer[1]} tokens fit"
+        return f"no; about {int(fewer[1]):,} tokens fit"
     flags = flags_of(found).removeprefix("--weight_dtype bf16").strip()
     host = f" + {found.host.total / 1e9:.1f}" if found.host.total else ""
     return f"{found.device.total / 1e9:.1f}{host} GB" + (f", `{flags}`" if flags else "")
@@ -344,6 +357,20 @@ def test_a_recipe_has_the_options_and_sizes_that_are_foreseen(size, card):
         found = foreseen(family.name, frames, card, weights="int8")
         assert flags_of(found) == f"--weight_dtype {opts.weight_dtype} --blocks_to_swap {opts.blocks_to_swap}"
         assert stated == f"{found.device.total / 1e9:.1f} + {found.host.total / 1e9:.1f} GB"
+
+
+@pytest.mark.slow
+def test_the_activations_of_the_vae_are_those_that_are_counted():
+    family, sizes = FAMILIES["wan2.1-t2v-1.3B"], [(832, 480, frames) for frames in (21, 81)]
+    encode, decode = (
+        [f"{encoding_bytes(family, OnGpu(*pair)) / 1e9:.1f}" for pair in pairs]
+        for pairs in ([(size, None) for size in sizes], [(None, size) for size in sizes])
+    )
+    page = " ".join(read(ROOT / "docs" / "memory.md").split())
+    assert (
+        f"{' to '.join(encode)} GB to encode 832x480 with the VAE of Wan 2.1, {' to '.join(decode)} GB to dec" in page
+    )
+    assert f"the VAE takes {encode[0]} to {decode[1]} GB beside the weights" in " ".join(read(README).split())
 
 
 # ------------------------------------------------------------------------------------------------------------ experts

@@ -1,20 +1,22 @@
 """What `--gradient_checkpointing auto` chooses on smaller GPUs, and whether that fits.
 
-A smaller GPU is a limit for torch's allocator, which is passed on to the measurement; the CUDA context comes on top.
+A smaller GPU is a limit for torch's allocator, as `--vram` sets it; the CUDA context comes on top.
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
-from unittest.mock import patch
 
 import torch
 
 from benchmarks.contest import Contestant
 from benchmarks.measure import FAILED, Clock, Row, Sizes, count_tokens, skipped
 from benchmarks.models import Inputs, fused, our_trainee, random_inputs
+from utils.training.calibration import Workload
+from utils.training.cards import CARDS
 from utils.training.checkpoint_plan import AUTO, Room
+from utils.training.forecast import CONTEXT, Setting, forecast
 from utils.training.memory import TrainingPass
 from utils.training.optim import bytes_of_first_step
 from utils.training.room import measure_room
@@ -48,23 +50,16 @@ def _under_caps(sizes: Sizes, grid: Grid, device: torch.device) -> Iterator[Row]
 
 @contextmanager
 def capped(limit: int | None, device: torch.device) -> Iterator[None]:
-    """Inside, torch allocates at most so many bytes of the GPU, and says that it has no more."""
+    """Inside, torch allocates at most so many bytes of the GPU."""
     if limit is None or device.type != "cuda":
         yield
         return
-    real = torch.cuda.mem_get_info
-
-    def info(*_: object) -> tuple[int, int]:
-        unused, _total = real(device)
-        return min(unused, limit - torch.cuda.memory_reserved(device)), limit
-
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))  # of the current device
     try:
-        with patch.object(torch.cuda, "mem_get_info", info):
-            yield
+        yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def _planned(name: str, sizes: Sizes, grid: Grid, device: torch.device) -> Iterator[Row]:
@@ -83,11 +78,16 @@ def _planned(name: str, sizes: Sizes, grid: Grid, device: torch.device) -> Itera
     yield Row(f"{name}: chosen", runs, "blocks", f"{tokens} tokens; room for {room.free / 1e9:.2f} GB of activations")
     predicted = resident + reserve + _predicted(room, chosen, tokens)
     yield Row(f"{name}: predicted peak", predicted / 1e9, "GB", "weights, LoRA, optimizer and activations")
-    yield from _steps(name, Contestant("ours", trainee), inputs, predicted, device)
+    work = Workload(sizes.shape, tokens, rank=sizes.rank)
+    foreseen = forecast(work, Setting("bf16", 0, tuple(chosen)), CARDS["h200"]).device.total - CONTEXT
+    yield Row(f"{name}: forecast peak", foreseen / 1e9, "GB", "the same, before anything is loaded (--plan)")
+    yield from _steps(name, Contestant("ours", trainee), inputs, {"predicted": predicted, "forecast": foreseen}, device)
 
 
-def _steps(name: str, contestant: Contestant, inputs: Inputs, predicted: float, device: torch.device) -> Iterator[Row]:
-    """Whether the next steps fit, and how far their peak is from the predicted one."""
+def _steps(
+    name: str, contestant: Contestant, inputs: Inputs, expected: Mapping[str, float], device: torch.device
+) -> Iterator[Row]:
+    """Whether the next steps fit, and how far their peak is from what was expected."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -104,8 +104,8 @@ def _steps(name: str, contestant: Contestant, inputs: Inputs, predicted: float, 
         return
     torch.cuda.synchronize(device)
     peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-    ratio = f"{peak / predicted:.3f} of the predicted; {reserved / 1e9:.2f} GB reserved"
-    yield Row(f"{name}: measured peak", peak / 1e9, "GB", ratio)
+    ratios = ", ".join(f"{peak / value:.3f} of the {kind}" for kind, value in expected.items())
+    yield Row(f"{name}: measured peak", peak / 1e9, "GB", f"{ratios}; {reserved / 1e9:.2f} GB reserved")
 
 
 def _predicted(room: Room, chosen: list[str], tokens: int) -> float:

@@ -18,21 +18,46 @@ class Decisions:
     changes_allowed: bool = False
     made: dict[str, str] = field(default_factory=dict)
 
-    def take(self, name: str, decide: Callable[[], str]) -> str:
-        """What was decided on this device when the run began; otherwise what `decide` says now.
+    def kept(self, name: str, is_valid: Callable[[str], object] = bool) -> str | None:
+        """What was decided on this device when the run began; None where nothing was. Raises UserError as `take`."""
+        kept = self.saved.get(name) if self.saved.get(DEVICE) == self.device else None
+        if kept is not None and not is_valid(kept):
+            raise UserError(f"the saved run's {name} is {kept!r}: its state is damaged, or of a newer version")
+        return kept
 
-        Raises UserError where that is not what was decided on another device, unless changes are allowed.
+    def take(
+        self, name: str, decide: Callable[[], str], is_valid: Callable[[str], object] = bool, words: str = ""
+    ) -> str:
+        """What was decided on this device when the run began, which is said; otherwise what `decide` says now, once.
+
+        `words` say what is decided where `name` is no option. Raises UserError where the outcome is not that of another
+        device, unless changes are allowed, and for what was saved and is not valid.
         """
-        if name in self.saved and self.saved.get(DEVICE) == self.device:
-            self.made[name] = self.saved[name]
-            say(f"--{name} {self.made[name]}, as in the saved run")
+        if name in self.made:
             return self.made[name]
+        if (kept := self.kept(name, is_valid)) is not None:
+            say(f"{words} is as in the saved run" if words else f"--{name} {kept}, as in the saved run")
+            return self.record(name, kept)
         value = decide()
         if name in self.saved and self.saved[name] != value and not self.changes_allowed:
-            before = f"{name} was {self.saved[name]} on {self.saved.get(DEVICE)}, and is {value} on {self.device}"
-            raise UserError(f"{before}\npass --allow_changes to resume anyway, or give --{name}")
+            raise UserError(self._difference(name, value, words))
+        return self.record(name, value)
+
+    def _difference(self, name: str, value: str, words: str) -> str:
+        before, allow = self.saved.get(DEVICE), "pass --allow_changes to resume anyway"
+        if words:
+            return f"{words} is not the same on {before} and on {self.device}\n{allow}"
+        was = f"{name} was {self.saved[name]} on {before}, and is {value} on {self.device}"
+        return f"{was}\n{allow}, or keep it with --{name} {self.saved[name]}"
+
+    def record(self, name: str, value: str) -> str:
+        """Keeps a decision that is made elsewhere, in place of an earlier one."""
         self.made[name] = value
         return value
+
+    def forget(self, name: str) -> None:
+        """Lets something be decided again."""
+        self.made.pop(name, None)
 
     def table(self) -> dict[str, str]:
         """What a state keeps."""

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from utils.common.console import say
-from utils.common.errors import RunError
+from utils.common.errors import OutOfMemory
 
 
 def pick_device() -> torch.device:
@@ -28,21 +28,32 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def out_of_memory(error: torch.OutOfMemoryError) -> str:
-    """The message for a full GPU: what did not fit, and which options reduce it."""
-    reason = str(error).split(". ")[0]
-    return (
-        f"{reason}\nfewer tokens need less memory: --token_limit and --base_res when training, --width, --height and "
-        "--frames when generating\n--weight_dtype int8 or nf4 and --blocks_to_swap make room that the weights take\n"
-        "in training --cache_latents keeps the encoders off the GPU, and "
-        "--gradient_checkpointing offload what blocks keep"
-    )
+def free_memory() -> int:
+    """The bytes that this process may still take of the GPU's memory."""
+    free, total = torch.cuda.mem_get_info()
+    allowed = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
+    return min(free, int(allowed))
+
+
+def what_did_not_fit(error: torch.OutOfMemoryError) -> str:
+    """Such as "CUDA out of memory, while validating"."""
+    return ", ".join([str(error).split(". ")[0], *getattr(error, "__notes__", ())])
 
 
 @contextmanager
 def explain_out_of_memory() -> Iterator[None]:
-    """Turns torch.OutOfMemoryError into a RunError that names the options to reduce."""
+    """Turns torch.OutOfMemoryError into an OutOfMemory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise RunError(out_of_memory(error)) from None
+        raise OutOfMemory(what_did_not_fit(error)) from None
+
+
+@contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Says of torch.OutOfMemoryError what did not fit, such as "validating"."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        error.add_note(f"while {what}")
+        raise

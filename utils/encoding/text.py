@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.common.console import say
+from utils.common.device import free_memory
 from utils.common.errors import UserError
 from utils.common.formatting import counted, readable_size
 from utils.encoding.text_cache import TextCache, load_embedding
@@ -133,7 +134,7 @@ class TextEncoding:
         """The GPU if there is one with enough free memory, else the CPU."""
         if self.device.type != "cuda":
             return self.device
-        free, _ = torch.cuda.mem_get_info(self.device)
+        free = free_memory()
         needed = int(self._bytes * HEADROOM)
         if free >= needed:
             return self.device

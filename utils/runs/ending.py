@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from utils.common.device import out_of_memory
-from utils.common.errors import LoaderError, RunError, UserError
+from utils.common.device import what_did_not_fit
+from utils.common.errors import LoaderError, OutOfMemory, RunError, UserError
 from utils.common.signals import Stop, signals_ignored
 from utils.data.loading import loader_failure
 from utils.runs.run import Run
@@ -24,6 +24,7 @@ def save_on_exit(run: Run, stop: Stop) -> Iterator[None]:
     Ctrl-C stays a KeyboardInterrupt; an unreadable file, a dead loading process and a full GPU become a RunError. So
     does what the run itself found wrong, which is not saved. Each RunError names the last checkpoint.
     """
+    is_full = False
     try:
         yield
         return
@@ -32,7 +33,7 @@ def save_on_exit(run: Run, stop: Stop) -> Iterator[None]:
     except (UserError, LoaderError) as error:
         reason = str(error)
     except torch.OutOfMemoryError as error:
-        reason = out_of_memory(error)
+        reason, is_full = None if stop.requested else what_did_not_fit(error), not stop.requested
     except RunError as error:
         raise run.failure(error) from None
     except RuntimeError as error:
@@ -44,6 +45,8 @@ def save_on_exit(run: Run, stop: Stop) -> Iterator[None]:
     # Not inside the handlers: there the exception still holds the tensors of the step.
     with signals_ignored():
         _save_interrupted(run)
+        if is_full:
+            raise OutOfMemory(str(run.failure(reason)), run.folder if run.last_saved_files else None)
         if reason is not None:
             raise run.failure(reason)
         if run.last_saved_files:

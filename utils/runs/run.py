@@ -12,7 +12,7 @@ from utils.common.errors import RunError
 from utils.common.options import option
 from utils.common.tensor_files import TensorFileError
 from utils.runs.folder import archive_later_files, names_used, new_folder, prune
-from utils.runs.metrics import SAMPLES, Metrics
+from utils.runs.metrics import SAMPLES, Metrics, SavedMetrics
 from utils.runs.state import Facts, State, write_state
 from utils.training.learner import Learner
 
@@ -43,9 +43,6 @@ class RunOptions:
     keep_checkpoints: int = option(
         0, "keep the newest N; 0: every LoRA, and the newest two states", minimum=0, affects_training=False
     )
-    ema_decay: float = option(
-        0.0, "keep a moving average of the LoRA and write it too; try 0.99", minimum=0, maximum=0.99999
-    )
 
     def check_name(self) -> None:
         """Raises UserError for an --output_name that no file can have, or that would hide which expert it is."""
@@ -64,7 +61,7 @@ class Run:
         self.metrics = metrics
         self.settings = settings
         self.checkpoints = folder / "checkpoints"
-        files = [self._file(name) for name in learner.trainables]
+        files = [self.checkpoints / settings.name_of(self.step, name) for name in learner.trainables]
         self.last_saved_files = files if all(path.exists() for path in files) else []
         self._saved_step = self.step if self.last_saved_files else None
         self._saved_at = time.monotonic()
@@ -93,25 +90,13 @@ class Run:
         rest is whole. Raises RunError where the disk refuses, and for values that are not finite.
         """
         self.metrics.flush()  # the state holds what is known of the loss
-        about = {"steps": str(self.step), **self.settings.about, "options": self.settings.options_json}
-        try:
-            for name, trainable in self.learner.trainables.items():
-                facts = about | {"expert": name} if name in EXPERTS else about
-                for average in (False, True) if trainable.ema else (False,):
-                    trainable.export(self._file(name, average), facts, average)
-            state = self.checkpoints / Checkpoint(self.step).name
-            write_state(state, self.learner.state_dict(), self.settings.facts, self.metrics.state_dict())
-        except (TensorFileError, LoraError) as error:
-            raise RunError(f"cannot write a checkpoint to {self.checkpoints}: {error}") from None
-        self.last_saved_files = [self._file(name) for name in self.learner.trainables]
+        self.last_saved_files = write_checkpoint(
+            self.checkpoints, self.learner, self.settings, self.metrics.state_dict()
+        )
         self.metrics.say(f"step {self.step}: saved {_listed(self.last_saved_files)}")
         self._saved_step, self._saved_at = self.step, time.monotonic()
         self.metrics.restart_clock()
         return self.last_saved_files
-
-    def _file(self, trainable: str, average: bool = False) -> Path:
-        """The file of this step."""
-        return self.checkpoints / Checkpoint(self.step, trainable, average, self.settings.output_name).name
 
     def prune(self, keep: int) -> None:
         """Removes all checkpoints but the newest `keep`, as `utils.runs.folder.prune` says."""
@@ -143,6 +128,24 @@ class RunSettings:
     facts: Facts
     about: Mapping[str, str]
     output_name: str = OUTPUT_NAME
+
+    def name_of(self, step: int, trainable: str, average: bool = False) -> str:
+        """What the file of a trainable is called."""
+        return Checkpoint(step, trainable, average, self.output_name).name
+
+
+def write_checkpoint(folder: Path, learner: Learner, settings: RunSettings, metrics: SavedMetrics) -> list[Path]:
+    """Writes what `Run.save` says to a folder, and returns what it returns. Raises RunError as it does."""
+    about = {"steps": str(learner.step), **settings.about, "options": settings.options_json}
+    try:
+        for name, trainable in learner.trainables.items():
+            facts = about | {"expert": name} if name in EXPERTS else about
+            for average in (False, True) if trainable.ema else (False,):
+                trainable.export(folder / settings.name_of(learner.step, name, average), facts, average)
+        write_state(folder / Checkpoint(learner.step).name, learner.state_dict(), settings.facts, metrics)
+    except (TensorFileError, LoraError) as error:
+        raise RunError(f"cannot write a checkpoint to {folder}: {error}") from None
+    return [folder / settings.name_of(learner.step, name) for name in learner.trainables]
 
 
 def open_run(settings: RunSettings, learner: Learner, state: State | None = None) -> Run:

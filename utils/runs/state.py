@@ -24,6 +24,8 @@ from torch import Tensor
 
 from utils.common.checkpoint_names import LORA, STATES
 from utils.common.console import say
+from utils.common.decisions import DEVICE, Decisions
+from utils.common.device import describe
 from utils.common.errors import UserError
 from utils.common.formatting import counted
 from utils.common.options import training_differences
@@ -140,6 +142,18 @@ def find_state(wanted: str, output_dir: Path) -> State:
     raise UserError(f"--resume_from_checkpoint {wanted}: there is no usable training state in {where}")
 
 
+def decisions_of(state: State | None, device: torch.device, changes_allowed: bool) -> Decisions:
+    """Those of the run that is resumed, or none yet."""
+    now = describe(device)
+    if state is None:
+        return Decisions(now)
+    saved = state.facts.decided
+    before = saved.get(DEVICE, now)
+    # Earlier versions knew one dtype for each kind of device, and their states do not name it.
+    dtype = "fp32" if before == describe(torch.device("cpu")) else "bf16"
+    return Decisions(now, {DEVICE: before, "weight_dtype": dtype, **saved}, changes_allowed)
+
+
 def check_resume_compatible(
     state: State, options: Any, data: Mapping[str, str], allowed: bool, steps: Mapping[str, int]
 ) -> None:
@@ -156,7 +170,8 @@ def check_resume_compatible(
             whose = "this run" if name == LORA else f"the {name} expert in this run"
             total = counted(steps[name], "step")
             raise UserError(f"{state.path} is of step {count}, past the {total} of {whose}: raise {_length_of(name)}")
-    changes = [*training_differences(state.facts.options, options), *_data_changes(state.facts.data, data)]
+    before = _with_decisions(state.facts, options)
+    changes = [*training_differences(before, options), *_data_changes(state.facts.data, data)]
     if not changes:
         return
     more = [f"and {len(changes) - CHANGES_SHOWN} more"] if len(changes) > CHANGES_SHOWN else []
@@ -164,6 +179,12 @@ def check_resume_compatible(
     if not allowed:
         raise UserError(f"options or data differ from the saved run:\n{listed}\npass --allow_changes to resume anyway")
     say(f"resuming with changes:\n{listed}")
+
+
+def _with_decisions(facts: Facts, options: Any) -> dict[str, Any]:
+    """The saved options. One that left a decision to the machine has its outcome, where that is what is given now."""
+    same = {name: value for name, value in facts.decided.items() if getattr(options, name, None) == value}
+    return {name: same.get(name, value) if value == "auto" else value for name, value in facts.options.items()}
 
 
 def _length_of(trainable: str) -> str:

@@ -48,7 +48,8 @@ def test_on_another_device_the_same_is_decided_again_without_a_word(capsys):
 
 
 def test_on_another_device_another_decision_is_refused_with_both_and_the_way_out():
-    message = "compile was on on GPU A, and is off on GPU B\npass --allow_changes to resume anyway, or give --compile"
+    allow = "pass --allow_changes to resume anyway, or keep it with --compile on"
+    message = f"compile was on on GPU A, and is off on GPU B\n{allow}"
     decisions = Decisions("GPU B", SAVED)
     with pytest.raises(UserError) as caught:
         decisions.take("compile", lambda: "off")
@@ -72,3 +73,35 @@ def test_decisions_of_one_run_are_not_those_of_another():
     first, second = Decisions("GPU A"), Decisions("GPU A")
     first.take("compile", lambda: "on")
     assert second.table() == {"device": "GPU A"}
+
+
+def test_what_is_decided_is_decided_once():
+    decisions = Decisions("GPU A")
+    assert decisions.take("compile", lambda: "off") == "off" and decisions.take("compile", never) == "off"
+    decisions.record("compile", "on")
+    assert decisions.take("compile", never) == "on" and decisions.table()["compile"] == "on"
+
+
+def test_what_was_kept_is_known_on_the_same_device_alone():
+    assert Decisions("GPU A", SAVED).kept("compile") == "on" and Decisions("GPU A", SAVED).kept("room") is None
+    assert Decisions("GPU B", SAVED).kept("compile") is None and Decisions("GPU B").kept("compile") is None
+
+
+def test_what_is_no_option_is_said_in_words(capsys):
+    saved = {"device": "GPU A", "room": "7"}
+    assert Decisions("GPU A", saved).take("room", never, words="what blocks keep") == "7"
+    assert said(capsys) == "what blocks keep is as in the saved run"
+    with pytest.raises(UserError) as caught:
+        Decisions("GPU B", saved).take("room", lambda: "8", words="what blocks keep")
+    message = "what blocks keep is not the same on GPU A and on GPU B\npass --allow_changes to resume anyway"
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("value", ["", "int7"])
+def test_what_was_saved_and_is_not_valid_is_refused(value):
+    decisions = Decisions("GPU A", {"device": "GPU A", "weight_dtype": value})
+    for ask in (decisions.kept, lambda *args: decisions.take(args[0], never, args[1])):
+        with pytest.raises(
+            UserError, match=f"the saved run's weight_dtype is {value!r}: its state is damaged, or of a"
+        ):
+            ask("weight_dtype", {"int8"}.__contains__)

@@ -145,7 +145,7 @@ def test_a_gpu_that_is_too_full_leaves_the_encoder_on_the_cpu(
         loaded_on.append((device.type, dtype))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 10**10))
+    monkeypatch.setattr("utils.encoding.text.free_memory", lambda: free_bytes)
     monkeypatch.setattr(utils.encoding.text, "load_text_encoder", load)
     stage = TextEncoding(files, torch.device("cuda"))
     with pytest.raises(KeyboardInterrupt):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.runs import log, open_a_run, scalars
-from utils.common.errors import RunError
+from utils.common.errors import OutOfMemory, RunError
 from utils.common.signals import Stop
 from utils.media.probing import MediaError
 from utils.runs.ending import resume_command, save_on_exit
@@ -145,3 +145,24 @@ def test_saving_what_is_learned_is_not_interrupted_again(run, monkeypatch):
     with pytest.raises(KeyboardInterrupt), save_on_exit(run, Stop()):
         raise KeyboardInterrupt
     assert run.last_saved_files[0].exists()
+
+
+@pytest.mark.parametrize("requested", [False, True])
+def test_a_full_gpu_ends_the_run_with_what_is_left_of_it_unless_it_was_asked_to_stop(run, requested, capsys):
+    log(run, 1.0)
+    stop = Stop()
+    stop.requested = requested
+    with pytest.raises(KeyboardInterrupt if requested else OutOfMemory) as caught, save_on_exit(run, stop):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == NAMES
+    if requested:
+        assert "resume with: " in capsys.readouterr().out
+    else:
+        assert caught.value.run_folder == run.folder
+        assert caught.value.reason.startswith("CUDA out of memory\nthe last checkpoint is ")
+
+
+def test_a_run_without_a_checkpoint_starts_again_where_the_gpu_is_full(run):
+    with pytest.raises(OutOfMemory) as caught, save_on_exit(run, Stop()):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+    assert caught.value.run_folder is None

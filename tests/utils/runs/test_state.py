@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from tests.runs import FACTS, small_learner, take_step, take_turn, two_experts
 from utils.common.checkpoint_names import EXPERTS
+from utils.common.decisions import Decisions
 from utils.common.errors import UserError
-from utils.runs.state import CHECKSUM, check_resume_compatible, read_state, write_state
+from utils.runs.state import CHECKSUM, Facts, check_resume_compatible, decisions_of, read_state, write_state
 from utils.runs.state import FACTS as KEY
+from utils.storage.weights import StorageOptions
 from utils.training.optim import Optimization
 
 MEANS = {"smooth": 0.1 + 0.2, "weight": 0.1, "clipped": 0.0}
@@ -115,6 +118,25 @@ def test_a_state_past_the_steps_of_the_run_is_refused(tmp_path):
     check_resume_compatible(state, Optimization(), FACTS.data, allowed=True, steps={"lora": 2})
     with pytest.raises(UserError, match=r"state-00000002\.safetensors is of step 2, past the 1 step of this run"):
         check_resume_compatible(state, Optimization(), FACTS.data, allowed=True, steps={"lora": 1})
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ("auto", "int8", True),
+        ("auto", "bf16", False),
+        ("auto", "auto", True),
+        ("bf16", "int8", False),
+        ("int8", "auto", False),
+    ],
+)
+def test_what_the_machine_decided_may_be_given_as_an_option_when_resumed(tmp_path, before, now, same):
+    path = tmp_path / "run" / "checkpoints" / "state-00000000.safetensors"
+    path.parent.mkdir(parents=True)
+    facts = Facts({"weight_dtype": before}, FACTS.data, {"device": "GPU A", "weight_dtype": "int8"})
+    write_state(path, small_learner().state_dict(), facts, METRICS)
+    with nullcontext() if same else pytest.raises(UserError, match=f"--weight_dtype was {before}, is {now}"):
+        check_resume_compatible(read_state(path), StorageOptions(weight_dtype=now), FACTS.data, False, {"lora": 1})
 
 
 def test_a_state_of_other_trainables_or_with_more_steps_of_one_is_refused(tmp_path):
@@ -262,3 +284,24 @@ def test_a_damaged_state_is_refused_with_its_name_before_anything_changes(tmp_pa
         read_state(path).restore(learner)
     after = learner.trainables["lora"].adapter.parameters.values()
     assert learner.step == 1 and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("saved", "dtype"),
+    [
+        ({}, "fp32"),
+        ({"device": "the CPU"}, "fp32"),
+        ({"device": "GPU A"}, "bf16"),
+        ({"device": "GPU A", "weight_dtype": "int8"}, "int8"),
+    ],
+)
+def test_states_of_earlier_versions_had_one_dtype_for_each_kind_of_device(tmp_path, saved, dtype):
+    path = tmp_path / "run" / "checkpoints" / "state-00000000.safetensors"
+    path.parent.mkdir(parents=True)
+    write_state(path, small_learner().state_dict(), Facts({}, FACTS.data, saved), METRICS)
+    decisions = decisions_of(read_state(path), torch.device("cpu"), changes_allowed=False)
+    assert decisions.saved == {"device": "the CPU", "weight_dtype": dtype} | saved
+    if saved.get("device") == "GPU A":
+        with pytest.raises(UserError, match=f"weight_dtype was {dtype} on GPU A, and is fp32 on the CPU"):
+            decisions.take("weight_dtype", lambda: "fp32")
+    assert decisions_of(None, torch.device("cpu"), changes_allowed=False) == Decisions("the CPU")

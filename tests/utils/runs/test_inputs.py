@@ -1,0 +1,84 @@
+"""What a run needs before a transformer is loaded is opened in an order that finds faults early."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_wan_lora
+from tests.checkout import copy_prompts
+from tests.tiny import write_clips, write_model
+from utils.common.errors import UserError
+from utils.common.options import parse_options
+from utils.data.folders import Rules
+from utils.data.plan import make_plan
+from utils.runs import inputs as opening
+from utils.runs.inputs import Inputs, load_texts, open_data, open_inputs, open_preview
+from wan.checkpoints import open_model
+
+CPU = torch.device("cpu")
+COMMAND = "--dataset clips --pretrained_model_name_or_path model --base_res 64 --token_limit 100 --cache_latents 1"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    write_model(folder / "model")
+    write_clips(folder / "clips")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def work(folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", Path(copy_prompts(tmp_path / "embeddings")))
+
+
+def opened(flags: str = "") -> tuple[train_wan_lora.Options, Inputs]:
+    opts, files = parse_options(train_wan_lora.Options, f"{COMMAND} {flags}".split()), open_model("model")
+    data = open_data(opts, opts.folders(Rules.of(opts), None), files.family)
+    plan = make_plan(data.train, opts.limits(files.family.grid), opts.seed, opts.cache_latents)
+    return opts, open_inputs(opts, files, CPU, data, plan)
+
+
+def test_samples_and_texts_are_ready():
+    opts, inputs = opened("--val_samples 1")
+    assert [role.name for role in inputs.roles] == ["transformer"]
+    batch = inputs.samples.load_batch(inputs.plan.largest_batch)
+    assert batch.latents.shape == (1, 16, 6, 6, 10) and torch.equal(
+        inputs.load_batch(inputs.watched[0]).latents, inputs.samples.load_batch(inputs.watched).latents
+    )
+    assert inputs.texts.negative is None and not inputs.texts.previews
+    preview = open_preview(*opened("--sample_prompts fox"), [], seed=3)
+    (request,) = preview.requests
+    assert request.prompt == "fox" and request.noise.shape == (1, 16, 6, 6, 10) and request.cond.channels is None
+
+
+def test_what_does_not_fit_is_found_before_an_encoder_is_loaded(monkeypatch):
+    monkeypatch.setattr(opening, "encode_texts", None)  # whoever calls it fails
+    with pytest.raises(UserError, match="matches no layer"):
+        opened("--lora_target self_attention.q")
+    with pytest.raises(UserError, match="gone.safetensors"):
+        opened("--sample_prompts fox --also_lora gone.safetensors")
+
+
+def test_with_cache_only_the_caches_are_filled_and_no_transformer_is_loaded(monkeypatch):
+    monkeypatch.setattr(train_wan_lora, "open_session", None)
+    monkeypatch.setattr(train_wan_lora.Options, "plans_for", None)  # nor is anything planned
+    train_wan_lora.main(f"{COMMAND} --cache_only".split())
+    assert list(Path("clips/.wan_cache/latents").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "negative"),
+    [
+        ("", False),
+        ("--distill_cfg 2", True),
+        ("--sample_prompts fox", True),
+        ("--sample_prompts fox --sample_guidance 1", False),
+    ],
+)
+def test_a_negative_prompt_is_encoded_where_something_is_guided(flags, negative):
+    opts, inputs = opened(flags)
+    texts = load_texts(opts, inputs.files, CPU, inputs.data)
+    assert (texts.negative is not None) == negative

@@ -1,0 +1,138 @@
+"""What a run needs before a transformer is loaded: clips, texts, and samples, from the caches or encoded now."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import torch
+
+from utils.adapters.attach import DTYPES, AdapterOptions, AdapterPlan
+from utils.adapters.beside import Chosen
+from utils.common.console import say
+from utils.common.formatting import counted
+from utils.data.dataset import DataOptions, Dataset, open_dataset
+from utils.data.folders import Folder
+from utils.data.plan import Plan, Window, full_length_windows, largest_window, validation_windows
+from utils.encoding.conditioning import Batch, GivenFrames
+from utils.encoding.latent_cache import format_cache_size
+from utils.encoding.samples import Caches, LatentEncoding, Samples, open_samples
+from utils.encoding.sampling import further_loras
+from utils.encoding.text import TextEncoding, Texts, encode_texts, negative_prompt_file, shipped_prompts
+from utils.setup.model import SingleFiles
+from utils.training.calibration import Workload
+from utils.training.experts import Role, plan_experts
+from utils.training.phases import TrainingOptions
+from utils.training.planning import OnGpu
+from utils.training.preview import Preview, Scenes, make_preview
+from wan.checkpoints import ModelFiles
+from wan.configs import Family
+from wan.modules.model import WanShape
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class InputOptions(SingleFiles, DataOptions, Caches, GivenFrames, AdapterOptions, TrainingOptions):
+    """what is trained, and on what"""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is trained, and the samples, all of whose texts are encoded."""
+
+    files: ModelFiles
+    data: Dataset
+    plan: Plan
+    roles: list[Role[InputOptions]]  # the transformers in training
+    adapters: Mapping[str, AdapterPlan]  # by the names of all transformers
+    further: Mapping[str, Sequence[Chosen]]  # LoRAs that act beside those in training in previews
+    texts: Texts
+    samples: Samples
+    watched: list[Window]  # for validation
+
+    def load_batch(self, window: Window) -> Batch:
+        """A window alone, in main memory."""
+        return self.samples.load_batch([window]).to(CPU)
+
+
+def open_data(opts: InputOptions, folders: list[Folder], family: Family) -> Dataset:
+    """Finds the clips, checks every file, and prints a table of them, before anything that takes long."""
+    # Options for which this model has no use are an error.
+    opts.check_given(family, any(folder.rules.reads_first for folder in folders))
+    opts.check_control(family)
+    opts.roles(family)
+    limits = opts.limits(family.grid)
+    data = open_dataset(folders, limits, family.fps, opts.cache_dir, opts.skip_bad_files)
+    if family.given_as == "channels" and data.num_images:
+        images = counted(data.num_images, "image")
+        say(f"{images}: this model is given the first frame, so of an image it sees the answer")
+    say(format_cache_size(data, limits, family, opts.control_lora))
+    return data
+
+
+def load_texts(opts: InputOptions, files: ModelFiles, device: torch.device, data: Dataset) -> Texts:
+    """The embeddings of all captions and prompts; what is not cached yet is encoded."""
+    # Distillation and guided previews also need a negative prompt. --cache_embeddings encodes all that ship with us.
+    prompts, family = opts.preview_prompts, files.family
+    sampler = opts.preview_sampler(family, family.size, bool(opts.distill_cfg))
+    guided = bool(opts.distill_cfg) or (bool(prompts) and sampler.is_guided)
+    negatives = [opts.distill_negative or negative_prompt_file(family)] if guided else []
+    others = shipped_prompts() if opts.cache_embeddings else []
+    encoding = TextEncoding(files, device, opts.text_encoder_dtype)
+    return encode_texts(encoding, data.captions, prompts, data.cache_folder, negatives, others)
+
+
+def open_inputs(opts: InputOptions, files: ModelFiles, device: torch.device, data: Dataset, plan: Plan) -> Inputs:
+    """Encodes texts and clips, one encoder after another."""
+    # First a rehearsal on transformers without weights: a misspelled layer, or a LoRA file that does not fit, should
+    # not cost the minutes of loading.
+    roles = opts.roles(files.family)
+    adapters = plan_experts(roles, files)
+    opts.preview_images(files.family, _preview_size(plan).frames)
+    further = further_loras(opts.also_lora, files)
+
+    # The text encoder takes 11 GB. It is loaded only if an embedding is missing, and freed before the next model.
+    texts = load_texts(opts, files, device, data)
+
+    # Clips go through the VAE at every step, or once, to the cache; frames that the model is given through a vision
+    # encoder too. Without held-out clips validation uses training clips.
+    watched = validation_windows(data.val or data.train, plan.limits, opts.val_samples)
+    encoding, windows = LatentEncoding(files, device, opts.control_signal), [*plan.fixed_windows, *watched]
+    samples = open_samples(opts, encoding, windows, texts.captions, data.cache_folder, opts.num_workers)
+    return Inputs(files, data, plan, roles, adapters, further, texts, samples, watched)
+
+
+def open_preview(opts: InputOptions, inputs: Inputs, validation: list[Batch], seed: int) -> Preview:
+    """What previews show: prompts, and for some models the controls and the given frames of validation clips."""
+    # Previews have the size of the largest clip, or of those that they follow. Without validation clips they follow
+    # the largest sample of the first epoch.
+    family, size = inputs.files.family, _preview_size(inputs.plan)
+    images = opts.preview_images(family, size.frames)
+    follows = opts.control_lora or (family.given and opts.held_share and not images)
+    if follows and not validation:
+        validation = [inputs.load_batch(largest_window(chain(*inputs.plan.epoch(0))))]
+    sampler = opts.preview_sampler(family, size.bucket[:2], bool(opts.distill_cfg))
+    scenes = Scenes(size.bucket, validation if follows else [], images)
+    return make_preview(inputs.texts, sampler, seed, inputs.samples.open_encoders(), scenes)
+
+
+def workload(opts: InputOptions, family: Family, shape: WanShape, plan: Plan) -> Workload:
+    """The largest batch of a run, and what is trained on it."""
+    windows, roles = plan.largest_batch, opts.roles(family)
+    rank, dtype = max(role.opts.lora_rank for role in roles), DTYPES[opts.adapter_dtype]
+    work = Workload(shape, windows[0].tokens, len(windows), rank, opts.lora_target, len(roles), dtype)
+    loaded = len(family.experts) if opts.preview_prompts else len(roles)
+    work = replace(work, loaded=loaded, has_average=bool(opts.ema_decay), accumulates=opts.gradient_accumulation > 1)
+    return replace(work, fp32_stream=opts.fp32_stream, keeps_ends=opts.keep_end_blocks)
+
+
+def encoders_on_gpu(opts: InputOptions, plan: Plan) -> OnGpu:
+    """What the encoders do while the transformer is loaded."""
+    return OnGpu(
+        None if opts.cache_latents else plan.largest_batch[0].bucket,
+        _preview_size(plan).bucket if opts.preview_prompts else None,
+    )
+
+
+def _preview_size(plan: Plan) -> Window:
+    return largest_window(full_length_windows(plan.sources, plan.limits))

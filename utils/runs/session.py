@@ -1,0 +1,44 @@
+"""What the training loop needs, once everything is loaded."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.adapters.beside import Chosen
+from utils.data.plan import Plan
+from utils.encoding.conditioning import Batch
+from utils.encoding.samples import Samples
+from utils.training.checkpoint_plan import CheckpointPlan
+from utils.training.experts import Experts
+from utils.training.learner import Learner
+from utils.training.phases import Schedule
+from utils.training.preview import Preview
+
+
+@dataclass(frozen=True)
+class Session:
+    """Who learns, in which phases, from which samples, and what is measured in between."""
+
+    learner: Learner
+    schedule: Schedule  # which update a step has; ordinary training has always the same
+    experts: Experts  # the transformers; most models have one
+    samples: Samples
+    plan: Plan
+    steps_per_epoch: int
+    validation: list[Batch]
+    preview: Preview | None
+    further: Mapping[str, Sequence[Chosen]]  # LoRAs that act beside those in training in previews
+    kept: CheckpointPlan  # what blocks keep for the backward pass
+    needed: str  # the flags that the test script needs to show this model
+
+    def watched(self, device: torch.device) -> Iterator[Batch]:
+        """The validation clips, one after another on the device."""
+        return (batch.to(device) for batch in tqdm(self.validation, desc="validating", leave=False))
+
+    def show(self, preview: Preview) -> list[tuple[str, Tensor]]:
+        """The videos of previews."""
+        with self.experts.beside(self.further):
+            return preview.generate(self.experts.predict)
