@@ -150,7 +150,8 @@ def open_session(opts: Options, inputs: Inputs, device: torch.device, compile: b
     torch.manual_seed(opts.seed)
     kept = CheckpointPlan(memory.checkpointing, files.shape.num_layers)
     with_others = bool(inputs.texts.previews)
-    experts, adapters = load_experts(roles, inputs.adapters, files, memory, kept, storage, with_others)
+    with doing("loading the transformer"):
+        experts, adapters = load_experts(roles, inputs.adapters, files, memory, kept, storage, with_others)
 
     # Only LoRAs are trained; base models are frozen. A step is one phase, and two experts take turns. A student and its
     # critic would be two phases of one step.
@@ -171,9 +172,9 @@ def open_session(opts: Options, inputs: Inputs, device: torch.device, compile: b
         with phase.speaking(), doing("checking the conditions"):
             check_conditions(adapter, batch, phase.sigmas[2], files.family.given, opts.control_lora)
 
-    validation = [
-        inputs.load_batch(window) for window in tqdm(inputs.watched, "encoding validation clips", leave=False)
-    ]
+    with doing("encoding validation clips"):
+        clips = tqdm(inputs.watched, "encoding validation clips", leave=False)
+        validation = [inputs.load_batch(window) for window in clips]
     preview = open_preview(opts, inputs, validation, opts.seed) if inputs.texts.previews else None
     validation = hold_share(validation, opts.held_share)
     needed = opts.flags(files) + opts.storage_flags + needed_flags(files.family, opts.control_signal)
