@@ -212,8 +212,9 @@ def test_the_loras_follow_the_experts_and_are_off_when_these_are_moved(monkeypat
     loras = {"high_noise": [SPEED[0]], "low_noise": [SPEED[1]]}
     experts, moved, (latents, _, text) = Experts(models, (0.875,), CPU), [], inputs(1)
 
-    def watched(_: Experts, leaving: WanModel, coming: WanModel) -> None:
-        moved.extend([sampled(leaving), sampled(coming)])
+    def watched(_: Experts, coming: str) -> None:
+        (leaving,) = (name for name in models if name != coming)
+        moved.extend([sampled(models[leaving]), sampled(models[coming])])
 
     monkeypatch.setattr("utils.training.experts.Experts._exchange", watched)
 
