@@ -20,7 +20,7 @@ def run_until_it_fits(run: Run, fit: Fit | None, state: State | None, retries: b
     """Calls `run` with a setting and with the state that it resumes, again with less where that did not fit.
 
     Without `retries`, the error says which setting would be next. A run that has taken a step keeps the format of its
-    weights, so that it goes on with the same numbers. Raises RunError where nothing else fits, or nothing was chosen.
+    weights, so that the numbers are the same. Raises RunError where nothing else fits, or nothing was chosen.
     """
     while True:
         try:
