@@ -68,7 +68,8 @@ CODES = {
     "nf4": {torch.int8: 8, torch.uint8: 2},
 }
 FORMATS = tuple(base for base in CODES if base != UNQUANTISED)
-OTHERS = 6  # linear layers outside blocks: two each for the text and the time, the time's projection, the head
+LINEAR = 10  # linear layers of a block
+OTHERS = 6  # those outside blocks: two each for the text and the time, the time's projection, the head
 LIMIT = -5.0  # in points, for the lower end of the interval of a LoRA trained on the format
 CONFIDENCE = 0.95
 HEADER = ("base", "LoRA trained on", "linear layers quantised", "videos that show the style",
@@ -184,7 +185,7 @@ def check_said(log: str, base: str, shape: WanShape) -> None:
     """Raises RunError unless the trainer has said that it quantised all linear layers of the blocks."""
     said = re.findall(r"(\w+): (\d+) of (\d+) linear layers are quantised", log)
     count = shape.num_layers * sum(CODES[base].values())
-    wanted = [(base, str(count), str(10 * shape.num_layers + OTHERS))] if count else []
+    wanted = [(base, str(count), str(expected_linear(shape)))] if count else []
     if said != wanted:
         raise RunError(f"the trainer should have quantised {wanted}, and says {said}")
 
@@ -236,13 +237,16 @@ def count_linear(model: nn.Module) -> int:
     return sum(isinstance(module, nn.Linear) for module in model.modules())
 
 
+def expected_linear(shape: WanShape) -> int:
+    return LINEAR * shape.num_layers + OTHERS
+
+
 def check_codes(model: WanModel, base: str) -> None:
     """Raises RunError unless exactly the linear layers of the blocks hold codes, each of the dtype that it should."""
-    blocks = model.shape.num_layers
-    wanted = {dtype: blocks * count for dtype, count in CODES[base].items()}
-    found = codes_of(model)
-    if found != wanted or count_linear(model) != 10 * blocks + OTHERS:
-        raise RunError(f"{base}: {wanted} of {10 * blocks + OTHERS} linear layers should hold codes, {found} do")
+    wanted = {dtype: model.shape.num_layers * count for dtype, count in CODES[base].items()}
+    found, linear, every = codes_of(model), count_linear(model), expected_linear(model.shape)
+    if found != wanted or linear != every:
+        raise RunError(f"{base}: {wanted} of {every} linear layers should hold codes, and {found} of {linear} do")
 
 
 # -------------------------------------------------------------------------------------------------------- statistics
@@ -290,32 +294,34 @@ def report(folder: Path) -> None:
         row: [json.loads(outcome_file(folder, seed, row).read_text(encoding="utf-8")) for seed in SEEDS] for row in ROWS
     }
     shown = {row: [each["shown"] for each in seeds] for row, seeds in outcomes.items()}
-    lines, rows, missed = [HEADER, ("---",) * len(HEADER)], [], []
+    differences = {row: compare(shown[row], shown[REFERENCE], combinations) for row in ROWS[1:]}
+    missed = [row.base for row, found in differences.items() if row.lora == row.base and not found.low > LIMIT]
+    lines, entries = [HEADER, ("---",) * len(HEADER)], []
     for row, seeds in outcomes.items():
-        share = 100 * fmean(value for seed in shown[row] for value in seed)
-        entry = {"base": row.base, "lora": row.lora, "share": share, "shares": [100 * fmean(s) for s in shown[row]]}
-        cells = ("", "", "", "")
-        if row != REFERENCE:
-            found = compare(shown[row], shown[REFERENCE], combinations)
-            is_missed = row.lora == row.base and not found.low > LIMIT
-            missed += [row.base] if is_missed else []
-            limit = "" if row.lora != row.base else f"{LIMIT:g}{', missed' if is_missed else ''}"
-            cells = (f"{found.mean:+.2f}", f"{found.low:+.2f} to {found.high:+.2f}",
-                     ", ".join(f"{each:+.2f}" for each in found.by_seed), limit)  # fmt: skip
-            entry |= vars(found)
-        rows.append(entry | {key: seeds[0][key] for key in ("quantised", "codes", "computed_in")})
-        codes = ", ".join(f"{count} {dtype}" for dtype, count in seeds[0]["codes"].items())
-        of = "{} of {}".format(*seeds[0]["quantised"]) + (f": {codes}" if codes else "")
-        lines.append((named(row.base), named(row.lora), of, f"{share:.2f}%", *cells))
+        held = {key: seeds[0][key] for key in ("quantised", "codes", "computed_in")}
+        shares = [100 * fmean(seed) for seed in shown[row]]
+        found = differences.get(row)
+        entries.append(vars(row) | held | {"shares": shares} | ({} if found is None else vars(found)))
+        codes = ", ".join(f"{count} {dtype}" for dtype, count in held["codes"].items())
+        layers = "{} of {}".format(*held["quantised"]) + (f": {codes}" if codes else "")
+        cells = ("", "", "", "") if found is None else _cells(row, found)
+        lines.append((_named(row.base), _named(row.lora), layers, f"{fmean(shares):.2f}%", *cells))
     say("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
-    say(f"{combinations} combinations, {NOISES} noises, {len(SEEDS)} seeds: few, if seeds differ much")
+    say(f"the intervals are over {combinations} combinations; {len(SEEDS)} seeds are few, and say little about others")
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    write_json(folder / "learning.json", run | {"seeds": SEEDS, "combinations": combinations, "rows": rows})
+    write_json(folder / "learning.json", run | {"seeds": SEEDS, "combinations": combinations, "rows": entries})
     if missed:
         raise RunError(f"the lower end of the interval is not above {LIMIT:g} points: {', '.join(missed)}")
 
 
-def named(base: str) -> str:
+def _cells(row: Row, found: Difference) -> tuple[str, ...]:
+    """Those of a difference. There is a limit for LoRAs that were trained on the format."""
+    limit = "" if row.lora != row.base else f"{LIMIT:g}{'' if found.low > LIMIT else ', missed'}"
+    by_seed = ", ".join(f"{each:+.2f}" for each in found.by_seed)
+    return f"{found.mean:+.2f}", f"{found.low:+.2f} to {found.high:+.2f}", by_seed, limit
+
+
+def _named(base: str) -> str:
     return "unquantised" if base == UNQUANTISED else base
 
 
