@@ -263,8 +263,10 @@ def test_an_interrupted_command_goes_on_with_what_is_missing_and_names_a_missed_
     assert "is not above -5 points: nf4\n" in captured.err
     lines = captured.out.splitlines()
     assert "| unquantised | unquantised | 0 of 86 | 100.00% |  |  |  |  |" in lines
-    assert sum("-6.49 | " in line and "-6.49, -6.49, -6.49 | -5, missed |" in line for line in lines) == 1
-    assert sum("-6.49 | " in line and "-6.49, -6.49, -6.49 |  |" in line for line in lines) == 1
+    ends = {tuple(line.split(" | ")[:2]): line.split(" | ", 4)[-1] for line in lines if line.startswith("| ")}
+    assert ends["| nf4", "nf4"].endswith("| -6.49, -6.49, -6.49 | -5, missed |")
+    assert ends["| int8", "unquantised"].endswith("| -6.49, -6.49, -6.49 |  |")
+    assert ends["| int8", "int8"] == "+0.00 | +0.00 to +0.00 | +0.00, +0.00, +0.00 | -5 |"
     written = json.loads((tmp_path / "learning.json").read_text())
     assert [(row["base"], row["lora"]) for row in written["rows"]] == [(row.base, row.lora) for row in ROWS]
     assert written["commit"] == "abc" and written["rows"][0]["shares"] == [100.0] * 3
