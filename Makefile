@@ -7,12 +7,13 @@
 # make families-check  every family of Wan from clips to a converted LoRA; at most half an hour on two cores
 # make gpu-bench   what is left of the measurements on a GPU, in parts of at most eight minutes, and their table
 # make nano-check  proofs that training teaches, on the small Wan
+# make learning    what LoRAs learn on quantised bases of the small Wan; goes on where it was interrupted
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test test-slow crash-check families-check nano-check gpu-bench check clean
+.PHONY: venv demo test test-slow crash-check families-check nano-check learning gpu-bench check clean
 
 venv: $(VENV)/.complete
 
@@ -43,6 +44,9 @@ families-check: venv
 
 nano-check: venv
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m nano -s
+
+learning: venv
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.learning
 
 gpu-bench: venv
 	$(BIN)/python benchmarks/gpu_check.py
