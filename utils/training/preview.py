@@ -24,6 +24,9 @@ from wan.modules.vae import WanVAE
 from wan.text2video import Sampler
 
 
+BRIEFLY = 4  # steps in which both experts are asked, whatever the shift of their family
+
+
 @dataclass(frozen=True)
 class Previews:
     """previews"""
@@ -116,9 +119,10 @@ class Preview:
     vae: WanVAE
 
     def in_brief(self) -> "Preview":
-        """The largest of them, in one sampling step: it needs as much memory."""
+        """The largest of them, in so few steps that each expert is just asked: it needs as much memory."""
         largest = max(self.requests, key=lambda request: request.noise.numel())
-        return replace(self, requests=[largest], sampler=replace(self.sampler, steps=1))
+        steps = BRIEFLY if self.sampler.boundaries else 1
+        return replace(self, requests=[largest], sampler=replace(self.sampler, steps=steps))
 
     def generate(self, predict: Predict[Cond]) -> list[tuple[str, Tensor]]:
         """Each prompt with its video (F, 3, H, W) uint8; a control is shown to the left of the video that follows it.

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from utils.encoding.conditioning import Batch, Cond, collate, to_pixels
 from utils.encoding.pictures import load_pictures
 from utils.media.controls import ControlSignal
 from utils.media.frames import save_image
-from utils.training.preview import Preview, Previews, Scenes, make_requests, read_prompts
+from utils.training.preview import Preview, Previews, Request, Scenes, make_requests, read_prompts
 from wan.configs import FAMILIES, Family
 from wan.text2video import Sampler
 
@@ -89,6 +90,24 @@ def test_a_brief_preview_is_the_largest_one_in_a_single_step(vae):
     ((prompt, frames),) = preview.in_brief().generate(model)
     assert prompt == "b" and frames.shape == (5, 3, 32, 32)
     assert preview.in_brief().sampler == Sampler("unipc", 1, (3.0,), 5.0) and preview.sampler.steps == 7
+
+
+@pytest.mark.parametrize("name", ["wan2.2-t2v-A14B", "wan2.2-i2v-A14B"])
+@pytest.mark.parametrize("size", [(832, 480), (1280, 720)])
+def test_a_brief_preview_asks_each_expert(name, size):
+    family = FAMILIES[name]
+    sampler = Sampler("unipc", 20, family.guidance, family.shift_at(*size), family.boundaries)
+    request = Request("fox", torch.zeros(1, 4, 1, 2, 2), Cond(text(1)[None]))
+    vae = SimpleNamespace(device=torch.device("cpu"), decode=lambda latents: torch.zeros(1, 3, 1, 16, 16))
+    asked: list[float] = []
+
+    def predict(latents: torch.Tensor, timestep: torch.Tensor, cond: Cond) -> torch.Tensor:
+        asked.append(float(timestep[0]) / 1000)
+        return torch.zeros_like(latents)
+
+    Preview([request], text(0), sampler, 16, vae).in_brief().generate(predict)
+    (boundary,) = family.boundaries
+    assert {sigma >= boundary for sigma in asked} == {True, False}
 
 
 def test_prompts_are_a_text_or_the_lines_of_a_text_file(tmp_path):
