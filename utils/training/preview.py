@@ -23,7 +23,6 @@ from wan.configs import Family
 from wan.modules.vae import WanVAE
 from wan.text2video import Sampler
 
-
 BRIEFLY = 4  # steps in which both experts are asked, whatever the shift of their family
 
 
