@@ -23,6 +23,7 @@ from wan.modules.model import WanShape, is_fp32
 Cast = Callable[[torch.dtype, torch.device], Place]
 
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in PLAIN.items()}
 QUANTISED = ("fp8", "fp8_scaled", "int8", "nf4")
 FORMATS = (*PLAIN, *QUANTISED)
 # In these formats some layers of the transformer are stored in int8: rounded more coarsely, they alone would turn the
@@ -110,9 +111,7 @@ class StorageOptions:
         """
         name, matmul = self.weight_dtype, self.quantised_matmul
         if name == "auto":
-            name = decisions.take(
-                "weight_dtype", lambda: "bf16" if device.type == "cuda" else "fp32", FORMATS.__contains__
-            )
+            name = decisions.take("weight_dtype", lambda: NAMES[compute_dtype(device)], FORMATS.__contains__)
         held = hold_as(name, device)
         if matmul != "off" and held.format in PRODUCTS and device.type == "cuda":
             measure = partial(time_products, held.format, (shape.ffn_dim, shape.dim), tokens, device, held.dtype)
