@@ -216,7 +216,8 @@ def train(opts: Options, device: torch.device, session: Session, run: Run) -> No
     # The stream has no end: epoch after epoch. A resumed run skips the batches that it has already used.
     used = session.schedule.updates_before(run.step) * opts.gradient_accumulation
     stream = session.samples.stream(session.plan, used)
-    with closing(stream), run, stop_on_signals() as stop, save_on_exit(run, stop):
+    # Loading ends first: while a checkpoint is saved, there are no worker processes left that could die.
+    with run, stop_on_signals() as stop, save_on_exit(run, stop), closing(stream):
         while True:
             # The first Ctrl-C, SIGTERM or SIGHUP ends the run here, between two steps. `save_on_exit` saves it first.
             last = run.step == session.schedule.total_steps
@@ -334,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             open_inputs(opts, files, device, data, plan)
             return
 
-        # What the machine decides, such as whether blocks are compiled, stays as it is when a run is resumed.
+        # What the machine decides, such as whether blocks are compiled, is the same when a run is resumed.
         decisions = decisions_of(state, device, opts.allow_changes)
         tokens = sum(steps.values()) * opts.gradient_accumulation * plan.mean_tokens
         compile = opts.compiles(device, files.shape, tokens, decisions)

@@ -1,6 +1,8 @@
 """Training teaches: what the whole machinery does to a small model, in one process."""
 
+import multiprocessing
 import shutil
+import signal
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +30,7 @@ from utils.diffusion.objectives import squared_error
 from utils.encoding.conditioning import Batch, Cond, collate, make_predict
 from utils.media.probing import probe
 from utils.runs.metrics import Metrics
+from utils.runs.run import Run
 from utils.storage.weights import hold_as
 from utils.training.memory import prepare
 from utils.training.optim import OptimizerSpec, ParameterGroup, Updater
@@ -249,3 +252,26 @@ def test_a_run_in_bf16_is_not_resumed_in_fp32(work):
         train_wan_lora.main(resumed)
     with pytest.raises(UserError, match="--adapter_dtype must be the one it was saved with"):
         train_wan_lora.main([*resumed, "--allow_changes"])
+
+
+def test_no_loading_process_is_left_while_an_interrupted_run_is_saved(work, monkeypatch):
+    """What dies while a checkpoint is saved, or after that, would end the run with an error."""
+    children: list[int] = []
+    loss, save = train_wan_lora.training_loss, Run.save
+
+    def stopping(*args, **others):
+        signal.raise_signal(signal.SIGTERM)
+        monkeypatch.setattr(train_wan_lora, "training_loss", loss)
+        return loss(*args, **others)
+
+    def watched(run: Run) -> list[Path]:
+        children.append(len(multiprocessing.active_children()))
+        return save(run)
+
+    monkeypatch.setattr(train_wan_lora, "rehearse_run", lambda *_: None)
+    monkeypatch.setattr(train_wan_lora, "training_loss", stopping)
+    monkeypatch.setattr(Run, "save", watched)
+    with pytest.raises(KeyboardInterrupt):
+        flags = "--dataset clips --pretrained_model_name_or_path model --base_res 64 --token_limit 60 --val_samples 0"
+        train_wan_lora.main(f"{flags} --num_workers 1 --max_train_steps 9".split())
+    assert children == [0]

@@ -1,12 +1,16 @@
 """Graceful shutdown: signals set a flag that the training loop checks between steps."""
 
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 # Ctrl-C, the request to end of `kill` and of schedulers, and the closed terminal or dropped ssh (POSIX only).
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+# That a child process has ended; POSIX only.
+DEATHS_IGNORED: dict[signal.Signals, Any] = {signal.SIGCHLD: signal.SIG_DFL} if hasattr(signal, "SIGCHLD") else {}
 
 
 class Stop:
@@ -44,15 +48,16 @@ class Stop:
 @contextmanager
 def signals_ignored() -> Iterator[None]:
     """No signal interrupts the block: neither a user's, nor torch's own that a loading process has died."""
-    quiet = dict.fromkeys(SIGNALS, signal.SIG_IGN)
-    if hasattr(signal, "SIGCHLD"):
-        quiet[signal.SIGCHLD] = signal.SIG_DFL
-    before = {number: signal.signal(number, handler) for number, handler in quiet.items()}
-    try:
+    with _handled(dict.fromkeys(SIGNALS, signal.SIG_IGN) | DEATHS_IGNORED):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+
+@contextmanager
+def deaths_ignored() -> Iterator[None]:
+    """In the main thread torch, which is told by a signal, does not raise inside that a loading process has died."""
+    in_main = threading.current_thread() is threading.main_thread()  # no handler can be set elsewhere, and none runs
+    with _handled(DEATHS_IGNORED if in_main else {}):
+        yield
 
 
 @contextmanager
@@ -62,10 +67,16 @@ def stop_on_signals() -> Iterator[Stop]:
     SIGHUP stays ignored where it was ignored before, as `nohup` arranges it for the process that it starts.
     """
     stop = Stop()
-    numbers = [number for number in SIGNALS if not _is_ignored_hangup(number)]
-    before = {number: signal.signal(number, stop._handle) for number in numbers}
-    try:
+    with _handled({number: stop._handle for number in SIGNALS if not _is_ignored_hangup(number)}):
         yield stop
+
+
+@contextmanager
+def _handled(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
+    """Inside, these signals have these handlers."""
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from utils.common.errors import LoaderError, UserError
+from utils.common.signals import deaths_ignored
 from utils.common.tensors import map_tensors
 from utils.data.plan import Plan, Window
 from utils.media.frames import crop_and_resize, read_frames
@@ -160,8 +161,10 @@ def _unwrapped(loader: Iterable[list[T] | MediaError]) -> Generator[list[T], Non
     except StopIteration:
         return
     finally:
-        # The last reference: otherwise a traceback that someone keeps would keep the workers alive.
-        del loaded
+        # The last reference: otherwise a traceback that someone keeps would keep the workers alive. They end now, which
+        # is no failure, whatever they die of.
+        with deaths_ignored():
+            del loaded
 
 
 def _read(path: Path, info: MediaInfo, window: Window) -> Tensor:

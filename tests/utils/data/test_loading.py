@@ -20,6 +20,7 @@ from PIL import Image
 from tests.limits import GRID, limits
 from tests.media import image, video
 from utils.common.errors import LoaderError, UserError
+from utils.data import loading
 from utils.data.folders import Folder, Rules
 from utils.data.loading import Clip, batches, in_thread, load_ahead, load_clip
 from utils.data.plan import Plan, Window
@@ -277,3 +278,42 @@ def test_the_thread_of_a_stream_that_nobody_closed_ends_with_it():
     assert next(stream) == 0 and loading_threads()
     del stream
     assert not loading_threads()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="no signal tells of a process that has ended")
+def test_workers_that_die_while_loading_ends_are_no_failure():
+    """torch's handler would raise in `__del__`, where it joins its workers, and the traceback would be printed."""
+    seen: list[object] = []
+
+    class Workers:
+        def __iter__(self) -> "Workers":
+            return self
+
+        def __next__(self) -> list[int]:
+            return [1]
+
+        def __del__(self) -> None:
+            seen.append(signal.getsignal(signal.SIGCHLD))
+
+    class Loader:
+        def __iter__(self) -> Workers:
+            return Workers()
+
+    before = signal.getsignal(signal.SIGCHLD)
+    stream = loading._unwrapped(Loader())
+    assert next(stream) == [1]
+    with_handler = signal.signal(signal.SIGCHLD, lambda *_: None)
+    try:
+        stream.close()
+    finally:
+        signal.signal(signal.SIGCHLD, with_handler)
+    assert seen == [signal.SIG_DFL] and signal.getsignal(signal.SIGCHLD) == before
+
+
+def test_loading_may_end_in_another_thread():
+    stream = load_ahead([(0,), (1,)], lambda window: window, num_workers=0)
+    assert next(stream) == [0]
+    thread = threading.Thread(target=stream.close)
+    thread.start()
+    thread.join()
+    assert next(stream, None) is None
