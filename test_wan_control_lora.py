@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{opts.lora_path[0]} does not name its base model; pass --pretrained_model_name_or_path")
     files = open_given(opts, name, is_default=opts.pretrained_model_name_or_path is None)
     need_experts(files, (), with_others=True)
-    opts.check_storage(next(iter(files.transformers.values())).shape.num_layers)
+    opts.check_storage(files.shape.num_layers)
     request = complete(opts, first, files.family)
     loras = choose_loras(opts.lora_path, opts.strength, opts.also_lora, files)
     if request.input_video is None and any(chosen.lora.input_shapes for each in loras.values() for chosen in each):
@@ -283,7 +283,7 @@ def generate(
 
     # Noise and conditions are the same without and with the LoRA, so every difference between the videos is the LoRA's.
     # Only the control is left out without it: the base model has no input channels for one.
-    shape = next(iter(files.transformers.values())).shape
+    shape = files.shape
     storage = opts.storage(device, shape, noise[0, 0].numel() // math.prod(shape.patch_size), Decisions(str(device)))
     transformers, latents = Transformers(files, loras, storage), {}
     if opts.compare:
@@ -338,7 +338,7 @@ def embed(request: Request, opts: Options, files: ModelFiles, device: torch.devi
     for role, text in wanted.items():
         embedding = cache.load(text) if isinstance(text, str) else load_embedding(text)
         source = f"the {role}" if isinstance(text, str) else str(text)
-        rows[role] = check_embedding_shape(embedding, next(iter(files.transformers.values())).shape, source).to(device)
+        rows[role] = check_embedding_shape(embedding, files.shape, source).to(device)
     return rows["prompt"], rows.get("negative prompt")
 
 

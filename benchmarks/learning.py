@@ -11,7 +11,7 @@ A row is a base and the LoRA that acts beside it: the one trained on it, or the 
 Differences to the reference, the unquantised base with its own LoRA, are paired by combination, noise and seed.
 Their interval is over the combinations. The exit code is 1 where its lower end is below the limit.
 
-Each LoRA and the outcomes of each row are kept in the output folder. The same command goes on with what is missing.
+Each LoRA and the outcomes of each row are kept in the output folder. The same command continues with what is missing.
 """
 
 import json

@@ -162,7 +162,7 @@ def encode_texts(
     encoding.encode_missing({own: [*captions, *prompts], shared: texts})
     previews = [(prompt, own.load(prompt)) for prompt in prompts]
     negative = load_prompt(negatives[0], shared).to(encoding.device) if negatives else None
-    shape = next(iter(encoding.files.transformers.values())).shape
+    shape = encoding.files.shape
     check_embedding_shape(own.load(captions[0]), shape, "the captions")
     if negative is not None:
         check_embedding_shape(negative, shape, "the negative prompt")

@@ -112,7 +112,7 @@ def given_shape(opts: SingleFiles, name: str, family: Family) -> WanShape:
         files = open_model(name, opts.family or "", **opts.given)
     except (ModelNotFoundError, MissingPartsError):
         return family.shape
-    return next(iter(files.transformers.values())).shape
+    return files.shape
 
 
 def need_experts(files: ModelFiles, trained: Sequence[str], with_others: bool) -> None:

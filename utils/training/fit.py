@@ -54,7 +54,7 @@ class Fit:
 
     @property
     def spare(self) -> float:
-        """The share of the room that blocks leave unused: more with each try, since something takes more than known."""
+        """The share of the room that blocks leave unused: more with each try: something takes more than foreseen."""
         return 1 - LESS**self.tries
 
     def less(self, keeps_weights: bool) -> "Fit":
@@ -74,11 +74,9 @@ class Fit:
     @property
     def flags(self) -> str:
         """The options of the setting. How much blocks keep is left to the run, which measures it."""
-        weights, compile = (
-            f"--weight_dtype {self.forecast.setting.weights}",
-            " --compile on" * self.forecast.setting.compile,
-        )
-        return " ".join(part for part in (weights, self.exact_flags) if part) + compile
+        setting = self.forecast.setting
+        parts = (f"--weight_dtype {setting.weights}", self.exact_flags, "--compile on" * setting.compile)
+        return " ".join(part for part in parts if part)
 
     @property
     def exact_flags(self) -> str:

@@ -1,4 +1,4 @@
-"""What was decided for a run stays, unless it goes on elsewhere: then a change is refused or allowed."""
+"""What was decided for a run stays, unless it continues elsewhere: then a change is refused or allowed."""
 
 import pytest
 

@@ -169,7 +169,7 @@ def test_a_missing_library_is_named_with_how_to_install_it(monkeypatch):
     quantise(draw(), "int8")  # the others need nothing
 
 
-# What the library does as it is imported, on CPUs with instructions for bf16.
+# What the library does when it is imported, on CPUs with instructions for bf16.
 ASKS_A_HUB = """
 import logging
 try:
