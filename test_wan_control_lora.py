@@ -45,8 +45,9 @@ from utils.encoding.text import TextEncoding, check_embedding_shape, negative_pr
 from utils.encoding.text_cache import load_embedding
 from utils.media.contact_sheet import contact_sheet
 from utils.media.controls import CONTROL_TYPES, FROM_FILE, make_control
+from utils.media.description import MediaInfo
 from utils.media.frames import crop_and_resize, read_frames, save_image, write_video
-from utils.media.probing import MediaInfo, probe
+from utils.media.probing import probe
 from utils.setup.model import SingleFiles, base_of, need_experts, open_given
 from utils.storage.weights import StorageOptions
 from wan.checkpoints import CheckpointError, ModelFiles

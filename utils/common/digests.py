@@ -7,20 +7,20 @@ import re
 from pathlib import Path
 
 from utils.common.errors import UserError
-from utils.common.files import replacing
+from utils.common.files import file_stamp, replacing
 
 LATENTS = "latents"  # the folder inside a cache folder that holds the latents and the index of digests
 DIGESTS = "digests.json"
 
-Entry = tuple[int, int, str]
+Entry = tuple[tuple[int, ...], str]
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Digests:
-    """The SHA-256 of each file, remembered in a JSON index as long as the file's size and modification time match.
+    """The SHA-256 of each file, remembered in a JSON index as long as the file has the same `file_stamp`.
 
-    The index maps an absolute path to [size in bytes, modification time in nanoseconds, 64 hex digits]. An index that
-    cannot be read counts as empty. An entry of any other form is dropped, and its file is hashed again.
+    The index maps an absolute path to [the four numbers of the stamp, 64 hex digits]. An index that cannot be read
+    counts as empty. An entry of any other form is dropped, and its file is hashed again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,16 +30,23 @@ class Digests:
     def of(self, path: Path) -> str:
         """The SHA-256 of a file's bytes as 64 hex digits. Raises UserError if the file cannot be read."""
         try:
-            status = path.stat()
-            stamp = status.st_size, status.st_mtime_ns
-            known = self._known.get(str(path.absolute()))
-            if known is None or known[:2] != stamp:
-                with path.open("rb") as file:
-                    known = (*stamp, hashlib.file_digest(file, "sha256").hexdigest())
-                self._known[str(path.absolute())] = known
+            stamp = file_stamp(path.stat())
+            known = self.known(path, stamp)
+            if known is None:
+                known = hash_file(path)
+                self.remember(path, stamp, known)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
-        return known[2]
+        return known
+
+    def known(self, path: Path, stamp: tuple[int, ...]) -> str | None:
+        """The digest of a file that has this stamp, if it is remembered."""
+        then, digest = self._known.get(str(path.absolute()), ((), None))
+        return digest if then == stamp else None
+
+    def remember(self, path: Path, stamp: tuple[int, ...], digest: str) -> None:
+        """`stamp` is that of the file before it was hashed."""
+        self._known[str(path.absolute())] = stamp, digest
 
     def save(self) -> None:
         """Writes the index for the next run. A folder that cannot be written only costs hashing again."""
@@ -62,7 +69,13 @@ def _read_index(path: Path) -> dict[str, Entry]:
 
 def _checked_entry(content: object) -> Entry | None:
     match content:
-        case [int(size), int(modified), str(digest)] if _HEX_DIGEST.fullmatch(digest):
-            is_number = not isinstance(size, bool) and not isinstance(modified, bool)  # JSON's true is an int here
-            return (size, modified, digest) if is_number else None
+        case [[*stamp], str(digest)] if len(stamp) == 4 and _HEX_DIGEST.fullmatch(digest):
+            numbers = [number for number in stamp if type(number) is int]  # JSON's true is not
+            return (tuple(numbers), digest) if len(numbers) == len(stamp) else None
     return None
+
+
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes as 64 hex digits. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from utils.common.errors import UserError
-from utils.media.probing import MediaInfo
+from utils.media.description import MediaInfo
 from wan.configs.grid import Grid
 
 SIZE_STEP = 16  # of --base_res: a convention of the released sizes, whatever a token covers

@@ -14,12 +14,14 @@ from utils.common.digests import DIGESTS, LATENTS, Digests
 from utils.common.errors import UserError
 from utils.common.formatting import counted
 from utils.data.buckets import round_up_frames
-from utils.data.folders import DatasetOptions, Folder, Rules
+from utils.data.folders import FULL, DatasetOptions, Folder, Rules
 from utils.data.plan import Batching, Limits, Plan, Window, full_length_windows
 from utils.data.scan import Problem, Source, scan, split_folders
 from utils.data.tables import format_buckets, format_clips
-from utils.media.probing import is_image
+from utils.media.inspection import Inspector
 from wan.configs.grid import Grid
+
+NOTICED = 2.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Dataset:
     @property
     def num_images(self) -> int:
         """How many of the training clips are images."""
-        return sum(is_image(source.path) for source in self.train)
+        return sum(source.info.is_image for source in self.train)
 
     @property
     def captions(self) -> list[str]:
@@ -69,6 +71,7 @@ def open_dataset(
     model_fps: float,
     cache_folder: Path | None = None,
     skip_bad_files: bool = False,
+    decode_check: str = FULL,
 ) -> Dataset:
     """Finds the clips of all folders and prints them as a table. The caches' default folder is in the first folder.
 
@@ -76,18 +79,21 @@ def open_dataset(
     printed instead. Also raises it if no clip is left, or if one frame exceeds the token limit.
     """
     _say_rounded_frames(folders, limits.grid)
+    cache = cache_folder or folders[0].path / ".wan_cache"
+    inspector = Inspector(cache, full=decode_check == FULL)
     train: list[Source] = []
     val: list[Source] = []
     problems: list[Problem] = []
     for folder in folders:
         train_path, val_paths = split_folders(folder.path)
-        sources, found = scan(Folder(train_path, folder.rules), model_fps, val_paths, folder.path)
+        sources, found = scan(Folder(train_path, folder.rules), model_fps, val_paths, folder.path, inspector)
         train += sources
         problems += found
         for val_path in val_paths[:1]:
-            sources, found = scan(Folder(val_path, folder.rules), model_fps, dataset=folder.path)
+            sources, found = scan(Folder(val_path, folder.rules), model_fps, (), folder.path, inspector)
             val += sources
             problems += found
+    _say_cost(inspector)
     problems = list(dict.fromkeys(problems))  # a caption file beside train/ and val/ is read for both
     windows, held_out = full_length_windows(train, limits), full_length_windows(val, limits)
     if train:
@@ -99,7 +105,14 @@ def open_dataset(
         _report(problems, skip_bad_files)
     if not train:
         raise UserError(f"no usable clip is left in {' '.join(str(folder.path) for folder in folders)}")
-    return Dataset(train, val, windows, cache_folder or folders[0].path / ".wan_cache")
+    return Dataset(train, val, windows, cache)
+
+
+def _say_cost(inspector: Inspector) -> None:
+    """Says what decoding every frame took, if anyone could have noticed it."""
+    if inspector.full and inspector.seconds >= NOTICED:
+        videos = counted(inspector.decoded, "video")
+        say(f"decoded {videos} to the end in {inspector.seconds:.1f} s, once; --decode_check fast leaves it out\n")
 
 
 def _say_rounded_frames(folders: Sequence[Folder], grid: Grid) -> None:

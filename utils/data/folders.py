@@ -10,6 +10,7 @@ from utils.common.options import convert_table, option, read_toml
 from utils.data.buckets import BUCKETS, Shapes
 from utils.data.captions import CAPTION_SOURCES
 
+FULL, FAST = "full", "fast"
 FRAME_SAMPLINGS = ("random", "head", "middle", "uniform", "chunks", "slide")
 
 # The rules of version 0.1, which every state holds a hash of, in its order.
@@ -35,6 +36,13 @@ class DatasetOptions:
     )
     skip_bad_files: bool = option(
         False, "train without the files that cannot be used, instead of stopping", affects_training=False
+    )
+
+    decode_check: str = option(
+        FULL,
+        "full: decode every video to its end once, so that damage is found before a run; fast: trust their packets",
+        choices=(FULL, FAST),
+        affects_training=False,
     )
 
     def folders(self, rules: "Rules", config: Path | None) -> "list[Folder]":

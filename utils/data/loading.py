@@ -21,11 +21,13 @@ from utils.common.errors import LoaderError, UserError
 from utils.common.signals import deaths_ignored
 from utils.common.tensors import map_tensors
 from utils.data.plan import Plan, Window
-from utils.media.frames import crop_and_resize, read_frames
-from utils.media.probing import MediaError, MediaInfo, is_image
+from utils.data.scan import PairedFile
+from utils.media.description import MediaError, MediaInfo
+from utils.media.frames import crop_and_resize, read_frames, read_mask_frames
 
 T = TypeVar("T")
 Load = Callable[[Window], T]
+Read = Callable[[Path, Sequence[int], MediaInfo], Tensor]
 
 _BATCHES_AHEAD = 2
 _TIMEOUT = 120.0  # seconds for a batch; a worker that takes longer counts as hanging
@@ -55,11 +57,11 @@ def load_clip(window: Window) -> Clip:
     Raises `MediaError` for a file that has become unreadable.
     """
     source = window.source
-    pixels = _read(source.path, source.info, window)
-    control = _read(source.control.path, source.control.info, window) if source.control else None
-    mask = _read(source.mask.path, source.mask.info, window)[0] if source.mask else None  # gray: channels are equal
-    first = _read(window.first.path, window.first.info, window)[:, :1] if window.first else None
-    return Clip(pixels, window.caption, control, None if mask is None else mask.contiguous(), first)
+    pixels = _read(PairedFile(source.path, source.info), window)
+    control = _read(source.control, window) if source.control else None
+    mask = _read(source.mask, window, read_mask_frames)[0].contiguous() if source.mask else None
+    first = _read(window.first, window)[:, :1] if window.first else None
+    return Clip(pixels, window.caption, control, mask, first)
 
 
 def batches(plan: Plan, load: Load[T], start_batch: int = 0, num_workers: int = 0) -> Generator[list[T], None, None]:
@@ -167,10 +169,10 @@ def _unwrapped(loader: Iterable[list[T] | MediaError]) -> Generator[list[T], Non
             del loaded
 
 
-def _read(path: Path, info: MediaInfo, window: Window) -> Tensor:
-    """uint8 (3, F, H, W): the window's frames of a video, or an image repeated for all of them."""
-    still = is_image(path)
-    frames = read_frames(path, [0] if still else window.indices, info)
+def _read(file: PairedFile, window: Window, read: Read = read_frames) -> Tensor:
+    """uint8 (C, F, H, W): the window's frames of a video, or an image repeated for all of them."""
+    still = file.info.is_image
+    frames = read(file.path, [0] if still else window.indices, file.info)
     like = (window.source.info.width, window.source.info.height)
     pixels = crop_and_resize(frames, window.width, window.height, window.position, like)
     pixels = rearrange(pixels, "f c h w -> c f h w")

@@ -14,7 +14,8 @@ from typing import TypeVar
 from utils.common.errors import UserError
 from utils.common.options import option
 from utils.data.buckets import bucket_size, count_tokens, max_frames, round_up_frames
-from utils.data.scan import MIN_VIDEO_FRAMES, PairedFile, Source
+from utils.data.scan import PairedFile, Source
+from utils.media.description import MIN_VIDEO_FRAMES
 from wan.configs.grid import Grid
 
 T = TypeVar("T")

@@ -7,21 +7,21 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-
-from tqdm import tqdm
 
 from utils.common.console import say
 from utils.common.errors import UserError
 from utils.common.formatting import counted
 from utils.data.captions import find_captions
 from utils.data.folders import Folder, Rules
+from utils.media.description import IMAGE_SUFFIXES, MIN_VIDEO_FRAMES, VIDEO_SUFFIXES, MediaError, MediaInfo
 from utils.media.frame_rate import frames_at_rate, frames_within
-from utils.media.inspection import inspect_all
-from utils.media.probing import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, MediaInfo, frame_times, is_image, is_video
+from utils.media.inspection import Inspector
+from utils.media.masks import BLACK
+from utils.media.probing import is_image, is_video
 
 VALIDATION_NAMES = ("val", "validation", "eval", "test")
-MIN_VIDEO_FRAMES = 5
 # Rounding accounts for differences up to these shares between a clip and what belongs to it.
 ASPECT_TOLERANCE, RATE_TOLERANCE = 0.05, 0.02
 
@@ -80,7 +80,11 @@ def split_folders(dataset: Path) -> tuple[Path, list[Path]]:
 
 
 def scan(
-    folder: Folder, model_fps: float, exclude: Sequence[Path] = (), dataset: Path | None = None
+    folder: Folder,
+    model_fps: float,
+    exclude: Sequence[Path] = (),
+    dataset: Path | None = None,
+    inspector: Inspector | None = None,
 ) -> tuple[list[Source], list[Problem]]:
     """Every media file below the folder, as a source or as one or more problems, both in path order.
 
@@ -98,7 +102,13 @@ def scan(
     clips = _without_start_pictures(folder, [path for path in files if path not in paired_paths], dataset)
     captions = find_captions(folder.path, clips, rules.captions, rules.caption_per_line, dataset)
     stems = Counter(_stem(path) for path in clips)
-    media = _inspect([*clips, *sorted(paired_paths)])
+    masks = {
+        path
+        for pairing, found in zip(pairings, candidates, strict=True)
+        if pairing.name == "mask"
+        for path in chain(*found.values())
+    }
+    media = _inspect([*clips, *sorted(paired_paths)], masks, inspector or Inspector())
 
     sources, problems = [], [Problem(path, reason) for path, reason in captions.file_problems]
     for path in clips:
@@ -114,9 +124,14 @@ def scan(
             reasons += mismatches
             if not mismatches:
                 paired[pairing.name] = PairedFile(others[0], media.infos[others[0]])
-        problems += [Problem(path, reason) for reason in reasons]
         if not reasons:
-            sources.append(_source(folder, path, captions.texts[path], media.infos[path], paired, model_fps))
+            try:
+                source = _source(folder, path, captions.texts[path], media.infos[path], paired, model_fps)
+                reasons = _too_short(source, folder.rules.rate(model_fps))
+                sources += [] if reasons else [source]
+            except ValueError as error:
+                reasons = [str(error)]
+        problems += [Problem(path, reason) for reason in reasons]
     for pairing, found in zip(pairings, candidates, strict=True):
         problems += pairing.orphans(found, set(stems))
     return sources, problems
@@ -130,16 +145,17 @@ class _Media:
     unusable: dict[Path, str]
 
 
-def _inspect(files: Sequence[Path]) -> _Media:
+def _inspect(files: Sequence[Path], masks: set[Path], inspector: Inspector) -> _Media:
     media = _Media({}, {})
-    results = tqdm(inspect_all(files), total=len(files), desc="reading media", unit="file", delay=2)
-    for path, result in zip(files, results, strict=True):
+    for path, result in inspector.inspect(files, masks).items():
         if isinstance(result, MediaError):
             media.unusable[path] = result.reason
             continue
         media.infos[path] = result
-        if is_video(path) and result.frames < MIN_VIDEO_FRAMES:
+        if not result.is_image and result.frames < MIN_VIDEO_FRAMES:
             media.unusable[path] = f"it has {result.frames} frames: a video needs at least {MIN_VIDEO_FRAMES}"
+        elif result.mask and result.mask.most <= BLACK:
+            media.unusable[path] = "it is black all over, so nothing would count"
     return media
 
 
@@ -190,14 +206,15 @@ class _Pairing:
             names = " and ".join(other.name for other in others)
             return [f"it has several {self.name}s, {names}: keep one"]
         other = others[0]
-        if is_image(clip) and not is_image(other):
-            return [f"its {self.name} {other.name} must be an image, like the file itself"]
-        if self.name == "control" and is_image(other) and not is_image(clip):
-            return [f"its {self.name} {other.name} must be a video, like the file itself"]
-        if other in media.unusable:
+        own, info = media.infos.get(clip), media.infos.get(other)
+        if info is None or other in media.unusable:
             reasons = [media.unusable[other]]
+        elif own is not None and own.is_image and not info.is_image:
+            return [f"its {self.name} {other.name} must be an image, like the file itself"]
+        elif own is not None and self.name == "control" and info.is_image and not own.is_image:
+            return [f"its {self.name} {other.name} must be a video, like the file itself"]
         else:
-            reasons = _mismatches(media.infos[other], media.infos.get(clip))
+            reasons = _mismatches(info, own)
         return [f"its {self.name} {other.name}: {reason}" for reason in reasons]
 
     def orphans(self, candidates: Candidates, stems: set[Path]) -> list[Problem]:
@@ -240,18 +257,27 @@ def _mismatches(other: MediaInfo, clip: MediaInfo | None) -> list[str]:
 def _source(
     folder: Folder, path: Path, texts: tuple[str, ...], info: MediaInfo, paired: dict[str, PairedFile], model_fps: float
 ) -> Source:
-    frames = min([info.frames, *(other.info.frames for other in paired.values() if not is_image(other.path))])
-    indices = _frame_indices(path, frames, folder.rules, folder.rules.rate(model_fps))
+    frames = min([info.frames, *(other.info.frames for other in paired.values() if not other.info.is_image)])
+    indices = _frame_indices(info, frames, folder.rules, folder.rules.rate(model_fps))
     captions = tuple(folder.rules.caption_prefix + text for text in texts)
     control, mask, first = (paired.get(name) for name in ("control", "mask", _START_PICTURES.name))
     return Source(path, captions, info, indices, folder.path, folder.rules, control, mask, first)
 
 
-def _frame_indices(path: Path, frames: int, rules: Rules, rate: float | None) -> Sequence[int]:
+def _too_short(source: Source, rate: float | None) -> list[str]:
+    """Why a video has too few frames left for a sample, if it has."""
+    left = len(source.frame_indices)
+    if source.info.is_image or left >= MIN_VIDEO_FRAMES:
+        return []
+    why = f" at {rate:g} frames per second" if rate is not None else ""
+    return [f"only {left} of its {source.info.frames} frames are left{why}: a video needs at least {MIN_VIDEO_FRAMES}"]
+
+
+def _frame_indices(info: MediaInfo, frames: int, rules: Rules, rate: float | None) -> Sequence[int]:
     """Which of a file's first `frames` frames samples may use: those at the rate, up to the longest duration."""
-    if is_image(path) or (rate is None and not rules.max_duration):
+    if info.is_image or (rate is None and not rules.max_duration):
         return range(frames)
-    times = frame_times(path)
+    times = info.frame_times()
     if rules.max_duration:
         times = times[: frames_within(times, rules.max_duration)]
     if rate is None:

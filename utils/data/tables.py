@@ -7,7 +7,6 @@ from utils.common.formatting import counted, format_table
 from utils.data.plan import Plan, Window
 from utils.data.scan import Problem
 from utils.media.frame_rate import SLOWER_THAN
-from utils.media.probing import is_image
 
 CAPTION_WIDTH = 24  # characters of the caption column
 NOTABLE_SPEED = 0.1  # a clip's playing speed is noted if it is off by more than this share
@@ -59,7 +58,7 @@ def _clip_row(window: Window, model_fps: float, prefix: str = "") -> tuple[str |
     return (
         source.path.name,
         f"{info.width}x{info.height}",
-        "image" if info.fps is None else f"{info.fps:.4g}",
+        "image" if info.is_image else f"{info.fps or 0:.4g}",
         f"{info.frames}" if info.frames == window.frames else f"{info.frames} -> {window.frames}",
         f"{window.width}x{window.height}",
         window.tokens,
@@ -71,15 +70,15 @@ def _clip_row(window: Window, model_fps: float, prefix: str = "") -> tuple[str |
 def _remarks(window: Window, model_fps: float) -> list[str]:
     """What the user should know about a clip that can be used."""
     source, info = window.source, window.source.info
-    remarks = []
-    if not is_image(source.path) and info.fps:
+    remarks = list(info.notes)
+    if not info.is_image and info.fps:
         rate = source.rules.rate(model_fps)
         if rate is None and abs(info.fps / model_fps - 1) > NOTABLE_SPEED:
             remedy = ", see --fps auto" if info.fps > model_fps else ""
             remarks.append(f"will play at {model_fps / info.fps:.2g}x its speed{remedy}")
         elif rate is not None and info.fps < SLOWER_THAN * rate:
             remarks.append(f"below {rate:g} fps: all its frames are used")
-    paired = (other for other in (source.control, source.mask) if other and not is_image(other.path))
+    paired = (other for other in (source.control, source.mask) if other and not other.info.is_image)
     common_frames = min((other.info.frames for other in paired), default=info.frames)
     if common_frames < info.frames:
         remarks.append(f"its control or mask ends after {common_frames} frames")

@@ -1,56 +1,66 @@
-"""Frames of media files as arrays: by decord where it is exact, else by PyAV. Knows no model and imports no torch.
+"""Frames of media files as arrays: by decord where it is exact, by PyAV, by Pillow. Knows no model, imports no torch.
 
-Letters in shapes: `F` frames, `H` height, `W` width. Pixels are uint8 RGB.
+Letters in shapes: `F` frames, `H` height, `W` width. Pixels are uint8.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
-from PIL import Image, ImageOps
 
-from utils.media.probing import MediaError, MediaInfo, Timeline, is_image, open_image, open_video, probe, read_timeline
+from utils.common.errors import UserError
+from utils.common.files import file_stamp
+from utils.media.description import VIDEO, MediaError, MediaInfo
+from utils.media.files import check_file
+from utils.media.images import read_images
+from utils.media.probing import probe, time_of
+from utils.media.rendering import deinterlaced, to_pixels
+from utils.media.video import Video, open_video
+
+INDEXED = ("mov", "matroska", "avi")  # containers in which a seek finds the packet of that time
+MARGIN = 2  # seconds before a keyframe from which it is looked for in others
 
 
-def read_pixels(path: Path, indices: Sequence[int], info: MediaInfo | None = None) -> np.ndarray:
-    """Frames `indices` (strictly ascending) of a video, or (0,) of an image, upright: uint8 (F, H, W, 3).
+def read_pixels(path: Path, indices: Sequence[int], info: MediaInfo | None = None, alpha: bool = False) -> np.ndarray:
+    """Frames `indices` (strictly ascending) of a video, or (0,) of an image, as shown: uint8 RGB (F, H, W, 3).
 
-    `info` is the result of `probe` for this file, if the caller has it. Raises `MediaError` for a file that cannot be
-    read or has no such frame, and `ValueError` for indices that are negative or not ascending.
+    `info` is the result of `probe` for this file, if the caller has it. With `alpha` the frames of a transparent video
+    are RGBA (F, H, W, 4), not blended. Raises `MediaError` for a file that cannot be read, that has no such frame, or
+    that now holds something else than `info` says, and ValueError for indices that are negative or not ascending.
     """
     indices = list(indices)
     if not indices or indices[0] < 0 or any(a >= b for a, b in zip(indices, indices[1:], strict=False)):
         raise ValueError(f"frame indices must be ascending and not negative, not {indices}")
-    if is_image(path):
-        _check_last(path, indices, available=1)
-        return np.asarray(_read_rgb(path))[None].copy()
-    timeline = read_timeline(path)
-    _check_last(path, indices, timeline.frames)
-    rotation = (info or probe(path)).rotation
-    # PyAV leaves the rotation to the caller. decord applies it, and returns another pixel format.
-    pixels = _read_with_decord(path, indices, timeline) if rotation == 0 else None
-    pixels = _read_with_pyav(path, indices, timeline) if pixels is None else pixels
-    return np.rot90(pixels, rotation // 90, (1, 2)) if rotation else pixels
+    info = _as_it_is(path, info)
+    if indices[-1] >= info.frames:
+        raise MediaError(path, f"frame {indices[-1]} was requested, but the last frame is {info.frames - 1}")
+    try:
+        if info.kind != VIDEO:
+            return read_images(path, indices, info.look)
+        pixels = _read_with_decord(path, indices, info)
+        return _read_with_pyav(path, indices, info, alpha) if pixels is None else pixels
+    except UserError:
+        raise
+    except MemoryError:
+        raise MediaError(path, "main memory is too small to read it: fewer --num_workers need less") from None
+    except Exception as error:  # a decoder's, of any type: only here is it known which file it is about
+        raise MediaError(path, f"it cannot be decoded: {type(error).__name__}: {error}") from error
 
 
-def _check_last(path: Path, indices: list[int], available: int) -> None:
-    if indices[-1] >= available:
-        raise MediaError(path, f"frame {indices[-1]} was requested, but the last frame is {available - 1}")
-
-
-def _read_rgb(path: Path) -> Image.Image:
-    """An upright 8-bit RGB image: 16-bit values are scaled, and transparent areas become white."""
-    with open_image(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):
-            return Image.fromarray(np.rint(np.asarray(upright) / 257).astype(np.uint8)).convert("RGB")
-        if upright.has_transparency_data:
-            rgba = upright.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-        return upright.convert("RGB")
+def _as_it_is(path: Path, info: MediaInfo | None) -> MediaInfo:
+    """The description of a file, read again where the file is another one than was described."""
+    if info is not None and info.stamp and info.stamp == file_stamp(check_file(path)):
+        return info
+    now = probe(path)
+    if info is not None and info.stamp and (now.frames, now.look) != (info.frames, info.look):
+        was = f"{info.frames} frames of {info.width}x{info.height}"
+        raise MediaError(path, f"it has changed since it was checked, and no longer holds {was}")
+    return now
 
 
 def has_decord() -> bool:
@@ -69,49 +79,69 @@ def _decord() -> ModuleType | None:
     return decord
 
 
-def _read_with_decord(path: Path, indices: list[int], timeline: Timeline) -> np.ndarray | None:
+def _read_with_decord(path: Path, indices: list[int], info: MediaInfo) -> np.ndarray | None:
     """Frames `indices` (ascending) as (F, H, W, 3), or None if decord is not exact for this file.
 
-    Its frame count must equal the verified one: decord never returns if a requested frame exists only in the header.
+    It reports no damage, so that only a file that was decoded in full is left to it. Its frame count must equal the
+    verified one: it never returns if a requested frame exists only in the header.
 
-    decord has no list of allowed formats. It needs none: `timeline` exists only for files that PyAV opened as one of
+    decord has no list of allowed formats. It needs none: a description exists only for files that PyAV opened as one of
     the allowed containers. FFmpeg recognises these by their first bytes, where a script or a playlist has its own.
     """
-    decord = _decord()
-    if decord is None or not timeline.suits_decord:
+    decord = _decord() if info.timeline.suits_decord and info.is_whole else None
+    if decord is None:
         return None
     try:
         reader = decord.VideoReader(str(path.absolute()), num_threads=1)
-        return reader.get_batch(indices).asnumpy() if len(reader) == timeline.frames else None
-    except (decord.DECORDError, RuntimeError):
+        return reader.get_batch(indices).asnumpy() if len(reader) == info.frames else None
+    except (decord.DECORDError, RuntimeError, UnicodeEncodeError):  # the last: a name that is not UTF-8
         return None
 
 
-def _read_with_pyav(path: Path, indices: list[int], timeline: Timeline) -> np.ndarray:
-    """Frames `indices` (ascending) as stored, (F, H, W, 3). Seeks by presentation time, or counts from the start."""
+def _read_with_pyav(path: Path, indices: list[int], info: MediaInfo, alpha: bool = False) -> np.ndarray:
+    """Frames `indices` (ascending) as shown, (F, H, W, C). Seeks by presentation time, or counts from the start."""
+    timeline = info.timeline
     wanted = [timeline.times[index] for index in indices] if timeline.times else []
     keyframe = max((time for time in timeline.keyframes if wanted and time <= wanted[0]), default=None)
     if keyframe is not None:
-        found = _decode(path, wanted, keyframe)
+        found = _decode(path, wanted, info, alpha, keyframe)
         if len(found) == len(indices):
             return np.stack(found)
-    found = _decode(path, indices)
+    found = _decode(path, wanted or indices, info, alpha)
     if len(found) < len(indices):
         raise MediaError(path, f"only {len(found)} of the {len(indices)} requested frames can be decoded")
     return np.stack(found)
 
 
-def _decode(path: Path, wanted: list[int], keyframe: int | None = None) -> list[np.ndarray]:
-    """The frames shown at the ascending times `wanted`, from the keyframe at that time on; without one, by number."""
-    found, labels = [], set(wanted)
-    to_rgb = VideoReformatter()
-    with open_video(path) as (container, stream):
-        if keyframe is not None:
-            container.seek(keyframe, stream=stream)
-        for number, frame in enumerate(container.decode(stream)):
-            label = number if keyframe is None else frame.pts
+def _decode(
+    path: Path, wanted: list[int], info: MediaInfo, alpha: bool = False, keyframe: int | None = None
+) -> list[np.ndarray]:
+    """The frames shown at the ascending times `wanted`, or without times those of these numbers.
+
+    Decoding starts at the keyframe of that time; without one, at the start.
+    """
+    found, labels, convert = [], set(wanted), VideoReformatter()
+    with open_video(path) as video:
+        frames = _frames_from(video, keyframe, info)
+        if info.look.combed:
+            frames = deinterlaced(frames, video.stream, info.look.combed)
+        for number, frame in enumerate(frames):
+            label = time_of(frame) if info.timeline.times else number
             if label in labels:
-                found.append(to_rgb.reformat(frame, format="rgb24", threads=1).to_ndarray())
+                found.append(to_pixels(frame, info.look, convert, alpha and info.look.transparent))
             if label is not None and label >= wanted[-1]:
                 break
     return found
+
+
+def _frames_from(video: Video, keyframe: int | None, info: MediaInfo) -> Iterator[VideoFrame]:
+    """The whole frames from a keyframe on. Raises `av.FFmpegError` for damage."""
+    waits = keyframe is not None
+    if keyframe is not None:
+        is_indexed = any(name in video.container.format.name for name in INDEXED)
+        margin = 0 if is_indexed else round(MARGIN / info.timeline.time_base)
+        video.container.seek(keyframe - margin, stream=video.stream)
+    for packet in chain(video.packets(), (None,)):
+        waits = waits and packet is not None and not (packet.is_keyframe and packet.pts == keyframe)
+        if not waits:
+            yield from (frame for frame in video.decode(packet) if not frame.is_corrupt)

@@ -1,6 +1,6 @@
 """Frames as tensors: read, crop, resize, write. Knows no model.
 
-Letters in shapes: `F` frames, `H` height, `W` width. Pixels are uint8 RGB everywhere.
+Letters in shapes: `F` frames, `C` channels, `H` height, `W` width. Pixels are uint8 RGB, masks have one channel.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,18 @@ from torchvision.transforms.v2 import functional
 
 from utils.common.files import replacing
 from utils.media.decoding import read_pixels
-from utils.media.probing import MediaInfo
+from utils.media.description import MediaInfo
+from utils.media.masks import read_mask
 
 
 def read_frames(path: Path, indices: Sequence[int], info: MediaInfo | None = None) -> Tensor:
     """The frames of `read_pixels` as a tensor: uint8 (F, 3, H, W). Raises the same errors."""
     return rearrange(torch.from_numpy(np.ascontiguousarray(read_pixels(path, indices, info))), "f h w c -> f c h w")
+
+
+def read_mask_frames(path: Path, indices: Sequence[int], info: MediaInfo) -> Tensor:
+    """The masks of `read_mask` as a tensor: uint8 (F, 1, H, W). Raises the same errors."""
+    return rearrange(torch.from_numpy(np.ascontiguousarray(read_mask(path, indices, info))), "f h w -> f 1 h w")
 
 
 def crop_and_resize(
@@ -34,11 +40,11 @@ def crop_and_resize(
     position: tuple[float, float] = (0.5, 0.5),
     like: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Crop uint8 (F, 3, H, W) to the target's aspect ratio, as large as possible, then resize.
+    """Crop uint8 (F, C, H, W) to the target's aspect ratio, as large as possible, then resize.
 
     `position` places the crop: fractions 0..1 of the free space, x then y. `like` is the (width, height) for which
     the crop is computed, if `frames` are another rendering of the same picture; they are cropped at the same fractions.
-    Returns uint8 (F, 3, height, width), channels last in memory.
+    Returns uint8 (F, C, height, width), channels last in memory.
 
     Bicubic with antialiasing: when real frames are reduced by 1.5 to 2, it is 4 to 5 dB closer to the ideal low-pass
     filter than bilinear, which blurs.
@@ -51,7 +57,7 @@ def crop_and_resize(
     # Channels last, the layout of decoded frames, and one frame at a time through one buffer: allocating large new
     # buffers takes as long as resizing.
     rows = rearrange(frames, "f c h w -> f h w c")[:, top:bottom, left:right]
-    result = torch.empty(len(rows), height, width, 3, dtype=torch.uint8)
+    result = torch.empty(len(rows), height, width, rows.shape[-1], dtype=torch.uint8)
     cropped = torch.empty(rows.shape[1:], dtype=torch.uint8)
     for frame, target in zip(rows, result, strict=True):
         cropped.copy_(frame)

@@ -1,84 +1,43 @@
-"""Opens media files, and finds what they hold by reading them. Imports no torch, so that child processes start fast.
+"""Finds what a media file holds by reading it: what a header says is checked against the data that follows.
 
-Headers are checked against the data that follows them. Decoders come from fixed lists: the content of a file never
-makes another program run or another file open.
+Imports no torch, so that child processes start fast.
 """
 
-import contextlib
-import functools
-import os
-import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from itertools import chain, pairwise
 from pathlib import Path
 
 import av
-from av.container import InputContainer
-from av.video.stream import VideoStream
-from PIL import Image, ImageOps
+from av.packet import Packet
+from av.video.frame import VideoFrame
 
-from utils.common.errors import UserError
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
-VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".avi", ".webm"})
-
-# Any of these may stand behind any suffix: a WebP named .jpg is common. Pillow knows more formats, but it starts
-# Ghostscript for PostScript. JPEG includes the MPO photographs of phones and stereo cameras.
-_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-# FFmpeg's names for MP4 and MOV, MKV and WebM, and AVI. FFmpeg knows more formats, but some are scripts and playlists
-# that make it read other files and addresses. Codecs need no list: they only see the packets of their own stream.
-_VIDEO_CONTAINERS = "mov,matroska,avi"
-_FFMPEG_OPTIONS = {"format_whitelist": _VIDEO_CONTAINERS, "protocol_whitelist": "file"}
+from utils.common.files import file_stamp
+from utils.common.formatting import counted as number_of
+from utils.media.description import IMAGE_SUFFIXES, VIDEO, VIDEO_SUFFIXES, Look, MediaError, MediaInfo, Timeline
+from utils.media.files import check_file
+from utils.media.images import probe_image
+from utils.media.rendering import is_see_through, look_of, shown_size
+from utils.media.video import Video, open_video
 
 # The files for which decord and FFmpeg return the same frames. For others decord was measured to return wrong frames
 # after a seek (HEVC, MPEG-4, open GOPs) or wrong colours (10 bit), without an error.
-_DECORD_CODECS = frozenset({"h264"})
-_DECORD_PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
-# VP8 stores frames that are never shown in packets of their own; only decoding reveals which they are.
-_HIDDEN_FRAME_CODECS = frozenset({"vp8"})
+DECORD_CODECS = frozenset({"h264"})
+DECORD_PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
+DECORD_CONTAINERS = ("mov", "matroska", "avi")
+# Their packets hold one picture each. Others hide pictures, repeat them, or put several in a packet.
+PLAIN_CODECS = frozenset({"h264", "hevc", "vp9", "av1", "libdav1d", "mjpeg", "prores", "dnxhd", "ffv1"})
+# What FFmpeg reports as an error though no picture changes.
+HARMLESS = (
+    *("mmco: unref", "co located pocs", "number of reference frames", "illegal short term buffer", "sei type"),
+    *("decode app fields", "ended prematurely", "timecode", "icc profile", "unsupported side data"),
+)
+UNEVEN = 0.1  # share by which a frame rate may differ from that of the timestamps
+TILTED = 1.0  # degrees
 
-
-class MediaError(UserError):
-    """A media file that cannot be used: its `path`, and the `reason` in one line. Can be pickled."""
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = path
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class MediaInfo:
-    """Size as displayed, in pixels; number of frames that can be decoded; frames per second.
-
-    `rotation` is the angle, in degrees counterclockwise, by which a video's stored frames are turned for display.
-    An image has one frame and no fps, and its size already includes its orientation.
-    """
-
-    width: int
-    height: int
-    frames: int
-    fps: float | None
-    rotation: int = 0
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """Presentation times of a video's frames, ascending, in units of `time_base` seconds; none if the file has none.
-
-    `suits_decord`: decord returns exact frames, because it decodes the codec correctly and all groups of pictures are
-    closed.
-    """
-
-    frames: int
-    times: tuple[int, ...]
-    keyframes: tuple[int, ...]
-    time_base: Fraction
-    suits_decord: bool
+Listen = Callable[[], str]  # what FFmpeg has reported as errors since the last call
+Progress = Callable[[int], None]  # called with the number of bytes of the file that have been decoded so far
 
 
 def is_image(path: Path) -> bool:
@@ -91,140 +50,237 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
-def probe(path: Path) -> MediaInfo:
-    """Size, frame count and frame rate of an image or a video, found by reading the whole file.
+def probe(
+    path: Path,
+    full: bool = False,
+    threads: int = 1,
+    listen: Listen = lambda: "",
+    progress: Progress = lambda position: None,
+) -> MediaInfo:
+    """The description of an image or a video, found by reading the whole file; with `full` by decoding it.
 
-    Raises `MediaError` for a file that is missing, empty, not a regular file, cut short, or not in a known format.
+    Without `full`, packets are trusted to hold a picture each, for the codecs whose packets do. Raises `MediaError` for
+    a file that is missing, empty, not a regular file, cut short, or not in a known format, and with `full` for one that
+    is damaged anywhere.
     """
-    if not is_image(path):
-        return _probe_video(path)
-    with open_image(path) as image:
-        return MediaInfo(*ImageOps.exif_transpose(image).size, frames=1, fps=None)
+    stamp = file_stamp(check_file(path))
+    info = probe_image(path) if is_image(path) else _probe_video(path, full, threads, listen, progress)
+    return replace(info, stamp=stamp)
 
 
-def frame_times(path: Path) -> list[float]:
-    """When each frame of a video is shown, in seconds after its first: by timestamps, or by frame rate without them.
+@dataclass
+class _Packets:
+    """What the packets of a stream say, in their order in the file. Packets that an edit list hides are not counted."""
 
-    Raises `MediaError` for a file that cannot be read, or that has neither.
-    """
-    timeline = read_timeline(path)
-    if timeline.times:
-        return [float((time - timeline.times[0]) * timeline.time_base) for time in timeline.times]
-    fps = probe(path).fps
-    if fps is None:
-        raise MediaError(path, "it has no timestamps and no frame rate")
-    return [index / fps for index in range(timeline.frames)]
+    times: list[int | None] = field(default_factory=list)
+    keyframes: list[int] = field(default_factory=list)
+    corrupt: list[int | None] = field(default_factory=list)  # times of those that were cut or lost
+    empty: int = 0  # these repeat a picture
+    is_ragged: bool = False  # pictures come before the first keyframe, in the file or when shown
+    is_closed: bool = True  # no frame is shown before the keyframe that precedes it, so that none needs an older group
 
+    @property
+    def first_key(self) -> int | None:
+        return self.keyframes[0] if self.keyframes else None
 
-def read_timeline(path: Path) -> Timeline:
-    """The timeline of a video, found by demuxing the whole file; remembered until the file changes.
-
-    Raises `MediaError` for a file that cannot be read, or whose header promises frames that are missing.
-    """
-    status = _check_file(path)
-    return _demux(path, status.st_mtime_ns, status.st_size)
-
-
-@contextlib.contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
-    """A fully decoded image: `Image.verify` alone accepts a JPEG that was cut short. Raises `MediaError`."""
-    _check_file(path)
-    try:
-        with Image.open(path, formats=_IMAGE_FORMATS) as image:
-            image.load()
-            yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not a readable image: damaged, cut short, or neither JPEG, PNG, WebP nor BMP"
-        raise MediaError(path, reason) from error
+    def add(self, packet: Packet) -> None:
+        if packet.is_discard:
+            return
+        if not packet.size:
+            self.empty += 1
+            return
+        time = packet.pts
+        self.times.append(time)
+        if packet.is_keyframe and time is not None:
+            self.keyframes.append(time)
+        if packet.is_corrupt:
+            self.corrupt.append(time)
+        self.is_closed &= time is not None and bool(self.keyframes) and time >= self.keyframes[-1]
+        self.is_ragged |= time is not None and (not self.keyframes or time < self.keyframes[0])
 
 
-@contextlib.contextmanager
-def open_video(path: Path, options: dict[str, str] | None = None) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """A container and its main video stream; what FFmpeg raises inside becomes a `MediaError`.
+@dataclass
+class _Frames:
+    """What decoded frames say, in the order in which they are shown."""
 
-    Decoding uses one thread. With more, a thread that writes to the log waits for Python's lock, while Python, closing
-    the decoder, waits for the thread. For windows of this length one thread is as fast.
-    """
-    _check_file(path)
-    try:
-        # Absolute, because FFmpeg takes what precedes a colon in a relative path for a protocol.
-        with av.open(str(path.absolute()), options=(options or {}) | _FFMPEG_OPTIONS) as container:
-            stream = container.streams.best("video")
-            if not isinstance(stream, VideoStream):
-                raise MediaError(path, "it contains no video")
-            stream.codec_context.thread_count = 1
-            yield container, stream
-    except av.FFmpegError as error:
-        formats = "neither MP4, MOV, MKV, WebM nor AVI"
-        reason = f"not a readable video: damaged, cut short, or {formats} ({error.strerror})"
-        raise MediaError(path, reason) from error
+    times: list[int | None] = field(default_factory=list)
+    combed: int = 0
+    sizes: set[tuple[int, int]] = field(default_factory=set)
+    first: VideoFrame | None = None
 
+    def add(self, frame: VideoFrame) -> None:
+        self.first = self.first or frame
+        self.times.append(time_of(frame))
+        self.combed += frame.interlaced_frame
+        self.sizes.add((frame.width, frame.height))
 
-def _check_file(path: Path) -> os.stat_result:
-    """The status of a regular file with content. Others are refused before they are opened: a pipe may never end."""
-    try:
-        status = path.stat()
-    except (FileNotFoundError, ValueError):  # ValueError: a null character in the name
-        raise MediaError(path, "there is no such file") from None
-    except OSError as error:
-        raise MediaError(path, f"the file cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise MediaError(path, "not a regular file, but a folder, a pipe or a device")
-    if status.st_size == 0:
-        raise MediaError(path, "the file is empty")
-    return status
+    def have_reached(self, time: int | None) -> bool:
+        """Whether a frame of this time, or a later one, is among them."""
+        last = self.times[-1] if self.times else None
+        return time is not None and last is not None and last >= time
 
 
-def _probe_video(path: Path) -> MediaInfo:
-    timeline = read_timeline(path)
-    with open_video(path) as (container, stream):
-        frame = next(container.decode(stream), None)
-        if frame is None or timeline.frames == 0:
+def time_of(frame: VideoFrame) -> int | None:
+    """When a frame is shown; where the file says only when it is decoded, that."""
+    return frame.dts if frame.pts is None else frame.pts
+
+
+def _probe_video(path: Path, full: bool, threads: int, listen: Listen, progress: Progress) -> MediaInfo:
+    with open_video(path, threads) as video:
+        stream, promised, codec = video.stream, video.stream.frames, video.decoder.name
+        decodes_all = full or codec not in PLAIN_CODECS
+        packets, frames = _read_through(path, video, decodes_all, listen, progress)
+        if frames.first is None:
             raise MediaError(path, "none of its frames can be decoded")
-        fps = stream.average_rate or stream.guessed_rate
-        sideways = frame.rotation % 180 == 90
-    width, height = (frame.height, frame.width) if sideways else (frame.width, frame.height)
-    return MediaInfo(width, height, timeline.frames, float(fps) if fps else None, frame.rotation % 360)
+        look, tilt = look_of(frames.first, stream)
+        several_sizes = len(frames.sizes) > 1
+        if several_sizes and look.scaled is None:
+            look = replace(look, scaled=(frames.first.width, frames.first.height))
+        if frames.combed and not look.combed:
+            look = replace(look, combed="some")
+        rate = stream.average_rate or stream.guessed_rate
+        times, keyframes = _shown_times(packets, frames, decodes_all)
+        suits_decord = _suits_decord(video, packets, look) and bool(times)
+        timeline = Timeline(times, keyframes, stream.time_base or Fraction(0), suits_decord)
+    stored = len(packets.times) + packets.empty
+    if packets.corrupt or (promised > stored and not _is_whole_avi(path) and promised > _count_stored(path)):
+        whole = len(packets.times) - len(packets.corrupt)
+        raise MediaError(path, f"cut short: only {whole} of its {max(promised, stored)} frames are there")
+    count = len(frames.times) if decodes_all else len(times) or len(packets.times)
+    missing = len(packets.times) - count if packets.is_ragged else 0
+    notes = (*_look_notes(look, frames.first, several_sizes), *_notes(tilt, missing))
+    counted = _counts_anew(codec, packets, times, count)
+    size = shown_size(frames.first, look)
+    return MediaInfo(*size, count, _frame_rate(rate, timeline), VIDEO, look, timeline, notes, full, counted)
 
 
-@functools.lru_cache(maxsize=2**16)
-def _demux(path: Path, modified: int, size: int) -> Timeline:
-    """The timeline of the file that was `modified` at this time with `size` bytes; both only distinguish versions."""
-    with open_video(path) as (container, stream):
-        packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        codec, pixel_format, promised = stream.codec_context.name, stream.codec_context.pix_fmt, stream.frames
-        time_base = stream.time_base or Fraction(0)
-    whole = sum(not packet.is_corrupt for packet in packets)
-    if whole < len(packets) or (promised > whole and promised > _count_stored(path)):
-        raise MediaError(path, f"cut short: only {whole} of its {max(promised, len(packets))} frames are there")
-    shown = _decode_times(path) if codec in _HIDDEN_FRAME_CODECS else [packet.pts for packet in packets]
-    times = sorted({time for time in shown if time is not None})
-    if len(times) < len(shown) or not time_base:
-        return Timeline(len(shown), (), (), time_base, suits_decord=False)
-    keyframes = sorted(packet.pts for packet in packets if packet.is_keyframe and packet.pts is not None)
-    exact = codec in _DECORD_CODECS and pixel_format in _DECORD_PIXEL_FORMATS and _groups_are_closed(packets)
-    return Timeline(len(times), tuple(times), tuple(keyframes), time_base, exact)
+def _read_through(
+    path: Path, video: Video, decodes_all: bool, listen: Listen, progress: Progress
+) -> tuple[_Packets, _Frames]:
+    """All packets, with all frames or only the first ones: up to the first keyframe.
+
+    What goes wrong before that is shown is no damage: a file that was cut there lacks what these frames need.
+    """
+    packets, frames = _Packets(), _Frames()
+    listen()  # what opening the file reported is about all of its streams
+    for packet in chain(video.packets(), (None,)):
+        if packet is not None:
+            packets.add(packet)
+            if packet.is_corrupt:
+                continue
+        is_leading = packets.is_ragged and not frames.have_reached(packets.first_key)
+        if not decodes_all and frames.first is not None and not is_leading:
+            continue
+        error = _decode(video, packet, frames, packets.first_key if is_leading else None)
+        error = _harmful(listen()) or error
+        if error and not is_leading:
+            raise MediaError(path, f"damaged {_place(frames, video)}: {error}")
+        progress(packet.pos or 0 if packet is not None else 0)
+    return packets, frames
 
 
-def _groups_are_closed(packets: Sequence[av.Packet]) -> bool:
-    """Whether no frame is shown before the keyframe that precedes it in the file, so that none needs an older group."""
-    keyframe_time: int | None = None
-    for packet in packets:
-        if packet.pts is None:
-            return False
-        if packet.is_keyframe:
-            keyframe_time = packet.pts
-        elif keyframe_time is None or packet.pts < keyframe_time:
-            return False
-    return True
+def _decode(video: Video, packet: Packet | None, frames: _Frames, first_key: int | None) -> str:
+    """Adds the frames that are complete with a packet; returns what is wrong with them, if anything.
+
+    Incomplete frames before `first_key` are left out.
+    """
+    try:
+        decoded = video.decode(packet)
+    except av.FFmpegError as error:
+        return str(error.strerror)
+    for frame in decoded:
+        if frame.is_corrupt:
+            time = time_of(frame)
+            if first_key is None or time is None or time >= first_key:
+                return "a picture is incomplete"
+        else:
+            frames.add(frame)
+    return ""
+
+
+def _harmful(reported: str) -> str:
+    """The first line of FFmpeg's reports that is about pictures, without its prefix; nothing if there is none."""
+    for line in reported.splitlines():
+        text = "".join(character for character in line.partition("] ")[2] if character.isprintable())
+        if text and not any(word in line.lower() for word in HARMLESS):
+            return text[:80]
+    return ""
+
+
+def _place(frames: _Frames, video: Video) -> str:
+    first, last = (frames.times[0], frames.times[-1]) if frames.times else (None, None)
+    if first is None or last is None or not video.stream.time_base:
+        return f"after frame {len(frames.times)}"
+    return f"after {float((last - first) * video.stream.time_base):.2f} s"
+
+
+def _shown_times(packets: _Packets, frames: _Frames, decodes_all: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """When the frames are shown, and which of these times are keyframes; nothing where the file does not say it."""
+    times = list(frames.times)
+    if not decodes_all:
+        first_key = packets.first_key
+        leading = [time for time in frames.times if time is not None and first_key is not None and time < first_key]
+        later = (time for time in packets.times if time is None or first_key is None or time >= first_key)
+        times = [*leading, *sorted(later, key=lambda time: -1 if time is None else time)]
+    known = [time for time in times if time is not None]
+    if len(known) < len(times) or any(one >= next for one, next in pairwise(known)):
+        return (), ()
+    return tuple(known), tuple(sorted(set(packets.keyframes) & set(known)))
+
+
+def _counts_anew(codec: str, packets: _Packets, times: tuple[int, ...], count: int) -> bool:
+    """Whether frames have other numbers than in versions up to 0.2, which counted packets, of VP8 decoded frames."""
+    before = tuple(sorted({time for time in packets.times if time is not None}))
+    had_times = len(before) == len(packets.times)
+    return codec not in ("vp8", "libvpx") and (times != before if times and had_times else count != len(packets.times))
+
+
+def _suits_decord(video: Video, packets: _Packets, look: Look) -> bool:
+    container, codec = video.container.format.name, video.decoder
+    is_known = any(name in container for name in DECORD_CONTAINERS) and codec.name in DECORD_CODECS
+    return is_known and codec.pix_fmt in DECORD_PIXEL_FORMATS and packets.is_closed and look == Look()
+
+
+def _frame_rate(rate: Fraction | None, timeline: Timeline) -> float | None:
+    """Frames per second: as stated, or by the timestamps where these say something else."""
+    seconds = timeline.seconds() if len(timeline.times) > 1 else [0.0]
+    real = (len(seconds) - 1) / seconds[-1] if seconds[-1] > 0 else None
+    if rate and (real is None or abs(float(rate) / real - 1) <= UNEVEN):
+        return float(rate)
+    return real
+
+
+def _look_notes(look: Look, first: VideoFrame, several_sizes: bool) -> Iterator[str]:
+    if look.curve:
+        yield "HDR, tone-mapped"
+    elif look.primaries:
+        yield "wide colours converted"
+    if several_sizes:
+        yield "frames of several sizes, scaled to that of the first"
+    elif look.scaled:
+        yield "pixels made square"
+    if look.combed:
+        yield "deinterlaced"
+    if look.transparent and is_see_through(first):
+        yield "transparent areas on white"
+
+
+def _notes(tilt: float, missing: int) -> Iterator[str]:
+    if tilt >= TILTED:
+        yield f"its tilt of {tilt:.0f} degrees is not applied"
+    if missing > 0:
+        yield f"without {number_of(missing, 'frame')} at its start that cannot be decoded"
+
+
+def _is_whole_avi(path: Path) -> bool:
+    """Whether the file is an AVI as long as its header says. It may promise more frames than it stores: repeated ones."""
+    with path.open("rb") as file:
+        header = file.read(12)
+    is_avi = header[:4] == b"RIFF" and header[8:] == b"AVI "
+    return is_avi and path.stat().st_size >= 8 + int.from_bytes(header[4:8], "little")
 
 
 def _count_stored(path: Path) -> int:
-    """Frames in the file, including those that its edit list hides: a trimmed file rightly shows fewer than it has."""
-    with open_video(path, options={"ignore_editlist": "1"}) as (container, stream):
-        return sum(1 for packet in container.demux(stream) if packet.size)
-
-
-def _decode_times(path: Path) -> list[int | None]:
-    with open_video(path) as (container, stream):
-        return [frame.pts for frame in container.decode(stream)]
+    """Packets in the file, including those that its edit list hides: a trimmed file rightly shows fewer than it has."""
+    with open_video(path, options={"ignore_editlist": "1"}) as video:
+        return sum(1 for _ in video.packets())

@@ -62,7 +62,7 @@ def open_data(opts: InputOptions, folders: list[Folder], family: Family) -> Data
     opts.check_control(family)
     opts.roles(family)
     limits = opts.limits(family.grid)
-    data = open_dataset(folders, limits, family.fps, opts.cache_dir, opts.skip_bad_files)
+    data = open_dataset(folders, limits, family.fps, opts.cache_dir, opts.skip_bad_files, opts.decode_check)
     if family.given_as == "channels" and data.num_images:
         images = counted(data.num_images, "image")
         say(f"{images}: this model is given the first frame, so of an image it sees the answer")

@@ -1,0 +1,163 @@
+"""What a media file holds: found once by reading it, then handed on to whoever plans with it or reads its pictures.
+
+A description can be pickled, and travels as JSON from the process that made it and in the cache.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from utils.common.errors import UserError
+
+# Read by Pillow: pictures, and animations of at least as many pictures as a video needs.
+IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .avif .avifs .mpo".split())
+# Read by FFmpeg.
+VIDEO_SUFFIXES = frozenset(
+    ".mp4 .m4v .mov .qt .3gp .3g2 .mkv .webm .avi .divx .ts .mts .m2ts .m2t .mpg .mpeg .mpe .m2p .m2v .m1v .vob"
+    " .mod .tod .wmv .asf .flv .f4v .ogv .ogg .ogm .mxf .dv".split()
+)
+# Known, but no decoder of ours reads them: they are listed, so that nobody believes they were trained on.
+UNREAD_SUFFIXES = frozenset(
+    ".heic .heif .hif .jxl .jp2 .j2k .jpx .psd .psb .xcf .kra .svg .tga .exr .hdr .ico .ppm .pgm .pnm .dds .raw .dng"
+    " .cr2 .cr3 .nef .arw .orf .rw2 .raf .rm .rmvb .swf .y4m .braw .r3d .insv .264 .265 .h264 .h265 .hevc .ivf".split()
+)
+MIN_VIDEO_FRAMES = 5
+
+IMAGE, ANIMATION, VIDEO = "image", "animation", "video"
+TURNED = (1, 3, 6, 8)  # orientations that are not mirrored
+
+
+class MediaError(UserError):
+    """A media file that cannot be used: its `path`, and the `reason` in one line. Can be pickled."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What stored pictures need to become those that a player shows. By default nothing.
+
+    `orientation` counts as EXIF does: 1 upright, 3 turned by 180 degrees, 6 and 8 by 90, the others mirrored.
+    `scaled` is the (width, height) that stored pictures get before they are turned: their pixels are not square, or
+    their size changes within the file. `curve` is "pq" or "hlg" for HDR, `primaries` "bt2020" or "p3" for colours that
+    BT.709 does not have. `combed` pictures are of two fields each: "some" where the decoder says which, else "all".
+    """
+
+    orientation: int = 1
+    scaled: tuple[int, int] | None = None
+    curve: str = ""
+    primaries: str = ""
+    combed: str = ""
+    transparent: bool = False
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What differs from pictures that are shown as stored, or turned: versions up to 0.2 knew nothing else."""
+        own = {name: value for name, value in asdict(self).items() if value != getattr(Look, name)}
+        if self.orientation in TURNED:
+            own.pop("orientation", None)
+        return own
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When a video's frames are shown, ascending, in units of `time_base` seconds; no `times` if the file says nothing.
+
+    `keyframes` are the times from which decoding can start. `suits_decord`: decord returns exact frames, because it
+    decodes the codec correctly and all groups of pictures are closed.
+    """
+
+    times: tuple[int, ...] = ()
+    keyframes: tuple[int, ...] = ()
+    time_base: Fraction = Fraction(0)
+    suits_decord: bool = False
+
+    def seconds(self) -> list[float]:
+        """The times in seconds after the first frame."""
+        return [float((time - self.times[0]) * self.time_base) for time in self.times]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How a mask is read, by a name of `utils.media.masks`, and its values: their mean in 0..1, the ends of 255."""
+
+    rule: str
+    share: float
+    least: int
+    most: int
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """Size as shown, in pixels; number of frames that can be decoded; frames per second, None for a single picture.
+
+    `kind` is IMAGE, ANIMATION (several pictures in an image format) or VIDEO. `notes` say in a few words what is done
+    to show it as players do, and what is not. `is_whole`: every frame has been decoded without an error.
+    `counted`: the frames are numbered as they decode, where packets would number them in another way. `mask` is there
+    where the file was described as a mask. `stamp` is the `file_stamp` of the file that was read.
+    """
+
+    width: int
+    height: int
+    frames: int
+    fps: float | None
+    kind: str = VIDEO
+    look: Look = Look()
+    timeline: Timeline = Timeline()
+    notes: tuple[str, ...] = ()
+    is_whole: bool = False
+    counted: bool = False
+    mask: Coverage | None = None
+    stamp: tuple[int, ...] = field(default=(), compare=False)
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it is a single picture."""
+        return self.kind == IMAGE
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How its pictures are read, where versions up to 0.2 read other ones; empty for most files."""
+        own = {"counted": self.counted, "mask": self.mask.rule if self.mask and self.mask.rule != "brightness" else ""}
+        return self.look.changes | {name: value for name, value in own.items() if value}
+
+    def frame_times(self) -> list[float]:
+        """When each frame is shown, in seconds after the first: by timestamps, or by frame rate without them.
+
+        Raises ValueError for a file that has neither.
+        """
+        if self.timeline.times:
+            return self.timeline.seconds()
+        if self.fps is None:
+            raise ValueError("it has no timestamps and no frame rate")
+        return [index / self.fps for index in range(self.frames)]
+
+
+def to_json(info: MediaInfo) -> dict[str, Any]:
+    """A description as JSON values."""
+    values = asdict(info)
+    values["timeline"]["time_base"] = str(info.timeline.time_base)
+    return values
+
+
+def from_json(values: Mapping[str, Any]) -> MediaInfo:
+    """The description that `to_json` gave. Raises KeyError, TypeError or ValueError for anything else."""
+    look, timeline = values["look"], values["timeline"]
+    scaled = look["scaled"] and tuple(map(int, look["scaled"]))
+    times, keyframes = (tuple(map(int, timeline[name])) for name in ("times", "keyframes"))
+    whole = {
+        "look": Look(**{**look, "scaled": scaled}),
+        "timeline": Timeline(times, keyframes, Fraction(timeline["time_base"]), timeline["suits_decord"]),
+        "notes": tuple(map(str, values["notes"])),
+        "mask": values["mask"] and Coverage(**values["mask"]),
+        "stamp": tuple(map(int, values["stamp"])),
+    }
+    return MediaInfo(**{**values, **whole})

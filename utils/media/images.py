@@ -1,0 +1,190 @@
+"""Pictures and animations, read by Pillow: upright, in 8-bit sRGB, on white. Imports no torch.
+
+Letters in shapes: `F` frames, `H` height, `W` width.
+"""
+
+import contextlib
+import io
+import struct
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
+
+from utils.media.colour import HDR_CURVES, WIDE_PRIMARIES, to_sdr
+from utils.media.description import ANIMATION, IMAGE, MIN_VIDEO_FRAMES, Look, MediaError, MediaInfo, Timeline
+from utils.media.files import check_file
+
+# Any of these may stand behind any suffix: a WebP named .jpg is common. Pillow knows more formats, but it starts
+# Ghostscript for PostScript. JPEG includes the MPO photographs of phones and stereo cameras.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+KNOWN = "neither JPEG, PNG, WebP, BMP, GIF, TIFF nor AVIF"
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")  # the further pictures of others are pages, or what another eye sees
+
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)  # where Pillow refuses; from half of that on it would warn
+Image.MAX_IMAGE_PIXELS = None
+# Tools that make pictures store their whole workflow in a PNG, which takes more than Pillow's 1 MiB of text.
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26
+
+SHORTEST, BROWSERS = 11, 100  # milliseconds: what browsers show for less time than the first, they show for the second
+SAME_COLOUR = 2  # of 255: profiles that change no colour by more are sRGB
+HEADER = 2**16  # bytes in which the colours of a PNG or AVIF stand
+
+
+@contextlib.contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """A decoded image: `Image.verify` alone accepts a JPEG that was cut short. Raises `MediaError`."""
+    check_file(path)
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                limit = f"the {MAX_PIXELS // 10**6} million that are read"
+                raise MediaError(path, f"it has {image.width}x{image.height} pixels, more than {limit}: reduce it")
+            image.load()
+            yield image
+    except MemoryError:
+        raise MediaError(path, "main memory is too small to read it: reduce it") from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        limit = f" (Pillow: {error})" if "MAX_TEXT" in str(error) else ""
+        raise MediaError(path, f"not a readable image: damaged, cut short, or {KNOWN}{limit}") from error
+
+
+def probe_image(path: Path) -> MediaInfo:
+    """The description of a picture, or of an animation that has as many pictures as a video needs.
+
+    Every picture is decoded. Raises `MediaError`.
+    """
+    with open_image(path) as image:
+        shown, look, notes = _shown(image), _look(path), _colour_notes(image)
+        if len(shown) < MIN_VIDEO_FRAMES:
+            width, height = ImageOps.exif_transpose(image).size
+            count = getattr(image, "n_frames", 1) if image.format == "TIFF" else len(shown)
+            notes += (f"the first of its {count} pictures",) * (count > 1)
+            return MediaInfo(width, height, 1, None, IMAGE, look, notes=notes, is_whole=True)
+        durations = []
+        for number in shown:
+            image.seek(number)
+            image.load()
+            milliseconds = round(image.info.get("duration") or 0)
+            durations.append(milliseconds if milliseconds >= SHORTEST else BROWSERS)
+        times = tuple(sum(durations[:number]) for number in range(len(shown)))
+        timeline, fps = Timeline(times, times[:1], Fraction(1, 1000)), 1000 * len(shown) / sum(durations)
+        notes = ("an animation", *notes)
+        return MediaInfo(*image.size, len(shown), fps, ANIMATION, look, timeline, notes, is_whole=True)
+
+
+def read_images(path: Path, indices: Sequence[int], look: Look) -> np.ndarray:
+    """Pictures `indices` of an animation, or (0,) of an image: uint8 (F, H, W, 3). Raises `MediaError`."""
+    pictures = []
+    with open_image(path) as image:
+        shown = _shown(image)
+        for index in indices:
+            image.seek(shown[index])
+            picture = image if len(shown) >= MIN_VIDEO_FRAMES else ImageOps.exif_transpose(image)
+            pixels = np.array(_to_rgb(picture, image))
+            pictures.append(to_sdr(pixels.astype(np.uint16) * 257, look) if look.curve or look.primaries else pixels)
+    return np.stack(pictures)
+
+
+def read_raw(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The stored values (H, W) or (H, W, 3) of an upright picture, and its opacity (H, W), None where all is opaque.
+
+    Colours of a palette are looked up; numbers of 16 bits stay such. Raises `MediaError`.
+    """
+    with open_image(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        opacity = np.array(upright.convert("RGBA"))[..., 3] if upright.has_transparency_data else None
+        is_plain = upright.mode == "L" or upright.mode.startswith(("I", "F"))
+        return np.array(upright if is_plain else upright.convert("RGB")), opacity
+
+
+def _shown(image: Image.Image) -> list[int]:
+    """The numbers of the pictures that belong together: all of an animation, the first one of others.
+
+    The first picture of an animated PNG can be one for programs that show no animations.
+    """
+    count = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
+    return list(range(1 if count > 1 and getattr(image, "default_image", False) else 0, count))
+
+
+def _to_rgb(picture: Image.Image, image: Image.Image) -> Image.Image:
+    """8-bit sRGB: 16-bit values are scaled, colours of a profile converted, and transparent areas become white."""
+    if picture.mode.startswith("I"):
+        return Image.fromarray(np.rint(np.asarray(picture) / 257).astype(np.uint8)).convert("RGB")
+    if not picture.has_transparency_data:
+        return _to_srgb(picture, image)
+    rgba = picture.convert("RGBA")
+    colours = _to_srgb(rgba.convert("RGB"), image).convert("RGBA")
+    colours.putalpha(rgba.getchannel("A"))
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), colours).convert("RGB")
+
+
+def _to_srgb(picture: Image.Image, image: Image.Image) -> Image.Image:
+    """RGB, with the colours of the image's profile converted: relative to white, black stays black."""
+    profile = _profile(image)
+    if profile is None or _is_srgb(profile):
+        return picture.convert("RGB")
+    opaque = picture if picture.mode in ("L", "RGB", "CMYK") else picture.convert("RGB")
+    try:
+        return _converted(opaque, profile)
+    except ImageCms.PyCMSError:  # a profile for another kind of picture
+        return picture.convert("RGB")
+
+
+def _converted(picture: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
+    converted = ImageCms.profileToProfile(
+        picture,
+        profile,
+        ImageCms.createProfile("sRGB"),
+        ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        "RGB",
+        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )
+    assert converted is not None  # it is only where the picture is converted in place
+    return converted
+
+
+def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
+    """The colour profile that the image has, None where there is none or it cannot be read."""
+    data = image.info.get("icc_profile")
+    try:
+        return ImageCms.ImageCmsProfile(io.BytesIO(data)) if data else None
+    except (OSError, ImageCms.PyCMSError):
+        return None
+
+
+def _is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:
+    """Whether converting changes no colour of a grid by more than rounding does."""
+    steps = np.linspace(0, 255, 6).round().astype(np.uint8)
+    colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
+    try:
+        converted = np.asarray(_converted(Image.fromarray(colours), profile))
+    except ImageCms.PyCMSError:  # not of RGB
+        return False
+    return bool(np.abs(converted.astype(int) - colours).max() <= SAME_COLOUR)
+
+
+def _colour_notes(image: Image.Image) -> tuple[str, ...]:
+    profile = _profile(image)
+    if profile is None:
+        return ("its colour profile is damaged and not used",) if image.info.get("icc_profile") else ()
+    if _is_srgb(profile):
+        return ()
+    name = " ".join(ImageCms.getProfileDescription(profile).split())[:30]
+    return (f"colours converted from {name}" if name.isprintable() and name else "colours converted to sRGB",)
+
+
+def _look(path: Path) -> Look:
+    """HDR and wide colours as a PNG's cICP chunk or an AVIF's colr box states them, by the numbers of ITU-T H.273."""
+    with path.open("rb") as file:
+        header = file.read(HEADER)
+    if header.startswith(b"\x89PNG") and (at := header.find(b"cICP")) > 0:
+        primaries, transfer = header[at + 4], header[at + 5]
+    elif header[4:8] == b"ftyp" and (at := header.find(b"colrnclx")) > 0:
+        primaries, transfer = struct.unpack(">HH", header[at + 8 : at + 12])
+    else:
+        return Look()
+    curve = HDR_CURVES.get(transfer, "")
+    return Look(curve=curve, primaries=WIDE_PRIMARIES.get(primaries, "bt2020") if curve else "")
