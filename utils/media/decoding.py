@@ -3,6 +3,7 @@
 Letters in shapes: `F` frames, `H` height, `W` width. Pixels are uint8.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -102,11 +103,14 @@ def _read_with_pyav(path: Path, indices: list[int], info: MediaInfo, alpha: bool
     """Frames `indices` (ascending) as shown, (F, H, W, C). Seeks by presentation time, or counts from the start."""
     timeline = info.timeline
     wanted = [timeline.times[index] for index in indices] if timeline.times else []
-    keyframe = max((time for time in timeline.keyframes if wanted and time <= wanted[0]), default=None)
+    # Deinterlacing looks at the frame before, too.
+    needed = timeline.times[max(0, indices[0] - bool(info.look.combed))] if wanted else 0
+    keyframe = max((time for time in timeline.keyframes if wanted and time <= needed), default=None)
     if keyframe is not None:
-        found = _decode(path, wanted, info, alpha, keyframe)
-        if len(found) == len(indices):
-            return np.stack(found)
+        with contextlib.suppress(MediaError):  # in some containers no time can be found
+            found = _decode(path, wanted, info, alpha, keyframe)
+            if len(found) == len(indices):
+                return np.stack(found)
     found = _decode(path, wanted or indices, info, alpha)
     if len(found) < len(indices):
         raise MediaError(path, f"only {len(found)} of the {len(indices)} requested frames can be decoded")
