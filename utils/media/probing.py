@@ -25,7 +25,7 @@ from utils.media.video import Video, open_video
 # after a seek (HEVC, MPEG-4, open GOPs) or wrong colours (10 bit), without an error.
 DECORD_CODECS = frozenset({"h264"})
 DECORD_PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
-DECORD_CONTAINERS = ("mov", "matroska", "avi")
+DECORD_CONTAINERS = ("mov", "matroska")  # in an AVI it returns the first frames after any seek
 # Their packets hold one picture each. Others hide pictures, repeat them, or put several in a packet.
 PLAIN_CODECS = frozenset({"h264", "hevc", "vp9", "av1", "libdav1d", "mjpeg", "prores", "dnxhd", "ffv1"})
 # What FFmpeg reports as an error though no picture changes.
