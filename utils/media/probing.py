@@ -104,6 +104,7 @@ class _Frames:
     """What decoded frames say, in the order in which they are shown."""
 
     times: list[int | None] = field(default_factory=list)
+    keyframes: set[int | None] = field(default_factory=set)
     combed: int = 0
     sizes: set[tuple[int, int]] = field(default_factory=set)
     first: VideoFrame | None = None
@@ -111,6 +112,8 @@ class _Frames:
     def add(self, frame: VideoFrame) -> None:
         self.first = self.first or frame
         self.times.append(time_of(frame))
+        if frame.key_frame:
+            self.keyframes.add(time_of(frame))
         self.combed += frame.interlaced_frame
         self.sizes.add((frame.width, frame.height))
 
@@ -128,7 +131,9 @@ def time_of(frame: VideoFrame) -> int | None:
 def _probe_video(path: Path, full: bool, threads: int, listen: Listen, progress: Progress) -> MediaInfo:
     with open_video(path, threads) as video:
         stream, promised, codec = video.stream, video.stream.frames, video.decoder.name
-        decodes_all = full or codec not in PLAIN_CODECS
+        # An AVI does not say when pictures that are stored in another order are shown.
+        is_unordered = video.container.format.name == "avi" and stream.codec_context.has_b_frames
+        decodes_all = full or codec not in PLAIN_CODECS or bool(is_unordered)
         packets, frames = _read_through(path, video, decodes_all, listen, progress)
         if frames.first is None:
             raise MediaError(path, "none of its frames can be decoded")
@@ -139,6 +144,9 @@ def _probe_video(path: Path, full: bool, threads: int, listen: Listen, progress:
         if frames.combed and not look.combed:
             look = replace(look, combed="some")
         rate = stream.average_rate or stream.guessed_rate
+        if decodes_all and len(packets.keyframes) == len(packets.times) and not video.decoder.codec.intra_only:
+            # Containers without a list of keyframes take all pictures for such.
+            packets.keyframes = [time for time in packets.keyframes if time in frames.keyframes]
         times, keyframes = _shown_times(packets, frames, decodes_all)
         suits_decord = _suits_decord(video, packets, look) and bool(times)
         timeline = Timeline(times, keyframes, stream.time_base or Fraction(0), suits_decord)
