@@ -137,14 +137,14 @@ def _probe_video(path: Path, full: bool, threads: int, listen: Listen, progress:
         packets, frames = _read_through(path, video, decodes_all, listen, progress)
         if frames.first is None:
             raise MediaError(path, "none of its frames can be decoded")
-        look, tilt = look_of(frames.first, stream)
+        look, tilt = look_of(frames.first, video)
         several_sizes = len(frames.sizes) > 1
         if several_sizes and look.scaled is None:
             look = replace(look, scaled=(frames.first.width, frames.first.height))
         if frames.combed and not look.combed:
             look = replace(look, combed="some")
         rate = stream.average_rate or stream.guessed_rate
-        if decodes_all and len(packets.keyframes) == len(packets.times) and not video.decoder.codec.intra_only:
+        if decodes_all and len(packets.keyframes) == len(packets.times) and not _is_intra_only(video):
             # Containers without a list of keyframes take all pictures for such.
             packets.keyframes = [time for time in packets.keyframes if time in frames.keyframes]
         times, keyframes = _shown_times(packets, frames, decodes_all)
@@ -247,6 +247,10 @@ def _suits_decord(video: Video, packets: _Packets, look: Look) -> bool:
     container, codec = video.container.format.name, video.decoder
     is_known = any(name in container for name in DECORD_CONTAINERS) and codec.name in DECORD_CODECS
     return is_known and codec.pix_fmt in DECORD_PIXEL_FORMATS and packets.is_closed and look == Look()
+
+
+def _is_intra_only(video: Video) -> bool:
+    return video.decoder.codec.intra_only or video.decoder.name == "cfhd"  # FFmpeg does not say it of CineForm
 
 
 def _frame_rate(rate: Fraction | None, timeline: Timeline) -> float | None:
