@@ -245,7 +245,8 @@ def _counts_anew(codec: str, packets: _Packets, times: tuple[int, ...], count: i
 
 def _suits_decord(video: Video, packets: _Packets, look: Look) -> bool:
     container, codec = video.container.format.name, video.decoder
-    is_known = any(name in container for name in DECORD_CONTAINERS) and codec.name in DECORD_CODECS
+    is_known = len(video.container.streams.video) == 1  # of several it may take another
+    is_known &= any(name in container for name in DECORD_CONTAINERS) and codec.name in DECORD_CODECS
     return is_known and codec.pix_fmt in DECORD_PIXEL_FORMATS and packets.is_closed and look == Look()
 
 
