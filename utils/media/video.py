@@ -11,7 +11,7 @@ from pathlib import Path
 import av
 from av.container import InputContainer
 from av.packet import Packet
-from av.stream import Discard
+from av.stream import Discard, Disposition
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -64,7 +64,7 @@ def open_video(path: Path, threads: int = 1, options: dict[str, str] | None = No
         # Absolute, because FFmpeg takes what precedes a colon in a relative path for a protocol.
         with av.open(str(path.absolute()), options=(options or {}) | FFMPEG_OPTIONS) as container:
             stream = container.streams.best("video")
-            if not isinstance(stream, VideoStream):
+            if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
                 raise MediaError(path, "it contains no video")
             _check_size(path, stream)
             for other in container.streams:
