@@ -134,6 +134,8 @@ def _probe_video(path: Path, full: bool, threads: int, listen: Listen, progress:
         # An AVI does not say when pictures that are stored in another order are shown.
         is_unordered = video.container.format.name == "avi" and stream.codec_context.has_b_frames
         decodes_all = full or codec not in PLAIN_CODECS or bool(is_unordered)
+        if _is_whole_avi(path):
+            promised = len(stream.index_entries)  # its header also counts repeated frames, which are not stored
         packets, frames = _read_through(path, video, decodes_all, listen, progress)
         if frames.first is None:
             raise MediaError(path, "none of its frames can be decoded")
@@ -151,7 +153,7 @@ def _probe_video(path: Path, full: bool, threads: int, listen: Listen, progress:
         suits_decord = _suits_decord(video, packets, look) and bool(times)
         timeline = Timeline(times, keyframes, stream.time_base or Fraction(0), suits_decord)
     stored = len(packets.times) + packets.empty
-    if packets.corrupt or (promised > stored and not _is_whole_avi(path) and promised > _count_stored(path)):
+    if packets.corrupt or (promised > stored and promised > _count_stored(path)):
         whole = len(packets.times) - len(packets.corrupt)
         raise MediaError(path, f"cut short: only {whole} of its {max(promised, stored)} frames are there")
     count = len(frames.times) if decodes_all else len(times) or len(packets.times)
@@ -286,7 +288,7 @@ def _notes(tilt: float, missing: int) -> Iterator[str]:
 
 
 def _is_whole_avi(path: Path) -> bool:
-    """Whether the file is an AVI as long as its header says. It may promise more frames than it stores: repeats."""
+    """Whether the file is an AVI as long as its header says, so that it has its index."""
     with path.open("rb") as file:
         header = file.read(12)
     is_avi = header[:4] == b"RIFF" and header[8:] == b"AVI "
