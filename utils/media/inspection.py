@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 from tqdm import tqdm
@@ -208,6 +208,7 @@ class Child:
         pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
         process = subprocess.Popen(COMMAND, cwd=ROOT, encoding="utf-8", stdin=pipe, stdout=pipe, stderr=nowhere)
         self._process, self._lines = process, queue.SimpleQueue()
+        assert process.stdout is not None
         threading.Thread(target=_forward, args=(process.stdout, self._lines), daemon=True).start()
         return process
 
@@ -220,9 +221,9 @@ class Child:
             self._process = None
 
 
-def _forward(lines: Iterable[str], target: "queue.SimpleQueue[str]") -> None:
+def _forward(lines: TextIO, target: "queue.SimpleQueue[str]") -> None:
     """Puts lines into a queue, which can be waited for with a timeout; at last an empty one."""
-    with contextlib.suppress(ValueError, OSError):  # closed by the other thread
+    with contextlib.suppress(ValueError, OSError), lines:
         for line in lines:
             target.put(line)
     target.put("")
