@@ -68,8 +68,8 @@ def write_clip(
 ) -> Path:
     """`frames` pictures of `numbered`, or those given, rgb24, rgba or rgb48, at `times` of 1 / `base` seconds.
 
-    `more`: `container` and its `muxer` options, the frame rate `rate`, `base`, the keyframe interval `gop`, the `matrix`
-    and the `span` (2: full) of colours, a function `edit` of the codec context; others are options of the codec.
+    `more`: `container` and its `muxer` options, the `rate` of frames, `base`, `gop` from keyframe to keyframe, the
+    `matrix` and the range (`span`, 2: full) of colours, a function `edit` of the codec context, options of the codec.
     """
     rate, base, gop = more.pop("rate", 16), more.pop("base", None), more.pop("gop", 6)
     container, muxer = more.pop("container", None), more.pop("muxer", {})
