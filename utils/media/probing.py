@@ -273,7 +273,7 @@ def _notes(tilt: float, missing: int) -> Iterator[str]:
 
 
 def _is_whole_avi(path: Path) -> bool:
-    """Whether the file is an AVI as long as its header says. It may promise more frames than it stores: repeated ones."""
+    """Whether the file is an AVI as long as its header says: some of the frames it promises may repeat others."""
     with path.open("rb") as file:
         header = file.read(12)
     is_avi = header[:4] == b"RIFF" and header[8:] == b"AVI "
