@@ -63,7 +63,7 @@ class Source:
 
     @property
     def readings(self) -> dict[str, dict[str, Any]]:
-        """How files are read, by "file", "control", "mask" and "first", where versions up to 0.2 read other pictures."""
+        """How the file, its control, mask and start picture are read, where versions up to 0.2 read other pictures."""
         infos = {"file": self.info}
         others = {"control": self.control, "mask": self.mask, "first": self.first}
         infos |= {name: paired.info for name, paired in others.items() if paired}

@@ -3,12 +3,14 @@
 Letters in shapes: `F` frames, `H` height, `W` width. Pixels are uint8.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
+import av
 import numpy as np
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
@@ -102,7 +104,9 @@ def _read_with_pyav(path: Path, indices: list[int], info: MediaInfo, alpha: bool
     """Frames `indices` (ascending) as shown, (F, H, W, C). Seeks by presentation time, or counts from the start."""
     timeline = info.timeline
     wanted = [timeline.times[index] for index in indices] if timeline.times else []
-    keyframe = max((time for time in timeline.keyframes if wanted and time <= wanted[0]), default=None)
+    # The frame before is part of one that is deinterlaced.
+    start = timeline.times[max(0, indices[0] - info.look.reaches_back)] if wanted else None
+    keyframe = max((time for time in timeline.keyframes if start is not None and time <= start), default=None)
     if keyframe is not None:
         found = _decode(path, wanted, info, alpha, keyframe)
         if len(found) == len(indices):
@@ -140,7 +144,8 @@ def _frames_from(video: Video, keyframe: int | None, info: MediaInfo) -> Iterato
     if keyframe is not None:
         is_indexed = any(name in video.container.format.name for name in INDEXED)
         margin = 0 if is_indexed else round(MARGIN / info.timeline.time_base)
-        video.container.seek(keyframe - margin, stream=video.stream)
+        with contextlib.suppress(av.FFmpegError):  # then it is found from the start
+            video.container.seek(keyframe - margin, stream=video.stream)
     for packet in chain(video.packets(), (None,)):
         waits = waits and packet is not None and not (packet.is_keyframe and packet.pts == keyframe)
         if not waits:

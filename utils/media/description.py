@@ -59,6 +59,11 @@ class Look:
     transparent: bool = False
 
     @property
+    def reaches_back(self) -> int:
+        """How many frames before one must be decoded with it."""
+        return 1 if self.combed else 0
+
+    @property
     def changes(self) -> dict[str, Any]:
         """What differs from pictures that are shown as stored, or turned: versions up to 0.2 knew nothing else."""
         own = {name: value for name, value in asdict(self).items() if value != getattr(Look, name)}

@@ -57,8 +57,7 @@ class Inspector:
         self.full, self.patience = full, patience
         self.decoded, self.seconds = 0, 0.0
         self._descriptions = Descriptions(cache and cache / FOLDER)
-        self._digests = Digests(cache / LATENTS / DIGESTS if cache else Path(os.devnull))
-        self._saves = cache is not None
+        self._digests = Digests(cache and cache / LATENTS / DIGESTS)
 
     def inspect(self, paths: Sequence[Path], masks: Iterable[Path] = ()) -> dict[Path, MediaInfo | MediaError]:
         """What each file holds, or why it cannot be used. `masks` are those of them that are read as masks."""
@@ -71,8 +70,7 @@ class Inspector:
                 found[path] = self._remember(path, answer, path in as_masks)
             self.decoded += sum(not is_image(path) for path in unknown)
             self.seconds += time.monotonic() - started
-            if self._saves:
-                self._digests.save()
+            self._digests.save()
         return {path: known for path, known in found.items() if known is not None}
 
     def _known(self, path: Path, mask: bool) -> MediaInfo | MediaError | None:
