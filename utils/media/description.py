@@ -26,6 +26,7 @@ UNREAD_SUFFIXES = frozenset(
 MIN_VIDEO_FRAMES = 5
 
 IMAGE, ANIMATION, VIDEO = "image", "animation", "video"
+HDR_NOTE = "HDR, tone-mapped"
 TURNED = (1, 3, 6, 8)  # orientations that are not mirrored
 
 

@@ -13,10 +13,20 @@ import av
 from av.packet import Packet
 from av.video.frame import VideoFrame
 
+from utils.common.errors import UserError
 from utils.common.files import file_stamp
 from utils.common.formatting import counted as number_of
 from utils.media.combing import Combing
-from utils.media.description import IMAGE_SUFFIXES, VIDEO, VIDEO_SUFFIXES, Look, MediaError, MediaInfo, Timeline
+from utils.media.description import (
+    HDR_NOTE,
+    IMAGE_SUFFIXES,
+    VIDEO,
+    VIDEO_SUFFIXES,
+    Look,
+    MediaError,
+    MediaInfo,
+    Timeline,
+)
 from utils.media.files import check_file
 from utils.media.images import probe_image
 from utils.media.rendering import is_see_through, look_of, shown_size
@@ -65,7 +75,12 @@ def probe(
     is damaged anywhere.
     """
     stamp = file_stamp(check_file(path))
-    info = probe_image(path) if is_image(path) else _probe_video(path, full, threads, listen, progress)
+    try:
+        info = probe_image(path) if is_image(path) else _probe_video(path, full, threads, listen, progress)
+    except UserError:
+        raise
+    except Exception as error:  # a decoder's, of any type: only here is it known which file it is about
+        raise MediaError(path, f"it cannot be read: {type(error).__name__}: {error}") from error
     return replace(info, stamp=stamp)
 
 
@@ -261,7 +276,7 @@ def _frame_rate(rate: Fraction | None, timeline: Timeline) -> float | None:
 
 def _look_notes(look: Look, frames: _Frames, several_sizes: bool) -> Iterator[str]:
     if look.curve:
-        yield "HDR, tone-mapped"
+        yield HDR_NOTE
     elif look.primaries:
         yield "wide colours converted"
     if several_sizes:
