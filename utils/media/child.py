@@ -18,6 +18,7 @@ from utils.common.digests import hash_file
 from utils.common.files import file_stamp
 from utils.media.decoding import read_pixels
 from utils.media.description import MediaError, MediaInfo, to_json
+from utils.media.descriptions import Descriptions
 from utils.media.files import check_file
 from utils.media.masks import measure_mask
 from utils.media.probing import Listen, Progress, probe
@@ -48,8 +49,34 @@ def main() -> None:
 
 
 def _answer(question: dict[str, Any], listen: Listen, answers: TextIO) -> dict[str, Any]:
-    path, last = Path(question.pop("path")), time.monotonic()
-    answer: dict[str, Any] = {"stamp": (), "digest": None, "info": None, "reason": None}
+    """What a file holds, or why it cannot be used; `is_new` where that was not known of its content."""
+    path, full, mask = Path(question["path"]), question["full"], question["mask"]
+    descriptions = Descriptions(question["cache"] and Path(question["cache"]))
+    answer: dict[str, Any] = {"stamp": (), "digest": None, "info": None, "reason": None, "is_new": True}
+    try:
+        stamp = file_stamp(check_file(path))
+        digest = hash_file(path)
+        found = descriptions.find(path, digest, stamp, full, mask)
+        answer |= {"stamp": stamp, "digest": digest, "is_new": found is None}
+        if found is None:
+            found = _inspect(path, full, mask, question["threads"], listen, _progress(answers))
+            descriptions.keep(path, digest, found, full, mask)
+    except (MediaError, OSError) as error:
+        found = error if isinstance(error, MediaError) else MediaError(path, f"it cannot be read: {error.strerror}")
+    return answer | ({"reason": found.reason} if isinstance(found, MediaError) else {"info": to_json(found)})
+
+
+def _inspect(
+    path: Path, full: bool, mask: bool, threads: int, listen: Listen, progress: Progress
+) -> MediaInfo | MediaError:
+    try:
+        return inspect(path, full, mask, threads, listen, progress)
+    except MediaError as error:
+        return error
+
+
+def _progress(answers: TextIO) -> Progress:
+    last = time.monotonic()
 
     def progress(position: int) -> None:
         nonlocal last
@@ -57,16 +84,7 @@ def _answer(question: dict[str, Any], listen: Listen, answers: TextIO) -> dict[s
             last = time.monotonic()
             print(json.dumps({"position": position}), file=answers, flush=True)
 
-    try:
-        answer |= {"stamp": file_stamp(check_file(path)), "digest": hash_file(path)}
-        answer["info"] = to_json(inspect(path, listen=listen, progress=progress, **question))
-    except MediaError as error:
-        answer["reason"] = error.reason
-    except OSError as error:
-        answer["reason"] = f"the file cannot be read: {error.strerror}"
-    except Exception as error:  # a decoder's, of any type
-        answer["reason"] = f"it cannot be decoded: {type(error).__name__}: {error}"
-    return answer
+    return progress
 
 
 def _listen_to_ffmpeg(descriptor: int) -> Listen:

@@ -13,6 +13,7 @@ EVERY_COLUMN = 3
 MOVES, DIFFERS, ALIKE = 16, 16, 10  # of 255: between frames, between rows, between a row's neighbours
 LEAST_MOTION = 0.01  # share of the pixels; with less of it a pair of frames says nothing
 COMBED = 0.14  # share of what moves; measured: 0.22 to 0.28 in frames of two fields, up to 0.08 in others
+STRIPED = 4  # times that of what stands still: else it is a pattern
 FORMATS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "gray", "nv12"})
 
 
@@ -38,7 +39,9 @@ class Combing:
     def _vote(self, before: np.ndarray, now: np.ndarray) -> None:
         moving = np.abs(now - before)[1:-1] > MOVES
         if moving.mean() >= LEAST_MOTION:
-            self._votes.append(bool((_combed(now) & moving).sum() / moving.sum() > COMBED))
+            combed, still = _combed(now), ~moving
+            of_moving, of_still = combed[moving].mean(), combed[still].mean() if still.any() else 0.0
+            self._votes.append(bool(of_moving > max(COMBED, STRIPED * of_still)))
 
     @property
     def is_combed(self) -> bool:

@@ -43,7 +43,9 @@ class Descriptions:
         """Remembers what was found. A folder that cannot be written only costs reading the file again."""
         if self.folder is None:
             return
-        reason, info = (found.reason, None) if isinstance(found, MediaError) else (None, to_json(found))
+        reason, info = (
+            (found.reason, None) if isinstance(found, MediaError) else (None, to_json(replace(found, stamp=())))
+        )
         entry = {"full": full, "reason": reason, "info": info}
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)

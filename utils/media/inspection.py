@@ -65,10 +65,12 @@ class Inspector:
         found = {path: self._known(path, path in as_masks) for path in paths}
         unknown = [path for path, known in found.items() if known is None]
         if unknown:
-            answers = _ask_children(unknown, as_masks, self.full, self.patience)
-            for path, answer in answers.items():
-                found[path] = self._remember(path, answer, path in as_masks)
-            self.decoded += sum(not is_image(path) for path in unknown)
+            questions = [self._question(path, path in as_masks) for path in unknown]
+            for path, answer in _ask_children(questions, self.patience).items():
+                found[path] = answer.found
+                self.decoded += answer.is_new and not is_image(path)
+                if answer.digest is not None:
+                    self._digests.remember(path, answer.stamp, answer.digest)
             self.seconds += time.monotonic() - started
             self._digests.save()
         return {path: known for path, known in found.items() if known is not None}
@@ -81,51 +83,54 @@ class Inspector:
         digest = self._digests.known(path, stamp)
         return None if digest is None else self._descriptions.find(path, digest, stamp, self.full, mask)
 
-    def _remember(self, path: Path, answer: "_Answer", mask: bool) -> MediaInfo | MediaError:
-        if answer.digest is not None:
-            self._digests.remember(path, answer.stamp, answer.digest)
-            self._descriptions.keep(path, answer.digest, answer.found, self.full, mask)
-        return answer.found
+    def _question(self, path: Path, mask: bool) -> dict[str, Any]:
+        folder = self._descriptions.folder
+        cache = None if folder is None else str(folder.absolute())
+        return {"path": str(path), "full": self.full, "mask": mask, "cache": cache}
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a child found; `digest` is None where it could not finish."""
+    """What a child found; `digest` is None where it could not finish. Of a copy it may be known: then it is not new."""
 
     found: MediaInfo | MediaError
+    is_new: bool = True
     stamp: tuple[int, ...] = ()
     digest: str | None = None
 
 
-def _ask_children(paths: list[Path], masks: set[Path], full: bool, patience: Patience) -> dict[Path, _Answer]:
+def _ask_children(questions: list[dict[str, Any]], patience: Patience) -> dict[Path, _Answer]:
     """All answers, from as many children as there are processors and files; the largest files first."""
-    sizes = {path: path.stat().st_size for path in paths}
-    cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
-    count = min(cores, MAX_CHILDREN, len(paths), 1 + sum(sizes.values()) // BYTES_PER_CHILD)
+    sizes = {question["path"]: os.path.getsize(question["path"]) for question in questions}
+    total, cores = sum(sizes.values()), count_processors()
+    count = min(cores, MAX_CHILDREN, len(questions), 1 + total // BYTES_PER_CHILD)
     children = [Child(patience) for _ in range(count)]
     idle: queue.SimpleQueue[Child] = queue.SimpleQueue()
     for child in children:
         idle.put(child)
-    bar: tqdm[Any] = tqdm(
-        desc="checking media", total=sum(sizes.values()), unit="B", unit_scale=True, delay=2, leave=False
-    )
+    bar: tqdm[Any] = tqdm(desc="checking media", total=total, unit="B", unit_scale=True, delay=2, leave=False)
 
-    def ask(path: Path) -> _Answer:
-        child, place = idle.get(), _Place(bar, sizes[path])
+    def ask(question: dict[str, Any]) -> tuple[Path, _Answer]:
+        child, size = idle.get(), sizes[question["path"]]
+        place = _Place(bar, size)
         try:
-            question = {"path": str(path.absolute()), "full": full, "mask": path in masks, "threads": cores // count}
-            return child.ask(path, question, place.move)
+            return Path(question["path"]), child.ask(question | {"threads": cores // count}, place.move)
         finally:
-            place.move(sizes[path])
+            place.move(size)
             idle.put(child)
 
     try:
         with bar, ThreadPoolExecutor(count) as pool:
-            ordered = sorted(paths, key=sizes.__getitem__, reverse=True)
-            return dict(zip(ordered, pool.map(ask, ordered), strict=True))
+            return dict(pool.map(ask, sorted(questions, key=lambda question: -sizes[question["path"]])))
     finally:
         for child in children:
             child.end()
+
+
+def count_processors() -> int:
+    """How many processors this process may use."""
+    own = psutil.Process()
+    return len(own.cpu_affinity()) if hasattr(own, "cpu_affinity") else os.cpu_count() or 1
 
 
 class _Place:
@@ -150,10 +155,12 @@ class Child:
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    def ask(self, path: Path, question: dict[str, Any], move: Callable[[int], None]) -> _Answer:
-        process = self._process or self._start()
+    def ask(self, question: dict[str, Any], move: Callable[[int], None]) -> _Answer:
+        """The answer to a question; `move` is told how far into the file the child has come."""
+        path, process = Path(question["path"]), self._process or self._start()
         try:
-            print(json.dumps(question), file=process.stdin, flush=True)
+            absolute = {"path": str(path.absolute())}  # a child has a working directory of its own
+            print(json.dumps(question | absolute), file=process.stdin, flush=True)
             answer = self._wait(process, move)
         except OSError:
             answer = None
@@ -163,10 +170,9 @@ class Child:
         if "gave up" in answer:
             self.end()
             return _Answer(MediaError(path, f"reading it was given up: {answer['gave up']}"))
-        stamp, digest = tuple(answer["stamp"]), answer["digest"]
-        if answer["reason"] is not None:
-            return _Answer(MediaError(path, answer["reason"]), stamp, digest)
-        return _Answer(from_json(answer["info"]), stamp, digest)
+        reason, info = answer["reason"], answer["info"]
+        found = from_json(info) if reason is None else MediaError(path, reason)
+        return _Answer(found, answer["is_new"], tuple(answer["stamp"]), answer["digest"])
 
     def _wait(self, process: "subprocess.Popen[str]", move: Callable[[int], None]) -> dict[str, Any] | None:
         """The answer, or why it is no longer waited for; None if the child has ended."""
@@ -191,15 +197,18 @@ class Child:
         pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
         process = subprocess.Popen(COMMAND, cwd=ROOT, encoding="utf-8", stdin=pipe, stdout=pipe, stderr=nowhere)
         self._process, self._lines = process, queue.SimpleQueue()
-        threading.Thread(target=_forward, args=(process.stdout, self._lines), daemon=True).start()
+        self._reader = threading.Thread(target=_forward, args=(process.stdout, self._lines), daemon=True)
+        self._reader.start()
         return process
 
     def end(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            with contextlib.suppress(OSError):
-                self._process.stdin.close() if self._process.stdin else None
+            self._reader.join()  # its last line was the last one of the child
+            for pipe in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(OSError):  # what could not be written to a child that has crashed
+                    pipe.close() if pipe else None
             self._process = None
 
 
