@@ -1,7 +1,7 @@
 """captions.txt: a line for each media file, in natural order or with the file's name in front.
 
-    a red fox                       the first file in natural order
-    clip2.mp4: a brown hare         this file; also clip2: or with | or a tab instead of the colon
+a red fox                       the first file in natural order
+clip2.mp4: a brown hare         this file; also clip2: or with | or a tab instead of the colon
 """
 
 import re

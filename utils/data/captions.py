@@ -6,8 +6,8 @@
     metadata.jsonl, metadata.json, metadata.csv     rows of a file name and a text
     the file name itself                            only with `--captions filename`
 
-Names in NFC and NFD are the same. A name in another letter case is found too, where nothing has the exact one. Different
-captions for one file in two places are a problem of that file: nothing says which one is right.
+Names in NFC and NFD are the same. A name in another letter case is found too, where nothing has the exact one.
+Different captions for one file in two places are a problem of that file: nothing says which one is right.
 """
 
 import os
@@ -127,7 +127,7 @@ def find_orphans(
 
 
 def _stems_elsewhere(captions: Path, folder: Path, skipped: set[Path], folders: "_Folders") -> set[str]:
-    """What files are named for which this captions folder may be, outside of `folder` or in folders that are skipped."""
+    """The names of files that this captions folder may serve, outside of `folder` or in folders that are skipped."""
     above = captions.parent
     places = [above, *(above / name for name in folders.names(above))]
     outside = [place for place in places if _resolve(place) in skipped or not place.is_relative_to(folder)]
@@ -204,11 +204,12 @@ class _Folders:
     def texts(self, folder: Path) -> dict[str, list[Path]]:
         """The text files in a folder by their names without an ending, as `same_name` makes them; .txt before .TXT."""
         if folder not in self._texts:
-            self._texts[folder] = found = {}
+            found: dict[str, list[Path]] = {}
             for name in sorted(self.names(folder), key=lambda name: (not name.endswith(".txt"), name)):
                 file = folder / name
                 if file.suffix.lower() == ".txt":
                     found.setdefault(same_name(file.stem), []).append(file)
+            self._texts[folder] = found
         return self._texts[folder]
 
     def captions_in(self, folder: Path) -> list[Path]:
@@ -261,9 +262,7 @@ def _listed(
     folder, *above = places
     for listing in (file for place in above for file in folders.named(place, LISTING)):
         # Its lines would have to be in the order of all parts of the dataset, which are scanned one by one.
-        found.file_problems.append(
-            (listing, f"move it into {folder.name}/: it must be beside the files that it lists")
-        )
+        found.file_problems.append((listing, f"move it into {folder.name}/: it must be beside the files that it lists"))
     if any(path.parent == folder and same_name(path.stem) == Path(LISTING).stem for path in media):
         return
     for listing in folders.named(folder, LISTING):

@@ -198,7 +198,9 @@ def test_notes_are_printed_once_and_plain_layouts_have_none(folder, capsys):
 
 def test_the_exact_name_wins_and_two_that_are_only_alike_must_agree(folder):
     paths = media(folder, "a.mp4", "B.mp4", "C.mp4")
-    write(folder, {"a.txt": "exact", "A.txt": "alike", "b.txt": "one", "b.TXT": "two", "c.txt": "same", "c.TXT": "same"})
+    write(
+        folder, {"a.txt": "exact", "A.txt": "alike", "b.txt": "one", "b.TXT": "two", "c.txt": "same", "c.TXT": "same"}
+    )
     found = match_captions(folder, paths)
     assert found.texts == {folder / "a.mp4": ("exact",), folder / "C.mp4": ("same",)}
     assert "it has different captions in " in found.problems[folder / "B.mp4"]
