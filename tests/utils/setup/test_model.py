@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import FAMILY, write_model
+from tests.tiny import FAMILY, TINY_SHAPE, write_model
 from utils.common.errors import UserError
 from utils.common.options import parse_options
 from utils.setup import model
@@ -17,6 +17,7 @@ from utils.setup.model import (
     contradictions,
     doubts,
     find_given_family,
+    find_given_tokenizer,
     need_experts,
     open_given,
 )
@@ -58,6 +59,13 @@ def test_single_files_make_a_model_though_the_default_folder_is_not_there(files,
     assert all(str(path) in said for path in files.given.values())
     assert said.endswith("\nmodel: wan2.1-t2v-1.3B\n\n")
     assert find_given_family(files, DEFAULT, is_default=True) is FAMILY
+
+
+def test_a_tokenizer_is_found_where_it_is_and_missing_without_an_error(files, kept, tmp_path):
+    expected = kept / FAMILY.tokenizer, TINY_SHAPE.text_len
+    assert find_given_tokenizer(files, DEFAULT) == find_given_tokenizer(SingleFiles(), str(kept)) == expected
+    assert find_given_tokenizer(SingleFiles(), DEFAULT) is None
+    assert find_given_tokenizer(SingleFiles(tokenizer=tmp_path), DEFAULT) is None
 
 
 def test_a_folder_that_is_named_has_to_be_there(files):
