@@ -21,7 +21,15 @@ from utils.setup.model import (
     need_experts,
     open_given,
 )
-from wan.checkpoints import TRANSFORMER, CheckpointError, ModelFiles, TransformerFiles, Weights
+from wan.checkpoints import (
+    TOKENIZER,
+    TRANSFORMER,
+    CheckpointError,
+    ModelFiles,
+    TransformerFiles,
+    Weights,
+    find_tokenizer,
+)
 from wan.configs import FAMILIES
 
 EXPERTS = FAMILIES["wan2.2-t2v-A14B"]
@@ -61,11 +69,15 @@ def test_single_files_make_a_model_though_the_default_folder_is_not_there(files,
     assert find_given_family(files, DEFAULT, is_default=True) is FAMILY
 
 
-def test_a_tokenizer_is_found_where_it_is_and_missing_without_an_error(files, kept, tmp_path):
-    expected = kept / FAMILY.tokenizer, TINY_SHAPE.text_len
-    assert find_given_tokenizer(files, DEFAULT) == find_given_tokenizer(SingleFiles(), str(kept)) == expected
-    assert find_given_tokenizer(SingleFiles(), DEFAULT) is None
+def test_a_tokenizer_is_found_without_the_rest_of_the_model_and_missing_without_an_error(files, kept, tmp_path):
+    tokenizer = kept / FAMILY.tokenizer
+    of_model = tokenizer, TINY_SHAPE.text_len
+    assert find_given_tokenizer(files, DEFAULT) == find_given_tokenizer(SingleFiles(), str(kept)) == of_model
+    assert find_tokenizer() is None and find_given_tokenizer(SingleFiles(), DEFAULT) is None
+    assert find_given_tokenizer(SingleFiles(tokenizer=tokenizer), DEFAULT) == (tokenizer, 512)
     assert find_given_tokenizer(SingleFiles(tokenizer=tmp_path), DEFAULT) is None
+    shutil.copytree(tokenizer, Path("models") / TOKENIZER)
+    assert find_given_tokenizer(SingleFiles(), DEFAULT) == (Path("models") / TOKENIZER, 512)
 
 
 def test_a_folder_that_is_named_has_to_be_there(files):
