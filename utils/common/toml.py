@@ -34,7 +34,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def check_paths(values: object, name: str, file: Path) -> None:
     """Raises UserError for a path, or one of several, with tabs or line breaks, which its backslashes have become."""
-    for value in values if isinstance(values, list) else [values]:
+    for value in values if isinstance(values, list | tuple) else [values]:
         if isinstance(value, str) and any(char < " " for char in value):
             typed = "".join(_ESCAPES.get(char, f"\\u{ord(char):04x}") if char < " " else char for char in value)
             lines = file.read_text(encoding="utf-8-sig").split("\n")
