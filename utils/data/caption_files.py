@@ -106,18 +106,14 @@ def _csv_rows(text: str) -> list[Any]:
     if said := _SEPARATOR_LINE.fullmatch(first):
         delimiter, text = said[1], rest
     else:
-        fitting = (mark for mark in _DELIMITERS if _is_header(next(csv.reader([first], delimiter=mark), [])))
-        delimiter = next(fitting, ",")
+        columns = {mark: next(csv.reader([first], delimiter=mark), []) for mark in _DELIMITERS}
+        delimiter = next((mark for mark in _DELIMITERS if any(key in columns[mark] for key in FILE_KEYS)), ",")
     rows: list[Any] = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
     for number, row in enumerate(rows, 1):
         if None in row:
             remedy = f"put a text with {_DELIMITERS[delimiter]} in quotes"
             raise UnusableError(f"row {number} has more columns than the header: {remedy}")
     return rows
-
-
-def _is_header(columns: list[str]) -> bool:
-    return any(key in columns for key in FILE_KEYS) and any(key in columns for key in TEXT_KEYS)
 
 
 def _parse_row(row: Any, number: int, per_line: bool) -> Row:

@@ -54,7 +54,8 @@ def read_listing(listing: Path, media: Sequence[Path]) -> tuple[list[Line], list
         fault = f"most lines begin with the name of a media file, but not line {number}, {line[:40]!r}"
         raise UnusableError(f"{fault}: begin each with one, as in {fitting[0].path.name}: {fitting[0].text[:20]}")
     if len(lines) != len(media):
-        how = f"in natural order, or with its name as in {ordered[0].name}: caption"
+        example = ordered[0].name if ordered else "clip.mp4"
+        how = f"in natural order, or with its name as in {example}: caption"
         raise UnusableError(f"it has {len(lines)} lines for {len(media)} media files: write one per file, {how}")
     found = [Line(path, line, path.name) for path, line in zip(ordered, lines, strict=True)]
     return found, list(_order_notes(listing, ordered))

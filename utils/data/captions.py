@@ -119,7 +119,7 @@ def find_orphans(
             places.append(Path(here))
     found = []
     for place in dict.fromkeys(places):
-        others = _stems_elsewhere(place, folder, skipped, folders) if same_name(place.name) == FOLDER else set()
+        others = set() if place in beside else _stems_elsewhere(place, folder, skipped, folders)
         for name, files in folders.texts(place).items():
             if name not in others:
                 found += [file for file in files if file not in used and not file.name.startswith(".")]

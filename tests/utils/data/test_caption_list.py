@@ -61,6 +61,11 @@ def test_a_name_may_have_folders_colons_and_any_letter_case(tmp_path):
     assert [line.name for line in found if line.other_case] == ["cafe\u0301.mp4"]
 
 
+def test_the_longest_name_counts(tmp_path):
+    texts, _ = read(tmp_path, ["a.mp4", "a: b.mp4"], "a: one\na: b: two")
+    assert texts == {"a.mp4": "one", "a: b.mp4": "two"}
+
+
 def test_a_name_that_two_files_have_fits_neither(tmp_path):
     texts, _ = read(tmp_path, ["a/clip.mp4", "b/clip.mp4"], "clip: one\nclip: two")
     assert texts == {"a/clip.mp4": "clip: one", "b/clip.mp4": "clip: two"}
@@ -91,3 +96,5 @@ def test_the_numbers_of_lines_and_media_agree(tmp_path):
     how = "write one per file, in natural order, or with its name as in clip1.mp4: caption"
     with pytest.raises(UnusableError, match=f"^it has 2 lines for 4 media files: {how}$"):
         read(tmp_path, CLIPS, "one\ntwo")
+    with pytest.raises(UnusableError, match=r"^it has 1 lines for 0 media files: .* clip\.mp4: caption$"):
+        read(tmp_path, [], "one")

@@ -197,12 +197,11 @@ def test_notes_are_printed_once_and_plain_layouts_have_none(folder, capsys):
 
 
 def test_the_exact_name_wins_and_two_that_are_only_alike_must_agree(folder):
-    paths = media(folder, "a.mp4", "B.mp4", "C.mp4")
-    write(
-        folder, {"a.txt": "exact", "A.txt": "alike", "b.txt": "one", "b.TXT": "two", "c.txt": "same", "c.TXT": "same"}
-    )
+    paths = media(folder, "a.mp4", "B.mp4", "C.mp4", "d.mp4")
+    write(folder, {"a.txt": "exact", "A.txt": "alike", "b.txt": "one", "b.TXT": "two"})
+    write(folder, {"c.txt": "same", "c.TXT": "same", "d.TXT": "alike", "d.txt": "exact"})
     found = match_captions(folder, paths)
-    assert found.texts == {folder / "a.mp4": ("exact",), folder / "C.mp4": ("same",)}
+    assert [text for (text,) in found.texts.values()] == ["same", "exact", "exact"]
     assert "it has different captions in " in found.problems[folder / "B.mp4"]
 
 
@@ -233,6 +232,7 @@ def test_rows_may_have_the_separators_of_windows_unless_a_file_has_that_name(fol
     assert texts(folder, paths) == {"sub/clip.mp4": ("fox",)}
     paths = media(folder, "sub/clip.mp4", "sub\\clip.mp4")
     assert match_captions(folder, paths).texts == {folder / "sub\\clip.mp4": ("fox",)}
+    assert match_captions(folder, [folder / "sub" / "clip.mp4"]).texts == {}
 
 
 def test_rows_for_another_part_of_the_dataset_are_no_problem_in_any_spelling(folder):
@@ -309,7 +309,7 @@ def test_orphans_are_captions_without_a_clip(folder):
 def test_captions_of_other_parts_of_a_dataset_are_no_orphans(folder):
     train = media(folder, "a.mp4")
     media(folder, "val/v.mp4")
-    write(folder, {"captions/a.txt": "fox", "captions/v.txt": "owl", "captions/x.txt": "nobody's", "val/y.txt": "y"})
+    write(folder, {"captions/a.txt": "fox", "captions/v.txt": "owl", "captions/x.txt": "nobody's", "val/x.txt": "x"})
     assert find_orphans(folder, train, [folder / "val"]) == [folder / "captions" / "x.txt"]
     train = media(folder / "set" / "train", "a.mp4")
     media(folder / "set" / "val", "v.mp4")
@@ -323,7 +323,8 @@ def test_looking_for_orphans_ends_where_links_go_in_circles(folder):
     (folder / "sub" / "again").symlink_to(folder)
     (folder / "sub" / "captions").symlink_to("captions")
     os.symlink("loop.txt", folder / "sub" / "loop.txt")
-    assert find_orphans(folder, paths) == [folder / "sub" / "loop.txt"]
+    write(folder, {"captions/x.txt": "nobody's"})
+    assert find_orphans(folder, paths) == [folder / "captions" / "x.txt", folder / "sub" / "loop.txt"]
 
 
 def test_media_without_any_caption_are_told_from_those_with_a_bad_one(folder):

@@ -27,10 +27,10 @@ def sources(**captions: str) -> list[Source]:
 
 def test_captions_of_more_tokens_than_the_model_reads_are_named(folder, capsys):
     # Eight words and </s> are nine tokens.
-    say_cut_captions((folder, 9), sources(fits="a " * 8, cut="a " * 9, longer="狐 " * 20))
+    say_cut_captions((folder, 9), sources(fits="a " * 8, cut="a " * 9, dense="狐" * 7))
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "text: the caption of cut.mp4 has 10 tokens, but the model reads 9: the rest has no effect"
-    assert len(said) == 2 and said[1].startswith("text: the caption of longer.mp4 has ")
+    assert len(said) == 2 and said[1].startswith("text: the caption of dense.mp4 has ")
 
 
 def test_many_are_counted(folder, capsys):
