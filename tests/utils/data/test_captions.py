@@ -318,6 +318,13 @@ def test_captions_of_other_parts_of_a_dataset_are_no_orphans(folder):
     assert found == [folder / "set" / "captions" / "x.txt"]
 
 
+def test_a_dataset_that_is_called_captions_has_orphans_too(folder):
+    paths = media(folder / "captions", "clip.mp4")
+    media(folder / "other", "gone.mp4")
+    write(folder / "captions", {"clip.txt": "fox", "gone.txt": "hare"})
+    assert find_orphans(folder / "captions", paths) == [folder / "captions" / "gone.txt"]
+
+
 def test_looking_for_orphans_ends_where_links_go_in_circles(folder):
     paths = media(folder, "sub/clip.mp4")
     (folder / "sub" / "again").symlink_to(folder)
