@@ -10,7 +10,6 @@ from itertools import chain
 from pathlib import Path
 from types import ModuleType
 
-import av
 import numpy as np
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
@@ -108,9 +107,10 @@ def _read_with_pyav(path: Path, indices: list[int], info: MediaInfo, alpha: bool
     start = timeline.times[max(0, indices[0] - info.look.reaches_back)] if wanted else None
     keyframe = max((time for time in timeline.keyframes if start is not None and time <= start), default=None)
     if keyframe is not None:
-        found = _decode(path, wanted, info, alpha, keyframe)
-        if len(found) == len(indices):
-            return np.stack(found)
+        with contextlib.suppress(MediaError):  # in some containers no time can be found
+            found = _decode(path, wanted, info, alpha, keyframe)
+            if len(found) == len(indices):
+                return np.stack(found)
     found = _decode(path, wanted or indices, info, alpha)
     if len(found) < len(indices):
         raise MediaError(path, f"only {len(found)} of the {len(indices)} requested frames can be decoded")
@@ -144,8 +144,7 @@ def _frames_from(video: Video, keyframe: int | None, info: MediaInfo) -> Iterato
     if keyframe is not None:
         is_indexed = any(name in video.container.format.name for name in INDEXED)
         margin = 0 if is_indexed else round(MARGIN / info.timeline.time_base)
-        with contextlib.suppress(av.FFmpegError):  # then it is found from the start
-            video.container.seek(keyframe - margin, stream=video.stream)
+        video.container.seek(keyframe - margin, stream=video.stream)
     for packet in chain(video.packets(), (None,)):
         waits = waits and packet is not None and not (packet.is_keyframe and packet.pts == keyframe)
         if not waits:

@@ -46,7 +46,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
             yield image
     except MemoryError:
         raise MediaError(path, "main memory is too small to read it: reduce it") from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error) as error:
         limit = f" (Pillow: {error})" if "MAX_TEXT" in str(error) else ""
         raise MediaError(path, f"not a readable image: damaged, cut short, or {KNOWN}{limit}") from error
 
@@ -113,7 +113,7 @@ def _shown(image: Image.Image) -> list[int]:
 def _to_rgb(picture: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> Image.Image:
     """8-bit sRGB: 16-bit values are scaled, colours of a profile converted, and transparent areas become white."""
     if picture.mode.startswith("I"):
-        return Image.fromarray(np.rint(np.asarray(picture) / 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(np.rint(np.asarray(picture) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
     if not picture.has_transparency_data:
         return _to_srgb(picture, profile)
     rgba = picture.convert("RGBA")

@@ -36,7 +36,7 @@ from utils.media.video import Video, open_video
 # after a seek (HEVC, MPEG-4, AVI, open GOPs) or wrong colours (10 bit), without an error.
 DECORD_CODECS = frozenset({"h264"})
 DECORD_PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
-DECORD_CONTAINERS = ("mov", "matroska")
+DECORD_CONTAINERS = ("mov", "matroska")  # in an AVI it returns the first frames after any seek
 # Their packets hold one picture each. Others hide pictures, repeat them, or put several in a packet.
 PLAIN_CODECS = frozenset({"h264", "hevc", "vp9", "av1", "libdav1d", "mjpeg", "prores", "dnxhd", "ffv1"})
 # What FFmpeg reports as an error though no picture changes.
@@ -120,6 +120,7 @@ class _Frames:
     """What decoded frames say, in the order in which they are shown."""
 
     times: list[int | None] = field(default_factory=list)
+    keyframes: set[int | None] = field(default_factory=set)
     flagged: int = 0  # of two fields, by the decoder
     combing: Combing = field(default_factory=Combing)
     sizes: set[tuple[int, int]] = field(default_factory=set)
@@ -128,6 +129,8 @@ class _Frames:
     def add(self, frame: VideoFrame) -> None:
         self.first = self.first or frame
         self.times.append(time_of(frame))
+        if frame.key_frame:
+            self.keyframes.add(time_of(frame))
         self.flagged += frame.interlaced_frame
         self.combing.add(frame)
         self.sizes.add((frame.width, frame.height))
@@ -146,28 +149,35 @@ def time_of(frame: VideoFrame) -> int | None:
 def _probe_video(path: Path, full: bool, threads: int, listen: Listen, progress: Progress) -> MediaInfo:
     with open_video(path, threads) as video:
         stream, promised, codec = video.stream, video.stream.frames, video.decoder.name
-        decodes_all = full or codec not in PLAIN_CODECS
+        # An AVI does not say when pictures that are stored in another order are shown.
+        is_unordered = video.container.format.name == "avi" and stream.codec_context.has_b_frames
+        decodes_all = full or codec not in PLAIN_CODECS or bool(is_unordered)
+        if _is_whole_avi(path):
+            promised = len(stream.index_entries)  # its header also counts repeated frames, which are not stored
         packets, frames = _read_through(path, video, decodes_all, listen, progress)
         if frames.first is None:
             raise MediaError(path, "none of its frames can be decoded")
-        look, tilt = look_of(frames.first, stream)
+        look, tilt = look_of(frames.first, video)
         several_sizes = len(frames.sizes) > 1
         if several_sizes and look.scaled is None:
             look = replace(look, scaled=(frames.first.width, frames.first.height))
         if frames.flagged and not look.combed:
             look = replace(look, combed="some")
         rate = stream.average_rate or stream.guessed_rate
+        if decodes_all and len(packets.keyframes) == len(packets.times) and not _is_intra_only(video):
+            # Containers without a list of keyframes take all pictures for such.
+            packets.keyframes = [time for time in packets.keyframes if time in frames.keyframes]
         times, keyframes = _shown_times(packets, frames, decodes_all)
         suits_decord = _suits_decord(video, packets, look) and bool(times)
         timeline = Timeline(times, keyframes, stream.time_base or Fraction(0), suits_decord)
+        count = len(frames.times) if decodes_all else len(times) or len(packets.times)
+        counted = _counts_anew(video, packets, times, count)
     stored = len(packets.times) + packets.empty
-    if packets.corrupt or (promised > stored and not _is_whole_avi(path) and promised > _count_stored(path)):
+    if packets.corrupt or (promised > stored and promised > _count_stored(path)):
         whole = len(packets.times) - len(packets.corrupt)
         raise MediaError(path, f"cut short: only {whole} of its {max(promised, stored)} frames are there")
-    count = len(frames.times) if decodes_all else len(times) or len(packets.times)
     missing = len(packets.times) - count if packets.is_ragged else 0
     notes = (*_look_notes(look, frames, several_sizes), *_notes(tilt, missing))
-    counted = _counts_anew(video, packets, times, count)
     size = shown_size(frames.first, look)
     return MediaInfo(*size, count, _frame_rate(rate, timeline), VIDEO, look, timeline, notes, full, counted)
 
@@ -261,8 +271,13 @@ def _counts_anew(video: Video, packets: _Packets, times: tuple[int, ...], count:
 
 def _suits_decord(video: Video, packets: _Packets, look: Look) -> bool:
     container, codec = video.container.format.name, video.decoder
-    is_known = any(name in container for name in DECORD_CONTAINERS) and codec.name in DECORD_CODECS
+    is_known = len(video.container.streams.video) == 1  # of several it may take another
+    is_known &= any(name in container for name in DECORD_CONTAINERS) and codec.name in DECORD_CODECS
     return is_known and codec.pix_fmt in DECORD_PIXEL_FORMATS and packets.is_closed and look == Look()
+
+
+def _is_intra_only(video: Video) -> bool:
+    return video.decoder.codec.intra_only or video.decoder.name == "cfhd"  # FFmpeg does not say it of CineForm
 
 
 def _frame_rate(rate: Fraction | None, timeline: Timeline) -> float | None:
@@ -299,7 +314,7 @@ def _notes(tilt: float, missing: int) -> Iterator[str]:
 
 
 def _is_whole_avi(path: Path) -> bool:
-    """Whether the file is an AVI as long as its header says: some of the frames it promises may repeat others."""
+    """Whether the file is an AVI as long as its header says, so that it has its index."""
     with path.open("rb") as file:
         header = file.read(12)
     is_avi = header[:4] == b"RIFF" and header[8:] == b"AVI "

@@ -18,6 +18,7 @@ from av.video.stream import VideoStream
 
 from utils.media.colour import HDR_CURVES, WIDE_PRIMARIES, to_sdr
 from utils.media.description import Look
+from utils.media.video import Video
 
 # Rows of a display matrix without its translation, as (a, b, c, d): x' = a x + c y, y' = b x + d y, with y downwards.
 ORIENTATIONS = {
@@ -35,23 +36,25 @@ MOST_STRETCHED = 8  # a file that states more is wrong
 # Their decoders do not say that a picture is of two fields; the container does.
 SILENT_CODECS = frozenset({"rawvideo", "huffyuv", "ffvhuff", "v210", "v410", "r210", "qtrle", "png", "magicyuv"})
 FIELD_ORDERS = (2, 3, 4, 5)  # FFmpeg's numbers of all that are not progressive
-BT709, UNSPECIFIED, BT2020 = 1, 2, 9  # matrices, by the numbers of ITU-T H.273
+BT709, UNSPECIFIED, BT2020 = 1, 2, 9  # of matrices, and the second of all colours, by the numbers of ITU-T H.273
 EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEXACT | Interpolation.FULL_CHR_H_INT
 
 
-def look_of(frame: VideoFrame, stream: VideoStream) -> tuple[Look, float]:
-    """How the first frame of a stream is to be shown, and by how many degrees it is tilted, which is not applied.
+def look_of(frame: VideoFrame, video: Video) -> tuple[Look, float]:
+    """How the first frame of a video is to be shown, and by how many degrees it is tilted, which is not applied.
 
     Whether pictures are `combed` is known for this frame alone.
     """
     orientation, tilt = _orientation(frame)
-    curve = HDR_CURVES.get(frame.color_trc, "")
+    stream = video.stream
+    curve = HDR_CURVES.get(video.curve if frame.color_trc == UNSPECIFIED else frame.color_trc, "")
+    primaries = video.primaries if frame.color_primaries == UNSPECIFIED else frame.color_primaries
     is_silent = stream.codec_context.name in SILENT_CODECS and stream.codec_context.field_order in FIELD_ORDERS
     look = Look(
         orientation=orientation,
         scaled=_square(frame, stream),
         curve=curve,
-        primaries=WIDE_PRIMARIES.get(frame.color_primaries, "bt2020" if curve else ""),
+        primaries=WIDE_PRIMARIES.get(primaries, "bt2020" if curve else ""),
         combed="all" if is_silent else "some" if frame.interlaced_frame else "",
         transparent=any(component.is_alpha for component in frame.format.components),
     )

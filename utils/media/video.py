@@ -11,7 +11,7 @@ from pathlib import Path
 import av
 from av.container import InputContainer
 from av.packet import Packet
-from av.stream import Discard
+from av.stream import Discard, Disposition
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
@@ -32,11 +32,16 @@ _DECODERS_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 @dataclass(frozen=True)
 class Video:
-    """An open container, its main video stream, and the decoder of that stream."""
+    """An open container, its main video stream, and the decoder of that stream.
+
+    `primaries` and `curve` are the container's, by the numbers of ITU-T H.273: decoders forget them.
+    """
 
     container: InputContainer
     stream: VideoStream
     decoder: VideoCodecContext
+    primaries: int
+    curve: int
 
     def packets(self) -> Iterator[Packet]:
         """The packets of the stream from here on. Empty ones repeat a picture."""
@@ -59,7 +64,7 @@ def open_video(path: Path, threads: int = 1, options: dict[str, str] | None = No
         # Absolute, because FFmpeg takes what precedes a colon in a relative path for a protocol.
         with av.open(str(path.absolute()), options=(options or {}) | FFMPEG_OPTIONS) as container:
             stream = container.streams.best("video")
-            if not isinstance(stream, VideoStream):
+            if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
                 raise MediaError(path, "it contains no video")
             _check_size(path, stream)
             for other in container.streams:
@@ -67,7 +72,8 @@ def open_video(path: Path, threads: int = 1, options: dict[str, str] | None = No
                     other.discard = Discard.all
             decoder = _decoder(stream)
             decoder.thread_count, decoder.thread_type = threads, "AUTO"
-            yield Video(container, stream, decoder)
+            stated = stream.codec_context
+            yield Video(container, stream, decoder, stated.color_primaries, stated.color_trc)
     except av.FFmpegError as error:
         reason = f"not a readable video: damaged, cut short, or {KNOWN} ({error.strerror})"
         raise MediaError(path, reason) from error
