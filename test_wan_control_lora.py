@@ -71,8 +71,12 @@ class Content:
         "both share",
         aliases=("lora",),
     )
-    also_lora: tuple[str, ...] = option((), "further LoRAs, each FILE or FILE:STRENGTH", requires="lora_path")
-    pretrained_model_name_or_path: str | None = option(None, "base model (default: the one the LoRA names)")
+    also_lora: tuple[str, ...] = option(
+        (), "further LoRAs, each FILE or FILE:STRENGTH", requires="lora_path", is_path=True
+    )
+    pretrained_model_name_or_path: str | None = option(
+        None, "base model (default: the one the LoRA names)", is_path=True
+    )
     prompt: str | None = option(None, "what to generate (default: an empty prompt)")
     embedding: Path | None = option(None, "text embedding file to use instead of --prompt")
     negative_prompt: str | None = option(None, "what to avoid (default: the model's own negative prompt)")

@@ -39,6 +39,7 @@ from utils.diffusion.flow import sample_noisy
 from utils.diffusion.objectives import guided_target, squared_error
 from utils.encoding.conditioning import Batch, draw_held, inject_noise, loss_weight, make_predict, replace_text
 from utils.encoding.pictures import needed_flags
+from utils.encoding.text_length import say_cut_captions
 from utils.media.controls import FROM_FILE
 from utils.runs.attempts import run_until_it_fits
 from utils.runs.benchmark import benchmark
@@ -58,7 +59,7 @@ from utils.runs.run import Run, RunOptions, RunSettings, open_run
 from utils.runs.session import Session
 from utils.runs.state import Facts, State, check_resume_compatible, decisions_of, find_state
 from utils.setup.download import SetupOptions, set_up
-from utils.setup.model import find_given_family, given_shape, need_experts, open_given
+from utils.setup.model import find_given_family, find_given_tokenizer, given_shape, need_experts, open_given
 from utils.training.checkpoint_plan import CheckpointPlan
 from utils.training.compilation import explain_failed_compilation
 from utils.training.conditions import check_conditions
@@ -188,6 +189,7 @@ def forecast_run(opts: Options, folders: list[Folder], is_default: bool) -> None
     name = opts.pretrained_model_name_or_path
     family = find_given_family(opts, name, is_default)
     data = open_data(opts, folders, family)
+    say_cut_captions(find_given_tokenizer(opts, name), [*data.train, *data.val])
     if opts.plan:
         shape = given_shape(opts, name, family)
         opts.check_storage(shape.num_layers)

@@ -13,7 +13,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import median
 
@@ -33,13 +36,16 @@ from utils.encoding.conditioning import Encoders
 from utils.encoding.latent_cache import LatentCache, Layout
 from utils.encoding.samples import CachedSamples
 from utils.encoding.text_cache import TextCache
-from utils.media.probing import MediaInfo, is_image
+from utils.media.description import MediaInfo
+from utils.media.inspection import Inspector, count_processors
+from utils.media.probing import is_image, is_video
+from utils.media.video import open_video
 from wan.configs import FAMILIES
 
 WIDTH, HEIGHT, FRAMES = 832, 480, 25
 GRID = FAMILIES["wan2.1-t2v-1.3B"].grid
 TOKENS = (WIDTH // 16) * (HEIGHT // 16) * ((FRAMES - 1) // 4 + 1)
-REPEATS = 7
+REPEATS, CHECKS = 7, 5
 CACHED_CLIPS, SAMPLES = 64, 400
 TableRow = tuple[str, float, str, str]  # what, value, unit, limit
 
@@ -55,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     opts = parse_options(Options, argv)
     if opts.clips is None:
         raise UserError("--clips is missing: a folder with clips and captions, one of them 1280x720")
-    rows = [*measure_window(opts.clips), measure_preflight(opts.clips), *measure_cache()]
+    rows = [*measure_window(opts.clips), *measure_check(opts.clips), *measure_cache()]
     print(format_table(("what", "value", "unit", "limit"), rows))
 
 
@@ -63,7 +69,7 @@ def measure_window(clips: Path) -> list[TableRow]:
     """One window of a 720p clip on one core: our loader and the minimum, in turns. Raises UserError without a clip."""
     torch.set_num_threads(1)
     sources, _ = scan(Folder(clips, Rules()), 16.0)
-    source = next((s for s in sources if (s.info.width, s.info.height) == (1280, 720) and not is_image(s.path)), None)
+    source = next((s for s in sources if (s.info.width, s.info.height) == (1280, 720) and not s.info.is_image), None)
     if source is None:
         raise UserError(f"{clips} has no usable clip of 1280x720")
     window = Window(source, "", WIDTH, HEIGHT, tuple(range(FRAMES)), (0.5, 0.5), GRID)
@@ -86,14 +92,44 @@ def decord_and_resize(path: Path) -> torch.Tensor:
     return functional.resize(frames, [HEIGHT, WIDTH], interpolation, antialias=True)
 
 
-def measure_preflight(clips: Path) -> TableRow:
-    """The check of a dataset before a run, per clip."""
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        sources, problems = scan(Folder(clips, Rules()), 16.0)
-        times.append((time.perf_counter() - started) / (len(sources) + len(problems)))
-    return "preflight", round(median(times), 3), "s per clip", "0.3"
+def measure_check(clips: Path) -> list[TableRow]:
+    """The check of a dataset before a run: the first one, compared with decoding the videos alone, and later ones."""
+    paths = sorted(path for path in clips.rglob("*") if is_image(path) or is_video(path))
+    videos, folder = [path for path in paths if is_video(path)], Folder(clips, Rules())
+    cold, least, warm, fast = [], [], [], []
+    for _ in range(CHECKS):
+        with tempfile.TemporaryDirectory() as cache:
+            least.append(seconds(partial(decode_alone, videos)))
+            cold.append(seconds(partial(Inspector(Path(cache)).inspect, paths)))
+            warm.append(seconds(partial(scan, folder, 16.0, inspector=Inspector(Path(cache)))))
+        fast.append(seconds(partial(scan, folder, 16.0, inspector=Inspector(full=False))))
+    ratio, count = median(cold) / median(least), len(paths)
+    return [
+        ("check, the first", round(median(cold), 2), "s", ""),
+        ("decoding the same videos alone", round(median(least), 2), "s", ""),
+        ("check, ratio", round(ratio, 2), "x", "1.3"),
+        ("check, later", round(median(warm) / count, 4), "s per clip", "0.3"),
+        ("check, fast", round(median(fast) / count, 3), "s per clip", "0.3"),
+    ]
+
+
+def decode_alone(videos: Sequence[Path]) -> None:
+    """Decodes videos with all processors, in one process: with as many threads as there are files for, or more."""
+    cores = count_processors()
+    with ThreadPoolExecutor(cores) as pool:
+        list(pool.map(partial(decode, threads=max(1, cores // len(videos))), videos))
+
+
+def decode(path: Path, threads: int) -> None:
+    with open_video(path, threads) as video:
+        for packet in chain(video.packets(), (None,)):
+            video.decode(packet)
+
+
+def seconds(action: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
 
 
 def measure_cache() -> list[TableRow]:

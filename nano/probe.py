@@ -31,6 +31,7 @@ from nano.world import (
     backdrop,
     coverage,
 )
+from utils.common.options import expand_home
 from utils.media.frames import read_frames
 from utils.media.probing import MediaError, probe
 
@@ -232,6 +233,7 @@ def probe_file(path: Path) -> Reading:
 
 def _matching(path: str) -> list[str]:
     """The files that match a pattern, which the Windows shell does not expand; the path itself if nothing matches."""
+    path = expand_home(path)
     return [path] if Path(path).exists() else sorted(glob(path)) or [path]
 
 

@@ -73,6 +73,10 @@ def removed(name: str) -> Change:
     return lambda work: (work / name).unlink()
 
 
+def linked(name: str, target: str) -> Change:
+    return several(removed(name), lambda work: (work / name).symlink_to(target))
+
+
 def clip(name: str, **how) -> Change:
     return lambda work: video(work / name, **how)
 
@@ -114,6 +118,8 @@ CAPTIONS = [
         "it has different captions in clips/fox.txt and captions/fox.txt",
     ),
     (written("clips/captions.txt", "one line"), RUN, "clips/captions.txt: it has 1 lines for 2 media files"),
+    (written("clips/fox.txt", "\u200b\u3164"), RUN, "its caption in fox.txt is empty, its characters are invisible"),
+    (linked("clips/fox.txt", "fox.txt"), RUN, "clips/fox.mp4: its caption fox.txt cannot be read: Too many levels"),
     (written("clips/metadata.json", "{"), RUN, "clips/metadata.json: it is not valid JSON"),
     (written("clips/metadata.jsonl", '{"video": "fox.mp4"}'), RUN, "row 1 needs a file name"),
     (written("clips/metadata.csv", "video,text\n../x.mp4,fox"), RUN, "row 1 names ../x.mp4, which is not a media file"),
@@ -151,6 +157,12 @@ COMPANIONS = [
 CONFIGS = [
     (NOTHING, SETS, "cannot read the config file sets.toml"),
     (config("[[dataset]\n"), SETS, "sets.toml is not a valid TOML file"),
+    (
+        config('[[dataset]]\npath = "C:\\Users\\fox"\n'),
+        SETS,
+        "write 'C:\\Users\\fox' in single quotes, or \"C:/Users/fox\"",
+    ),
+    (config('[[dataset]]\npath = "C:\\tmp"\n'), SETS, "write 'C:\\tmp' in single quotes, or \"C:/tmp\""),
     (config("x = 1"), SETS, "unknown option 'x' in sets.toml"),
     (config(""), SETS, "sets.toml has no [[dataset]] table"),
     (config('dataset = ["clips"]'), SETS, "sets.toml has no [[dataset]] table"),
@@ -292,6 +304,16 @@ def test_checking_the_dataset_loads_no_model_and_trains_nothing(work, capsys, mo
     assert "an epoch has 2 samples in 2 batches" in said
     # 2 clips of 48x48x9, each of 16 channels of 3 * 6 * 6 latents in fp32
     assert "on disk: --cache_latents N takes N times 0.01 MB, each of 2 texts at most 4.19 MB" in said
+
+
+def test_checking_the_dataset_names_captions_that_are_too_long_if_there_is_a_tokenizer(work, capsys):
+    written("clips/fox.txt", "a fox " * 30)(work)
+    train_wan_lora.main(f"{RUN} --check_dataset".split())
+    cut = "text: the caption of fox.mp4 has 151 tokens, but the model reads 64: the rest has no effect"
+    assert cut in capsys.readouterr().out
+    shutil.rmtree(work / "model")
+    train_wan_lora.main("--dataset clips --base_res 64 --check_dataset".split())
+    assert "tokens, but" not in capsys.readouterr().out
 
 
 def test_held_out_clips_are_in_the_table_and_have_the_same_limits(work, capsys):

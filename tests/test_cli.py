@@ -23,6 +23,7 @@ from tests.tiny import TINY_SHAPE, write_clips, write_model
 from utils.adapters.lora import add_lora, extract_lora, load_lora, select_modules
 from utils.adapters.lora_file import delta
 from utils.adapters.lora_reader import read_lora
+from utils.common.options import parse_options
 from utils.media.probing import probe
 from wan.checkpoints import load_transformer, open_model
 from wan.configs import Grid
@@ -43,6 +44,20 @@ def work(tmp_path_factory) -> Path:
     else:
         write_clips(folder / "clips")
     return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        (train_wan_lora.Options, "--pretrained_model_name_or_path ~/a --resume_from_checkpoint ~/b"),
+        (train_wan_lora.Options, "--sample_prompts x --sample_images ~/a --also_lora ~/b:0.5"),
+        (test_wan_control_lora.Options, "--lora x --pretrained_model_name_or_path ~/a --also_lora ~/b"),
+    ],
+)
+def test_texts_that_are_paths_may_begin_with_the_home_folder(options, flags, monkeypatch):
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, "place")
+    assert parse_options(options, flags.split()) == parse_options(options, flags.replace("~", "place").split())
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nano.probe import UNCLEAR, main, probe_file, read
+from nano.probe import UNCLEAR, _matching, main, probe_file, read
 from nano.world import FPS, Scene, Track, coverage, paint, render, scenes, to_frames
 from utils.media.frames import write_video
 
@@ -119,3 +119,11 @@ def test_the_command_expands_patterns_and_refuses_videos_that_are_not_square(tmp
     write_video(tmp_path / "wide.mp4", frames_of(scene, 0)[..., :32, :], FPS)
     assert main([str(tmp_path / "wide.mp4")]) == 2
     assert "wide.mp4: 64x32 is not of Nano's world" in capsys.readouterr().err
+
+
+def test_files_may_be_named_from_the_home_folder(tmp_path, monkeypatch):
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    (tmp_path / "a.mp4").touch()
+    assert _matching("~/a.mp4") == _matching("~/*.mp4") == [str(tmp_path / "a.mp4")]
+    assert _matching("~/b.mp4") == [str(tmp_path / "b.mp4")]

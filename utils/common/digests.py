@@ -20,12 +20,13 @@ class Digests:
     """The SHA-256 of each file, remembered in a JSON index as long as the file has the same `file_stamp`.
 
     The index maps an absolute path to [the four numbers of the stamp, 64 hex digits]. An index that cannot be read
-    counts as empty. An entry of any other form is dropped, and its file is hashed again.
+    counts as empty. An entry of any other form is dropped, and its file is hashed again. Without a path there is no
+    index: what is hashed is remembered until the run ends.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._known = _read_index(path)
+        self._known = {} if path is None else _read_index(path)
 
     def of(self, path: Path) -> str:
         """The SHA-256 of a file's bytes as 64 hex digits. Raises UserError if the file cannot be read."""
@@ -50,6 +51,8 @@ class Digests:
 
     def save(self) -> None:
         """Writes the index for the next run. A folder that cannot be written only costs hashing again."""
+        if self.path is None:
+            return
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(self.path) as unfinished:

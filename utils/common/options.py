@@ -24,8 +24,8 @@ import argparse
 import difflib
 import inspect
 import json
+import os
 import sys
-import tomllib
 import traceback
 import types
 import typing
@@ -36,6 +36,7 @@ from typing import Any, TypedDict, TypeVar, Unpack
 
 from utils.common.console import unfailing_console
 from utils.common.errors import RunError, UserError
+from utils.common.toml import check_paths, read_toml
 
 T = TypeVar("T")
 
@@ -57,6 +58,7 @@ class Facts(TypedDict, total=False):
     affects_training: bool  # whether it affects what is learned, so that a resumed run must have the same value
     aliases: tuple[str, ...]  # other names that are accepted for it
     spellings: Mapping[str, Any]  # other words for its values, and what they mean
+    is_path: bool  # whether a text is a path, or begins with one, as every Path is
 
 
 UNDECLARED = Facts(
@@ -68,6 +70,7 @@ UNDECLARED = Facts(
     affects_training=True,
     aliases=(),
     spellings={},
+    is_path=False,
 )
 
 
@@ -75,7 +78,16 @@ def option(default: Any, help: str, **facts: Unpack[Facts]) -> Any:
     """One option: its default, its help line, and what it may be (`Facts`)."""
     if unknown := facts.keys() - UNDECLARED.keys():
         raise TypeError(f"unknown facts of an option: {', '.join(unknown)}")
+    default = Path(expand_home(str(default))) if isinstance(default, Path) else default
     return field(default=default, metadata={"help": help, **UNDECLARED, **facts})
+
+
+def expand_home(path: str) -> str:
+    """A path with the home folder instead of a leading ~ or ~user; unchanged where there is no such user."""
+    try:
+        return os.path.expanduser(path)
+    except ValueError:  # no user can have this name
+        return path
 
 
 def parse_options(cls: type[T], argv: Sequence[str] | None = None) -> T:
@@ -96,7 +108,7 @@ def parse_options(cls: type[T], argv: Sequence[str] | None = None) -> T:
         flags.pop("debug", None)  # read by `run_script`
     given = known.translate(flags)
     if "config" in given:
-        given = known.translate(_config_values(Path(given["config"].value), known)) | given
+        given = _config_values(known.convert("config", given["config"]), known) | given
     options = cls(**{name: known.convert(name, value) for name, value in given.items()})
     for name, spec in known.specs.items():
         required = spec.metadata["requires"]
@@ -105,27 +117,21 @@ def parse_options(cls: type[T], argv: Sequence[str] | None = None) -> T:
     return options
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The content of a TOML file. Raises UserError where it cannot be read or is not TOML."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the config file {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a valid TOML file: {error}") from None
-
-
-def convert_table(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+def convert_table(cls: type, values: dict[str, Any], where: str, file: Path | None = None) -> dict[str, Any]:
     """The values of a TOML table, converted to the types of the options of `cls`.
 
-    Raises UserError as `parse_options` does; `where` names the table in its messages.
+    Raises UserError as `parse_options` does; `where` names the table in its messages. With the `file` that the table
+    is from, paths are checked for backslashes that were read as escapes.
     """
     known = _Known.of(cls)
     for name in values:
         if not known.accepts(name):
             raise UserError(f"unknown option {name!r} in {where}{known.nearest(name)}")
     try:
-        return {name: known.convert(name, value) for name, value in known.translate(values).items()}
+        given = known.translate(values)
+        if file is not None:
+            known.check_paths(given, file)
+        return {name: known.convert(name, value) for name, value in given.items()}
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -158,7 +164,7 @@ def training_differences(saved: Mapping[str, Any], options: Any) -> list[str]:
     """
     known = _Known.of(type(options))
     todays = {name: value for name, value in saved.items() if known.means_option(name)}
-    before = {name: given.value for name, given in known.translate(todays).items()}
+    before = {name: known.expand(name, given.value) for name, given in known.translate(todays).items()}
     differences = []
     for name, now in training_table(options).items():
         was = before[name] if name in before else _as_json(known.specs[name].default)
@@ -221,6 +227,22 @@ class _Known:
     def means_option(self, name: str) -> bool:
         """Whether values given by this name are values of options."""
         return self.accepts(name) and not isinstance(self.replaced.get(name), str)
+
+    def is_path(self, name: str) -> bool:
+        """Whether an option's values are paths."""
+        return _shape(self.hints[name])[0] is Path or self.specs[name].metadata["is_path"]
+
+    def expand(self, name: str, value: Any) -> Any:
+        """A value with the home folder in its paths, if it is one: `convert` does the same."""
+        if isinstance(value, list):
+            return [self.expand(name, item) for item in value]
+        return expand_home(value) if isinstance(value, str) and self.is_path(name) else value
+
+    def check_paths(self, given: Mapping[str, _Given], file: Path) -> None:
+        """Raises UserError as `check_paths` does, for the values of a file."""
+        for name, value in given.items():
+            if self.is_path(name):
+                check_paths(value.value, value.name, file)
 
     def nearest(self, name: str, prefix: str = "") -> str:
         close = difflib.get_close_matches(name, [*self.specs, *self.aliases], n=1, cutoff=0.5)
@@ -329,6 +351,8 @@ def _convert_scalar(spec: Field, scalar: type, given: _Given) -> Any:
         raise wrong
     if scalar is Path and not str(value):
         raise UserError(f"--{name} is empty: it must be a path")
+    if scalar is Path or meta["is_path"]:
+        value = expand_home(str(value))
     try:
         converted = scalar(value)
     except ValueError:
@@ -347,7 +371,7 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def _config_values(path: Path, known: _Known) -> dict[str, Any]:
+def _config_values(path: Path, known: _Known) -> dict[str, _Given]:
     """A config file's values. Where its `dataset` is a list of tables, the file is the dataset config too."""
     values = read_toml(path)
     for name in values:
@@ -355,7 +379,9 @@ def _config_values(path: Path, known: _Known) -> dict[str, Any]:
             raise UserError(f"unknown option {name!r} in {path}{known.nearest(name)}")
     if isinstance(values.get("dataset"), dict):
         raise UserError(f"{path}: write [[dataset]] with two brackets on each side, as there may be several")
-    if isinstance(values.get("dataset"), list) and "dataset_config" in known.specs:
+    has_tables = isinstance(values.get("dataset"), list) and "dataset_config" in known.specs
+    if has_tables:
         del values["dataset"]
-        values["dataset_config"] = str(path)
-    return values
+    given = known.translate(values)
+    known.check_paths(given, path)
+    return given | ({"dataset_config": _Given("dataset_config", str(path))} if has_tables else {})

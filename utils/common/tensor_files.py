@@ -28,7 +28,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Writes tensors from any device. The file appears whole or not at all. Raises TensorFileError."""
     try:
         with replacing(path) as unfinished:
-            save_file(_separate(tensors), unfinished, metadata=dict(metadata) if metadata else None)
+            save_file(_separate(tensors), unfinished, metadata=_as_utf8(metadata) if metadata else None)
     except (OSError, SafetensorError) as error:
         raise TensorFileError(str(error)) from error
 
@@ -55,7 +55,7 @@ def has_same_content(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
     """Whether a file holds exactly these CPU tensors, bit for bit, and this metadata. False where there is no file."""
     try:
         with _opened(path) as file:
-            same_names = dict(file.metadata() or {}) == metadata and set(file.keys()) == tensors.keys()
+            same_names = dict(file.metadata() or {}) == _as_utf8(metadata) and set(file.keys()) == tensors.keys()
             return same_names and all(_same_bits(file.get_tensor(key), tensor) for key, tensor in tensors.items())
     except TensorFileError:
         return False
@@ -88,3 +88,8 @@ def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _same_bits(one: Tensor, other: Tensor) -> bool:
     alike = one.dtype == other.dtype and one.shape == other.shape
     return alike and torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
+
+
+def _as_utf8(metadata: Mapping[str, str]) -> dict[str, str]:
+    """With escapes for what UTF-8 cannot say: a file name may have bytes that are no text."""
+    return {name: text.encode("utf-8", "backslashreplace").decode() for name, text in metadata.items()}

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.common.errors import UserError
-from utils.common.options import convert_table, option, read_toml
+from utils.common.options import convert_table, expand_home, option
+from utils.common.toml import check_paths, read_toml
 from utils.data.buckets import BUCKETS, Shapes
 from utils.data.captions import CAPTION_SOURCES
 
@@ -227,7 +228,8 @@ def _folder(config: Path, number: int, table: dict[str, Any], defaults: Rules) -
     path = values.pop("path", None)
     if not isinstance(path, str) or not path:
         raise UserError(f"{where} needs a path: the folder with the clips")
-    changes = convert_table(Rules, values, where)
+    check_paths(path, "path", config)
+    changes = convert_table(Rules, values, where, config)
     for name in ("control_folder", "mask_folder"):
         if name in changes:
             changes[name] = config.parent / changes[name]
@@ -236,4 +238,4 @@ def _folder(config: Path, number: int, table: dict[str, Any], defaults: Rules) -
         _check_ignored(rules, changes)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return Folder(config.parent / path, rules)
+    return Folder(config.parent / expand_home(path), rules)

@@ -15,6 +15,11 @@ def same_name(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
+def differs_in_case(name: str, other: str) -> bool:
+    """Whether two names that are the same by `same_name` differ in more than NFC and NFD: in letter case."""
+    return unicodedata.normalize("NFC", name) != unicodedata.normalize("NFC", other)
+
+
 def natural_order(path: Path) -> tuple[tuple[tuple[str, int], ...], ...]:
     """A sort key: clip2 before clip10, in any letter case, folder by folder."""
     return tuple(_natural_parts(part) for part in path.parts)

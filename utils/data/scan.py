@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from utils.common.console import say
 from utils.common.errors import UserError
@@ -59,6 +60,14 @@ class Source:
     def files(self) -> list[Path]:
         """The file itself, then its control, its mask and its start picture if it has them."""
         return [self.path, *(paired.path for paired in (self.control, self.mask, self.first) if paired)]
+
+    @property
+    def readings(self) -> dict[str, dict[str, Any]]:
+        """How the file, its control, mask and start picture are read, where versions up to 0.2 read other pictures."""
+        infos = {"file": self.info}
+        others = {"control": self.control, "mask": self.mask, "first": self.first}
+        infos |= {name: paired.info for name, paired in others.items() if paired}
+        return {name: info.reading for name, info in infos.items() if info.reading}
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class LatentCache:
         kind = self.layout.control and self.layout.control.kind
         control = ("file" if source.control else kind, source.mask is not None)
         cut = window.indices, window.width, window.height, window.position
-        others = [self.layout.facts] if self.layout.facts else []
+        others = [facts for facts in (self.layout.facts, source.readings) if facts]
         facts = [[self._digest(path) for path in source.files], control, *cut, *others]
         return self.folder / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
 

@@ -13,6 +13,7 @@ from utils.common.console import say
 from utils.common.device import free_memory
 from utils.common.errors import UserError
 from utils.common.formatting import counted, readable_size
+from utils.data.caption_files import is_visible
 from utils.encoding.text_cache import TextCache, load_embedding
 from utils.storage.weights import Storage, hold_as
 from wan.checkpoints import ModelFiles, Place, all_to, build_text_encoder, load_text_encoder, text_encoder_fingerprint
@@ -194,12 +195,12 @@ def is_embedding(path: Path) -> bool:
 
 
 def read_prompt(path: Path) -> str:
-    """The prompt in a text file. Raises UserError if it is missing, empty or not UTF-8."""
+    """The prompt in a text file. Raises UserError if it is missing, not UTF-8, or shows nothing."""
     try:
         prompt = path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the prompt {path}: {error}") from None
-    if not prompt:
+    if not is_visible(prompt):
         raise UserError(f"the prompt file {path} is empty")
     return prompt
 

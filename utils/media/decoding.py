@@ -103,9 +103,9 @@ def _read_with_pyav(path: Path, indices: list[int], info: MediaInfo, alpha: bool
     """Frames `indices` (ascending) as shown, (F, H, W, C). Seeks by presentation time, or counts from the start."""
     timeline = info.timeline
     wanted = [timeline.times[index] for index in indices] if timeline.times else []
-    # Deinterlacing looks at the frame before, too.
-    needed = timeline.times[max(0, indices[0] - bool(info.look.combed))] if wanted else 0
-    keyframe = max((time for time in timeline.keyframes if wanted and time <= needed), default=None)
+    # The frame before is part of one that is deinterlaced.
+    start = timeline.times[max(0, indices[0] - info.look.reaches_back)] if wanted else None
+    keyframe = max((time for time in timeline.keyframes if start is not None and time <= start), default=None)
     if keyframe is not None:
         with contextlib.suppress(MediaError):  # in some containers no time can be found
             found = _decode(path, wanted, info, alpha, keyframe)

@@ -26,6 +26,7 @@ UNREAD_SUFFIXES = frozenset(
 MIN_VIDEO_FRAMES = 5
 
 IMAGE, ANIMATION, VIDEO = "image", "animation", "video"
+HDR_NOTE = "HDR, tone-mapped"
 TURNED = (1, 3, 6, 8)  # orientations that are not mirrored
 
 
@@ -57,6 +58,11 @@ class Look:
     primaries: str = ""
     combed: str = ""
     transparent: bool = False
+
+    @property
+    def reaches_back(self) -> int:
+        """How many frames before one must be decoded with it."""
+        return 1 if self.combed else 0
 
     @property
     def changes(self) -> dict[str, Any]:

@@ -27,8 +27,10 @@ class Descriptions:
 
     def find(self, path: Path, digest: str, stamp: tuple[int, ...], full: bool, mask: bool) -> Found | None:
         """What is known of a file with this content: with `full` after decoding it, else also without."""
+        if self.folder is None:
+            return None
         try:
-            entry = json.loads(self._path(path, digest, mask).read_text(encoding="utf-8"))
+            entry = json.loads(_path(self.folder, path, digest, mask).read_text(encoding="utf-8"))
             if full and not entry["full"]:
                 return None
             if entry["reason"] is None:
@@ -41,14 +43,17 @@ class Descriptions:
         """Remembers what was found. A folder that cannot be written only costs reading the file again."""
         if self.folder is None:
             return
-        reason, info = (found.reason, None) if isinstance(found, MediaError) else (None, to_json(found))
+        reason, info = (
+            (found.reason, None) if isinstance(found, MediaError) else (None, to_json(replace(found, stamp=())))
+        )
         entry = {"full": full, "reason": reason, "info": info}
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(self._path(path, digest, mask)) as unfinished:
+            with replacing(_path(self.folder, path, digest, mask)) as unfinished:
                 unfinished.write_text(json.dumps(entry), encoding="utf-8")
 
-    def _path(self, path: Path, digest: str, mask: bool) -> Path:
-        how = [digest, VERSION, is_image(path), mask, av.__version__, sorted(av.library_versions.items())]
-        name = hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]
-        return (self.folder or Path()) / f"{name}.json"
+
+def _path(folder: Path, path: Path, digest: str, mask: bool) -> Path:
+    how = [digest, VERSION, is_image(path), mask, av.__version__, sorted(av.library_versions.items())]
+    name = hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32]
+    return folder / f"{name}.json"

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from utils.media.colour import HDR_CURVES, WIDE_PRIMARIES, to_sdr
-from utils.media.description import ANIMATION, IMAGE, MIN_VIDEO_FRAMES, Look, MediaError, MediaInfo, Timeline
+from utils.media.description import ANIMATION, HDR_NOTE, IMAGE, MIN_VIDEO_FRAMES, Look, MediaError, MediaInfo, Timeline
 from utils.media.files import check_file
 
 # Any of these may stand behind any suffix: a WebP named .jpg is common. Pillow knows more formats, but it starts
@@ -57,7 +57,8 @@ def probe_image(path: Path) -> MediaInfo:
     Every picture is decoded. Raises `MediaError`.
     """
     with open_image(path) as image:
-        shown, look, notes = _shown(image), _look(path), _colour_notes(image)
+        shown, look = _shown(image), _look(path)
+        notes = (HDR_NOTE,) if look.curve else _colour_notes(image)
         if len(shown) < MIN_VIDEO_FRAMES:
             width, height = ImageOps.exif_transpose(image).size
             count = getattr(image, "n_frames", 1) if image.format == "TIFF" else len(shown)
@@ -83,8 +84,8 @@ def read_images(path: Path, indices: Sequence[int], look: Look) -> np.ndarray:
         for index in indices:
             image.seek(shown[index])
             picture = image if len(shown) >= MIN_VIDEO_FRAMES else ImageOps.exif_transpose(image)
-            pixels = np.array(_to_rgb(picture, image))
-            pictures.append(to_sdr(pixels.astype(np.uint16) * 257, look) if look.curve or look.primaries else pixels)
+            pixels = np.array(_to_rgb(picture, None if look.curve else _profile(image)))
+            pictures.append(to_sdr(pixels.astype(np.uint16) * 257, look) if look.curve else pixels)
     return np.stack(pictures)
 
 
@@ -109,21 +110,20 @@ def _shown(image: Image.Image) -> list[int]:
     return list(range(1 if count > 1 and getattr(image, "default_image", False) else 0, count))
 
 
-def _to_rgb(picture: Image.Image, image: Image.Image) -> Image.Image:
+def _to_rgb(picture: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> Image.Image:
     """8-bit sRGB: 16-bit values are scaled, colours of a profile converted, and transparent areas become white."""
     if picture.mode.startswith("I"):
         return Image.fromarray(np.rint(np.asarray(picture) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
     if not picture.has_transparency_data:
-        return _to_srgb(picture, image)
+        return _to_srgb(picture, profile)
     rgba = picture.convert("RGBA")
-    colours = _to_srgb(rgba.convert("RGB"), image).convert("RGBA")
+    colours = _to_srgb(rgba.convert("RGB"), profile).convert("RGBA")
     colours.putalpha(rgba.getchannel("A"))
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), colours).convert("RGB")
 
 
-def _to_srgb(picture: Image.Image, image: Image.Image) -> Image.Image:
-    """RGB, with the colours of the image's profile converted: relative to white, black stays black."""
-    profile = _profile(image)
+def _to_srgb(picture: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> Image.Image:
+    """RGB, with the colours of a profile converted: relative to white, black stays black."""
     if profile is None or _is_srgb(profile):
         return picture.convert("RGB")
     opaque = picture if picture.mode in ("L", "RGB", "CMYK") else picture.convert("RGB")

@@ -1,7 +1,6 @@
 """Inspects media files in child processes, so that a file which hangs or crashes a decoder costs only itself.
 
-The children run this module as a program. For each line of input, a question in JSON, they write lines of JSON: how far
-they are, and at last the answer.
+What they answer is remembered by the content of the files.
 """
 
 import contextlib
@@ -10,33 +9,30 @@ import os
 import queue
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import psutil
 from tqdm import tqdm
 
-from utils.common.digests import DIGESTS, LATENTS, Digests, hash_file
+from utils.common.digests import DIGESTS, LATENTS, Digests
 from utils.common.files import file_stamp
-from utils.media.decoding import read_pixels
-from utils.media.description import MediaError, MediaInfo, from_json, to_json
+from utils.media.description import MediaError, MediaInfo, from_json
 from utils.media.descriptions import Descriptions
 from utils.media.files import check_file
-from utils.media.masks import measure_mask
-from utils.media.probing import Listen, Progress, is_image, probe
+from utils.media.probing import is_image
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = (sys.executable, "-m", "utils.media.inspection")
+COMMAND = (sys.executable, "-m", "utils.media.child")
 FOLDER = "media"  # of descriptions, in a cache folder
 MAX_CHILDREN = 16
 BYTES_PER_CHILD = 2**20  # less does not justify another process
-REPORT_EVERY, LOOK_EVERY = 0.2, 0.5  # seconds: a child says how far it is, and is looked at
+LOOK_EVERY = 0.5  # seconds, at a child that is silent
 
 
 @dataclass(frozen=True)
@@ -51,17 +47,6 @@ class Patience:
     idle: float = 120.0  # seconds
 
 
-def inspect(path: Path, full: bool, mask: bool, threads: int, listen: Listen, progress: Progress) -> MediaInfo:
-    """The result of `probe`, with the measures of a mask; a file not decoded in full has at least a readable end.
-
-    Raises `MediaError`.
-    """
-    info = probe(path, full, threads, listen, progress)
-    if not info.is_image and not full:
-        read_pixels(path, [info.frames - 1], info)
-    return replace(info, mask=measure_mask(path, info)) if mask else info
-
-
 class Inspector:
     """Inspects the files of a run. What it finds is remembered in `cache`, a folder, if there is one.
 
@@ -72,8 +57,7 @@ class Inspector:
         self.full, self.patience = full, patience
         self.decoded, self.seconds = 0, 0.0
         self._descriptions = Descriptions(cache and cache / FOLDER)
-        self._digests = Digests(cache / LATENTS / DIGESTS if cache else Path(os.devnull))
-        self._saves = cache is not None
+        self._digests = Digests(cache and cache / LATENTS / DIGESTS)
 
     def inspect(self, paths: Sequence[Path], masks: Iterable[Path] = ()) -> dict[Path, MediaInfo | MediaError]:
         """What each file holds, or why it cannot be used. `masks` are those of them that are read as masks."""
@@ -81,13 +65,14 @@ class Inspector:
         found = {path: self._known(path, path in as_masks) for path in paths}
         unknown = [path for path, known in found.items() if known is None]
         if unknown:
-            answers = _ask_children(unknown, as_masks, self.full, self.patience)
-            for path, answer in answers.items():
-                found[path] = self._remember(path, answer, path in as_masks)
-            self.decoded += sum(not is_image(path) for path in unknown)
+            questions = [self._question(path, path in as_masks) for path in unknown]
+            for path, answer in _ask_children(questions, self.patience).items():
+                found[path] = answer.found
+                self.decoded += answer.is_new and not is_image(path)
+                if answer.digest is not None:
+                    self._digests.remember(path, answer.stamp, answer.digest)
             self.seconds += time.monotonic() - started
-            if self._saves:
-                self._digests.save()
+            self._digests.save()
         return {path: known for path, known in found.items() if known is not None}
 
     def _known(self, path: Path, mask: bool) -> MediaInfo | MediaError | None:
@@ -98,51 +83,54 @@ class Inspector:
         digest = self._digests.known(path, stamp)
         return None if digest is None else self._descriptions.find(path, digest, stamp, self.full, mask)
 
-    def _remember(self, path: Path, answer: "_Answer", mask: bool) -> MediaInfo | MediaError:
-        if answer.digest is not None:
-            self._digests.remember(path, answer.stamp, answer.digest)
-            self._descriptions.keep(path, answer.digest, answer.found, self.full, mask)
-        return answer.found
+    def _question(self, path: Path, mask: bool) -> dict[str, Any]:
+        folder = self._descriptions.folder
+        cache = None if folder is None else str(folder.absolute())
+        return {"path": str(path), "full": self.full, "mask": mask, "cache": cache}
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a child found; `digest` is None where it could not finish."""
+    """What a child found; `digest` is None where it could not finish. Of a copy it may be known: then it is not new."""
 
     found: MediaInfo | MediaError
+    is_new: bool = True
     stamp: tuple[int, ...] = ()
     digest: str | None = None
 
 
-def _ask_children(paths: list[Path], masks: set[Path], full: bool, patience: Patience) -> dict[Path, _Answer]:
+def _ask_children(questions: list[dict[str, Any]], patience: Patience) -> dict[Path, _Answer]:
     """All answers, from as many children as there are processors and files; the largest files first."""
-    sizes = {path: path.stat().st_size for path in paths}
-    cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
-    count = min(cores, MAX_CHILDREN, len(paths), 1 + sum(sizes.values()) // BYTES_PER_CHILD)
+    sizes = {question["path"]: os.path.getsize(question["path"]) for question in questions}
+    total, cores = sum(sizes.values()), count_processors()
+    count = min(cores, MAX_CHILDREN, len(questions), 1 + total // BYTES_PER_CHILD)
     children = [Child(patience) for _ in range(count)]
     idle: queue.SimpleQueue[Child] = queue.SimpleQueue()
     for child in children:
         idle.put(child)
-    bar: tqdm[Any] = tqdm(
-        desc="checking media", total=sum(sizes.values()), unit="B", unit_scale=True, delay=2, leave=False
-    )
+    bar: tqdm[Any] = tqdm(desc="checking media", total=total, unit="B", unit_scale=True, delay=2, leave=False)
 
-    def ask(path: Path) -> _Answer:
-        child, place = idle.get(), _Place(bar, sizes[path])
+    def ask(question: dict[str, Any]) -> tuple[Path, _Answer]:
+        child, size = idle.get(), sizes[question["path"]]
+        place = _Place(bar, size)
         try:
-            question = {"path": str(path.absolute()), "full": full, "mask": path in masks, "threads": cores // count}
-            return child.ask(path, question, place.move)
+            return Path(question["path"]), child.ask(question | {"threads": cores // count}, place.move)
         finally:
-            place.move(sizes[path])
+            place.move(size)
             idle.put(child)
 
     try:
         with bar, ThreadPoolExecutor(count) as pool:
-            ordered = sorted(paths, key=sizes.__getitem__, reverse=True)
-            return dict(zip(ordered, pool.map(ask, ordered), strict=True))
+            return dict(pool.map(ask, sorted(questions, key=lambda question: -sizes[question["path"]])))
     finally:
         for child in children:
             child.end()
+
+
+def count_processors() -> int:
+    """How many processors this process may use."""
+    own = psutil.Process()
+    return len(own.cpu_affinity()) if hasattr(own, "cpu_affinity") else os.cpu_count() or 1
 
 
 class _Place:
@@ -167,10 +155,12 @@ class Child:
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-    def ask(self, path: Path, question: dict[str, Any], move: Callable[[int], None]) -> _Answer:
-        process = self._process or self._start()
+    def ask(self, question: dict[str, Any], move: Callable[[int], None]) -> _Answer:
+        """The answer to a question; `move` is told how far into the file the child has come."""
+        path, process = Path(question["path"]), self._process or self._start()
         try:
-            print(json.dumps(question), file=process.stdin, flush=True)
+            absolute = {"path": str(path.absolute())}  # a child has a working directory of its own
+            print(json.dumps(question | absolute), file=process.stdin, flush=True)
             answer = self._wait(process, move)
         except OSError:
             answer = None
@@ -180,10 +170,9 @@ class Child:
         if "gave up" in answer:
             self.end()
             return _Answer(MediaError(path, f"reading it was given up: {answer['gave up']}"))
-        stamp, digest = tuple(answer["stamp"]), answer["digest"]
-        if answer["reason"] is not None:
-            return _Answer(MediaError(path, answer["reason"]), stamp, digest)
-        return _Answer(from_json(answer["info"]), stamp, digest)
+        reason, info = answer["reason"], answer["info"]
+        found = from_json(info) if reason is None else MediaError(path, reason)
+        return _Answer(found, answer["is_new"], tuple(answer["stamp"]), answer["digest"])
 
     def _wait(self, process: "subprocess.Popen[str]", move: Callable[[int], None]) -> dict[str, Any] | None:
         """The answer, or why it is no longer waited for; None if the child has ended."""
@@ -208,22 +197,24 @@ class Child:
         pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
         process = subprocess.Popen(COMMAND, cwd=ROOT, encoding="utf-8", stdin=pipe, stdout=pipe, stderr=nowhere)
         self._process, self._lines = process, queue.SimpleQueue()
-        assert process.stdout is not None
-        threading.Thread(target=_forward, args=(process.stdout, self._lines), daemon=True).start()
+        self._reader = threading.Thread(target=_forward, args=(process.stdout, self._lines), daemon=True)
+        self._reader.start()
         return process
 
     def end(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-            with contextlib.suppress(OSError):
-                self._process.stdin.close() if self._process.stdin else None
+            self._reader.join()  # its last line was the last one of the child
+            for pipe in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(OSError):  # what could not be written to a child that has crashed
+                    pipe.close() if pipe else None
             self._process = None
 
 
-def _forward(lines: TextIO, target: "queue.SimpleQueue[str]") -> None:
+def _forward(lines: Iterable[str], target: "queue.SimpleQueue[str]") -> None:
     """Puts lines into a queue, which can be waited for with a timeout; at last an empty one."""
-    with contextlib.suppress(ValueError, OSError), lines:
+    with contextlib.suppress(ValueError, OSError):  # closed by the other thread
         for line in lines:
             target.put(line)
     target.put("")
@@ -269,60 +260,3 @@ class _Watch:
         """By any call of the system, where it counts them."""
         counters = getattr(self._process, "io_counters", None)
         return 0.0 if counters is None else getattr(counters(), "read_chars", 0)
-
-
-def main() -> None:
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    with tempfile.TemporaryFile("a+b") as reports:
-        # Decoders may print, but not among the answers. What FFmpeg reports as an error is read from the file.
-        os.dup2(reports.fileno(), sys.stderr.fileno())
-        os.dup2(reports.fileno(), sys.stdout.fileno())
-        listen = _listen_to_ffmpeg(reports.fileno())
-        for line in sys.stdin:
-            print(json.dumps(_answer(json.loads(line), listen, answers)), file=answers, flush=True)
-
-
-def _answer(question: dict[str, Any], listen: Listen, answers: Any) -> dict[str, Any]:
-    path, last = Path(question.pop("path")), time.monotonic()
-    answer: dict[str, Any] = {"stamp": (), "digest": None, "info": None, "reason": None}
-
-    def progress(position: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= REPORT_EVERY:
-            last = time.monotonic()
-            print(json.dumps({"position": position}), file=answers, flush=True)
-
-    try:
-        answer |= {"stamp": file_stamp(check_file(path)), "digest": hash_file(path)}
-        answer["info"] = to_json(inspect(path, listen=listen, progress=progress, **question))
-    except MediaError as error:
-        answer["reason"] = error.reason
-    except OSError as error:
-        answer["reason"] = f"the file cannot be read: {error.strerror}"
-    except Exception as error:  # a decoder's, of any type
-        answer["reason"] = f"it cannot be decoded: {type(error).__name__}: {error}"
-    return answer
-
-
-def _listen_to_ffmpeg(descriptor: int) -> Listen:
-    """FFmpeg writes its errors itself, without Python's lock, so that decoders may use threads."""
-    from av import logging
-
-    logging.set_libav_level(logging.ERROR)
-    logging.restore_default_callback()
-    read = 0
-
-    def listen() -> str:
-        nonlocal read
-        if os.fstat(descriptor).st_size == read:
-            return ""
-        os.lseek(descriptor, read, os.SEEK_SET)  # writes go to the end wherever this is
-        text = os.read(descriptor, 2**16)
-        read += len(text)
-        return text.decode("utf-8", "replace")
-
-    return listen
-
-
-if __name__ == "__main__":
-    main()

@@ -13,16 +13,27 @@ import av
 from av.packet import Packet
 from av.video.frame import VideoFrame
 
+from utils.common.errors import UserError
 from utils.common.files import file_stamp
 from utils.common.formatting import counted as number_of
-from utils.media.description import IMAGE_SUFFIXES, VIDEO, VIDEO_SUFFIXES, Look, MediaError, MediaInfo, Timeline
+from utils.media.combing import Combing
+from utils.media.description import (
+    HDR_NOTE,
+    IMAGE_SUFFIXES,
+    VIDEO,
+    VIDEO_SUFFIXES,
+    Look,
+    MediaError,
+    MediaInfo,
+    Timeline,
+)
 from utils.media.files import check_file
 from utils.media.images import probe_image
 from utils.media.rendering import is_see_through, look_of, shown_size
 from utils.media.video import Video, open_video
 
 # The files for which decord and FFmpeg return the same frames. For others decord was measured to return wrong frames
-# after a seek (HEVC, MPEG-4, open GOPs) or wrong colours (10 bit), without an error.
+# after a seek (HEVC, MPEG-4, AVI, open GOPs) or wrong colours (10 bit), without an error.
 DECORD_CODECS = frozenset({"h264"})
 DECORD_PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
 DECORD_CONTAINERS = ("mov", "matroska")  # in an AVI it returns the first frames after any seek
@@ -64,7 +75,12 @@ def probe(
     is damaged anywhere.
     """
     stamp = file_stamp(check_file(path))
-    info = probe_image(path) if is_image(path) else _probe_video(path, full, threads, listen, progress)
+    try:
+        info = probe_image(path) if is_image(path) else _probe_video(path, full, threads, listen, progress)
+    except UserError:
+        raise
+    except Exception as error:  # a decoder's, of any type: only here is it known which file it is about
+        raise MediaError(path, f"it cannot be read: {type(error).__name__}: {error}") from error
     return replace(info, stamp=stamp)
 
 
@@ -105,7 +121,8 @@ class _Frames:
 
     times: list[int | None] = field(default_factory=list)
     keyframes: set[int | None] = field(default_factory=set)
-    combed: int = 0
+    flagged: int = 0  # of two fields, by the decoder
+    combing: Combing = field(default_factory=Combing)
     sizes: set[tuple[int, int]] = field(default_factory=set)
     first: VideoFrame | None = None
 
@@ -114,7 +131,8 @@ class _Frames:
         self.times.append(time_of(frame))
         if frame.key_frame:
             self.keyframes.add(time_of(frame))
-        self.combed += frame.interlaced_frame
+        self.flagged += frame.interlaced_frame
+        self.combing.add(frame)
         self.sizes.add((frame.width, frame.height))
 
     def have_reached(self, time: int | None) -> bool:
@@ -143,7 +161,7 @@ def _probe_video(path: Path, full: bool, threads: int, listen: Listen, progress:
         several_sizes = len(frames.sizes) > 1
         if several_sizes and look.scaled is None:
             look = replace(look, scaled=(frames.first.width, frames.first.height))
-        if frames.combed and not look.combed:
+        if frames.flagged and not look.combed:
             look = replace(look, combed="some")
         rate = stream.average_rate or stream.guessed_rate
         if decodes_all and len(packets.keyframes) == len(packets.times) and not _is_intra_only(video):
@@ -152,14 +170,14 @@ def _probe_video(path: Path, full: bool, threads: int, listen: Listen, progress:
         times, keyframes = _shown_times(packets, frames, decodes_all)
         suits_decord = _suits_decord(video, packets, look) and bool(times)
         timeline = Timeline(times, keyframes, stream.time_base or Fraction(0), suits_decord)
+        count = len(frames.times) if decodes_all else len(times) or len(packets.times)
+        counted = _counts_anew(video, packets, times, count)
     stored = len(packets.times) + packets.empty
     if packets.corrupt or (promised > stored and promised > _count_stored(path)):
         whole = len(packets.times) - len(packets.corrupt)
         raise MediaError(path, f"cut short: only {whole} of its {max(promised, stored)} frames are there")
-    count = len(frames.times) if decodes_all else len(times) or len(packets.times)
     missing = len(packets.times) - count if packets.is_ragged else 0
-    notes = (*_look_notes(look, frames.first, several_sizes), *_notes(tilt, missing))
-    counted = _counts_anew(codec, packets, times, count)
+    notes = (*_look_notes(look, frames, several_sizes), *_notes(tilt, missing))
     size = shown_size(frames.first, look)
     return MediaInfo(*size, count, _frame_rate(rate, timeline), VIDEO, look, timeline, notes, full, counted)
 
@@ -238,8 +256,14 @@ def _shown_times(packets: _Packets, frames: _Frames, decodes_all: bool) -> tuple
     return tuple(known), tuple(sorted(set(packets.keyframes) & set(known)))
 
 
-def _counts_anew(codec: str, packets: _Packets, times: tuple[int, ...], count: int) -> bool:
-    """Whether frames have other numbers than in versions up to 0.2, which counted packets, of VP8 decoded frames."""
+def _counts_anew(video: Video, packets: _Packets, times: tuple[int, ...], count: int) -> bool:
+    """Whether frames have other numbers than in versions up to 0.2.
+
+    These counted packets, of VP8 decoded frames, and read the wrong frames of H.264 in AVI.
+    """
+    codec = video.decoder.name
+    if codec == "h264" and video.container.format.name == "avi":
+        return True
     before = tuple(sorted({time for time in packets.times if time is not None}))
     had_times = len(before) == len(packets.times)
     return codec not in ("vp8", "libvpx") and (times != before if times and had_times else count != len(packets.times))
@@ -265,9 +289,9 @@ def _frame_rate(rate: Fraction | None, timeline: Timeline) -> float | None:
     return real
 
 
-def _look_notes(look: Look, first: VideoFrame, several_sizes: bool) -> Iterator[str]:
+def _look_notes(look: Look, frames: _Frames, several_sizes: bool) -> Iterator[str]:
     if look.curve:
-        yield "HDR, tone-mapped"
+        yield HDR_NOTE
     elif look.primaries:
         yield "wide colours converted"
     if several_sizes:
@@ -276,7 +300,9 @@ def _look_notes(look: Look, first: VideoFrame, several_sizes: bool) -> Iterator[
         yield "pixels made square"
     if look.combed:
         yield "deinterlaced"
-    if look.transparent and is_see_through(first):
+    elif frames.combing.is_combed:
+        yield "looks interlaced, though it does not say so: deinterlace it"
+    if look.transparent and frames.first is not None and is_see_through(frames.first):
         yield "transparent areas on white"
 
 

@@ -24,7 +24,7 @@ class RunOptions:
     output_dir: Path = option(Path("outputs"), "where each run gets its own dated folder", affects_training=False)
     output_name: str = option(OUTPUT_NAME, "what the LoRA files are called, before their step", affects_training=False)
     resume_from_checkpoint: str | None = option(
-        None, "resume from 'latest', a run folder or a state file", affects_training=False
+        None, "resume from 'latest', a run folder or a state file", affects_training=False, is_path=True
     )
     allow_changes: bool = option(
         False,

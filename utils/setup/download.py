@@ -38,7 +38,9 @@ DIFFUSERS_PATTERNS = (
 class SetupOptions:
     """model and setup"""
 
-    pretrained_model_name_or_path: str = option("Wan-AI/Wan2.1-T2V-1.3B", "model folder, or hub name under ./models/")
+    pretrained_model_name_or_path: str = option(
+        "Wan-AI/Wan2.1-T2V-1.3B", "model folder, or hub name under ./models/", is_path=True
+    )
     download_model: bool = option(
         False, "download the model's files from the hub to ./models/, then stop", affects_training=False
     )

@@ -21,6 +21,7 @@ from wan.checkpoints import (
     ModelNotFoundError,
     find_family,
     find_model,
+    find_tokenizer,
     open_model,
 )
 from wan.configs import FAMILIES, Family, named_family
@@ -113,6 +114,14 @@ def given_shape(opts: SingleFiles, name: str, family: Family) -> WanShape:
     except (ModelNotFoundError, MissingPartsError):
         return family.shape
     return files.shape
+
+
+def find_given_tokenizer(opts: SingleFiles, name: str) -> tuple[Path, int] | None:
+    """The folder of this model's tokenizer, and how many tokens the model reads; None where it is not there yet."""
+    try:
+        return find_tokenizer(name, **opts.given)
+    except CheckpointError:
+        return None
 
 
 def need_experts(files: ModelFiles, trained: Sequence[str], with_others: bool) -> None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from utils.common.errors import UserError
 from utils.common.formatting import counted
-from utils.common.options import option
+from utils.common.options import expand_home, option
 from utils.common.tensors import map_tensors
 from utils.diffusion.flow import Predict, seeded_noise
 from utils.encoding.conditioning import Batch, Cond, Encoders, replace_text, to_pixels
@@ -56,12 +56,14 @@ class Previews:
         "pictures to start previews from, one for each prompt or one for all; FIRST,LAST for models given both "
         "(default: the frames of validation clips)",
         requires="sample_prompts",
+        is_path=True,
         affects_training=False,
     )
     also_lora: tuple[str, ...] = option(
         (),
         "further LoRAs in previews only, each FILE or FILE:STRENGTH, such as one for sampling in 4 steps",
         requires="sample_prompts",
+        is_path=True,
         affects_training=False,
     )
 
@@ -78,7 +80,7 @@ class Previews:
         count, given = len(self.preview_prompts), self.sample_images
         if len(given) not in (0, 1, count):
             raise UserError(f"--sample_images has {len(given)} entries for {count} prompts: give one, or one for each")
-        sets = [[Path(name.strip()) for name in entry.split(",")] for entry in given]
+        sets = [[Path(expand_home(name.strip())) for name in entry.split(",")] for entry in given]
         for paths in sets:
             check_pictures(paths, family, "--sample_images")
         if sets and family.given_as == "latents" and num_frames == 1:
@@ -150,7 +152,7 @@ def read_prompts(given: str) -> list[str]:
 
     Raises UserError for no prompt, a file that cannot be read, and a file of another kind.
     """
-    path = Path(given)
+    path = Path(expand_home(given))
     if path.suffix.lower() == ".txt":
         return [line.strip() for line in read_prompt(path).splitlines() if line.strip()]
     if not given.strip():

@@ -14,6 +14,7 @@ from wan.checkpoints.find import (
     ModelFiles,
     find_family,
     find_model,
+    find_tokenizer,
     open_model,
 )
 from wan.checkpoints.fingerprints import text_encoder_fingerprint, vae_fingerprint, vision_fingerprint
@@ -60,6 +61,7 @@ __all__ = [
     "decode",
     "find_family",
     "find_model",
+    "find_tokenizer",
     "load_text_encoder",
     "load_transformer",
     "load_vae",

@@ -129,6 +129,25 @@ def open_model(path: AnyPath | None = None, family: str = "", **files: AnyPath |
     return model
 
 
+def find_tokenizer(path: AnyPath | None = None, **files: AnyPath | None) -> tuple[Path, int] | None:
+    """The tokenizer's folder as `open_model` finds it, and how many tokens the transformers read by their config.json.
+
+    Nothing else of the model needs to be there. None where there is no tokenizer. Raises CheckpointError for files that
+    are given but missing or damaged.
+    """
+    given = _given_files(files)
+    try:
+        folder = None if path is None else find_model(path)
+    except ModelNotFoundError:
+        folder = None
+    if (tokenizer := _find_tokenizer(given.get("tokenizer"), folder)) is None:
+        return None
+    transformers = {name: given[name] for name in TRANSFORMERS if name in given}
+    configs = _configs(transformers or (_transformers_in(folder) if folder else {}))
+    lengths = [config.values.get("text_len", WanShape.text_len) for config in configs.values()]
+    return tokenizer, min((length for length in lengths if type(length) is int), default=WanShape.text_len)
+
+
 def clip_weights(files: ModelFiles) -> Weights:
     """The weights of the model's vision encoder. Raises CheckpointError for a model that has none."""
     if files.clip is None:

@@ -2,7 +2,9 @@
 
 import html
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ftfy
 
@@ -19,11 +21,27 @@ def clean_prompt(text: str) -> str:
 
 def vocabulary_size(folder: Path) -> int:
     """The number of tokens that the tokenizer in `folder` knows. Raises ValueError for a file that is none."""
+    return _read(folder).get_vocab_size()
+
+
+def count_tokens(folder: Path, prompts: Sequence[str]) -> list[int]:
+    """How many tokens each prompt has for the tokenizer in `folder`, cleaned and closed by </s>, but not truncated.
+
+    Raises ValueError for a file that is no tokenizer.
+    """
+    reader = _read(folder)
+    reader.no_truncation()
+    reader.no_padding()
+    return [len(encoding.ids) for encoding in reader.encode_batch([clean_prompt(prompt) for prompt in prompts])]
+
+
+def _read(folder: Path) -> Any:
+    """The tokenizer in `folder`, of the library that transformers uses too, which takes longer to import."""
     from tokenizers import Tokenizer as Reader
 
     path = folder / "tokenizer.json"
     try:
-        return Reader.from_file(str(path)).get_vocab_size()
+        return Reader.from_file(str(path))
     except Exception as error:  # the library raises nothing more specific
         raise ValueError(f"{path} is not a tokenizer file: {error}") from None
 

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +13,7 @@ from utils.common.errors import RunError, UserError
 from utils.common.options import (
     Replaced,
     convert_table,
+    expand_home,
     option,
     parse_options,
     run_script,
@@ -265,6 +266,78 @@ def test_equal_options_have_no_differences():
 )
 def test_a_table_of_another_version_is_compared_by_what_the_options_meant(saved, now, differences):
     assert training_differences(saved, now) == differences
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A program that reads files."""
+
+    config: Path | None = option(None, "TOML file", affects_training=False)
+    folder: Path | None = option(None, "a folder", aliases=("dir",))
+    files: tuple[Path, ...] = option((), "files")
+    model: str = option("owner/name", "folder or name", is_path=True)
+    images: tuple[str, ...] = option((), "pictures", is_path=True)
+    prompt: str = option("", "a text")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_the_home_folder_is_understood_in_every_path(home):
+    (home / "x").mkdir(parents=True)
+    paths = {"folder": home / "a", "files": (home, home / "c"), "model": f"{home}/m", "images": (f"{home}/i", "j")}
+    expected = Placed(**paths, prompt="~/p")
+    flags = "--dir ~/a --files ~ ~/c --model ~/m --images ~/i j --prompt ~/p".split()
+    assert parse_options(Placed, flags) == expected
+    text = 'folder = "~/a"\nfiles = ["~", "~/c"]\nmodel = "~/m"\nimages = ["~/i", "j"]\nprompt = "~/p"'
+    (home / "x" / "o.toml").write_text(text, encoding="utf-8")
+    assert parse_options(Placed, ["--config", "~/x/o.toml"]) == replace(expected, config=home / "x" / "o.toml")
+    assert convert_table(Placed, {"dir": "~/a"}, "a table") == {"folder": home / "a"}
+
+    @dataclass(frozen=True)
+    class AtHome:
+        folder: Path = option(Path("~/d"), "a folder")
+
+    assert parse_options(AtHome, []).folder == home / "d"
+
+
+def test_what_only_looks_like_a_home_folder_is_unchanged(home):
+    names = ("~no_such_user/a", "a/~/b", "./~", "~no such user\0", "~\ud83d", "C:~")
+    assert tuple(map(expand_home, names)) == names
+    flags = ["--folder", "~no_such_user/a", "--model", "owner/~name"]
+    assert parse_options(Placed, flags) == Placed(folder=Path("~no_such_user/a"), model="owner/~name")
+
+
+def test_a_state_that_was_saved_with_the_same_path_has_no_differences(home):
+    now = parse_options(Placed, "--folder ~/a --files ~/b --model ~/m --images ~/i".split())
+    typed = {"folder": "~/a", "files": ["~/b"], "model": "~/m", "images": ["~/i"]}
+    assert training_differences(typed, now) == training_differences(training_table(now), now) == []
+    assert training_differences(typed | {"prompt": "~"}, now) == ["--prompt was ~, is "]
+    assert training_differences(typed | {"folder": "~/c"}, now) == [f"--folder was {home}/c, is {home}/a"]
+
+
+@pytest.mark.parametrize("name", ["folder", "dir", "files", "model", "images"])
+def test_a_path_of_windows_that_became_another_one_is_refused(tmp_path, name):
+    flags = toml(tmp_path, f'prompt = "a\\tb"\n{name} = "C:\\tmp\\new"')
+    with pytest.raises(UserError) as caught:
+        parse_options(Placed, flags)
+    assert str(caught.value).splitlines() == [
+        f"{flags[1]}: {name} has a control character, which no path has",
+        f'line 2: {name} = "C:\\tmp\\new"',
+        "in double quotes a backslash begins an escape: write 'C:\\tmp\\new' in single quotes, or \"C:/tmp/new\"",
+    ]
+    assert parse_options(Placed, [f"--{name}", "a\tb"]) != Placed()  # whoever types a tab means it
+    assert parse_options(Placed, toml(tmp_path, f"{name} = 'C:\\tmp'\nprompt = \"a\\tb\"")).prompt == "a\tb"
+
+
+def test_a_table_is_checked_for_paths_of_windows_where_its_file_is_known(tmp_path):
+    file = Path(toml(tmp_path, 'folder = "D:\\b"')[1])
+    with pytest.raises(UserError, match=r'^a table: .*\nline 1: folder = "D:\\b"\n'):
+        convert_table(Placed, {"folder": "D:\b"}, "a table", file)
 
 
 def test_options_as_json_hold_every_value():

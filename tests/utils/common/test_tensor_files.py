@@ -116,3 +116,10 @@ def test_metadata_alone_is_read_from_a_file_and_none_from_what_is_no_file(path, 
     assert file_metadata(path) == {} == file_metadata(tmp_path / "missing.safetensors") == file_metadata(tmp_path)
     path.write_bytes(path.read_bytes()[:-1])
     assert file_metadata(path) == {}
+
+
+def test_metadata_that_is_no_utf8_is_written_with_escapes(path):
+    metadata = {"source": "\udcba\udcfc.mp4"}  # a file name in another encoding, as Python reads it
+    write_tensors(path, TENSORS, metadata)
+    assert file_metadata(path) == {"source": "\\udcba\\udcfc.mp4"}
+    assert has_same_content(path, TENSORS, metadata) and not has_same_content(path, TENSORS, {"source": "x.mp4"})

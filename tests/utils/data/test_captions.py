@@ -1,8 +1,10 @@
+import os
+import unicodedata
 from pathlib import Path
 
 import pytest
 
-from utils.data.captions import find_captions
+from utils.data.captions import find_captions, find_orphans, match_captions
 
 
 @pytest.fixture
@@ -63,8 +65,8 @@ def test_lines_of_one_listing_belong_to_the_files_in_sorted_order_and_must_agree
     assert texts(folder, paths) == {"c.mp4": ("third",), "videos/a.mp4": ("first",), "videos/b.mp4": ("second",)}
     write(folder, {"captions.txt": "one\ntwo"})
     found = find_captions(folder, paths)
-    reason = "it has 2 lines for 3 media files: write one per file, in sorted order"
-    assert found.file_problems == [(folder / "captions.txt", reason)]
+    assert [file for file, _ in found.file_problems] == [folder / "captions.txt"]
+    assert found.file_problems[0][1].startswith("it has 2 lines for 3 media files: write one per file")
     assert len(found.problems) == 3
 
 
@@ -162,6 +164,174 @@ def test_wrong_metadata_is_reported_with_the_reason(folder, name, content, messa
     found = find_captions(folder / "set", paths)
     assert [file.name for file, _ in found.file_problems] == [name] and message in found.file_problems[0][1]
     assert list(found.problems) == paths
+
+
+def notes(folder: Path, paths: list[Path], **options) -> list[str]:
+    return match_captions(folder, paths, **options).notes
+
+
+def test_letter_case_that_differs_is_found_in_every_layout_and_named_in_one_line(folder):
+    for layout, example in {
+        "beside": ({"clip01.txt": "fox", "CLIP02.TXT": "hare"}, "clip01.txt for Clip01.MP4"),
+        "a folder": ({"Captions/clip01.txt": "fox", "CAPTIONS/CLIP02.txt": "hare"}, "clip01.txt for Clip01.MP4"),
+        "a list": ({"Captions.TXT": "clip01.mp4: fox\nclip02: hare"}, "clip01.mp4 in Captions.TXT for Clip01.MP4"),
+        "rows": ({"Metadata.CSV": "video;text\nclip01.mp4;fox\nclip02.mp4;hare\n"}, "clip01.mp4 in Metadata.CSV for"),
+    }.items():
+        paths = media(folder / layout, "Clip01.MP4", "Clip02.mp4")
+        write(folder / layout, example[0])
+        assert texts(folder / layout, paths) == {"Clip01.MP4": ("fox",), "Clip02.mp4": ("hare",)}
+        (note,) = notes(folder / layout, paths)
+        assert note.startswith(f"captions: 2 names differ in letter case, such as {example[1]}")
+
+
+def test_notes_are_printed_once_and_plain_layouts_have_none(folder, capsys):
+    paths = media(folder, "Clip.mp4")
+    write(folder, {"clip.txt": "fox"})
+    find_captions(folder, paths)
+    assert capsys.readouterr().out == "captions: 1 name differs in letter case, such as clip.txt for Clip.mp4\n"
+    for number, files in enumerate(LAYOUTS.values()):
+        paths = media(folder / str(number), "a.mp4", "b.mp4")
+        write(folder / str(number), files)
+        find_captions(folder / str(number), paths)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_exact_name_wins_and_two_that_are_only_alike_must_agree(folder):
+    paths = media(folder, "a.mp4", "B.mp4", "C.mp4", "d.mp4")
+    write(folder, {"a.txt": "exact", "A.txt": "alike", "b.txt": "one", "b.TXT": "two"})
+    write(folder, {"c.txt": "same", "c.TXT": "same", "d.TXT": "alike", "d.txt": "exact"})
+    found = match_captions(folder, paths)
+    assert [text for (text,) in found.texts.values()] == ["same", "exact", "exact"]
+    assert "it has different captions in " in found.problems[folder / "B.mp4"]
+
+
+def test_a_caption_of_one_clip_is_not_taken_for_another_in_other_letter_case(folder):
+    paths = media(folder, "Clip.mp4", "clip.mp4")
+    write(folder, {"Clip.txt": "fox"})
+    found = match_captions(folder, paths)
+    assert found.texts == {folder / "Clip.mp4": ("fox",)} and found.missing == {folder / "clip.mp4"}
+
+
+def test_composed_and_decomposed_names_are_the_same_without_a_note(folder):
+    composed, decomposed = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    for number, (clip, caption) in enumerate([(composed, decomposed), (decomposed, composed)]):
+        for kind, files in {
+            "own": {f"{caption}.txt": "fox"},
+            "row": {"metadata.csv": f"video,text\n{caption}.mp4,fox\n"},
+            "list": {"captions.txt": f"{caption}: fox"},
+        }.items():
+            here = folder / f"{number}{kind}"
+            paths = media(here, f"{clip}.mp4")
+            write(here, files)
+            assert texts(here, paths) == {f"{clip}.mp4": ("fox",)} and notes(here, paths) == []
+
+
+def test_rows_may_have_the_separators_of_windows_unless_a_file_has_that_name(folder):
+    paths = media(folder, "sub/clip.mp4")
+    write(folder, {"metadata.csv": "video,text\nsub\\clip.mp4,fox\n"})
+    assert texts(folder, paths) == {"sub/clip.mp4": ("fox",)}
+    paths = media(folder, "sub/clip.mp4", "sub\\clip.mp4")
+    assert match_captions(folder, paths).texts == {folder / "sub\\clip.mp4": ("fox",)}
+    assert match_captions(folder, [folder / "sub" / "clip.mp4"]).texts == {}
+
+
+def test_rows_for_another_part_of_the_dataset_are_no_problem_in_any_spelling(folder):
+    paths = media(folder / "train", "a.mp4")
+    media(folder / "val", "v.mp4")
+    write(folder, {"metadata.csv": "video,text\ntrain/a.mp4,fox\nval\\v.mp4,owl\nVal/V.mp4,owl\n"})
+    found = match_captions(folder / "train", paths, dataset=folder)
+    assert found.texts == {paths[0]: ("fox",)} and found.file_problems == []
+
+
+def test_a_row_may_name_a_link_to_a_clip(folder):
+    paths = media(folder, "Clip.mp4")
+    (folder / "other.mp4").symlink_to("Clip.mp4")
+    write(folder, {"metadata.csv": "video,text\nother.mp4,fox\n"})
+    assert texts(folder, paths) == {"Clip.mp4": ("fox",)} and notes(folder, paths) == []
+
+
+def test_names_that_are_not_utf_8_have_captions_like_others(folder):
+    name = "\udcba\udcfc"
+    for number, files in enumerate(
+        [{f"{name}.txt": "fox"}, {f"captions/{name}.txt": "fox"}, {"metadata.csv": b"video,text\n\xba\xfc.mp4,fox\n"}]
+    ):
+        paths = media(folder / str(number), f"{name}.mp4")
+        write(folder / str(number), files)
+        assert texts(folder / str(number), paths) == {f"{name}.mp4": ("fox",)}
+
+
+def test_links_in_a_circle_and_to_nowhere_are_problems_and_end_nothing(folder):
+    paths = media(folder, "a.mp4", "b.mp4", "c.mp4")
+    write(folder, {"c.txt": "fox"})
+    for name, target in {"a.txt": "a.txt", "b.txt": "gone.txt", "captions": "captions"}.items():
+        (folder / name).symlink_to(target)
+    (folder / "metadata.csv").symlink_to("metadata.csv")
+    (folder / "captions.txt").symlink_to("captions.txt")
+    found = match_captions(folder, paths)
+    circle = "cannot be read: Too many levels of symbolic links"
+    assert found.texts == {folder / "c.mp4": ("fox",)}
+    assert found.problems == {
+        folder / "a.mp4": f"its caption a.txt {circle}",
+        folder / "b.mp4": "its caption b.txt cannot be read: No such file or directory",
+    }
+    assert found.file_problems == [(folder / name, circle) for name in ("captions", "captions.txt", "metadata.csv")]
+
+
+def test_a_caption_of_invisible_characters_is_empty_wherever_it_is(folder):
+    nothing = "\u200b\ufeff\u3164\u2800"
+    paths = media(folder, "file.mp4", "list.mp4", "row.mp4")
+    write(folder, {"file.txt": nothing, "captions.txt": f"list: {nothing}\nlist: {nothing}"})
+    write(folder, {"metadata.json": f'[{{"video": "row.mp4", "text": ["{nothing}", " "]}}]'})
+    for per_line in (False, True):
+        found = match_captions(folder, paths, per_line=per_line)
+        empty = {path.name: reason for path, reason in found.problems.items() if "is empty" in reason}
+        assert found.texts == {} and set(empty) >= {"file.mp4", "list.mp4"}
+    assert empty["row.mp4"] == "its caption in metadata.json is empty: write one"
+    assert empty["list.mp4"] == "its caption in captions.txt is empty, its characters are invisible: write one"
+
+
+def test_a_file_name_that_says_nothing_is_no_caption(folder):
+    found = match_captions(folder, [folder / "__.mp4", folder / "\u200b.mp4", folder / "a.mp4"], source="filename")
+    assert found.texts == {folder / "a.mp4": ("a",)}
+    assert set(found.problems.values()) == {"its name says nothing: rename it"}
+
+
+def test_orphans_are_captions_without_a_clip(folder):
+    paths = media(folder, "clip.mp4", "videos/deep.mp4", "Case.MP4", "caf\u00e9.mp4")
+    belonging = ["clip.txt", "captions/deep.txt", "case.TXT", "cafe\u0301.txt", "captions.txt", "metadata.csv"]
+    elsewhere = ["notes/readme.txt", ".hidden.txt", ".folder/captions/x.txt", "skip/captions/y.txt"]
+    orphans = ["captions/gone.txt", "clip2.txt", "clip_mask.txt", "empty/captions/z.txt", "videos/other.TXT"]
+    write(folder, dict.fromkeys([*belonging, *elsewhere, *orphans], "text"))
+    media(folder, "clip_mask.mp4")
+    assert find_orphans(folder, paths, [folder / "skip"]) == [folder / name for name in orphans]
+
+
+def test_captions_of_other_parts_of_a_dataset_are_no_orphans(folder):
+    train = media(folder, "a.mp4")
+    media(folder, "val/v.mp4")
+    write(folder, {"captions/a.txt": "fox", "captions/v.txt": "owl", "captions/x.txt": "nobody's", "val/x.txt": "x"})
+    assert find_orphans(folder, train, [folder / "val"]) == [folder / "captions" / "x.txt"]
+    train = media(folder / "set" / "train", "a.mp4")
+    media(folder / "set" / "val", "v.mp4")
+    write(folder / "set", {"captions/a.txt": "fox", "captions/v.txt": "owl", "captions/x.txt": "nobody's"})
+    found = find_orphans(folder / "set" / "train", train, dataset=folder / "set")
+    assert found == [folder / "set" / "captions" / "x.txt"]
+
+
+def test_a_dataset_that_is_called_captions_has_orphans_too(folder):
+    paths = media(folder / "captions", "clip.mp4")
+    media(folder / "other", "gone.mp4")
+    write(folder / "captions", {"clip.txt": "fox", "gone.txt": "hare"})
+    assert find_orphans(folder / "captions", paths) == [folder / "captions" / "gone.txt"]
+
+
+def test_looking_for_orphans_ends_where_links_go_in_circles(folder):
+    paths = media(folder, "sub/clip.mp4")
+    (folder / "sub" / "again").symlink_to(folder)
+    (folder / "sub" / "captions").symlink_to("captions")
+    os.symlink("loop.txt", folder / "sub" / "loop.txt")
+    write(folder, {"captions/x.txt": "nobody's"})
+    assert find_orphans(folder, paths) == [folder / "captions" / "x.txt", folder / "sub" / "loop.txt"]
 
 
 def test_media_without_any_caption_are_told_from_those_with_a_bad_one(folder):

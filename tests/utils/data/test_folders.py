@@ -32,6 +32,17 @@ def test_tables_override_the_rules_of_the_run_and_are_relative_to_their_file(tmp
     assert second == Folder(Path("/b"), replace(run_rules, base_res=(320,)))
 
 
+def test_paths_of_tables_may_begin_with_the_home_folder_and_may_hold_no_escapes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    path = config(tmp_path, '\ufeff[[dataset]]\npath = "~/a"\nmask_folder = "~/m"\n')
+    (folder,) = resolve_folders(None, path, Rules(), tables_only=True)
+    assert folder == Folder(tmp_path / "home" / "a", Rules(mask_folder=tmp_path / "home" / "m"))
+    for wrong in ('path = "D:\\tapes"', 'path = "a"\nmask_folder = "D:\\tapes"'):
+        with pytest.raises(UserError, match="write 'D:.tapes' in single quotes, or \"D:/tapes\""):
+            resolve_folders(None, config(tmp_path, f"[[dataset]]\n{wrong}\n"), Rules(), tables_only=True)
+
+
 def test_a_file_with_other_options_is_read_only_if_it_is_the_config_of_the_run_too(tmp_path):
     path = config(tmp_path, 'seed = 3\n[[dataset]]\npath = "a"\n')
     assert resolve_folders(None, path, Rules(), tables_only=False) == [Folder(tmp_path / "a", Rules())]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.data.names import natural_order, same_name
+from utils.data.names import differs_in_case, natural_order, same_name
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,8 @@ def test_numbers_sort_by_value_and_letter_case_does_not_sort():
     ordered = sorted(map(Path, names), key=natural_order)
     expected = ["a/.mp4", "a/clip1.mp4", "a/Clip2.mp4", "a/clip2b.mp4", "a/clip10.mp4", "B/1.mp4"]
     assert list(map(str, ordered)) == expected
+
+
+def test_composed_names_do_not_differ_in_letter_case():
+    assert not differs_in_case("café", unicodedata.normalize("NFD", "café"))
+    assert differs_in_case("Café", unicodedata.normalize("NFD", "café"))

@@ -193,7 +193,8 @@ def test_a_prompt_file_is_read_without_its_margins(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "cannot read"), (b" \n", "is empty"), (b"\xff\xfe\x00", "cannot read")]
+    ("content", "message"),
+    [(None, "cannot read"), (b" \n", "is empty"), ("\u200b".encode(), "is empty"), (b"\xff\xfe\x00", "cannot read")],
 )
 def test_a_prompt_file_that_is_no_prompt_is_refused_by_name(tmp_path, content, message):
     path = tmp_path / "prompt.txt"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import FAMILY, write_model
+from tests.tiny import FAMILY, TINY_SHAPE, write_model
 from utils.common.errors import UserError
 from utils.common.options import parse_options
 from utils.setup import model
@@ -17,10 +17,19 @@ from utils.setup.model import (
     contradictions,
     doubts,
     find_given_family,
+    find_given_tokenizer,
     need_experts,
     open_given,
 )
-from wan.checkpoints import TRANSFORMER, CheckpointError, ModelFiles, TransformerFiles, Weights
+from wan.checkpoints import (
+    TOKENIZER,
+    TRANSFORMER,
+    CheckpointError,
+    ModelFiles,
+    TransformerFiles,
+    Weights,
+    find_tokenizer,
+)
 from wan.configs import FAMILIES
 
 EXPERTS = FAMILIES["wan2.2-t2v-A14B"]
@@ -58,6 +67,17 @@ def test_single_files_make_a_model_though_the_default_folder_is_not_there(files,
     assert all(str(path) in said for path in files.given.values())
     assert said.endswith("\nmodel: wan2.1-t2v-1.3B\n\n")
     assert find_given_family(files, DEFAULT, is_default=True) is FAMILY
+
+
+def test_a_tokenizer_is_found_without_the_rest_of_the_model_and_missing_without_an_error(files, kept, tmp_path):
+    tokenizer = kept / FAMILY.tokenizer
+    of_model = tokenizer, TINY_SHAPE.text_len
+    assert find_given_tokenizer(files, DEFAULT) == find_given_tokenizer(SingleFiles(), str(kept)) == of_model
+    assert find_tokenizer() is None and find_given_tokenizer(SingleFiles(), DEFAULT) is None
+    assert find_given_tokenizer(SingleFiles(tokenizer=tokenizer), DEFAULT) == (tokenizer, 512)
+    assert find_given_tokenizer(SingleFiles(tokenizer=tmp_path), DEFAULT) is None
+    shutil.copytree(tokenizer, Path("models") / TOKENIZER)
+    assert find_given_tokenizer(SingleFiles(), DEFAULT) == (Path("models") / TOKENIZER, 512)
 
 
 def test_a_folder_that_is_named_has_to_be_there(files):

@@ -192,6 +192,18 @@ def previews(*images: str, prompts: Path) -> Previews:
     return Previews(sample_prompts=str(prompts), sample_images=images)
 
 
+def test_prompts_and_every_picture_may_be_in_the_home_folder(tmp_path, monkeypatch):
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    (tmp_path / "p.txt").write_text("a fox", encoding="utf-8")
+    assert read_prompts("~/p.txt") == ["a fox"] and read_prompts("~") == ["~"]
+    for name in ("first.png", "last.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    previews = Previews(sample_prompts="a fox", sample_images=("~/first.png, ~/last.png",))
+    paths = [tmp_path / "first.png", tmp_path / "last.png"]
+    assert previews.preview_images(FLF2V, 9) == [paths]
+
+
 def test_previews_have_a_set_of_pictures_each_or_one_for_all(tmp_path):
     a, b = (str(image(tmp_path / f"{name}.png", None)) for name in "ab")
     (tmp_path / "two.txt").write_text("a fox\na hare")

@@ -6,7 +6,7 @@ import pytest
 
 from nano.text_encoder import write_tokenizer
 from tests.tiny import VOCAB_SIZE, WORDS
-from wan.modules.tokenizers import Tokenizer, clean_prompt
+from wan.modules.tokenizers import Tokenizer, clean_prompt, count_tokens
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,14 @@ PROMPTS = [
     "\U0001f600 \u00e9",
     "",
 ]
+
+
+def test_tokens_are_counted_as_the_text_encoder_gets_them_but_never_truncated(folder):
+    assert count_tokens(folder, PROMPTS) == [len(ids) for ids in Tokenizer(folder, 512)(PROMPTS)]
+    assert count_tokens(folder, ["a " * 600, "&amp;amp;"]) == [601, len(Tokenizer(folder, 512)(["&"])[0])]
+    assert count_tokens(folder, []) == []
+    with pytest.raises(ValueError, match="is not a tokenizer file"):
+        count_tokens(folder / "nowhere", ["a"])
 
 
 def test_the_ids_are_those_of_the_tokenizer_file_itself(folder):
