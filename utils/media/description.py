@@ -4,7 +4,7 @@ A description can be pickled, and travels as JSON from the process that made it 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -156,6 +156,8 @@ def to_json(info: MediaInfo) -> dict[str, Any]:
 
 def from_json(values: Mapping[str, Any]) -> MediaInfo:
     """The description that `to_json` gave. Raises KeyError, TypeError or ValueError for anything else."""
+    if values.keys() != {part.name for part in fields(MediaInfo)}:
+        raise KeyError("a field is missing or unknown")
     look, timeline = values["look"], values["timeline"]
     scaled = look["scaled"] and tuple(map(int, look["scaled"]))
     times, keyframes = (tuple(map(int, timeline[name])) for name in ("times", "keyframes"))
