@@ -1,6 +1,7 @@
 """Every file is made here, small and odd on purpose."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.clips import check_every_way_of_reading, number_of, numbers_of, write_clip
 from tests.media import CODECS, OTHER_CLIPS, decode_all, encode, moving, remux
 from utils.media import decoding
+from utils.media.decoding import read_pixels
+from utils.media.description import MediaError, Timeline
 from utils.media.frames import read_frames, write_video
-from utils.media.probing import MediaError, probe, read_timeline
+from utils.media.probing import probe
+from utils.media.video import Video
 
 
 def turn_header(path: Path) -> None:
@@ -50,7 +55,7 @@ def test_any_frames_of_any_codec_equal_those_of_a_full_decode(tmp_path, monkeypa
         monkeypatch.setattr(decoding, "_decord", lambda: None)
     codec, options = CODECS[name]
     path = encode(tmp_path / name, codec, **options)
-    whole, info = decode_all(path), probe(path)
+    whole, info = decode_all(path), probe(path, full=True)
     assert info.frames == len(whole) == 30
     rng = random.Random(name)
     for wanted in [[29], [0], list(range(30))] + [sorted(rng.sample(range(30), 4)) for _ in range(5)]:
@@ -62,22 +67,50 @@ def test_any_frames_of_any_codec_equal_those_of_a_full_decode(tmp_path, monkeypa
 def test_a_late_frame_is_found_from_the_keyframe_before_it(tmp_path, name):
     codec, options = CODECS[name]
     path = encode(tmp_path / name, codec, **options)
-    timeline = read_timeline(path)
+    info = probe(path)
+    timeline = info.timeline
     wanted = timeline.times[15]
     keyframe = max(time for time in timeline.keyframes if time <= wanted)
     assert keyframe > timeline.times[6]
-    (found,) = decoding._decode(path, [wanted], keyframe)
+    (found,) = decoding._decode(path, [wanted], info, keyframe=keyframe)
     assert np.array_equal(found, decode_all(path)[15])
+
+
+def test_reading_a_late_frame_decodes_from_the_keyframe_only(tmp_path, monkeypatch):
+    info = probe(write_clip(tmp_path / "a.mkv", frames=60, gop=6))
+    decoded, decode = [], Video.decode
+    monkeypatch.setattr(Video, "decode", lambda self, packet: decoded.append(1) or decode(self, packet))
+    assert number_of(decoding._read_with_pyav(tmp_path / "a.mkv", [57], info)[0]) == 57 and len(decoded) < 12
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [("flv", "libx264"), ("m2v", "mpeg2video"), ("ts", "libx264"), ("mpg", "mpeg2video")]
+)
+def test_where_no_time_can_be_found_decoding_starts_at_the_start(tmp_path, suffix, codec):
+    container = {"m2v": "mpeg2video", "mpg": "mpeg"}.get(suffix)
+    path = write_clip(tmp_path / f"a.{suffix}", codec, 24, rate=25, b=2_000_000, container=container)
+    info = probe(path, full=True)
+    check_every_way_of_reading(path, info, read_pixels(path, range(24), info))
+    assert numbers_of(read_pixels(path, [20, 23], info)) == [20, 23]
 
 
 @pytest.mark.parametrize("path", [None, *OTHER_CLIPS], ids=lambda path: path.stem if path else "made here")
 def test_decord_and_pyav_give_equal_pixels(path, tmp_path):
     pytest.importorskip("decord")
     path = path or encode(tmp_path / "a.mp4", "libx264", bf="3")
-    timeline = read_timeline(path)
-    for wanted in (list(range(0, 9)), list(range(timeline.frames - 9, timeline.frames, 2))):
-        fast = decoding._read_with_decord(path, wanted, timeline)
-        assert fast is not None and np.array_equal(fast, decoding._read_with_pyav(path, wanted, timeline))
+    info = probe(path, full=True)
+    for wanted in (list(range(0, 9)), list(range(info.frames - 9, info.frames, 2))):
+        fast = decoding._read_with_decord(path, wanted, info)
+        assert fast is not None and np.array_equal(fast, decoding._read_with_pyav(path, wanted, info))
+
+
+def test_decord_is_left_out_unless_every_frame_was_decoded_and_counted(tmp_path):
+    pytest.importorskip("decord")
+    path = encode(tmp_path / "a.mp4", "libx264")
+    whole = probe(path, full=True)
+    assert decoding._read_with_decord(path, [3], whole) is not None
+    for other in (probe(path), replace(whole, frames=29), replace(whole, timeline=Timeline())):
+        assert decoding._read_with_decord(path, [3], other) is None
 
 
 def test_frames_beyond_the_end_and_unordered_indices_are_refused(tmp_path):
@@ -89,12 +122,41 @@ def test_frames_beyond_the_end_and_unordered_indices_are_refused(tmp_path):
             read_frames(tmp_path / "a.mp4", indices)
 
 
-def test_a_file_that_shrank_since_it_was_probed_is_noticed(tmp_path):
+def test_a_file_that_changed_since_it_was_probed_is_noticed(tmp_path):
     write_video(tmp_path / "a.mp4", moving(13), 16)
     info = probe(tmp_path / "a.mp4")
     write_video(tmp_path / "a.mp4", moving(5), 16)
-    with pytest.raises(MediaError, match="the last frame is 4"):
-        read_frames(tmp_path / "a.mp4", (12,), info)
+    for wanted in ((12,), (0,)):
+        with pytest.raises(
+            MediaError, match="it has changed since it was checked, and no longer holds 13 frames of 64x48"
+        ):
+            read_frames(tmp_path / "a.mp4", wanted, info)
+    (tmp_path / "a.mp4").unlink()
+    with pytest.raises(MediaError, match="there is no such file"):
+        read_frames(tmp_path / "a.mp4", (0,), info)
+
+
+def test_a_file_that_was_written_again_with_the_same_content_is_read(tmp_path):
+    info = probe(write_video(tmp_path / "a.mp4", moving(13), 16) or tmp_path / "a.mp4")
+    (tmp_path / "a.mp4").write_bytes((tmp_path / "a.mp4").read_bytes())
+    assert read_frames(tmp_path / "a.mp4", (12,), info).shape == (1, 3, 48, 64)
+    assert read_frames(tmp_path / "a.mp4", (12,), replace(info, stamp=())).shape == (1, 3, 48, 64)
+
+
+def test_an_error_of_any_type_names_its_file(tmp_path, monkeypatch):
+    write_video(tmp_path / "a.mp4", moving(5), 16)
+    for error, words in (
+        (RuntimeError("odd"), "it cannot be decoded: RuntimeError: odd"),
+        (MemoryError(), "main memory"),
+    ):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(decoding, "_read_with_pyav", fail)
+        with pytest.raises(MediaError, match=words) as caught:
+            read_frames(tmp_path / "a.mp4", (0,))
+        assert caught.value.path == tmp_path / "a.mp4"
 
 
 def test_grey_palette_alpha_and_16_bit_images_become_rgb(tmp_path):
@@ -135,5 +197,5 @@ def test_decord_is_never_asked_about_a_file_that_pyav_has_refused(tmp_path, monk
     info = probe(tmp_path / "real.mp4")
     (tmp_path / "a.mp4").write_text(text)
     monkeypatch.setattr(decoding, "_decord", lambda: pytest.fail("decord was asked"))
-    with pytest.raises(MediaError, match="neither MP4"):
+    with pytest.raises(MediaError, match="none of MP4"):
         read_frames(tmp_path / "a.mp4", (0,), info)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from tests.media import moving
+from utils.media.description import Look
 from utils.media.frames import crop_and_resize, read_frames, save_image, write_video
 from utils.media.probing import probe
 
@@ -16,7 +17,7 @@ from utils.media.probing import probe
 def test_a_written_video_reads_back_with_its_size_frames_and_colours(tmp_path):
     write_video(tmp_path / "a.mp4", moving(), 16)
     info = probe(tmp_path / "a.mp4")
-    assert (info.width, info.height, info.frames, info.fps, info.rotation) == (64, 48, 13, 16.0, 0)
+    assert (info.width, info.height, info.frames, info.fps, info.look) == (64, 48, 13, 16.0, Look())
     back = read_frames(tmp_path / "a.mp4", range(13))
     assert back.shape == (13, 3, 48, 64) and back.dtype == torch.uint8
     assert (back.int() - moving().int()).abs().float().mean() < 2.5
