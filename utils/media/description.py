@@ -156,7 +156,7 @@ def to_json(info: MediaInfo) -> dict[str, Any]:
 
 def from_json(values: Mapping[str, Any]) -> MediaInfo:
     """The description that `to_json` gave. Raises KeyError, TypeError or ValueError for anything else."""
-    if values.keys() != {part.name for part in fields(MediaInfo)}:
+    if set(values) != {part.name for part in fields(MediaInfo)}:
         raise KeyError("a field is missing or unknown")
     look, timeline = values["look"], values["timeline"]
     scaled = look["scaled"] and tuple(map(int, look["scaled"]))
