@@ -99,9 +99,16 @@ class _Answer:
     digest: str | None = None
 
 
+def _understood(path: Path, answer: dict[str, Any]) -> _Answer:
+    """What a child has answered. Raises KeyError, TypeError, ValueError or ArithmeticError for anything else."""
+    reason, info = answer["reason"], answer["info"]
+    found = from_json(info) if reason is None else MediaError(path, reason)
+    return _Answer(found, answer["is_new"], tuple(answer["stamp"]), answer["digest"])
+
+
 def _ask_children(questions: list[dict[str, Any]], patience: Patience) -> dict[Path, _Answer]:
     """All answers, from as many children as there are processors and files; the largest files first."""
-    sizes = {question["path"]: os.path.getsize(question["path"]) for question in questions}
+    sizes = {question["path"]: _size(question["path"]) for question in questions}
     total, cores = sum(sizes.values()), count_processors()
     count = min(cores, MAX_CHILDREN, len(questions), 1 + total // BYTES_PER_CHILD)
     children = [Child(patience) for _ in range(count)]
@@ -125,6 +132,14 @@ def _ask_children(questions: list[dict[str, Any]], patience: Patience) -> dict[P
     finally:
         for child in children:
             child.end()
+
+
+def _size(path: str) -> int:
+    """In bytes; of a file that has just vanished, 0: a child says what is wrong with it."""
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        return 0
 
 
 def count_processors() -> int:
@@ -162,17 +177,20 @@ class Child:
             absolute = {"path": str(path.absolute())}  # a child has a working directory of its own
             print(json.dumps(question | absolute), file=process.stdin, flush=True)
             answer = self._wait(process, move)
-        except OSError:
+            if answer is not None and "gave up" not in answer:
+                return _understood(path, answer)
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            ArithmeticError,
+        ):  # it has crashed, or says what no child does
             answer = None
+        self.end()
         if answer is None:
-            self.end()
             return _Answer(MediaError(path, "reading it crashed: damaged, or not a video that can be decoded"))
-        if "gave up" in answer:
-            self.end()
-            return _Answer(MediaError(path, f"reading it was given up: {answer['gave up']}"))
-        reason, info = answer["reason"], answer["info"]
-        found = from_json(info) if reason is None else MediaError(path, reason)
-        return _Answer(found, answer["is_new"], tuple(answer["stamp"]), answer["digest"])
+        return _Answer(MediaError(path, f"reading it was given up: {answer['gave up']}"))
 
     def _wait(self, process: "subprocess.Popen[str]", move: Callable[[int], None]) -> dict[str, Any] | None:
         """The answer, or why it is no longer waited for; None if the child has ended."""
