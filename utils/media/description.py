@@ -50,6 +50,7 @@ class Look:
     `scaled` is the (width, height) that stored pictures get before they are turned: their pixels are not square, or
     their size changes within the file. `curve` is "pq" or "hlg" for HDR, `primaries` "bt2020" or "p3" for colours that
     BT.709 does not have. `combed` pictures are of two fields each: "some" where the decoder says which, else "all".
+    `profiled` colours are converted to sRGB.
     """
 
     orientation: int = 1
@@ -58,6 +59,7 @@ class Look:
     primaries: str = ""
     combed: str = ""
     transparent: bool = False
+    profiled: bool = False
 
     @property
     def reaches_back(self) -> int:

@@ -7,6 +7,7 @@ import contextlib
 import io
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -30,6 +31,8 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**26
 
 SHORTEST, BROWSERS = 11, 100  # milliseconds: what browsers show for less time than the first, they show for the second
 SAME_COLOUR = 2  # of 255: profiles that change no colour by more are sRGB
+# Pillow's mode of the values that a profile is about, by its name of them, and modes that are converted to it.
+PROFILED = {"RGB": ("RGB", "RGBA", "P", "PA", "L", "LA", "1"), "GRAY": ("L", "LA", "1"), "CMYK": ("CMYK",)}
 HEADER = 2**16  # bytes in which the colours of a PNG or AVIF stand
 
 
@@ -58,7 +61,8 @@ def probe_image(path: Path) -> MediaInfo:
     """
     with open_image(path) as image:
         shown, look = _shown(image), _look(path)
-        notes = (HDR_NOTE,) if look.curve else _colour_notes(image)
+        profile, notes = (None, (HDR_NOTE,)) if look.curve else _profile(image)
+        look = replace(look, profiled=profile is not None)
         if len(shown) < MIN_VIDEO_FRAMES:
             width, height = ImageOps.exif_transpose(image).size
             count = getattr(image, "n_frames", 1) if image.format == "TIFF" else len(shown)
@@ -80,11 +84,11 @@ def read_images(path: Path, indices: Sequence[int], look: Look) -> np.ndarray:
     """Pictures `indices` of an animation, or (0,) of an image: uint8 (F, H, W, 3). Raises `MediaError`."""
     pictures = []
     with open_image(path) as image:
-        shown = _shown(image)
+        shown, profile = _shown(image), _profile(image)[0] if look.profiled else None
         for index in indices:
             image.seek(shown[index])
             picture = image if len(shown) >= MIN_VIDEO_FRAMES else ImageOps.exif_transpose(image)
-            pixels = np.array(_to_rgb(picture, None if look.curve else _profile(image)))
+            pixels = np.array(_to_rgb(picture, profile))
             pictures.append(to_sdr(pixels.astype(np.uint16) * 257, look) if look.curve else pixels)
     return np.stack(pictures)
 
@@ -124,18 +128,10 @@ def _to_rgb(picture: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> I
 
 def _to_srgb(picture: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> Image.Image:
     """RGB, with the colours of a profile converted: relative to white, black stays black."""
-    if profile is None or _is_srgb(profile):
+    if profile is None:
         return picture.convert("RGB")
-    opaque = picture if picture.mode in ("L", "RGB", "CMYK") else picture.convert("RGB")
-    try:
-        return _converted(opaque, profile)
-    except ImageCms.PyCMSError:  # a profile for another kind of picture
-        return picture.convert("RGB")
-
-
-def _converted(picture: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image.Image:
     converted = ImageCms.profileToProfile(
-        picture,
+        picture.convert(PROFILED[profile.profile.xcolor_space.strip()][0]),
         profile,
         ImageCms.createProfile("sRGB"),
         ImageCms.Intent.RELATIVE_COLORIMETRIC,
@@ -146,34 +142,31 @@ def _converted(picture: Image.Image, profile: ImageCms.ImageCmsProfile) -> Image
     return converted
 
 
-def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
-    """The colour profile that the image has, None where there is none or it cannot be read."""
+def _profile(image: Image.Image) -> tuple[ImageCms.ImageCmsProfile | None, tuple[str, ...]]:
+    """The profile from which colours have to be converted, if there is one, and what the user should know of it."""
     data = image.info.get("icc_profile")
+    if not data:
+        return None, ()
     try:
-        return ImageCms.ImageCmsProfile(io.BytesIO(data)) if data else None
-    except (OSError, ImageCms.PyCMSError):
-        return None
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
+        own, *others = PROFILED[profile.profile.xcolor_space.strip()]
+        is_srgb = own == "RGB" and _is_srgb(profile)
+        name = " ".join(ImageCms.getProfileDescription(profile).split())[:30]
+    except (OSError, KeyError, ImageCms.PyCMSError):
+        return None, ("its colour profile is damaged and not used",)
+    if image.mode not in (own, *others):
+        return None, ("its colour profile is for other pictures and not used",)
+    if is_srgb:
+        return None, ()
+    return profile, (f"colours converted from {name}" if name.isprintable() and name else "colours converted to sRGB",)
 
 
 def _is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:
-    """Whether converting changes no colour of a grid by more than rounding does."""
+    """Whether converting RGB changes no colour of a grid by more than rounding does."""
     steps = np.linspace(0, 255, 6).round().astype(np.uint8)
     colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(1, -1, 3)
-    try:
-        converted = np.asarray(_converted(Image.fromarray(colours), profile))
-    except ImageCms.PyCMSError:  # not of RGB
-        return False
+    converted = np.asarray(_to_srgb(Image.fromarray(colours), profile))
     return bool(np.abs(converted.astype(int) - colours).max() <= SAME_COLOUR)
-
-
-def _colour_notes(image: Image.Image) -> tuple[str, ...]:
-    profile = _profile(image)
-    if profile is None:
-        return ("its colour profile is damaged and not used",) if image.info.get("icc_profile") else ()
-    if _is_srgb(profile):
-        return ()
-    name = " ".join(ImageCms.getProfileDescription(profile).split())[:30]
-    return (f"colours converted from {name}" if name.isprintable() and name else "colours converted to sRGB",)
 
 
 def _look(path: Path) -> Look:

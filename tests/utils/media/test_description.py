@@ -29,7 +29,7 @@ FULL = MediaInfo(
     frames=4,
     fps=23.976,
     kind=ANIMATION,
-    look=Look(7, (90, 48), "hlg", "bt2020", "some", True),
+    look=Look(7, (90, 48), "hlg", "bt2020", "some", True, True),
     timeline=Timeline((-2, 3, 9), (-2, 9), Fraction(1001, 24000), True),
     notes=("HDR, tone-mapped", "deinterlaced"),
     is_whole=True,
@@ -110,7 +110,7 @@ def test_new_numbers_of_frames_and_new_rules_for_masks_are_named():
     assert replace(PLAIN, counted=True).reading == {"counted": True}
     for rule, named in (("brightness", {}), ("opacity", {"mask": "opacity"}), ("labels", {"mask": "labels"})):
         assert replace(PLAIN, mask=Coverage(rule, 0.5, 0, 255)).reading == named
-    assert set(FULL.reading) == {*Look(7, (90, 48), "hlg", "bt2020", "some", True).changes, "counted", "mask"}
+    assert set(FULL.reading) == {*Look(7, (90, 48), "hlg", "bt2020", "some", True, True).changes, "counted", "mask"}
 
 
 def test_frames_are_shown_by_their_timestamps_and_without_them_by_the_rate():
