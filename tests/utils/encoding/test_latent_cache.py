@@ -16,7 +16,7 @@ from utils.data.scan import PairedFile, Source, scan
 from utils.encoding import latent_cache
 from utils.encoding.latent_cache import LatentCache, Layout, cached_bytes
 from utils.media.controls import ControlSignal
-from utils.media.probing import MediaInfo
+from utils.media.description import Coverage, Look, MediaInfo
 from wan.configs import FAMILIES, Family
 
 LIMITS = limits(token_limit=60)
@@ -66,6 +66,20 @@ def test_the_name_depends_on_everything_that_the_latents_do_and_on_nothing_else(
     assert cache(tmp_path).path(replace(window, source=replace(window.source, path=moved))) == path
     video(window.source.path, frames=10)
     assert cache(tmp_path).path(window) != path
+
+
+def test_pictures_that_earlier_versions_read_otherwise_have_names_of_their_own(tmp_path, window):
+    source = window.source
+    mask = PairedFile(source.mask.path, replace(source.mask.info, mask=Coverage("opacity", 0.5, 0, 255)))
+    others = [
+        *(replace(source, info=replace(source.info, look=look)) for look in (Look(combed="all"), Look(profiled=True))),
+        replace(source, info=replace(source.info, counted=True)),
+        replace(source, mask=mask),
+    ]
+    names = {cache(tmp_path).path(replace(window, source=other)) for other in (source, *others)}
+    assert len(names) == 5
+    turned = replace(source, info=replace(source.info, look=Look(orientation=6)))
+    assert cache(tmp_path).path(replace(window, source=turned)) in names
 
 
 def test_a_cache_file_that_was_cut_short_is_missing(tmp_path, window):
