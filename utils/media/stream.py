@@ -149,7 +149,7 @@ def read_stream(path: Path, video: Video, full: bool, listen: Listen, progress: 
         if not decodes_all and frames.first is not None and not is_leading:
             continue
         error = _decode(video, packet, frames, packets.first_key if is_leading else None)
-        error = _harmful(listen()) or error
+        error = harmful(listen()) or error
         if error and not is_leading:
             raise MediaError(path, f"damaged {_place(frames, video)}: {error}")
         progress(packet.pos or 0 if packet is not None else 0)
@@ -180,7 +180,7 @@ def _decode(video: Video, packet: Packet | None, frames: Frames, first_key: int 
     return ""
 
 
-def _harmful(reported: str) -> str:
+def harmful(reported: str) -> str:
     """The first line of FFmpeg's reports that is about pictures, without its prefix; nothing if there is none."""
     for line in reported.splitlines():
         text = "".join(character for character in line.partition("] ")[2] if character.isprintable())
