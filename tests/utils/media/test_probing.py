@@ -5,7 +5,7 @@ import os
 import pytest
 from PIL import EpsImagePlugin
 
-from tests.clips import joined, numbered, numbers_of, packets_of, write_clip
+from tests.clips import damaged, joined, numbered, numbers_of, packets_of, write_clip
 from tests.media import CODECS, encode, image, moving, remux, video
 from utils.media.decoding import read_pixels
 from utils.media.description import IMAGE, MediaError, MediaInfo
@@ -201,6 +201,12 @@ def test_what_ffmpeg_reports_is_damage_unless_no_picture_changes(tmp_path):
     place, _, text = caught.value.reason.partition(": ")
     assert text == "cabac [0mdecode failed" and place.startswith("damaged after 0.") and place.endswith(" s")
     assert probe(path, full=True, listen=reporting("[h264 @ 0x1] concealing errors\n", at=0)).frames == 24, "of opening"
+
+
+def test_pictures_that_a_decoder_calls_incomplete_are_damage_also_where_it_reports_nothing(tmp_path):
+    whole = write_clip(tmp_path / "a.ts", "mpeg2video", 48, rate=25, b=2_000_000)
+    with pytest.raises(MediaError, match=r"damaged after [01]\.\d\d s: a picture is incomplete"):
+        probe(damaged(whole, tmp_path / "b.ts"), full=True)
 
 
 # ---------------------------------------------------------------- the content of a file chooses no program and no file
