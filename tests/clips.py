@@ -150,6 +150,36 @@ def together(target: Path, sources: Sequence[Path], covers: Sequence[Path] = ())
     return target
 
 
+def packed(source: Path, target: Path) -> Path:
+    """An AVI of MPEG-4 with pictures in two directions as DivX and Xvid write it: two pictures in one packet.
+
+    The packet after it holds an empty picture, so that there are as many packets as pictures.
+    """
+    start, coded = b"\0\0\1\xb6", packets_of(source)
+    kinds = [bytes(packet)[bytes(packet).index(start) + 4] >> 6 for packet in coded]  # 2: in two directions
+    with av.open(str(source)) as model, av.open(str(target), "w") as outside:
+        stream = outside.add_stream_from_template(model.streams[0])
+        contents: list[bytes] = []
+        for packet, kind in zip(coded, kinds, strict=True):
+            if kind != 2:
+                contents.append(bytes(packet))
+                continue
+            before = contents[-1]
+            at = before.index(start) + 4
+            header = f"{int.from_bytes(before[at : at + 3], 'big'):024b}"  # kind, 1 for each second, 0, 1, time, 1
+            end = header.index("0", 2) + 2 + 4 + 1
+            empty = f"01{header[2:end]}00".ljust(24, "1")  # neither coded nor filled
+            contents[-1] = before + bytes(packet)
+            contents.append(start + int(empty, 2).to_bytes(3, "big"))
+        contents[0] = contents[0].replace(start, b"\0\0\1\xb2DivX503b1393p" + start, 1)
+        for number, content in enumerate(contents):
+            made = Packet(content)
+            made.pts = made.dts = number
+            made.time_base, made.stream, made.is_keyframe = Fraction(1, 16), stream, coded[number].is_keyframe
+            outside.mux(made)
+    return target
+
+
 def damaged(source: Path, target: Path, seed: int | None = None) -> Path:
     """A sixth of a file, in its middle, overwritten with zeros, or with a seed with random bytes."""
     data = bytearray(source.read_bytes())

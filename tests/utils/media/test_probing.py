@@ -5,7 +5,16 @@ import os
 import pytest
 from PIL import EpsImagePlugin
 
-from tests.clips import damaged, joined, numbered, numbers_of, packets_of, write_clip
+from tests.clips import (
+    check_every_way_of_reading,
+    damaged,
+    joined,
+    numbered,
+    numbers_of,
+    packed,
+    packets_of,
+    write_clip,
+)
 from tests.media import CODECS, encode, image, moving, remux, video
 from utils.media.decoding import read_pixels
 from utils.media.description import IMAGE, MediaError, MediaInfo
@@ -161,6 +170,16 @@ def test_times_that_wrap_around_or_jump_back_are_no_reason_to_lose_frames(tmp_pa
     info = probe(tmp_path / "twice.mpg", full=True)
     assert info.timeline.times == () and info.frame_times() == pytest.approx([index / 25 for index in range(16)])
     assert numbers_of(read_pixels(tmp_path / "twice.mpg", range(16), info)) == list(range(16))
+
+
+def test_two_pictures_in_one_packet_are_two_frames(tmp_path):
+    source = write_clip(tmp_path / "a.avi", "mpeg4", 24, bf=1, gop=12, b=2_000_000)
+    path = packed(source, tmp_path / "packed.avi")
+    assert len(packets_of(path)) == 24 and min(packet.size for packet in packets_of(path)) == 7, "empty pictures"
+    info = probe(path, full=True)
+    whole = read_pixels(path, range(info.frames), info)
+    assert numbers_of(whole) == list(range(24)) and info.notes == ()
+    check_every_way_of_reading(path, info, whole)
 
 
 def test_keyframes_that_no_decoder_confirms_are_not_sought(tmp_path):
