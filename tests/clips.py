@@ -114,6 +114,40 @@ def turned(source: Path, target: Path, a: float, b: float, c: float, d: float) -
     return target
 
 
+def edited(source: Path, target: Path, edits: Sequence[tuple[int, int]], rate: int = 16) -> Path:
+    """An mp4 that shows only some of its frames: for each of `edits` so many, from the one of that number on.
+
+    -1 instead of a number shows nothing for that long.
+    """
+    data = source.read_bytes()
+    ticks = [struct.unpack_from(">I", data, data.index(name) + 16)[0] for name in (b"mvhd", b"mdhd")]
+    old = data.find(b"elst")
+    offset = struct.unpack_from(">i", data, old + 16)[0] if old > 0 else 0  # pictures in two directions start later
+    table = struct.pack(">II", 0, len(edits))
+    for count, first in edits:
+        start = -1 if first < 0 else offset + first * ticks[1] // rate
+        table += struct.pack(">IiI", count * ticks[0] // rate, start, FIXED)
+    target.write_bytes(_with_edits(data, _box(b"edts", _box(b"elst", table))))
+    return target
+
+
+def _box(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + len(content), kind) + content
+
+
+def _with_edits(boxes: bytes, edits: bytes) -> bytes:
+    """The boxes of an mp4 with other edits: behind the header of its track, in the place of its own."""
+    result, at = b"", 0
+    while at < len(boxes):
+        size, kind = struct.unpack_from(">I4s", boxes, at)
+        whole = boxes[at : at + size]
+        if kind in (b"moov", b"trak"):
+            whole = _box(kind, _with_edits(whole[8:], edits))
+        result += b"" if kind == b"edts" else whole + edits * (kind == b"tkhd")
+        at += size
+    return result
+
+
 def packets_of(path: Path) -> list[Packet]:
     """The packets of a file's first stream."""
     with av.open(str(path)) as container:

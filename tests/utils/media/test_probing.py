@@ -8,6 +8,7 @@ from PIL import EpsImagePlugin
 from tests.clips import (
     check_every_way_of_reading,
     damaged,
+    edited,
     joined,
     numbered,
     numbers_of,
@@ -170,6 +171,32 @@ def test_times_that_wrap_around_or_jump_back_are_no_reason_to_lose_frames(tmp_pa
     info = probe(tmp_path / "twice.mpg", full=True)
     assert info.timeline.times == () and info.frame_times() == pytest.approx([index / 25 for index in range(16)])
     assert numbers_of(read_pixels(tmp_path / "twice.mpg", range(16), info)) == list(range(16))
+
+
+EDITS = {
+    "without the first": ([(21, 3)], range(3, 24)),
+    "the middle": ([(9, 4)], range(4, 13)),
+    "after a pause": ([(8, -1), (24, 0)], range(24)),
+    "without the middle": ([(8, 0), (8, 12)], [*range(8), *range(12, 20)]),
+    "twice the same": ([(8, 0), (8, 4)], [*range(8), *range(4, 12)]),
+    "the end first": ([(6, 12), (6, 0)], [*range(12, 18), *range(6)]),
+}
+
+
+@pytest.mark.parametrize(
+    ("codec", "name"),
+    # FFmpeg takes a jump within HEVC for damage.
+    [*(("libx264", name) for name in EDITS), *(("libx265", name) for name in list(EDITS)[:3])],
+)
+def test_frames_are_those_that_an_edit_list_shows(tmp_path, codec, name):
+    options = {"bf": 2} if codec == "libx264" else {"x265-params": "log-level=none:keyint=6:min-keyint=6"}
+    edits, numbers = EDITS[name]
+    path = edited(write_clip(tmp_path / "a.mp4", codec, 24, **options), tmp_path / "b.mp4", edits)
+    info = probe(path, full=True)
+    whole = read_pixels(path, range(info.frames), info)
+    assert numbers_of(whole) == list(numbers) and info.notes == ()
+    assert info.frame_times() == pytest.approx([index / 16 for index in range(len(numbers))], abs=0.001)
+    check_every_way_of_reading(path, info, whole)
 
 
 def test_two_pictures_in_one_packet_are_two_frames(tmp_path):
