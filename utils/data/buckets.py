@@ -55,6 +55,12 @@ def bucket_size(width: int, height: int, base_res: int, grid: Grid, shapes: Shap
     return max(columns, 1) * grid.side, max(rows, 1) * grid.side
 
 
+def seen_share(width: int, height: int, size: tuple[int, int]) -> float:
+    """How much of a picture's area is left, of 1, where it is cropped to the shape of `size`, (width, height)."""
+    ratio = width * size[1] / (height * size[0])
+    return min(ratio, 1 / ratio)
+
+
 def picture_size(info: MediaInfo, area: int, grid: Grid) -> tuple[int, int]:
     """(width, height) of a video that starts from a picture: its shape, and at most this area in pixels.
 

@@ -12,11 +12,13 @@ from tqdm import tqdm
 from utils.common.console import say
 from utils.common.digests import DIGESTS, LATENTS, Digests
 from utils.common.errors import UserError
-from utils.common.formatting import counted
+from utils.common.formatting import counted, one_line
 from utils.data.buckets import round_up_frames
 from utils.data.folders import FULL, DatasetOptions, Folder, Rules
+from utils.data.notices import Notice, format_notices
+from utils.data.parts import notices_of, split_folders
 from utils.data.plan import Batching, Limits, Plan, Window, full_length_windows
-from utils.data.scan import Problem, Source, scan, split_folders
+from utils.data.scan import Problem, Source, survey
 from utils.data.tables import format_buckets, format_clips
 from utils.media.inspection import Inspector
 from wan.configs.grid import Grid
@@ -48,6 +50,7 @@ class Dataset:
             name = source.folder.resolve().name / source.path.relative_to(source.folder)
             frames = list(source.frame_indices)
             facts[str(name)] += [repr(contents), repr(source.captions), repr(frames), source.rules.identity]
+            facts[str(name)] += [repr(sorted(reading.items())) for reading in source.readings.values()]
         digests.save()
         texts = {name: f"[{', '.join(parts)}]" for name, parts in facts.items()}  # the text that version 0.1 hashed
         return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
@@ -73,7 +76,9 @@ def open_dataset(
     skip_bad_files: bool = False,
     decode_check: str = FULL,
 ) -> Dataset:
-    """Finds the clips of all folders and prints them as a table. The caches' default folder is in the first folder.
+    """Finds the clips of all folders and prints them as a table, after a line for each kind of file that is not used.
+
+    The caches' default folder is in the first folder.
 
     Raises UserError with a list of the files that cannot be used, each with its reason; with `skip_bad_files` they are
     printed instead. Also raises it if no clip is left, or if one frame exceeds the token limit.
@@ -84,15 +89,20 @@ def open_dataset(
     train: list[Source] = []
     val: list[Source] = []
     problems: list[Problem] = []
+    notices: list[Notice] = []
+    notes: list[str] = []
     for folder in folders:
-        train_path, val_paths = split_folders(folder.path)
-        sources, found = scan(Folder(train_path, folder.rules), model_fps, val_paths, folder.path, inspector)
-        train += sources
-        problems += found
-        for val_path in val_paths[:1]:
-            sources, found = scan(Folder(val_path, folder.rules), model_fps, (), folder.path, inspector)
-            val += sources
-            problems += found
+        parts = split_folders(folder.path)
+        notices += notices_of(parts, _other_folders(folders))
+        for path, exclude, kept in ((parts.train, parts.not_trained, train), (parts.held_out, [], val)):
+            if path is not None:
+                found = survey(Folder(path, folder.rules), model_fps, exclude, folder.path, inspector)
+                kept += found.sources
+                problems += found.problems
+                notices += found.notices
+                notes += found.notes
+    if lines := [*dict.fromkeys(notes), *format_notices(notices)]:
+        say("\n".join([*lines, ""]))
     _say_cost(inspector)
     problems = list(dict.fromkeys(problems))  # a caption file beside train/ and val/ is read for both
     windows, held_out = full_length_windows(train, limits), full_length_windows(val, limits)
@@ -106,6 +116,13 @@ def open_dataset(
     if not train:
         raise UserError(f"no usable clip is left in {' '.join(str(folder.path) for folder in folders)}")
     return Dataset(train, val, windows, cache)
+
+
+def _other_folders(folders: Sequence[Folder]) -> list[Path]:
+    """All folders that a run reads: its datasets, and those of controls and masks."""
+    rules = [folder.rules for folder in folders]
+    paired = [path for rule in rules for path in (rule.control_folder, rule.mask_folder) if path]
+    return [*(folder.path for folder in folders), *paired]
 
 
 def _say_cost(inspector: Inspector) -> None:
@@ -124,7 +141,7 @@ def _say_rounded_frames(folders: Sequence[Folder], grid: Grid) -> None:
 
 def _report(problems: Sequence[Problem], skip_bad_files: bool) -> None:
     num_files = counted(len({problem.path for problem in problems}), "file")
-    listing = "\n".join(f"  {problem.path}: {problem.reason}" for problem in problems)
+    listing = "\n".join(f"  {one_line(f'{problem.path}: {problem.reason}')}" for problem in problems)
     if not skip_bad_files:
         raise UserError(f"{num_files} cannot be used:\n{listing}\nfix what is listed, or pass --skip_bad_files")
     say(f"skipping {num_files}:\n{listing}")

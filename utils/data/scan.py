@@ -1,32 +1,30 @@
 """From folders to sources: usable files with all that belongs to them, and the problems of all others.
 
-Captions, controls, masks and start pictures belong to a file by its name.
+Captions, controls, masks and start pictures belong to a file by its name. Files are inspected before they are paired:
+an image format may hold a picture or an animation.
 """
 
-import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from utils.common.console import say
-from utils.common.errors import UserError
-from utils.common.formatting import counted
-from utils.data.captions import find_captions
+from utils.data.captions import find_orphans, match_captions
 from utils.data.folders import Folder, Rules
-from utils.media.description import IMAGE_SUFFIXES, MIN_VIDEO_FRAMES, VIDEO_SUFFIXES, MediaError, MediaInfo
+from utils.data.notices import Kind, Notice, format_notices
+from utils.data.pairing import CONTROL, MASK, START, Matches, Media, Pairing, find_pairings, match_start_pictures
+from utils.data.walking import CONVERT, require_files
+from utils.media.description import MIN_VIDEO_FRAMES, MediaError, MediaInfo
 from utils.media.frame_rate import frames_at_rate, frames_within
 from utils.media.inspection import Inspector
 from utils.media.masks import BLACK
-from utils.media.probing import is_image, is_video
 
-VALIDATION_NAMES = ("val", "validation", "eval", "test")
-# Rounding accounts for differences up to these shares between a clip and what belongs to it.
-ASPECT_TOLERANCE, RATE_TOLERANCE = 0.05, 0.02
-
-Candidates = dict[Path, list[Path]]  # what may belong to a clip, by the clip's path or name without its ending
+_UNREAD = Kind("file", f"not read, as no decoder here knows the format: {CONVERT}")
+_UNUSED = Kind(START, "not used: see --load_first_frame")
+_ORPHAN = Kind("caption file", "not used, as no clip has this name")
 
 
 @dataclass(frozen=True)
@@ -78,14 +76,17 @@ class Problem:
     reason: str
 
 
-def split_folders(dataset: Path) -> tuple[Path, list[Path]]:
-    """(training folder, validation folders): `train` or else `dataset` itself, and the existing `VALIDATION_NAMES`.
+@dataclass(frozen=True)
+class Scan:
+    """What a folder holds: its sources in path order, its problems, and what else is worth a line.
 
-    The validation folders may lie inside the training folder: pass them to its `scan` as `exclude`.
+    `notices` are about files that are not used, `notes` about captions.
     """
-    train = dataset / "train"
-    validation = [dataset / name for name in VALIDATION_NAMES]
-    return train if train.is_dir() else dataset, [folder for folder in validation if folder.is_dir()]
+
+    sources: list[Source]
+    problems: list[Problem]
+    notices: list[Notice]
+    notes: list[str]
 
 
 def scan(
@@ -95,68 +96,100 @@ def scan(
     dataset: Path | None = None,
     inspector: Inspector | None = None,
 ) -> tuple[list[Source], list[Problem]]:
-    """Every media file below the folder, as a source or as one or more problems, both in path order.
+    """The sources and problems that `survey` finds; the lines about everything else are printed."""
+    found = survey(folder, model_fps, exclude, dataset, inspector)
+    for line in [*found.notes, *format_notices(found.notices)]:
+        say(line)
+    return found.sources, found.problems
+
+
+def survey(
+    folder: Folder,
+    model_fps: float,
+    exclude: Sequence[Path] = (),
+    dataset: Path | None = None,
+    inspector: Inspector | None = None,
+) -> Scan:
+    """Every media file below the folder, as a source or as one or more problems, and notices of what is not used.
 
     `dataset` is the folder that this one is a part of: captions may lie there. Hidden files, hidden folders and the
     folders `exclude` are skipped. Raises `UserError` if the folder is missing or holds no media; a bad file is a
-    problem, never an exception. Start pictures that the rules do not use are neither: a line is printed about them.
+    problem, never an exception. Start pictures that the rules do not use are neither.
     """
     rules = folder.rules
-    pairings = [_Pairing("control", rules.control_suffix, rules.control_folder)] if rules.reads_control else []
-    pairings += [_Pairing("mask", rules.mask_suffix, rules.mask_folder)] if rules.reads_mask else []
-    pairings += [_START_PICTURES] if rules.reads_first else []
-    files = _media_files(folder.path, [*exclude, *(pairing.folder for pairing in pairings if pairing.folder)])
-    candidates = [pairing.find_candidates(files) for pairing in pairings]
-    paired_paths = {path for found in candidates for paths in found.values() for path in paths}
-    clips = _without_start_pictures(folder, [path for path in files if path not in paired_paths], dataset)
-    captions = find_captions(folder.path, clips, rules.captions, rules.caption_per_line, dataset)
-    stems = Counter(_stem(path) for path in clips)
-    masks = {
-        path
-        for pairing, found in zip(pairings, candidates, strict=True)
-        if pairing.name == "mask"
-        for path in chain(*found.values())
-    }
-    media = _inspect([*clips, *sorted(paired_paths)], masks, inspector or Inspector())
+    skipped = [*exclude, *(path for path in (rules.control_folder, rules.mask_folder) if path)]
+    files = _find_files(folder, skipped)
+    media = _inspect(files, inspector or Inspector())
+    starts = match_start_pictures(files.clips, media)
+    unused = set() if rules.reads_first else _without_captions(folder, files.clips, set(starts.clips), dataset)
+    apart = set(starts.clips) if rules.reads_first else unused
+    clips = [path for path in files.clips if path not in apart]
+    matches = [pairing.match(clips, paths) for pairing, paths in files.others.items()]
+    matches += [starts] if rules.reads_first else []
+    captions = match_captions(folder.path, clips, rules.captions, rules.caption_per_line, dataset)
 
     sources, problems = [], [Problem(path, reason) for path, reason in captions.file_problems]
+    problems += [Problem(path, fault) for path, fault in files.faults.items() if path not in files.media]
+    twins = _find_twins(clips)
     for path in clips:
-        reasons = [known[path] for known in (captions.problems, media.unusable) if path in known]
-        if stems[_stem(path)] > 1:
-            reasons.append(f"another file in its folder is named {path.stem} too, so they share a caption: rename one")
-        paired = {}
-        for pairing, found in zip(pairings, candidates, strict=True):
-            others = pairing.candidates_of(path, found)
-            if pairing.is_optional and not others:
-                continue
-            mismatches = pairing.problems(path, others, media)
-            reasons += mismatches
-            if not mismatches:
-                paired[pairing.name] = PairedFile(others[0], media.infos[others[0]])
+        reasons = [found[path] for found in (captions.problems, media.unusable, twins) if path in found]
+        reasons += [reason for match in matches for reason in match.problems(path, media)]
         if not reasons:
             try:
-                source = _source(folder, path, captions.texts[path], media.infos[path], paired, model_fps)
-                reasons = _too_short(source, folder.rules.rate(model_fps))
-                sources += [] if reasons else [source]
+                sources.append(_source(folder, path, captions.texts[path], media, matches, model_fps))
             except ValueError as error:
                 reasons = [str(error)]
         problems += [Problem(path, reason) for reason in reasons]
-    for pairing, found in zip(pairings, candidates, strict=True):
-        problems += pairing.orphans(found, set(stems))
-    return sources, problems
+    for match in matches:
+        others = match.unmatched(files.others.get(match.pairing, []))
+        problems += [Problem(path, f"there is no clip for this {match.pairing.name}") for path in others]
+
+    orphans = [] if rules.captions == "filename" else find_orphans(folder.path, files.named, skipped, dataset)
+    kinds = {_UNREAD: files.unread, _UNUSED: sorted(unused), _ORPHAN: orphans}
+    return Scan(sources, problems, _notices(kinds, matches, dataset or folder.path), captions.notes)
 
 
 @dataclass(frozen=True)
-class _Media:
-    """What inspection found: `infos` of every readable file, and why a file is `unusable`, readable or not."""
+class _Files:
+    """All files of a folder in path order: `clips`, and the files named as `others` that belong to them.
 
-    infos: dict[Path, MediaInfo]
-    unusable: dict[Path, str]
+    `faults` say why a file or a folder cannot be opened. `named` are the files that captions may belong to.
+    """
+
+    clips: list[Path]
+    others: dict[Pairing, list[Path]]
+    unread: list[Path]
+    faults: dict[Path, str]
+    named: list[Path]
+
+    @cached_property
+    def media(self) -> set[Path]:
+        return {*self.clips, *(path for paths in self.others.values() for path in paths)}
 
 
-def _inspect(files: Sequence[Path], masks: set[Path], inspector: Inspector) -> _Media:
-    media = _Media({}, {})
-    for path, result in inspector.inspect(files, masks).items():
+def _find_files(folder: Folder, skipped: Sequence[Path]) -> _Files:
+    """The files of the folder, and of folders of controls and masks. Raises as `survey` does."""
+    files = require_files(folder.path, skipped)
+    unread, faults, others = list(files.unread), dict(files.faults), {}
+    for pairing in find_pairings(folder.rules):
+        if pairing.folder is None:
+            others[pairing] = pairing.named(files.media)
+            continue
+        own = require_files(pairing.folder, what=f"{pairing.name} folder")
+        others[pairing] = own.media
+        unread += own.unread
+        faults |= own.faults
+    apart = {path for paths in others.values() for path in paths}
+    clips = [path for path in files.media if path not in apart]
+    return _Files(clips, others, unread, faults, files.media + files.unread)
+
+
+def _inspect(files: _Files, inspector: Inspector) -> Media:
+    masks = {path for pairing, paths in files.others.items() if pairing.name == MASK for path in paths}
+    others = sorted(files.media - set(files.clips))
+    media = Media({}, {path: fault for path, fault in files.faults.items() if path in files.media})
+    readable = [path for path in [*files.clips, *others] if path not in files.faults]
+    for path, result in inspector.inspect(readable, masks).items():
         if isinstance(result, MediaError):
             media.unusable[path] = result.reason
             continue
@@ -168,118 +201,58 @@ def _inspect(files: Sequence[Path], masks: set[Path], inspector: Inspector) -> _
     return media
 
 
-@dataclass(frozen=True)
-class _Pairing:
-    """How controls, or masks, are matched with clips: by a suffix beside them, or by name in a folder of their own.
-
-    What `is_optional` belongs to the clips that have it: a picture beside a video. A file of such a name without a
-    video is a clip like any other.
-    """
-
-    name: str
-    suffix: str
-    folder: Path | None = None
-    is_optional: bool = False
-
-    def find_candidates(self, files: Sequence[Path]) -> Candidates:
-        """All controls (masks), by the path of their clip without its ending; in a folder, by the clip's name alone.
-
-        Raises UserError for an empty suffix, and as `scan` does for the folder.
-        """
-        found = defaultdict(list)
-        if self.folder is not None:
-            for path in _media_files(self.folder, []):
-                found[Path(path.stem)].append(path)
-        elif not self.suffix:
-            raise UserError(f"the {self.name} suffix is empty: give what a {self.name} is named by, like _{self.name}")
-        else:
-            for path in files:
-                if path.stem.endswith(self.suffix):
-                    found[path.with_name(path.stem.removesuffix(self.suffix))].append(path)
-        if self.is_optional:
-            videos = {_stem(path) for path in files if is_video(path)}
-            pictures = {stem: list(filter(is_image, paths)) for stem, paths in found.items() if stem in videos}
-            return {stem: paths for stem, paths in pictures.items() if paths}
-        return found
-
-    def candidates_of(self, clip: Path, candidates: Candidates) -> list[Path]:
-        stem = _stem(clip)
-        return candidates.get(Path(stem.name) if self.folder else stem, [])
-
-    def problems(self, clip: Path, others: Sequence[Path], media: _Media) -> list[str]:
-        """Why `others` are not exactly one control (mask) that fits the clip; nothing if they are."""
-        if not others:
-            expected = f"{clip.stem}.* in {self.folder}" if self.folder else f"{clip.stem}{self.suffix}.*"
-            return [f"it has no {self.name} named {expected}"]
-        if len(others) > 1:
-            names = " and ".join(other.name for other in others)
-            return [f"it has several {self.name}s, {names}: keep one"]
-        other = others[0]
-        own, info = media.infos.get(clip), media.infos.get(other)
-        if info is None or other in media.unusable:
-            reasons = [media.unusable[other]]
-        elif own is not None and own.is_image and not info.is_image:
-            return [f"its {self.name} {other.name} must be an image, like the file itself"]
-        elif own is not None and self.name == "control" and info.is_image and not own.is_image:
-            return [f"its {self.name} {other.name} must be a video, like the file itself"]
-        else:
-            reasons = _mismatches(info, own)
-        return [f"its {self.name} {other.name}: {reason}" for reason in reasons]
-
-    def orphans(self, candidates: Candidates, stems: set[Path]) -> list[Problem]:
-        """Files beside the clips that belong to none of them. A folder of its own may also serve other datasets."""
-        if self.folder:
-            return []
-        paths = (path for stem, found in candidates.items() if stem not in stems for path in found)
-        return [Problem(path, f"there is no clip for this {self.name}") for path in paths]
+def _without_captions(folder: Folder, clips: list[Path], pictures: set[Path], dataset: Path | None) -> set[Path]:
+    """Those of the start pictures that have no caption of their own: one that has is a clip."""
+    if not pictures:
+        return set()
+    captions = match_captions(folder.path, clips, per_line=folder.rules.caption_per_line, dataset=dataset)
+    return pictures & captions.missing
 
 
-_START_PICTURES = _Pairing("start picture", "_first", is_optional=True)
+def _find_twins(clips: Sequence[Path]) -> dict[Path, str]:
+    """Clips that differ in their endings alone."""
+    stems = Counter((path.parent, path.stem) for path in clips)
+    twins = (path for path in clips if stems[path.parent, path.stem] > 1)
+    return {p: f"another file in its folder is named {p.stem} too, so they share a caption: rename one" for p in twins}
 
 
-def _without_start_pictures(folder: Folder, clips: list[Path], dataset: Path | None) -> list[Path]:
-    """The clips without start pictures that nothing reads; a line says so. One with a caption of its own is a clip."""
-    named = {path for paths in _START_PICTURES.find_candidates(clips).values() for path in paths}
-    if not named:
-        return clips
-    captions = find_captions(folder.path, clips, per_line=folder.rules.caption_per_line, dataset=dataset)
-    unused = named & captions.missing
-    if unused:
-        pictures, are = counted(len(unused), _START_PICTURES.name), "is" if len(unused) == 1 else "are"
-        say(f"{pictures} such as {min(unused).name} {are} not used: see --load_first_frame")
-    return [path for path in clips if path not in unused]
-
-
-def _mismatches(other: MediaInfo, clip: MediaInfo | None) -> list[str]:
-    """Why the frames of a control or mask cannot correspond to the clip's; nothing for a clip that is unreadable."""
-    if clip is None:
-        return []
-    reasons = []
-    if abs(other.width * clip.height / (other.height * clip.width) - 1) > ASPECT_TOLERANCE:
-        sizes = f"{other.width}x{other.height}", f"{clip.width}x{clip.height}"
-        reasons.append("its aspect ratio differs: {} and {}".format(*sizes))
-    if other.fps and clip.fps and abs(other.fps / clip.fps - 1) > RATE_TOLERANCE:
-        reasons.append(f"it has {other.fps:.4g} frames per second, not {clip.fps:.4g}: frames must correspond")
-    return reasons
+def _notices(kinds: dict[Kind, list[Path]], matches: Sequence[Matches], root: Path) -> list[Notice]:
+    found = []
+    for match in matches:
+        kind = Kind(match.pairing.name, "used, though letter case differs")
+        found += [Notice(kind, other, f"{other.name} for {clip.name}") for other, clip in match.respelled.items()]
+    for kind, paths in kinds.items():
+        for path in paths:
+            name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+            found.append(Notice(kind, path, name))
+    return found
 
 
 def _source(
-    folder: Folder, path: Path, texts: tuple[str, ...], info: MediaInfo, paired: dict[str, PairedFile], model_fps: float
+    folder: Folder, path: Path, texts: tuple[str, ...], media: Media, matches: Sequence[Matches], model_fps: float
 ) -> Source:
-    frames = min([info.frames, *(other.info.frames for other in paired.values() if not other.info.is_image)])
-    indices = _frame_indices(info, frames, folder.rules, folder.rules.rate(model_fps))
-    captions = tuple(folder.rules.caption_prefix + text for text in texts)
-    control, mask, first = (paired.get(name) for name in ("control", "mask", _START_PICTURES.name))
-    return Source(path, captions, info, indices, folder.path, folder.rules, control, mask, first)
+    """The source of a clip that nothing is wrong with. Raises ValueError for a video of which too little is left."""
+    rules, info, paired = folder.rules, media.infos[path], {}
+    for match in matches:
+        for other in match.of[path]:
+            paired[match.pairing.name] = PairedFile(other, media.infos[other])
+    ends = [(other.info.frames, name) for name, other in paired.items() if not other.info.is_image]
+    frames, shortest = min([(info.frames, ""), *ends])
+    indices = _frame_indices(info, frames, rules, rules.rate(model_fps))
+    if not info.is_image and len(indices) < MIN_VIDEO_FRAMES:
+        left = f"only {len(indices)} of its {info.frames} frames {'is' if len(indices) == 1 else 'are'} left"
+        raise ValueError(f"{left}{_limits(rules, model_fps, shortest)}: a video needs at least {MIN_VIDEO_FRAMES}")
+    captions = tuple(rules.caption_prefix + text for text in texts)
+    control, mask, first = (paired.get(name) for name in (CONTROL, MASK, START))
+    return Source(path, captions, info, indices, folder.path, rules, control, mask, first)
 
 
-def _too_short(source: Source, rate: float | None) -> list[str]:
-    """Why a video has too few frames left for a sample, if it has."""
-    left = len(source.frame_indices)
-    if source.info.is_image or left >= MIN_VIDEO_FRAMES:
-        return []
-    why = f" at {rate:g} frames per second" if rate is not None else ""
-    return [f"only {left} of its {source.info.frames} frames are left{why}: a video needs at least {MIN_VIDEO_FRAMES}"]
+def _limits(rules: Rules, model_fps: float, shortest: str) -> str:
+    """What leaves fewer frames than a video has: a rate, the longest duration, the end of a control or mask."""
+    rate = rules.rate(model_fps)
+    limits = [f" at {rate:g} frames per second"] if rate is not None else []
+    limits += [f" in its first {rules.max_duration:g} s"] if rules.max_duration else []
+    return "".join([*limits, f" before its {shortest} ends" if shortest else ""])
 
 
 def _frame_indices(info: MediaInfo, frames: int, rules: Rules, rate: float | None) -> Sequence[int]:
@@ -292,30 +265,3 @@ def _frame_indices(info: MediaInfo, frames: int, rules: Rules, rate: float | Non
     if rate is None:
         return range(min(frames, len(times)))
     return tuple(index for index in frames_at_rate(times, rate) if index < frames)
-
-
-def _media_files(folder: Path, exclude: Sequence[Path]) -> list[Path]:
-    """All media below `folder` in path order, following links but entering no folder twice.
-
-    Raises `UserError` if the folder is missing or holds no media.
-    """
-    if not folder.is_dir():
-        raise UserError(f"the dataset {folder} {'is a file, not a folder' if folder.exists() else 'does not exist'}")
-    found, visited = [], {excluded.resolve() for excluded in exclude}
-    for here, folders, names in os.walk(folder, followlinks=True):
-        real = Path(here).resolve()
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(here, name) for name in names if not name.startswith(".")]
-    media = [path for path in found if is_image(path) or is_video(path)]
-    if not media:
-        formats = " ".join(sorted(VIDEO_SUFFIXES) + sorted(IMAGE_SUFFIXES))
-        raise UserError(f"there are no videos or images in {folder} or its subfolders\nlooked for {formats}")
-    return sorted(media, key=lambda path: path.relative_to(folder).parts)
-
-
-def _stem(path: Path) -> Path:
-    return path.with_name(path.stem)

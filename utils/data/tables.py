@@ -2,14 +2,22 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
-from utils.common.formatting import counted, format_table
+from utils.common.formatting import counted, format_table, one_line, shorten
+from utils.data.buckets import seen_share
 from utils.data.plan import Plan, Window
-from utils.data.scan import Problem
+from utils.data.scan import Problem, Source
+from utils.media.description import Coverage
 from utils.media.frame_rate import SLOWER_THAN
+from utils.media.masks import BRIGHTNESS, COLOURS, EQUAL, LABELS, OPACITY
 
-CAPTION_WIDTH = 24  # characters of the caption column
+CAPTION_WIDTH = 24  # columns of the caption column
 NOTABLE_SPEED = 0.1  # a clip's playing speed is noted if it is off by more than this share
+NOTABLE_GAP = 1.5  # so is a gap between frames that is longer than this times the lower quartile
+ROUNDING = 0.001  # seconds that a file may round to
+NOTABLE_CROP = 0.6  # and a picture of which less is seen
+MASK_RULES = {OPACITY: "by its opacity", LABELS: "labels", COLOURS: "colours"}  # for those not read by brightness
 
 
 def format_clips(
@@ -54,7 +62,7 @@ def format_plan(plan: Plan, steps_per_epoch: int, steps: int) -> str:
 def _clip_row(window: Window, model_fps: float, prefix: str = "") -> tuple[str | int, ...]:
     source, info = window.source, window.source.info
     caption, *others = source.captions
-    short = caption if len(caption) <= CAPTION_WIDTH else f"{caption[: CAPTION_WIDTH - 3]}..."
+    short = shorten(one_line(" ".join(caption.split())), CAPTION_WIDTH)
     return (
         source.path.name,
         f"{info.width}x{info.height}",
@@ -70,23 +78,68 @@ def _clip_row(window: Window, model_fps: float, prefix: str = "") -> tuple[str |
 def _remarks(window: Window, model_fps: float) -> list[str]:
     """What the user should know about a clip that can be used."""
     source, info = window.source, window.source.info
-    remarks = list(info.notes)
-    if not info.is_image and info.fps:
-        rate = source.rules.rate(model_fps)
-        if rate is None and abs(info.fps / model_fps - 1) > NOTABLE_SPEED:
-            remedy = ", see --fps auto" if info.fps > model_fps else ""
-            remarks.append(f"will play at {model_fps / info.fps:.2g}x its speed{remedy}")
-        elif rate is not None and info.fps < SLOWER_THAN * rate:
-            remarks.append(f"below {rate:g} fps: all its frames are used")
+    remarks = [*info.notes, *_rate_remarks(source, model_fps)]
     paired = (other for other in (source.control, source.mask) if other and not other.info.is_image)
     common_frames = min((other.info.frames for other in paired), default=info.frames)
     if common_frames < info.frames:
         remarks.append(f"its control or mask ends after {common_frames} frames")
     if source.rules.max_duration and info.fps and info.frames - 1.5 > source.rules.max_duration * info.fps:
         remarks.append(f"used up to {source.rules.max_duration:g} s")
+    if source.mask and source.mask.info.mask:
+        remarks.append(_mask_remark(source.mask.info.mask))
     if source.first:
         remarks.append(f"begins with {source.first.path.name}")
     scale = max(window.width / info.width, window.height / info.height)
     if scale > 1:
         remarks.append(f"enlarged {scale:.2g}x")
+    seen = seen_share(info.width, info.height, (window.width, window.height))
+    if seen < NOTABLE_CROP:
+        remarks.append(f"only {_percent(seen)} of the picture is seen")
     return remarks
+
+
+def _rate_remarks(source: Source, model_fps: float) -> list[str]:
+    """How fast a video plays, and where it has fewer frames than it should."""
+    info, rate = source.info, source.rules.rate(model_fps)
+    if info.is_image or not info.fps:
+        return []
+    gap = _uneven_gap(source)
+    if rate is not None:
+        if gap:
+            few = f"frames up to {gap:.2f} s apart, fewer than {rate:g} fps there"
+            return [few] if gap * SLOWER_THAN * rate > 1 else []
+        return [f"below {rate:g} fps: all its frames are used"] if info.fps < SLOWER_THAN * rate else []
+    remarks = []
+    if abs(info.fps / model_fps - 1) > NOTABLE_SPEED:
+        remedy = ", see --fps auto" if info.fps > model_fps and not gap else ""
+        remarks.append(f"will play at {model_fps / info.fps:.2g}x its speed{remedy}")
+    return [*remarks, f"uneven: frames up to {gap:.2f} s apart, see --fps auto"] if gap else remarks
+
+
+def _uneven_gap(source: Source) -> float:
+    """The longest time in seconds between two frames of the part that is used, if others are much shorter; else 0.
+
+    They are compared with the lower quartile: where half of a video has few frames, its median is a long gap.
+    """
+    gaps = [after - before for before, after in pairwise(source.info.frame_times()[: source.frame_indices[-1] + 1])]
+    if not gaps:
+        return 0.0
+    usual = sorted(gaps)[len(gaps) // 4]
+    return max(gaps) if max(gaps) > NOTABLE_GAP * usual + ROUNDING else 0.0
+
+
+def _mask_remark(mask: Coverage) -> str:
+    """How much of the picture counts, or that a mask tells no parts of it apart; and how it is read, if by a rule."""
+    rule = "" if mask.rule == BRIGHTNESS else f" ({MASK_RULES[mask.rule]})"
+    if mask.most - mask.least > EQUAL:
+        return f"mask: {_percent(mask.share)} counts{rule}"
+    value = round(255 * mask.share)
+    everywhere = "white all over" if value >= 255 - EQUAL else f"of one value, {value} of 255"
+    return f"its mask is {everywhere}{rule}"
+
+
+def _percent(share: float) -> str:
+    """Rounded, but neither 0 nor 100 for what is not."""
+    if 0 < share < 0.01:
+        return "less than 1 %"
+    return f"{min(round(100 * share), 99 if share < 1 else 100)} %"

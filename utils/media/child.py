@@ -21,7 +21,8 @@ from utils.media.description import MediaError, MediaInfo, to_json
 from utils.media.descriptions import Descriptions
 from utils.media.files import check_file
 from utils.media.masks import measure_mask
-from utils.media.probing import Listen, Progress, probe
+from utils.media.probing import probe
+from utils.media.stream import Listen, Progress
 
 REPORT_EVERY = 0.2  # seconds
 

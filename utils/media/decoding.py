@@ -19,8 +19,9 @@ from utils.common.files import file_stamp
 from utils.media.description import VIDEO, MediaError, MediaInfo
 from utils.media.files import check_file
 from utils.media.images import read_images
-from utils.media.probing import probe, time_of
+from utils.media.probing import probe
 from utils.media.rendering import deinterlaced, to_pixels
+from utils.media.stream import time_of
 from utils.media.video import Video, open_video
 
 INDEXED = ("mov", "matroska", "avi")  # containers in which a seek finds the packet of that time

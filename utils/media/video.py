@@ -43,6 +43,11 @@ class Video:
     primaries: int
     curve: int
 
+    @property
+    def is_intra_only(self) -> bool:
+        """Whether every frame can be decoded alone; FFmpeg does not say it of CineForm."""
+        return self.decoder.codec.intra_only or self.decoder.name == "cfhd"
+
     def packets(self) -> Iterator[Packet]:
         """The packets of the stream from here on. Empty ones repeat a picture."""
         return (packet for packet in self.container.demux(self.stream) if packet.dts is not None or packet.size)

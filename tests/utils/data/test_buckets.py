@@ -4,8 +4,8 @@ import pytest
 
 from tests.limits import GRID
 from utils.common.errors import UserError
-from utils.data.buckets import Shapes, bucket_size, count_tokens, max_frames, picture_size, round_up_frames
-from utils.media.probing import MediaInfo
+from utils.data.buckets import Shapes, bucket_size, count_tokens, max_frames, picture_size, round_up_frames, seen_share
+from utils.media.description import MediaInfo
 from wan.configs import FAMILIES
 from wan.configs.grid import Grid
 
@@ -70,6 +70,13 @@ def test_a_small_picture_gets_the_largest_size_within_it_unless_it_may_be_enlarg
                 size = bucket_size(width, height, 624, GRID, Shapes(buckets))
                 assert size[0] % 16 == size[1] % 16 == 0 and size[0] <= width and size[1] <= height
                 assert size[0] * size[1] <= 1.02 * 624**2 + 16 * 832
+
+
+def test_what_is_seen_of_a_picture_is_the_share_of_its_area_that_a_crop_leaves():
+    assert seen_share(1920, 1080, (832, 468)) == 1
+    assert seen_share(1280, 64, (112, 64)) == pytest.approx(0.0875)
+    assert seen_share(64, 1280, (480, 832)) == pytest.approx(64 * 832 / (480 * 1280))
+    assert seen_share(100, 100, (200, 100)) == seen_share(100, 100, (100, 200)) == 0.5
 
 
 def test_fine_buckets_are_evenly_spaced_ratios_of_about_equal_area():

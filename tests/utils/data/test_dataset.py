@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.described import Described
 from tests.limits import limits
 from tests.media import image, video
 from utils.common.digests import DIGESTS, LATENTS
@@ -13,10 +14,10 @@ from utils.common.options import option
 from utils.data.dataset import Dataset, open_dataset
 from utils.data.folders import Folder, Rules
 from utils.data.scan import PairedFile, Source
-from utils.media.probing import MediaInfo
+from utils.media.description import Coverage, Look, MediaInfo
 from wan.configs.grid import Grid
 
-INFO = MediaInfo(64, 48, 9, 16.0)
+INFO, PLAIN = MediaInfo(64, 48, 9, 16.0), Look()
 
 
 def source(folder: Path, name: str, rules: Rules, **changes) -> Source:
@@ -96,6 +97,19 @@ def test_whatever_changes_a_clips_samples_changes_its_fingerprint(tmp_path):
     assert (tmp_path / "cache" / LATENTS / DIGESTS).exists()
 
 
+def test_files_that_are_read_otherwise_than_before_change_their_clips_fingerprint(tmp_path):
+    plain = source(tmp_path, "fox.mp4", Rules(), mask=paired(tmp_path / "mask.png", b"mask"))
+
+    def seen(look: Look = PLAIN, rule: str = "brightness") -> str:
+        mask = replace(plain.mask, info=replace(INFO, mask=Coverage(rule, 0.5, 0, 255)))
+        (text,) = fingerprint(tmp_path, replace(plain, info=replace(INFO, look=look), mask=mask)).values()
+        return text
+
+    assert seen() == seen(Look(orientation=6)) == "eb6381085879adf9"  # that of version 0.2
+    others = [seen(Look(curve="pq")), seen(Look(curve="hlg")), seen(rule="opacity"), seen(Look(curve="pq"), "labels")]
+    assert len({seen(), *others}) == 5
+
+
 LIMITS = limits(token_limit=60)
 SMALL = Rules(base_res=(64,))
 
@@ -169,3 +183,46 @@ def test_a_number_of_frames_that_the_model_does_not_take_is_rounded_up_and_said_
     open_dataset(folders, replace(LIMITS, grid=Grid(frame=8, side=16)), 16.0)
     said = capsys.readouterr().out
     assert "--max_frames 8: 9 frames, as the model takes 8n + 1\n--max_frames 5: 9 frames, as" in said
+
+
+def test_what_is_not_used_is_said_once_for_all_folders_before_the_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("utils.data.dataset.Inspector", lambda cache, full: Described())
+    files = {
+        "one": "Train/a.mp4 Train/a.txt Train/x.psd VAL/b.mp4 VAL/b.txt captions/lost.txt test/c.mp4 d.mp4",
+        "two": "e.mp4 E.txt x.psd",
+        "one/part": "f.mp4 f.txt",
+    }
+    for folder, names in files.items():
+        for name in names.split():
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_text("a clip")
+    data = open_dataset([Folder(tmp_path / name, SMALL) for name in files], LIMITS, 16.0, tmp_path / "cache")
+    assert [source.path.name for source in (*data.train, *data.val)] == ["a.mp4", "e.mp4", "f.mp4", "b.mp4"]
+    assert capsys.readouterr().out.split("\n\n")[0].splitlines() == [
+        "captions: 1 name differs in letter case, such as E.txt for e.mp4",
+        "the folder Train/ is used as train/",
+        "the folder VAL/ is used as val/",
+        "the folder test/ is not used, as VAL/ is",
+        "the file d.mp4 is not used, as what is beside train/ never is",
+        "2 files such as Train/x.psd are not read, as no decoder here knows the format: "
+        "convert pictures to PNG or JPEG, videos to MP4",
+        "the caption file captions/lost.txt is not used, as no clip has this name",
+    ]
+
+
+def test_a_plain_folder_gets_no_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("utils.data.dataset.Inspector", lambda cache, full: Described())
+    for name in ("train/a.mp4", "train/a.txt", "val/b.png", "val/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a clip")
+    open_dataset([Folder(tmp_path, SMALL)], LIMITS, 16.0, tmp_path / "cache")
+    said = capsys.readouterr().out
+    assert said.startswith("file   size ") and all(line.endswith("ok") for line in said.splitlines()[2:4])
+
+
+def test_a_name_cannot_break_the_list_of_problems(tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.data.dataset.Inspector", lambda cache, full: Described())
+    (tmp_path / "a\nb\x1b.mp4").touch()
+    with pytest.raises(UserError, match=r"^1 file cannot be used:\n  .*a\\nb\\x1b\.mp4: it has no caption") as caught:
+        open_dataset([Folder(tmp_path, SMALL)], LIMITS, 16.0)
+    assert len(str(caught.value).splitlines()) == 3

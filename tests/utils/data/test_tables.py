@@ -1,20 +1,24 @@
 """What is printed about a dataset, for sources that exist nowhere."""
 
 from dataclasses import replace
+from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
+
+import pytest
 
 from tests.limits import limits
 from utils.data.folders import Rules
 from utils.data.plan import Plan, Window, middle_window
 from utils.data.scan import PairedFile, Problem, Source
 from utils.data.tables import format_buckets, format_clips, format_plan
-from utils.media.probing import MediaInfo
+from utils.media.description import IMAGE, VIDEO, Coverage, MediaInfo, Timeline
 
 
 def source(
     name: str = "fox.mp4", fps: float | None = 16.0, frames: int = 89, caption: str = "a fox", **rules
 ) -> Source:
-    info = MediaInfo(832, 480, frames, fps)
+    info = MediaInfo(832, 480, frames, fps, VIDEO if fps else IMAGE)
     return Source(Path(name), (caption,), info, range(frames), Path("clips"), Rules(**rules))
 
 
@@ -47,14 +51,91 @@ def test_remarks_say_what_the_user_may_not_expect():
     assert row(replace(source(fps=8.0), rules=Rules(fps="auto")))[-1] == "below 16 fps: all its frames are used"
     short = PairedFile(Path("mask.mp4"), MediaInfo(832, 480, 60, 16.0))
     assert row(replace(source(), mask=short))[-1] == "its control or mask ends after 60 frames"
-    still = PairedFile(Path("mask.png"), MediaInfo(832, 480, 1, None))
+    still = PairedFile(Path("mask.png"), MediaInfo(832, 480, 1, None, IMAGE))
     assert row(replace(source(), mask=still))[-1] == "ok"
     assert row(source(max_duration=5.0))[-1] == "used up to 5 s"
     assert row(source(frames=81, max_duration=5.0))[-1] == row(source("a.png", None, 1, max_duration=5.0))[-1] == "ok"
-    start = PairedFile(Path("clips/fox_first.png"), MediaInfo(832, 480, 1, None))
+    start = PairedFile(Path("clips/fox_first.png"), MediaInfo(832, 480, 1, None, IMAGE))
     assert row(replace(source(), first=start))[-1] == "begins with fox_first.png"
     small = replace(source(enlarge=True), info=MediaInfo(416, 240, 89, 24.0))
     assert row(small)[-1] == "will play at 0.67x its speed, see --fps auto, enlarged 2x"
+
+
+def test_names_and_captions_of_any_characters_stay_in_their_row():
+    assert row(source(caption="a fox\n\tand  a\u2028hare"))[6] == "a fox and a hare"
+    assert row(source(caption="\x1b[31mred\x00"))[6] == "\\x1b[31mred\\x00"
+    assert row(source(caption=12 * "狐"))[6] == 12 * "狐" and row(source(caption=13 * "狐"))[6] == 10 * "狐" + "..."
+    assert row(source(caption=24 * "e\u0301"))[6] == 24 * "e\u0301"
+    assert row(source("a\nb\t\x1b.mp4"))[0] == "a\\nb\\t\\x1b.mp4"
+    names = ["a.mp4", "狐.mp4", "\udcba\udcfc.mp4"]
+    table = format_clips([window(source(name)) for name in names], [], [Problem(Path("x/\udcba\r.mp4"), "")], 16.0)
+    lines = table.splitlines()
+    assert [line[: line.index("832x480")] for line in lines[2:5]] == [
+        "a.mp4             ",
+        "狐.mp4            ",
+        "\\udcba\\udcfc.mp4  ",
+    ]
+    assert lines[5].startswith("\\udcba\\r.mp4 ") and len(lines) == 6
+
+
+@pytest.mark.parametrize(
+    ("size", "remark"),
+    [
+        ((832, 480), "ok"),
+        ((1280, 64), "only 9 % of the picture is seen"),
+        ((16384, 64), "only less than 1 % of the picture is seen"),
+        ((480, 1500), "only 55 % of the picture is seen"),
+        ((480, 1300), "ok"),
+    ],
+)
+def test_a_picture_of_which_little_is_seen_is_reported(size, remark):
+    assert row(replace(source(), info=MediaInfo(*size, 89, 16.0)))[-1] == remark
+
+
+@pytest.mark.parametrize(
+    ("coverage", "remark"),
+    [
+        (("brightness", 0.5, 0, 255), "mask: 50 % counts"),
+        (("opacity", 0.254, 0, 255), "mask: 25 % counts (by its opacity)"),
+        (("labels", 0.0004, 0, 255), "mask: less than 1 % counts (labels)"),
+        (("colours", 0.9996, 0, 255), "mask: 99 % counts (colours)"),
+        (("brightness", 1.0, 255, 255), "its mask is white all over"),
+        (("brightness", 0.98, 240, 255), "its mask is white all over"),
+        (("brightness", 0.98, 239, 255), "mask: 98 % counts"),
+        (("brightness", 128 / 255, 128, 128), "its mask is of one value, 128 of 255"),
+        (("colours", 1.0, 255, 255), "its mask is white all over (colours)"),
+    ],
+)
+def test_what_a_mask_says_is_in_the_row(coverage, remark):
+    mask = PairedFile(Path("mask.png"), MediaInfo(832, 480, 1, None, IMAGE, mask=Coverage(*coverage)))
+    assert row(replace(source(), mask=mask))[-1] == remark
+
+
+def timed(*gaps: float, base: int = 1000, used: int = 0, fps: str = "native", mean: float = 16.0) -> str:
+    """What the row says of a video with these gaps between frames, in milliseconds; `used` frames of it are."""
+    times = tuple(accumulate((round(gap * base / 1000) for gap in gaps), initial=0))
+    timeline = Timeline(times, (0,), Fraction(1, base))
+    info = MediaInfo(832, 480, len(times), mean, timeline=timeline)
+    return row(replace(source(), info=info, frame_indices=range(used or len(times)), rules=Rules(fps=fps)))[-1]
+
+
+def test_uneven_frames_are_reported_by_their_longest_gap():
+    uneven = "uneven: frames up to 0.10 s apart, see --fps auto"
+    few = "frames up to 0.10 s apart, fewer than 16 fps there"
+    half = [33.3] * 10 + [100] * 10
+    assert timed(*half, base=90000) == timed(*half) == timed(*half[::-1]) == timed(*[33] * 16, 100) == uneven
+    assert timed(*half, fps="auto") == few and timed(*half, fps="8") == "ok"
+    assert timed(*half, fps="12") == "frames up to 0.10 s apart, fewer than 12 fps there"
+    assert timed(*[20] * 10, *[60] * 10, fps="auto") == "ok"  # 60 ms are enough for 16 frames per second
+    assert timed(*[33] * 10, *[100] * 6, used=11) == "ok" and timed(*[33] * 10, *[100] * 6, used=12) == uneven
+    assert timed(*[20] * 16, *[100] * 4, mean=24.0) == f"will play at 0.67x its speed, {uneven}"
+
+
+def test_even_frames_are_not_reported():
+    for gaps in ([33, 33, 34] * 7, [62, 63] * 10, [60] * 16 + [89], [33, 50] * 10, [1, 2, 1, 1] * 5, [62.5] * 16):
+        assert timed(*gaps) == "ok", gaps
+    for gaps in ([33, 33, 34] * 7, [62, 63] * 10, [62] * 16 + [90]):
+        assert timed(*gaps, fps="auto") == "ok", gaps
 
 
 def test_held_out_clips_and_each_bad_file_have_a_row_of_their_own():

@@ -1,0 +1,81 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from utils.data.notices import format_notices
+from utils.data.parts import notices_of, split_folders
+
+
+def dataset(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        (path if "." in name else path / "clip.mp4").parent.mkdir(parents=True, exist_ok=True)
+        (path if "." in name else path / "clip.mp4").touch()
+    return folder
+
+
+def lines(folder: Path, used: tuple[Path, ...] = ()) -> list[str]:
+    return format_notices(notices_of(split_folders(folder), used))
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "held_out", "unused", "said"),
+    [
+        ((), ".", None, [], []),
+        (("a.mp4", "sub"), ".", None, [], []),
+        (("train", "val"), "train", "val", [], []),
+        (("a.mp4", "test", "eval"), ".", "eval", ["test"], ["the folder test/ is not used, as eval/ is"]),
+        (
+            ("Train", "VALIDATION"),
+            *("Train", "VALIDATION", []),
+            ["the folder Train/ is used as train/", "the folder VALIDATION/ is used as validation/"],
+        ),
+        (
+            ("train", "Train", "val", "Val", "Eval"),
+            *("train", "val", ["Train", "Val", "Eval"]),
+            ["the folder Train/ is not used, as train/ is", "2 folders such as Val/ are not used, as val/ is"],
+        ),
+        (
+            ("TRAIN", "Train", "Test"),
+            *("TRAIN", "Test", ["Train"]),
+            [
+                *("the folder TRAIN/ is used as train/", "the folder Test/ is used as test/"),
+                "the folder Train/ is not used, as TRAIN/ is",
+            ],
+        ),
+        (("training", "value", "trаin"), ".", None, [], []),  # the last one has a Cyrillic letter
+    ],
+)
+def test_parts_are_found_in_any_letter_case_the_exact_name_first(tmp_path, names, train, held_out, unused, said):
+    folder = dataset(tmp_path, *names)
+    if len(os.listdir(folder)) < len(names):
+        pytest.skip("names of this system have no letter case")
+    parts = split_folders(folder)
+    assert (parts.train, parts.held_out) == (folder / train, held_out and folder / held_out)
+    assert parts.unused == tuple(folder / name for name in unused)
+    assert parts.not_trained == [folder / name for name in ([held_out] if held_out else []) + unused]
+    assert lines(folder) == said
+
+
+def test_media_beside_the_training_folder_are_counted(tmp_path):
+    folder = dataset(
+        tmp_path, "train", "val", "test", "a.mp4", "old/b.png", "masks/m.png", "other/c.mp4", "notes.txt", "d.heic"
+    )
+    assert lines(folder, (folder, folder / "masks", folder / "other")) == [
+        "the folder test/ is not used, as val/ is",
+        "3 files such as a.mp4 are not used, as what is beside train/ never is",
+    ]
+    assert "5 files such as a.mp4 are not used" in lines(folder)[1]
+
+
+def test_a_link_to_a_part_is_no_other_part_and_files_are_none(tmp_path):
+    folder = dataset(tmp_path, "train", "val")
+    (folder / "Train").symlink_to("train")
+    (folder / "test").symlink_to("val")
+    (folder / "eval").symlink_to("eval")
+    assert split_folders(folder).unused == () and lines(folder) == []
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "train").touch()
+    assert split_folders(tmp_path / "file").train == tmp_path / "file"
+    assert split_folders(tmp_path / "nowhere").train == tmp_path / "nowhere"

@@ -1,0 +1,78 @@
+"""The parts of a dataset: what is trained on, what is held out, and what is neither."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.data.names import same_name
+from utils.data.notices import Kind, Notice
+from utils.data.walking import find_files
+
+TRAINING, VALIDATION = "train", ("val", "validation", "eval", "test")
+
+_BESIDE = Kind("file", f"not used, as what is beside {TRAINING}/ never is")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Folders of a dataset: `train`, which is the dataset itself if it has no such folder, and `held_out`, if any.
+
+    The folders `unused` have names of such parts too. All but `train` may lie inside of it.
+    """
+
+    dataset: Path
+    train: Path
+    held_out: Path | None
+    unused: tuple[Path, ...] = ()
+
+    @property
+    def not_trained(self) -> list[Path]:
+        """The folders to leave out in training."""
+        return [*([self.held_out] if self.held_out else []), *self.unused]
+
+
+def split_folders(dataset: Path) -> Parts:
+    """Finds `train` and the first of `VALIDATION`, in any letter case where nothing has the exact name."""
+    try:
+        names = sorted(os.listdir(dataset))
+    except OSError:  # whoever scans the folder says so
+        names = []
+    folders = [dataset / name for name in names if os.path.isdir(dataset / name)]
+    train, *others = _named(folders, (TRAINING,)) or [dataset]
+    held_out = _named(folders, VALIDATION)
+    return Parts(dataset, train, held_out[0] if held_out else None, (*others, *held_out[1:]))
+
+
+def notices_of(parts: Parts, used: Sequence[Path] = ()) -> list[Notice]:
+    """Folders with other names than the parts they are used as, and what is not used. `used` are other folders."""
+    found = []
+    held_out = [parts.held_out] if parts.held_out else []
+    for path, names in ((parts.train, [TRAINING]), *((path, VALIDATION) for path in held_out)):
+        if path != parts.dataset and path.name not in names:
+            role = next(name for name in names if same_name(path.name) == name)
+            found.append(Notice(Kind("folder", f"used as {role}/"), path, f"{path.name}/"))
+    for path in parts.unused:
+        chosen = parts.train if same_name(path.name) == TRAINING else parts.held_out
+        outcome = f"not used, as {chosen.name if chosen else TRAINING}/ is"
+        found.append(Notice(Kind("folder", outcome), path, f"{path.name}/"))
+    return found + [Notice(_BESIDE, path, path.relative_to(parts.dataset).as_posix()) for path in _beside(parts, used)]
+
+
+def _beside(parts: Parts, used: Sequence[Path]) -> list[Path]:
+    """Pictures and videos in the dataset's folder that belong to no part of it, in any format."""
+    if parts.train == parts.dataset:
+        return []
+    elsewhere = [path for path in used if os.path.realpath(path) != os.path.realpath(parts.dataset)]
+    files = find_files(parts.dataset, [parts.train, *parts.not_trained, *elsewhere])
+    return files.media + files.unread
+
+
+def _named(folders: Sequence[Path], names: Sequence[str]) -> list[Path]:
+    """The folders that have one of the names in any letter case; of each name the exact one first."""
+    found: dict[str, Path] = {}
+    for name in names:
+        alike = [path for path in folders if same_name(path.name) == name]
+        for path in sorted(alike, key=lambda path: path.name not in names):
+            found.setdefault(os.path.realpath(path), path)  # a link to another of them is no other folder
+    return list(found.values())
