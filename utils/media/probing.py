@@ -61,7 +61,7 @@ def probe(
     """
     stamp = file_stamp(check_file(path))
     try:
-        info = probe_image(path) if is_image(path) else _probe_video(path, full, threads, listen, progress)
+        info = probe_image(path, progress) if is_image(path) else _probe_video(path, full, threads, listen, progress)
     except UserError:
         raise
     except Exception as error:  # a decoder's, of any type: only here is it known which file it is about

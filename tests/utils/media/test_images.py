@@ -276,6 +276,12 @@ def test_of_a_few_pictures_the_first_one_is_used(tmp_path, name, count):
     assert number_of(read(tmp_path / name)) == 0
 
 
+def test_progress_is_told_for_each_picture(tmp_path):
+    path, places = animation(tmp_path / "a.webp"), []
+    probe_image(path, places.append)
+    assert len(places) == 6 and places == sorted(places) and path.stat().st_size / 2 < places[-1] <= path.stat().st_size
+
+
 def test_pictures_without_a_duration_are_shown_as_long_as_browsers_do(tmp_path):
     info = probe_image(animation(tmp_path / "a.gif", duration=[0, 10, 20, 0, 0, 0]))
     assert info.timeline.times == (0, 100, 200, 220, 320, 420)
