@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from utils.common.console import say
 from utils.common.formatting import counted
 from utils.data.caption_files import UnusableError, is_unicode, is_visible, read_rows, read_text, split_lines
 from utils.data.caption_list import LISTING, read_listing
@@ -53,16 +52,6 @@ class _Candidate:
 
 
 def find_captions(
-    folder: Path, media: Sequence[Path], source: str = "files", per_line: bool = False, dataset: Path | None = None
-) -> Captions:
-    """The captions of `media` as `match_captions` finds them; its notes are printed."""
-    found = match_captions(folder, media, source, per_line, dataset)
-    for note in found.notes:
-        say(note)
-    return found
-
-
-def match_captions(
     folder: Path, media: Sequence[Path], source: str = "files", per_line: bool = False, dataset: Path | None = None
 ) -> Captions:
     """The captions of `media`: files below `folder`, which may be a part (`train`) of `dataset`.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.common.console import say
-from utils.data.captions import find_orphans, match_captions
+from utils.data.captions import find_captions, find_orphans
 from utils.data.folders import Folder, Rules
 from utils.data.notices import Kind, Notice, format_notices
 from utils.data.pairing import CONTROL, MASK, START, Matches, Media, Pairing, find_pairings, match_start_pictures
@@ -126,7 +126,7 @@ def survey(
     clips = [path for path in files.clips if path not in apart]
     matches = [pairing.match(clips, paths) for pairing, paths in files.others.items()]
     matches += [starts] if rules.reads_first else []
-    captions = match_captions(folder.path, clips, rules.captions, rules.caption_per_line, dataset)
+    captions = find_captions(folder.path, clips, rules.captions, rules.caption_per_line, dataset)
 
     sources, problems = [], [Problem(path, reason) for path, reason in captions.file_problems]
     problems += [Problem(path, fault) for path, fault in files.faults.items() if path not in files.media]
@@ -205,7 +205,7 @@ def _without_captions(folder: Folder, clips: list[Path], pictures: set[Path], da
     """Those of the start pictures that have no caption of their own: one that has is a clip."""
     if not pictures:
         return set()
-    captions = match_captions(folder.path, clips, per_line=folder.rules.caption_per_line, dataset=dataset)
+    captions = find_captions(folder.path, clips, per_line=folder.rules.caption_per_line, dataset=dataset)
     return pictures & captions.missing
 
 

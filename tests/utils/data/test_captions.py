@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from utils.data.captions import find_captions, find_orphans, match_captions
+from utils.data.captions import find_captions, find_orphans
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_wrong_metadata_is_reported_with_the_reason(folder, name, content, messa
 
 
 def notes(folder: Path, paths: list[Path], **options) -> list[str]:
-    return match_captions(folder, paths, **options).notes
+    return find_captions(folder, paths, **options).notes
 
 
 def test_letter_case_that_differs_is_found_in_every_layout_and_named_in_one_line(folder):
@@ -184,23 +184,21 @@ def test_letter_case_that_differs_is_found_in_every_layout_and_named_in_one_line
         assert note.startswith(f"captions: 2 names differ in letter case, such as {example[1]}")
 
 
-def test_notes_are_printed_once_and_plain_layouts_have_none(folder, capsys):
+def test_notes_are_made_once_and_plain_layouts_have_none(folder):
     paths = media(folder, "Clip.mp4")
     write(folder, {"clip.txt": "fox"})
-    find_captions(folder, paths)
-    assert capsys.readouterr().out == "captions: 1 name differs in letter case, such as clip.txt for Clip.mp4\n"
+    assert notes(folder, paths) == ["captions: 1 name differs in letter case, such as clip.txt for Clip.mp4"]
     for number, files in enumerate(LAYOUTS.values()):
         paths = media(folder / str(number), "a.mp4", "b.mp4")
         write(folder / str(number), files)
-        find_captions(folder / str(number), paths)
-    assert capsys.readouterr().out == ""
+        assert notes(folder / str(number), paths) == []
 
 
 def test_the_exact_name_wins_and_two_that_are_only_alike_must_agree(folder):
     paths = media(folder, "a.mp4", "B.mp4", "C.mp4", "d.mp4")
     write(folder, {"a.txt": "exact", "A.txt": "alike", "b.txt": "one", "b.TXT": "two"})
     write(folder, {"c.txt": "same", "c.TXT": "same", "d.TXT": "alike", "d.txt": "exact"})
-    found = match_captions(folder, paths)
+    found = find_captions(folder, paths)
     assert [text for (text,) in found.texts.values()] == ["same", "exact", "exact"]
     assert "it has different captions in " in found.problems[folder / "B.mp4"]
 
@@ -208,7 +206,7 @@ def test_the_exact_name_wins_and_two_that_are_only_alike_must_agree(folder):
 def test_a_caption_of_one_clip_is_not_taken_for_another_in_other_letter_case(folder):
     paths = media(folder, "Clip.mp4", "clip.mp4")
     write(folder, {"Clip.txt": "fox"})
-    found = match_captions(folder, paths)
+    found = find_captions(folder, paths)
     assert found.texts == {folder / "Clip.mp4": ("fox",)} and found.missing == {folder / "clip.mp4"}
 
 
@@ -231,15 +229,15 @@ def test_rows_may_have_the_separators_of_windows_unless_a_file_has_that_name(fol
     write(folder, {"metadata.csv": "video,text\nsub\\clip.mp4,fox\n"})
     assert texts(folder, paths) == {"sub/clip.mp4": ("fox",)}
     paths = media(folder, "sub/clip.mp4", "sub\\clip.mp4")
-    assert match_captions(folder, paths).texts == {folder / "sub\\clip.mp4": ("fox",)}
-    assert match_captions(folder, [folder / "sub" / "clip.mp4"]).texts == {}
+    assert find_captions(folder, paths).texts == {folder / "sub\\clip.mp4": ("fox",)}
+    assert find_captions(folder, [folder / "sub" / "clip.mp4"]).texts == {}
 
 
 def test_rows_for_another_part_of_the_dataset_are_no_problem_in_any_spelling(folder):
     paths = media(folder / "train", "a.mp4")
     media(folder / "val", "v.mp4")
     write(folder, {"metadata.csv": "video,text\ntrain/a.mp4,fox\nval\\v.mp4,owl\nVal/V.mp4,owl\n"})
-    found = match_captions(folder / "train", paths, dataset=folder)
+    found = find_captions(folder / "train", paths, dataset=folder)
     assert found.texts == {paths[0]: ("fox",)} and found.file_problems == []
 
 
@@ -267,7 +265,7 @@ def test_links_in_a_circle_and_to_nowhere_are_problems_and_end_nothing(folder):
         (folder / name).symlink_to(target)
     (folder / "metadata.csv").symlink_to("metadata.csv")
     (folder / "captions.txt").symlink_to("captions.txt")
-    found = match_captions(folder, paths)
+    found = find_captions(folder, paths)
     circle = "cannot be read: Too many levels of symbolic links"
     assert found.texts == {folder / "c.mp4": ("fox",)}
     assert found.problems == {
@@ -283,7 +281,7 @@ def test_a_caption_of_invisible_characters_is_empty_wherever_it_is(folder):
     write(folder, {"file.txt": nothing, "captions.txt": f"list: {nothing}\nlist: {nothing}"})
     write(folder, {"metadata.json": f'[{{"video": "row.mp4", "text": ["{nothing}", " "]}}]'})
     for per_line in (False, True):
-        found = match_captions(folder, paths, per_line=per_line)
+        found = find_captions(folder, paths, per_line=per_line)
         empty = {path.name: reason for path, reason in found.problems.items() if "is empty" in reason}
         assert found.texts == {} and set(empty) >= {"file.mp4", "list.mp4"}
     assert empty["row.mp4"] == "its caption in metadata.json is empty: write one"
@@ -291,7 +289,7 @@ def test_a_caption_of_invisible_characters_is_empty_wherever_it_is(folder):
 
 
 def test_a_file_name_that_says_nothing_is_no_caption(folder):
-    found = match_captions(folder, [folder / "__.mp4", folder / "\u200b.mp4", folder / "a.mp4"], source="filename")
+    found = find_captions(folder, [folder / "__.mp4", folder / "\u200b.mp4", folder / "a.mp4"], source="filename")
     assert found.texts == {folder / "a.mp4": ("a",)}
     assert set(found.problems.values()) == {"its name says nothing: rename it"}
 
