@@ -87,6 +87,15 @@ def test_a_full_decode_finds_what_packets_say_and_decord_is_trusted_with_plain_h
     assert quick.stamp == full.stamp and quick.notes == full.notes == ()
 
 
+def test_colours_that_cannot_be_converted_are_noticed_before_anything_is_read(tmp_path):
+    def edit(context):
+        context.colorspace = 8  # YCgCo
+
+    with pytest.raises(MediaError) as caught:
+        probe(write_clip(tmp_path / "a.mp4", frames=3, edit=edit))
+    assert caught.value.reason == "its colours cannot be converted to RGB: convert it to BT.709"
+
+
 def test_decord_is_not_trusted_with_other_colours_and_containers(tmp_path):
     assert not probe(encode(tmp_path / "10bit.mp4", "libx264", "yuv420p10le")).timeline.suits_decord
     assert not probe(write_clip(tmp_path / "a.avi", "libx264", 8, bf=0), full=True).timeline.suits_decord
