@@ -114,6 +114,40 @@ def turned(source: Path, target: Path, a: float, b: float, c: float, d: float) -
     return target
 
 
+def edited(source: Path, target: Path, edits: Sequence[tuple[int, int]], rate: int = 16) -> Path:
+    """An mp4 that shows only some of its frames: for each of `edits` so many, from the one of that number on.
+
+    -1 instead of a number shows nothing for that long.
+    """
+    data = source.read_bytes()
+    ticks = [struct.unpack_from(">I", data, data.index(name) + 16)[0] for name in (b"mvhd", b"mdhd")]
+    old = data.find(b"elst")
+    offset = struct.unpack_from(">i", data, old + 16)[0] if old > 0 else 0  # pictures in two directions start later
+    table = struct.pack(">II", 0, len(edits))
+    for count, first in edits:
+        start = -1 if first < 0 else offset + first * ticks[1] // rate
+        table += struct.pack(">IiI", count * ticks[0] // rate, start, FIXED)
+    target.write_bytes(_with_edits(data, _box(b"edts", _box(b"elst", table))))
+    return target
+
+
+def _box(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + len(content), kind) + content
+
+
+def _with_edits(boxes: bytes, edits: bytes) -> bytes:
+    """The boxes of an mp4 with other edits: behind the header of its track, in the place of its own."""
+    result, at = b"", 0
+    while at < len(boxes):
+        size, kind = struct.unpack_from(">I4s", boxes, at)
+        whole = boxes[at : at + size]
+        if kind in (b"moov", b"trak"):
+            whole = _box(kind, _with_edits(whole[8:], edits))
+        result += b"" if kind == b"edts" else whole + edits * (kind == b"tkhd")
+        at += size
+    return result
+
+
 def packets_of(path: Path) -> list[Packet]:
     """The packets of a file's first stream."""
     with av.open(str(path)) as container:
@@ -147,6 +181,36 @@ def together(target: Path, sources: Sequence[Path], covers: Sequence[Path] = ())
             for packet in packets_of(source):
                 packet.stream = stream
                 outside.mux(packet)
+    return target
+
+
+def packed(source: Path, target: Path) -> Path:
+    """An AVI of MPEG-4 with pictures in two directions as DivX and Xvid write it: two pictures in one packet.
+
+    The packet after it holds an empty picture, so that there are as many packets as pictures.
+    """
+    start, coded = b"\0\0\1\xb6", packets_of(source)
+    kinds = [bytes(packet)[bytes(packet).index(start) + 4] >> 6 for packet in coded]  # 2: in two directions
+    with av.open(str(source)) as model, av.open(str(target), "w") as outside:
+        stream = outside.add_stream_from_template(model.streams[0])
+        contents: list[bytes] = []
+        for packet, kind in zip(coded, kinds, strict=True):
+            if kind != 2:
+                contents.append(bytes(packet))
+                continue
+            before = contents[-1]
+            at = before.index(start) + 4
+            header = f"{int.from_bytes(before[at : at + 3], 'big'):024b}"  # kind, 1 for each second, 0, 1, time, 1
+            end = header.index("0", 2) + 2 + 4 + 1
+            empty = f"01{header[2:end]}00".ljust(24, "1")  # neither coded nor filled
+            contents[-1] = before + bytes(packet)
+            contents.append(start + int(empty, 2).to_bytes(3, "big"))
+        contents[0] = contents[0].replace(start, b"\0\0\1\xb2DivX503b1393p" + start, 1)
+        for number, content in enumerate(contents):
+            made = Packet(content)
+            made.pts = made.dts = number
+            made.time_base, made.stream, made.is_keyframe = Fraction(1, 16), stream, coded[number].is_keyframe
+            outside.mux(made)
     return target
 
 

@@ -6,7 +6,7 @@ Letters in shapes: `F` frames, `H` height, `W` width.
 import contextlib
 import io
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -54,10 +54,10 @@ def open_image(path: Path) -> Iterator[Image.Image]:
         raise MediaError(path, f"not a readable image: damaged, cut short, or {KNOWN}{limit}") from error
 
 
-def probe_image(path: Path) -> MediaInfo:
+def probe_image(path: Path, progress: Callable[[int], None] = lambda position: None) -> MediaInfo:
     """The description of a picture, or of an animation that has as many pictures as a video needs.
 
-    Every picture is decoded. Raises `MediaError`.
+    Every picture is decoded; `progress` is called with the share of the file, in bytes. Raises `MediaError`.
     """
     with open_image(path) as image:
         shown, look = _shown(image), _look(path)
@@ -68,10 +68,11 @@ def probe_image(path: Path) -> MediaInfo:
             count = getattr(image, "n_frames", 1) if image.format == "TIFF" else len(shown)
             notes += (f"the first of its {count} pictures",) * (count > 1)
             return MediaInfo(width, height, 1, None, IMAGE, look, notes=notes, is_whole=True)
-        durations = []
+        durations: list[int] = []
         for number in shown:
             image.seek(number)
             image.load()
+            progress(path.stat().st_size * len(durations) // len(shown))
             milliseconds = round(image.info.get("duration") or 0)
             durations.append(milliseconds if milliseconds >= SHORTEST else BROWSERS)
         times = tuple(sum(durations[:number]) for number in range(len(shown)))

@@ -20,6 +20,7 @@ OPACITY, LABELS, COLOURS, BRIGHTNESS = "opacity", "labels", "colours", "brightne
 HIGHEST_LABEL = 15
 COLOURED = 64  # of 255 between the largest and the smallest of red, green and blue
 SAMPLED = 16  # frames of a video that are looked at
+PIXELS = 2**27  # of the frames of a video that are read at a time
 BLACK, EQUAL = 15, 15  # of 255: what compression makes of black, and of one value
 
 
@@ -32,7 +33,24 @@ def measure_mask(path: Path, info: MediaInfo) -> Coverage:
     indices = sorted({round(place) for place in np.linspace(0, info.frames - 1, SAMPLED)})
     pixels = read_pixels(path, indices, info, alpha=True)
     if pixels[..., :3].max() <= BLACK and len(indices) < info.frames:  # what counts may be seen for a moment only
-        pixels = read_pixels(path, range(info.frames), info, alpha=True)
+        return _coverage_of_all(path, info)
+    return _coverage_of_video(pixels)
+
+
+def _coverage_of_all(path: Path, info: MediaInfo) -> Coverage:
+    """Of every frame of a video, in parts that fit into memory; by the rule of the first part that is not black."""
+    step = max(1, PIXELS // (info.width * info.height))
+    parts, sizes = [], []
+    for start in range(0, info.frames, step):
+        pixels = read_pixels(path, range(start, min(start + step, info.frames)), info, alpha=True)
+        parts.append(_coverage_of_video(pixels))
+        sizes.append(len(pixels))
+    seen = next((part for part in parts if part.most > BLACK), parts[0])
+    share = sum(part.share * size for part, size in zip(parts, sizes, strict=True)) / info.frames
+    return Coverage(seen.rule, share, min(part.least for part in parts), max(part.most for part in parts))
+
+
+def _coverage_of_video(pixels: np.ndarray) -> Coverage:
     rule = OPACITY if pixels.shape[-1] == 4 and np.ptp(pixels[..., 3]) else _colour_rule(pixels)
     return _coverage(rule, _video_mask(pixels, rule))
 

@@ -8,6 +8,10 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import av
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+
 from utils.common.errors import UserError
 from utils.common.files import file_stamp
 from utils.common.formatting import counted as number_of
@@ -23,7 +27,7 @@ from utils.media.description import (
 )
 from utils.media.files import check_file
 from utils.media.images import probe_image
-from utils.media.rendering import is_see_through, look_of, shown_size
+from utils.media.rendering import is_see_through, look_of, shown_size, to_pixels
 from utils.media.stream import Listen, Packets, Progress, Stream, read_stream
 from utils.media.video import Video, open_video
 
@@ -61,7 +65,7 @@ def probe(
     """
     stamp = file_stamp(check_file(path))
     try:
-        info = probe_image(path) if is_image(path) else _probe_video(path, full, threads, listen, progress)
+        info = probe_image(path, progress) if is_image(path) else _probe_video(path, full, threads, listen, progress)
     except UserError:
         raise
     except Exception as error:  # a decoder's, of any type: only here is it known which file it is about
@@ -75,6 +79,7 @@ def _probe_video(path: Path, full: bool, threads: int, listen: Listen, progress:
         promised = len(video.stream.index_entries) if _is_whole_avi(path) else video.stream.frames
         stream = read_stream(path, video, full, listen, progress)
         look, tilt = _look(stream, video)
+        _check_colours(path, stream.first, look)
         suits_decord = _suits_decord(video, stream, look)
         timeline = Timeline(stream.times, stream.keyframes, video.stream.time_base or Fraction(0), suits_decord)
         rate = _frame_rate(video.stream.average_rate or video.stream.guessed_rate, timeline)
@@ -82,6 +87,14 @@ def _probe_video(path: Path, full: bool, threads: int, listen: Listen, progress:
     _check_whole(path, stream.packets, promised)
     notes = tuple(_notes(look, stream, tilt))
     return MediaInfo(*shown_size(stream.first, look), stream.count, rate, VIDEO, look, timeline, notes, full, counted)
+
+
+def _check_colours(path: Path, frame: VideoFrame, look: Look) -> None:
+    """Raises `MediaError` for colours that FFmpeg decodes, but does not convert: YCgCo is one of them."""
+    try:
+        to_pixels(frame, look, VideoReformatter())
+    except av.FFmpegError:
+        raise MediaError(path, "its colours cannot be converted to RGB: convert it to BT.709") from None
 
 
 def _check_whole(path: Path, packets: Packets, promised: int) -> None:

@@ -76,11 +76,12 @@ def test_a_late_frame_is_found_from_the_keyframe_before_it(tmp_path, name):
     assert np.array_equal(found, decode_all(path)[15])
 
 
-def test_reading_a_late_frame_decodes_from_the_keyframe_only(tmp_path, monkeypatch):
-    info = probe(write_clip(tmp_path / "a.mkv", frames=60, gop=6))
+@pytest.mark.parametrize(("suffix", "most"), [("mkv", 12), ("mp4", 12), ("ts", 60)])
+def test_reading_a_late_frame_does_not_decode_the_file_from_its_start(tmp_path, monkeypatch, suffix, most):
+    info = probe(write_clip(path := tmp_path / f"a.{suffix}", frames=120, gop=6))
     decoded, decode = [], Video.decode
     monkeypatch.setattr(Video, "decode", lambda self, packet: decoded.append(1) or decode(self, packet))
-    assert number_of(decoding._read_with_pyav(tmp_path / "a.mkv", [57], info)[0]) == 57 and len(decoded) < 12
+    assert number_of(decoding._read_with_pyav(path, [117], info)[0]) == 117 and len(decoded) < most
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Pictures and animations are made here: with profiles, orientations, transparency, timing, and with too much of it."""
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -15,6 +16,7 @@ from utils.media.description import ANIMATION, IMAGE, Look, MediaError, MediaInf
 from utils.media.images import open_image, probe_image, read_images, read_raw
 
 P3_PRIMARIES = ((0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407))  # for D50
+SRGB_PRIMARIES = ((0.43607, 0.22249, 0.01392), (0.38515, 0.71687, 0.09708), (0.14307, 0.06061, 0.7141))
 SRGB_TO_P3 = np.array([(0.82246, 0.17754, 0.0), (0.03319, 0.96681, 0.0), (0.01708, 0.07240, 0.91052)])
 
 
@@ -43,12 +45,13 @@ def curve(gamma: float) -> bytes:
     return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
 
 
+def columns(primaries: tuple[tuple[float, ...], ...]) -> dict[bytes, bytes]:
+    names = (b"rXYZ", b"gXYZ", b"bXYZ")
+    return {name: b"XYZ \0\0\0\0" + b"".join(map(fixed, xyz)) for name, xyz in zip(names, primaries, strict=True)}
+
+
 def display_p3(gamma: float = 2.2) -> bytes:
-    columns = {
-        name: b"XYZ \0\0\0\0" + b"".join(map(fixed, xyz))
-        for name, xyz in zip((b"rXYZ", b"gXYZ", b"bXYZ"), P3_PRIMARIES, strict=True)
-    }
-    return profile(b"RGB ", columns | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve(gamma)))
+    return profile(b"RGB ", columns(P3_PRIMARIES) | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve(gamma)))
 
 
 def srgb_light(codes: np.ndarray) -> np.ndarray:
@@ -94,6 +97,20 @@ def test_a_profile_of_srgb_changes_no_bit_and_is_not_mentioned(tmp_path, mode):
     made.save(tmp_path / "without.png")
     assert np.array_equal(read(tmp_path / "with.png"), read(tmp_path / "without.png"))
     assert probe_image(tmp_path / "with.png").notes == ()
+
+
+def test_a_profile_of_srgb_by_measured_curves_changes_no_bit_either(tmp_path):
+    """As cameras and Photoshop write it: version 2, with curves of 1024 values."""
+    values = np.rint(65535 * srgb_light(np.linspace(0, 255, 1024))).astype(int)
+    table = b"curv\0\0\0\0" + struct.pack(">I1024H", 1024, *values)
+    made = profile(b"RGB ", columns(SRGB_PRIMARIES) | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), table))
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png", icc_profile=made)
+    converted = ImageCms.profileToProfile(
+        Image.fromarray(noise), ImageCms.ImageCmsProfile(io.BytesIO(made)), ImageCms.createProfile("sRGB")
+    )
+    assert not np.array_equal(np.asarray(converted), noise), "converting would round"
+    assert np.array_equal(read(tmp_path / "a.png"), noise) and probe_image(tmp_path / "a.png").notes == ()
 
 
 def test_a_damaged_profile_is_not_used_and_named(tmp_path):
@@ -257,6 +274,12 @@ def test_of_a_few_pictures_the_first_one_is_used(tmp_path, name, count):
     assert (info.kind, info.frames, info.fps) == (IMAGE, 1, None)
     assert info.notes == (f"the first of its {count} pictures",)
     assert number_of(read(tmp_path / name)) == 0
+
+
+def test_progress_is_told_for_each_picture(tmp_path):
+    path, places = animation(tmp_path / "a.webp"), []
+    probe_image(path, places.append)
+    assert len(places) == 6 and places == sorted(places) and path.stat().st_size / 2 < places[-1] <= path.stat().st_size
 
 
 def test_pictures_without_a_duration_are_shown_as_long_as_browsers_do(tmp_path):

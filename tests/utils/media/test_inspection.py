@@ -251,7 +251,12 @@ def test_a_crash_of_a_decoder_is_an_error_of_its_file(monkeypatch, stub, code):
 GARBAGE = ["not json", "[]", "5", "null", "{}", '{"position": "x"}', '{"reason": null}', '{"reason": null, "info": {}}']
 
 
-@pytest.mark.parametrize("said", [*GARBAGE, json.dumps(ANSWER | {"info": 5}), json.dumps(ANSWER | {"stamp": None})])
+ENDLESS = json.dumps(ANSWER).replace('"0"', '"1/0"')  # the unit of its times
+
+
+@pytest.mark.parametrize(
+    "said", [*GARBAGE, json.dumps(ANSWER | {"info": 5}), json.dumps(ANSWER | {"stamp": None}), ENDLESS]
+)
 def test_an_answer_that_is_none_is_an_error_of_its_file(monkeypatch, stub, said):
     child(monkeypatch, f"print({said!r}, flush=True) if name == 'b.mp4' else answer()")
     first, bad = stub("a.mp4"), stub("b.mp4")

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.clips import write_clip
+from utils.media import masks
 from utils.media.description import Coverage, MediaInfo
 from utils.media.inspection import Inspector
 from utils.media.masks import BRIGHTNESS, COLOURS, LABELS, OPACITY, measure_mask, read_mask
@@ -139,6 +140,22 @@ def test_what_counts_for_a_moment_only_is_found(tmp_path):
     path = write_clip(tmp_path / "a.mkv", "ffv1", pictures)
     coverage = measure_mask(path, described(path))
     assert coverage.most == 255 and coverage.share == pytest.approx(0.5 / 40)
+
+
+@pytest.mark.parametrize("step", [1, 7, 40])
+def test_a_video_that_seems_black_is_measured_in_parts_that_fit_into_memory(tmp_path, monkeypatch, step):
+    pictures = [np.zeros((48, 64, 3), np.uint8) for _ in range(40)]
+    pictures[9][:, 32:] = (110, 0, 0)
+    path = write_clip(tmp_path / "a.mkv", "ffv1", pictures, "bgr0")
+    info, read, most = described(path), masks.read_pixels, []
+    monkeypatch.setattr(masks, "PIXELS", step * 64 * 48)
+    monkeypatch.setattr(
+        masks, "read_pixels", lambda path, *more, **how: most.append(len(more[0])) or read(path, *more, **how)
+    )
+    assert measure_mask(path, info) == Coverage(COLOURS, pytest.approx(0.5 / 40), 0, 255)
+    assert max(most[1:]) == step and sum(most[1:]) == 40
+    blank = write_clip(tmp_path / "b.mkv", "ffv1", [picture * 0 for picture in pictures], "bgr0")
+    assert measure_mask(blank, described(blank)) == Coverage(BRIGHTNESS, 0.0, 0, 0)
 
 
 def test_the_rule_that_was_found_at_first_is_kept_for_all_frames(tmp_path):

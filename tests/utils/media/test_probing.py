@@ -5,7 +5,17 @@ import os
 import pytest
 from PIL import EpsImagePlugin
 
-from tests.clips import joined, numbered, numbers_of, packets_of, write_clip
+from tests.clips import (
+    check_every_way_of_reading,
+    damaged,
+    edited,
+    joined,
+    numbered,
+    numbers_of,
+    packed,
+    packets_of,
+    write_clip,
+)
 from tests.media import CODECS, encode, image, moving, remux, video
 from utils.media.decoding import read_pixels
 from utils.media.description import IMAGE, MediaError, MediaInfo
@@ -75,6 +85,15 @@ def test_a_full_decode_finds_what_packets_say_and_decord_is_trusted_with_plain_h
     assert (quick.is_whole, full.is_whole) == (False, True) and quick.reading == full.reading == {}
     assert (quick.frames, quick.fps, quick.timeline) == (full.frames, full.fps, full.timeline)
     assert quick.stamp == full.stamp and quick.notes == full.notes == ()
+
+
+def test_colours_that_cannot_be_converted_are_noticed_before_anything_is_read(tmp_path):
+    def edit(context):
+        context.colorspace = 8  # YCgCo
+
+    with pytest.raises(MediaError) as caught:
+        probe(write_clip(tmp_path / "a.mp4", frames=3, edit=edit))
+    assert caught.value.reason == "its colours cannot be converted to RGB: convert it to BT.709"
 
 
 def test_decord_is_not_trusted_with_other_colours_and_containers(tmp_path):
@@ -163,6 +182,42 @@ def test_times_that_wrap_around_or_jump_back_are_no_reason_to_lose_frames(tmp_pa
     assert numbers_of(read_pixels(tmp_path / "twice.mpg", range(16), info)) == list(range(16))
 
 
+EDITS = {
+    "without the first": ([(21, 3)], range(3, 24)),
+    "the middle": ([(9, 4)], range(4, 13)),
+    "after a pause": ([(8, -1), (24, 0)], range(24)),
+    "without the middle": ([(8, 0), (8, 12)], [*range(8), *range(12, 20)]),
+    "twice the same": ([(8, 0), (8, 4)], [*range(8), *range(4, 12)]),
+    "the end first": ([(6, 12), (6, 0)], [*range(12, 18), *range(6)]),
+}
+
+
+@pytest.mark.parametrize(
+    ("codec", "name"),
+    # FFmpeg takes a jump within HEVC for damage.
+    [*(("libx264", name) for name in EDITS), *(("libx265", name) for name in list(EDITS)[:3])],
+)
+def test_frames_are_those_that_an_edit_list_shows(tmp_path, codec, name):
+    options = {"bf": 2} if codec == "libx264" else {"x265-params": "log-level=none:keyint=6:min-keyint=6"}
+    edits, numbers = EDITS[name]
+    path = edited(write_clip(tmp_path / "a.mp4", codec, 24, **options), tmp_path / "b.mp4", edits)
+    info = probe(path, full=True)
+    whole = read_pixels(path, range(info.frames), info)
+    assert numbers_of(whole) == list(numbers) and info.notes == ()
+    assert info.frame_times() == pytest.approx([index / 16 for index in range(len(numbers))], abs=0.001)
+    check_every_way_of_reading(path, info, whole)
+
+
+def test_two_pictures_in_one_packet_are_two_frames(tmp_path):
+    source = write_clip(tmp_path / "a.avi", "mpeg4", 24, bf=1, gop=12, b=2_000_000)
+    path = packed(source, tmp_path / "packed.avi")
+    assert len(packets_of(path)) == 24 and min(packet.size for packet in packets_of(path)) == 7, "empty pictures"
+    info = probe(path, full=True)
+    whole = read_pixels(path, range(info.frames), info)
+    assert numbers_of(whole) == list(range(24)) and info.notes == ()
+    check_every_way_of_reading(path, info, whole)
+
+
 def test_keyframes_that_no_decoder_confirms_are_not_sought(tmp_path):
     path = write_clip(tmp_path / "a.mov", "rpza", 24, "rgb555le")  # FFmpeg writes no list of keyframes for it
     info = probe(path)
@@ -201,6 +256,12 @@ def test_what_ffmpeg_reports_is_damage_unless_no_picture_changes(tmp_path):
     place, _, text = caught.value.reason.partition(": ")
     assert text == "cabac [0mdecode failed" and place.startswith("damaged after 0.") and place.endswith(" s")
     assert probe(path, full=True, listen=reporting("[h264 @ 0x1] concealing errors\n", at=0)).frames == 24, "of opening"
+
+
+def test_pictures_that_a_decoder_calls_incomplete_are_damage_also_where_it_reports_nothing(tmp_path):
+    whole = write_clip(tmp_path / "a.ts", "mpeg2video", 48, rate=25, b=2_000_000)
+    with pytest.raises(MediaError, match=r"damaged after [01]\.\d\d s: a picture is incomplete"):
+        probe(damaged(whole, tmp_path / "b.ts"), full=True)
 
 
 # ---------------------------------------------------------------- the content of a file chooses no program and no file

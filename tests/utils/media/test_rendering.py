@@ -82,7 +82,7 @@ def stretched(path, ratio, **more):
 
 @pytest.mark.parametrize(
     ("ratio", "size"),
-    [("4/3", (85, 48)), ("8/9", (64, 54)), ("1001/1000", None), ("1/100", None), ("255/1", None), ("2/1", (128, 48))],
+    [("4/3", (85, 48)), ("8/9", (64, 54)), ("1001/1000", None), ("1/100", None), ("20/1", None), ("2/1", (128, 48))],
 )
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
 def test_pixels_become_square_by_enlarging(tmp_path, name, ratio, size):
@@ -123,6 +123,7 @@ HDR = {
     "bits8.mp4": ("libx264", "yuv420p", "pq", 1, {"crf": 1}),
     "rgb.mkv": ("ffv1", "gbrp12le", "pq", 2, {}),
     "wide_sdr.mkv": ("ffv1", "yuv420p10le", "", 1, {}),
+    "unstated_matrix.mkv": ("ffv1", "yuv444p12le", "pq", 1, {}),
     "container_only.mov": ("prores_ks", "yuv422p10le", "hlg", 1, {}),
 }
 
@@ -135,7 +136,7 @@ def test_colours_of_hdr_and_wide_clips_come_back_by_value(tmp_path, name):
 
     def edit(context):
         context.color_primaries, context.color_trc = 9, {"pq": 16, "hlg": 18, "": 14}[curve]
-        context.colorspace, context.color_range = matrix, span
+        context.colorspace, context.color_range = 2 if name.startswith("unstated") else matrix, span
 
     pictures = [encoded((numbered(number, 128, 96) / 255) ** 2.4, look) for number in range(3)]
     path = write_clip(tmp_path / name, codec, pictures, form, matrix=matrix, span=span, edit=edit, **more)
