@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -292,3 +294,20 @@ def test_descriptions_travel_whole(monkeypatch, stub):
     monkeypatch.setitem(ANSWER, "info", to_json(info))
     child(monkeypatch, "answer()")
     assert inspect_one(stub("a.mp4")) == info
+
+
+@pytest.mark.slow
+def test_a_healthy_file_passes_whatever_else_the_machine_does(tmp_path):
+    large = {"cpu-used": "8", "deadline": "realtime", "b": "4M"}
+    noise = np.random.default_rng(0).integers(0, 256, (60, 720, 1280, 3), np.uint8)
+    path = write_clip(tmp_path / "large.webm", "libvpx", frames=noise, **large)
+    busy = [subprocess.Popen((sys.executable, "-c", "while True: pass")) for _ in range(8)]
+    try:
+        begun = time.monotonic()
+        found = Inspector(patience=Patience(cpu=0.5, idle=1.0)).inspect([path])[path]
+        assert isinstance(found, MediaInfo) and found.frames == 60
+        assert time.monotonic() - begun > 2  # longer than both limits: neither is about time that passes
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
