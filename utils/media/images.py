@@ -60,6 +60,8 @@ def probe_image(path: Path, progress: Callable[[int], None] = lambda position: N
     Every picture is decoded; `progress` is called with the share of the file, in bytes. Raises `MediaError`.
     """
     with open_image(path) as image:
+        if image.mode == "F":
+            raise MediaError(path, "its values are fractions: save it with 8 or 16 bits")
         shown, look = _shown(image), _look(path)
         profile, notes = (None, (HDR_NOTE,)) if look.curve else _profile(image)
         look = replace(look, profiled=profile is not None)
@@ -102,7 +104,7 @@ def read_raw(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     with open_image(path) as image:
         upright = ImageOps.exif_transpose(image)
         opacity = np.array(upright.convert("RGBA"))[..., 3] if upright.has_transparency_data else None
-        is_plain = upright.mode == "L" or upright.mode.startswith(("I", "F"))
+        is_plain = upright.mode == "L" or upright.mode.startswith("I")
         return np.array(upright if is_plain else upright.convert("RGB")), opacity
 
 

@@ -66,7 +66,7 @@ def read_mask(path: Path, indices: Sequence[int], info: MediaInfo) -> np.ndarray
 def _image_rule(values: np.ndarray, opacity: np.ndarray | None) -> str:
     if opacity is not None and np.ptp(opacity):
         return OPACITY
-    if 0 < values.max() <= HIGHEST_LABEL and values.dtype.kind != "f":
+    if 0 < values.max() <= HIGHEST_LABEL:
         return LABELS
     return _colour_rule(values) if values.ndim == 3 else BRIGHTNESS
 
@@ -81,7 +81,7 @@ def _image_mask(values: np.ndarray, opacity: np.ndarray | None, rule: str) -> np
         return _brightness(values)
     if values.dtype == np.uint8:
         return values
-    full = 1.0 if values.dtype.kind == "f" and values.max() <= 1 else 255.0 if values.max() <= 255 else 65535.0
+    full = 255.0 if values.max() <= 255 else 65535.0
     return np.rint(np.clip(values / full, 0, 1) * 255).astype(np.uint8)
 
 

@@ -27,6 +27,7 @@ from utils.media.description import (
 )
 from utils.media.files import check_file
 from utils.media.images import probe_image
+from utils.media.jpeg import jpeg_damage
 from utils.media.rendering import is_see_through, look_of, shown_size, to_pixels
 from utils.media.stream import Listen, Packets, Progress, Stream, read_stream
 from utils.media.video import Video, open_video
@@ -65,12 +66,22 @@ def probe(
     """
     stamp = file_stamp(check_file(path))
     try:
-        info = probe_image(path, progress) if is_image(path) else _probe_video(path, full, threads, listen, progress)
+        if is_image(path):
+            info = _probe_image(path, full, listen, progress)
+        else:
+            info = _probe_video(path, full, threads, listen, progress)
     except UserError:
         raise
     except Exception as error:  # a decoder's, of any type: only here is it known which file it is about
         raise MediaError(path, f"it cannot be read: {type(error).__name__}: {error}") from error
     return replace(info, stamp=stamp)
+
+
+def _probe_image(path: Path, full: bool, listen: Listen, progress: Progress) -> MediaInfo:
+    info, damage = probe_image(path, progress), jpeg_damage(path, listen) if full else ""
+    if damage:
+        raise MediaError(path, f"damaged: {damage}")
+    return info
 
 
 def _probe_video(path: Path, full: bool, threads: int, listen: Listen, progress: Progress) -> MediaInfo:
@@ -165,6 +176,8 @@ def _notes(look: Look, stream: Stream, tilt: float) -> Iterator[str]:
         yield "transparent areas on white"
     if tilt >= TILTED:
         yield f"its tilt of {tilt:.0f} degrees is not applied"
+    if stream.ends_early:
+        yield "its end is missing"
     if stream.missing > 0:
         yield f"without {number_of(stream.missing, 'frame')} at its start that cannot be decoded"
 

@@ -16,10 +16,11 @@ from utils.media.video import Video
 
 # Their packets hold one picture each. Others hide pictures, repeat them, or put several in a packet.
 PLAIN_CODECS = frozenset({"h264", "hevc", "vp9", "av1", "libdav1d", "mjpeg", "prores", "dnxhd", "ffv1"})
+ENDED = "ended prematurely"  # FFmpeg's words for a file without its end
 # What FFmpeg reports as an error though no picture changes.
 HARMLESS = (
     *("mmco: unref", "co located pocs", "number of reference frames", "illegal short term buffer", "sei type"),
-    *("decode app fields", "ended prematurely", "timecode", "icc profile", "unsupported side data"),
+    *("decode app fields", ENDED, "timecode", "icc profile", "unsupported side data"),
 )
 
 Listen = Callable[[], str]  # what FFmpeg has reported as errors since the last call
@@ -42,7 +43,7 @@ class Packets:
     def first_key(self) -> int | None:
         return self.keyframes[0] if self.keyframes else None
 
-    def add(self, packet: Packet) -> None:
+    def add(self, packet: Packet, is_cut: bool = False) -> None:
         if packet.is_discard:
             return
         if not packet.size:
@@ -52,8 +53,8 @@ class Packets:
         self.times.append(time)
         if packet.is_keyframe and time is not None:
             self.keyframes.append(time)
-        self.is_cut = packet.is_corrupt
-        if packet.is_corrupt:
+        self.is_cut = is_cut
+        if is_cut:
             self.corrupt.append(time)
         self.is_closed &= time is not None and bool(self.keyframes) and time >= self.keyframes[-1]
         self.is_ragged |= time is not None and (not self.keyframes or time < self.keyframes[0])
@@ -98,6 +99,7 @@ class Stream:
     frames: Frames
     first: VideoFrame
     is_decoded: bool
+    ends_early: bool = False
 
     @cached_property
     def times(self) -> tuple[int, ...]:
@@ -138,18 +140,23 @@ def read_stream(path: Path, video: Video, full: bool, listen: Listen, progress: 
     # An AVI does not say when pictures that are stored in another order are shown.
     is_unordered = video.container.format.name == "avi" and video.stream.codec_context.has_b_frames
     decodes_all = full or video.decoder.name not in PLAIN_CODECS or bool(is_unordered)
-    packets, frames = Packets(), Frames()
+    # In a transport stream a packet before a place where parts were joined is called corrupt, though it may be whole.
+    joins = video.container.format.name == "mpegts"
+    packets, frames, ends_early = Packets(), Frames(), False
     listen()  # what opening the file reported is about all of its streams
     for packet in chain(video.packets(), (None,)):
         if packet is not None:
-            packets.add(packet)
-            if packet.is_corrupt:
+            is_cut = packet.is_corrupt and not joins
+            packets.add(packet, is_cut)
+            if is_cut:
                 continue
         is_leading = packets.is_ragged and not frames.have_reached(packets.first_key)
         if not decodes_all and frames.first is not None and not is_leading:
             continue
         error = _decode(video, packet, frames, packets.first_key if is_leading else None)
-        error = harmful(listen()) or error
+        reported = listen()
+        ends_early |= ENDED in reported
+        error = harmful(reported) or error
         if error and not is_leading:
             raise MediaError(path, f"damaged {_place(frames, video)}: {error}")
         progress(packet.pos or 0 if packet is not None else 0)
@@ -158,7 +165,7 @@ def read_stream(path: Path, video: Video, full: bool, listen: Listen, progress: 
     if decodes_all and len(packets.keyframes) == len(packets.times) and not video.is_intra_only:
         # Containers without a list of keyframes take all pictures for such.
         packets.keyframes = [time for time in packets.keyframes if time in frames.keyframes]
-    return Stream(packets, frames, frames.first, decodes_all)
+    return Stream(packets, frames, frames.first, decodes_all, ends_early)
 
 
 def _decode(video: Video, packet: Packet | None, frames: Frames, first_key: int | None) -> str:

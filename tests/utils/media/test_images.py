@@ -391,3 +391,9 @@ def test_stored_values_and_opacity_are_those_of_the_file(tmp_path):
     palette.save(tmp_path / "palette.png")
     assert read_raw(tmp_path / "palette.png")[0].tolist() == [[[200, 10, 60], [0, 255, 0]]]
     assert np.array_equal(read_images(tmp_path / "palette.png", (0,), Look())[0], read_raw(tmp_path / "palette.png")[0])
+
+
+def test_fractions_are_refused_not_shown_black(tmp_path):
+    Image.fromarray(np.array([[0, 0.5, 1.0]], np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(MediaError, match="its values are fractions: save it with 8 or 16 bits"):
+        probe_image(tmp_path / "a.tif")

@@ -1,5 +1,6 @@
 """What packets, frames and FFmpeg's reports say of a stream."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +16,15 @@ from utils.media.video import open_video
 class Packet:
     pts: int | None
     is_keyframe: bool = False
-    is_corrupt: bool = False
     is_discard: bool = False
     size: int = 100
 
 
-def packets(*given: Packet) -> Packets:
+def packets(*given: Packet, cut: Sequence[int] = ()) -> Packets:
+    """Of `given` packets those of these numbers are incomplete."""
     found = Packets()
-    for packet in given:
-        found.add(packet)
+    for number, packet in enumerate(given):
+        found.add(packet, number in cut)
     return found
 
 
@@ -46,9 +47,9 @@ def test_packets_tell_where_a_file_was_cut_and_whether_groups_are_closed(given, 
 
 
 def test_hidden_packets_do_not_count_and_empty_ones_repeat_a_picture():
-    found = packets(KEY, Packet(15, is_discard=True), Packet(20, size=0), Packet(30, is_corrupt=True), Packet(40))
+    found = packets(KEY, Packet(15, is_discard=True), Packet(20, size=0), Packet(30), Packet(40), cut=[3])
     assert (found.times, found.empty, found.corrupt, found.is_cut) == ([10, 30, 40], 1, [30], False)
-    assert packets(KEY, Packet(20, is_corrupt=True)).is_cut
+    assert packets(KEY, NEXT, cut=[1]).is_cut
 
 
 def test_times_are_those_of_frames_and_of_packets_where_no_frame_was_decoded():
@@ -96,6 +97,12 @@ def test_a_report_while_decoding_is_damage_at_that_place(tmp_path):
     assert read(path, True).count == 32
     with pytest.raises(MediaError, match=r"damaged after \d\.\d\d s: concealing 80 errors"):
         read(path, True, *[""] * 30, "[h264 @ 0x1] concealing 80 errors")
+
+
+def test_a_file_without_its_end_is_known_by_what_is_reported(tmp_path):
+    path = video(tmp_path / "a.mp4", frames=9)
+    assert not read(path, True).ends_early
+    assert read(path, True, "[matroska,webm @ 0x2] File ended prematurely at pos. 10").ends_early
 
 
 def test_every_frame_is_decoded_only_where_it_is_asked_for_or_packets_do_not_tell(tmp_path):
