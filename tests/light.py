@@ -46,5 +46,5 @@ CURVES = {"pq": pq, "hlg": hlg, "": gamma}
 
 def encoded(light: np.ndarray, look: Look) -> np.ndarray:
     """16-bit codes, (..., 3), of light of BT.709, (..., 3)."""
-    codes = CURVES[look.curve](in_primaries(light, look.primaries) if look.primaries else light)
+    codes = CURVES[look.transfer](in_primaries(light, look.primaries) if look.primaries else light)
     return np.rint(np.clip(codes, 0, 1) * 65535).astype(np.uint16)

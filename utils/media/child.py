@@ -18,7 +18,7 @@ from utils.common.digests import hash_file
 from utils.common.files import file_stamp
 from utils.media.decoding import read_pixels
 from utils.media.description import MediaError, MediaInfo, to_json
-from utils.media.descriptions import Descriptions
+from utils.media.description_cache import DescriptionCache
 from utils.media.files import check_file
 from utils.media.masks import measure_mask
 from utils.media.probing import probe
@@ -52,7 +52,7 @@ def main() -> None:
 def _answer(question: dict[str, Any], listen: Listen, answers: TextIO) -> dict[str, Any]:
     """What a file holds, or why it cannot be used; `is_new` where that was not known of its content."""
     path, full, mask = Path(question["path"]), question["full"], question["mask"]
-    descriptions = Descriptions(question["cache"] and Path(question["cache"]))
+    descriptions = DescriptionCache(question["cache"] and Path(question["cache"]))
     answer: dict[str, Any] = {"stamp": (), "digest": None, "info": None, "reason": None, "is_new": True}
     try:
         stamp = file_stamp(check_file(path))

@@ -9,7 +9,7 @@ Light is linear and relative to SDR white, which is 1. Letters in shapes: `H` he
 - Primaries: matrices of ITU-R BT.2087 (BT.2020) and SMPTE EG 432-1 (P3 with D65), to BT.709. Negative light is 0.
 - Light above KNEE is rolled off towards 1 by the largest of red, green and blue, so that hues stay:
   KNEE + (1 - KNEE) * x / (1 + x), where x = (light - KNEE) / (1 - KNEE).
-- Codes are the light to the power of 1 / 2.4, the inverse of a display's curve in ITU-R BT.1886.
+- Codes are the light to the power of 1 / 2.4, the inverse of a display's transfer function in ITU-R BT.1886.
 """
 
 import functools
@@ -19,7 +19,7 @@ import numpy as np
 from utils.media.description import Look
 
 # By the numbers of ITU-T H.273, which containers and codecs use.
-HDR_CURVES = {16: "pq", 18: "hlg"}
+HDR_TRANSFERS = {16: "pq", 18: "hlg"}
 WIDE_PRIMARIES = {9: "bt2020", 11: "p3", 12: "p3"}
 
 WHITE_PQ = 203.0  # cd/m2
@@ -40,14 +40,14 @@ TO_BT709 = {
 
 
 def to_sdr(pixels: np.ndarray, look: Look) -> np.ndarray:
-    """BT.709 codes, uint8 (H, W, 3), of codes on the curve and with the primaries of `look`, uint16 (H, W, 3)."""
-    light_of, codes = _light_of_codes(look.curve), _codes_of_roots()
+    """BT.709 codes, uint8 (H, W, 3), of uint16 (H, W, 3) with the transfer characteristics and primaries of `look`."""
+    light_of, codes = _light_of_codes(look.transfer), _codes_of_roots()
     flat = pixels.reshape(-1, 3)
     result = np.empty(flat.shape, np.uint8)
     for start in range(0, len(flat), PIXELS):
         part = flat[start : start + PIXELS]
         red, green, blue = _to_bt709([light_of[part[:, channel]] for channel in range(3)], look.primaries)
-        if look.curve:
+        if look.transfer:
             gain = _roll_off(np.maximum(np.maximum(red, green), blue))
             red, green, blue = red * gain, green * gain, blue * gain
         for channel, light in enumerate((red, green, blue)):
@@ -75,12 +75,12 @@ def _roll_off(peak: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _light_of_codes(curve: str) -> np.ndarray:
+def _light_of_codes(transfer: str) -> np.ndarray:
     """The light of each 16-bit code: float32 (65536,)."""
     code = np.arange(2**16) / (2**16 - 1)
-    if curve == "pq":
+    if transfer == "pq":
         light = _pq_light(code) / WHITE_PQ
-    elif curve == "hlg":
+    elif transfer == "hlg":
         light = _hlg_light(code) / _hlg_light(np.array(WHITE_HLG))
     else:
         light = code**DISPLAY_GAMMA

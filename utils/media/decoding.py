@@ -38,7 +38,7 @@ def read_pixels(path: Path, indices: Sequence[int], info: MediaInfo | None = Non
     indices = list(indices)
     if not indices or indices[0] < 0 or any(a >= b for a, b in zip(indices, indices[1:], strict=False)):
         raise ValueError(f"frame indices must be ascending and not negative, not {indices}")
-    info = _as_it_is(path, info)
+    info = _current_info(path, info)
     if indices[-1] >= info.frames:
         raise MediaError(path, f"frame {indices[-1]} was requested, but the last frame is {info.frames - 1}")
     try:
@@ -54,7 +54,7 @@ def read_pixels(path: Path, indices: Sequence[int], info: MediaInfo | None = Non
         raise MediaError(path, f"it cannot be decoded: {type(error).__name__}: {error}") from error
 
 
-def _as_it_is(path: Path, info: MediaInfo | None) -> MediaInfo:
+def _current_info(path: Path, info: MediaInfo | None) -> MediaInfo:
     """The description of a file, read again where the file is another one than was described."""
     if info is not None and info.stamp and info.stamp == file_stamp(check_file(path)):
         return info
@@ -128,8 +128,8 @@ def _decode(
     found, labels, convert = [], set(wanted), VideoReformatter()
     with open_video(path) as video:
         frames = _frames_from(video, keyframe, info)
-        if info.look.combed:
-            frames = deinterlaced(frames, video.stream, info.look.combed)
+        if info.look.interlaced:
+            frames = deinterlaced(frames, video.stream, info.look.interlaced)
         for number, frame in enumerate(frames):
             label = time_of(frame) if info.timeline.times else number
             if label in labels:

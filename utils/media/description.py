@@ -27,6 +27,8 @@ MIN_VIDEO_FRAMES = 5
 
 IMAGE, ANIMATION, VIDEO = "image", "animation", "video"
 HDR_NOTE = "HDR, tone-mapped"
+FLAGGED, ALL = "flagged", "all"  # which frames are interlaced
+OPACITY, LABELS, COLOURS, BRIGHTNESS = "opacity", "labels", "colours", "brightness"  # by which a mask is read
 TURNED = (1, 3, 6, 8)  # orientations that are not mirrored
 
 
@@ -48,23 +50,23 @@ class Look:
 
     `orientation` counts as EXIF does: 1 upright, 3 turned by 180 degrees, 6 and 8 by 90, the others mirrored.
     `scaled` is the (width, height) that stored pictures get before they are turned: their pixels are not square, or
-    their size changes within the file. `curve` is "pq" or "hlg" for HDR, `primaries` "bt2020" or "p3" for colours that
-    BT.709 does not have. `combed` pictures are of two fields each: "some" where the decoder says which, else "all".
-    `profiled` colours are converted to sRGB.
+    their size changes within the file. `transfer` is "pq" or "hlg" for HDR, `primaries` "bt2020" or "p3" for colours
+    that BT.709 does not have. `interlaced` is FLAGGED where the decoder says which frames are of two fields each, or
+    ALL. `icc`: colours are converted from an ICC profile to sRGB.
     """
 
     orientation: int = 1
     scaled: tuple[int, int] | None = None
-    curve: str = ""
+    transfer: str = ""
     primaries: str = ""
-    combed: str = ""
+    interlaced: str = ""
     transparent: bool = False
-    profiled: bool = False
+    icc: bool = False
 
     @property
     def reaches_back(self) -> int:
         """How many frames before one must be decoded with it."""
-        return 1 if self.combed else 0
+        return 1 if self.interlaced else 0
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -109,8 +111,8 @@ class MediaInfo:
 
     `kind` is IMAGE, ANIMATION (several pictures in an image format) or VIDEO. `notes` say in a few words what is done
     to show it as players do, and what is not. `is_whole`: every frame has been decoded without an error.
-    `counted`: the frames are numbered as they decode, where packets would number them in another way. `mask` is there
-    where the file was described as a mask. `stamp` is the `file_stamp` of the file that was read.
+    `renumbered`: the frames are numbered as they decode, where packets would number them in another way. `mask` is
+    there where the file was described as a mask. `stamp` is the `file_stamp` of the file that was read.
     """
 
     width: int
@@ -122,7 +124,7 @@ class MediaInfo:
     timeline: Timeline = Timeline()
     notes: tuple[str, ...] = ()
     is_whole: bool = False
-    counted: bool = False
+    renumbered: bool = False
     mask: Coverage | None = None
     stamp: tuple[int, ...] = field(default=(), compare=False)
 
@@ -134,7 +136,10 @@ class MediaInfo:
     @property
     def reading(self) -> dict[str, Any]:
         """How its pictures are read, where versions up to 0.2 read other ones; empty for most files."""
-        own = {"counted": self.counted, "mask": self.mask.rule if self.mask and self.mask.rule != "brightness" else ""}
+        own = {
+            "renumbered": self.renumbered,
+            "mask": self.mask.rule if self.mask and self.mask.rule != BRIGHTNESS else "",
+        }
         return self.look.changes | {name: value for name, value in own.items() if value}
 
     def frame_times(self) -> list[float]:

@@ -5,16 +5,18 @@ Letters in shapes: `F` frames, `H` height, `W` width.
 
 import contextlib
 import io
+import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
-from utils.media.colour import HDR_CURVES, WIDE_PRIMARIES, to_sdr
+from utils.media.colour import HDR_TRANSFERS, WIDE_PRIMARIES, to_sdr
 from utils.media.description import ANIMATION, HDR_NOTE, IMAGE, MIN_VIDEO_FRAMES, Look, MediaError, MediaInfo, Timeline
 from utils.media.files import check_file
 
@@ -33,7 +35,7 @@ SHORTEST, BROWSERS = 11, 100  # milliseconds: what browsers show for less time t
 SAME_COLOUR = 2  # of 255: profiles that change no colour by more are sRGB
 # Pillow's mode of the values that a profile is about, by its name of them, and modes that are converted to it.
 PROFILED = {"RGB": ("RGB", "RGBA", "P", "PA", "L", "LA", "1"), "GRAY": ("L", "LA", "1"), "CMYK": ("CMYK",)}
-HEADER = 2**16  # bytes in which the colours of a PNG or AVIF stand
+META = 2**20  # bytes of an AVIF's meta box that are read
 
 
 @contextlib.contextmanager
@@ -63,8 +65,8 @@ def probe_image(path: Path, progress: Callable[[int], None] = lambda position: N
         if image.mode == "F":
             raise MediaError(path, "its values are fractions: save it with 8 or 16 bits")
         shown, look = _shown(image), _look(path)
-        profile, notes = (None, (HDR_NOTE,)) if look.curve else _profile(image)
-        look = replace(look, profiled=profile is not None)
+        profile, notes = (None, (HDR_NOTE,)) if look.transfer else _profile(image)
+        look = replace(look, icc=profile is not None)
         if len(shown) < MIN_VIDEO_FRAMES:
             width, height = ImageOps.exif_transpose(image).size
             count = getattr(image, "n_frames", 1) if image.format == "TIFF" else len(shown)
@@ -87,12 +89,12 @@ def read_images(path: Path, indices: Sequence[int], look: Look) -> np.ndarray:
     """Pictures `indices` of an animation, or (0,) of an image: uint8 (F, H, W, 3). Raises `MediaError`."""
     pictures = []
     with open_image(path) as image:
-        shown, profile = _shown(image), _profile(image)[0] if look.profiled else None
+        shown, profile = _shown(image), _profile(image)[0] if look.icc else None
         for index in indices:
             image.seek(shown[index])
             picture = image if len(shown) >= MIN_VIDEO_FRAMES else ImageOps.exif_transpose(image)
             pixels = np.array(_to_rgb(picture, profile))
-            pictures.append(to_sdr(pixels.astype(np.uint16) * 257, look) if look.curve else pixels)
+            pictures.append(to_sdr(pixels.astype(np.uint16) * 257, look) if look.transfer else pixels)
     return np.stack(pictures)
 
 
@@ -118,9 +120,11 @@ def _shown(image: Image.Image) -> list[int]:
 
 
 def _to_rgb(picture: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> Image.Image:
-    """8-bit sRGB: 16-bit values are scaled, colours of a profile converted, and transparent areas become white."""
+    """8-bit sRGB: larger values are scaled, colours of a profile converted, and transparent areas become white."""
     if picture.mode.startswith("I"):
-        return Image.fromarray(np.rint(np.asarray(picture) / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+        values = np.asarray(picture)
+        scale = 1 if picture.mode == "I" and values.max() <= 255 else 257  # 32 bits may hold 8, 16 always mean 16
+        return Image.fromarray(np.rint(values / scale).clip(0, 255).astype(np.uint8)).convert("RGB")
     if not picture.has_transparency_data:
         return _to_srgb(picture, profile)
     rgba = picture.convert("RGBA")
@@ -173,14 +177,33 @@ def _is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:
 
 
 def _look(path: Path) -> Look:
-    """HDR and wide colours as a PNG's cICP chunk or an AVIF's colr box states them, by the numbers of ITU-T H.273."""
+    """HDR as a PNG's cICP chunk or an AVIF's colr box states it, by the numbers of ITU-T H.273."""
     with path.open("rb") as file:
-        header = file.read(HEADER)
-    if header.startswith(b"\x89PNG") and (at := header.find(b"cICP")) > 0:
-        primaries, transfer = header[at + 4], header[at + 5]
-    elif header[4:8] == b"ftyp" and (at := header.find(b"colrnclx")) > 0:
-        primaries, transfer = struct.unpack(">HH", header[at + 8 : at + 12])
-    else:
-        return Look()
-    curve = HDR_CURVES.get(transfer, "")
-    return Look(curve=curve, primaries=WIDE_PRIMARIES.get(primaries, "bt2020") if curve else "")
+        head = file.read(8)
+        primaries, transfer = _png_codes(file) if head.startswith(b"\x89PNG") else _avif_codes(file, head)
+    name = HDR_TRANSFERS.get(transfer, "")
+    return Look(transfer=name, primaries=WIDE_PRIMARIES.get(primaries, "bt2020") if name else "")
+
+
+def _png_codes(file: BinaryIO) -> tuple[int, int]:
+    """Primaries and transfer of the cICP chunk, which stands before the pixels; zeros without one."""
+    while len(head := file.read(8)) == 8:
+        size, kind = struct.unpack(">I4s", head)
+        if kind == b"cICP" and size == 4:
+            primaries, transfer, _, _ = file.read(4)
+            return primaries, transfer
+        if kind == b"IDAT":
+            break
+        file.seek(size + 4, os.SEEK_CUR)  # and a checksum
+    return 0, 0
+
+
+def _avif_codes(file: BinaryIO, head: bytes) -> tuple[int, int]:
+    """Primaries and transfer in the meta box of a file that begins with `head`; zeros without them."""
+    size, kind = struct.unpack(">I4s", head.ljust(8, b"\0"))
+    while kind != b"meta" and size >= 8 and kind.isalnum():
+        file.seek(size - 8, os.SEEK_CUR)
+        size, kind = struct.unpack(">I4s", file.read(8).ljust(8, b"\0"))
+    meta = file.read(min(size, META)) if kind == b"meta" else b""
+    at = meta.find(b"colrnclx")
+    return struct.unpack(">HH", meta[at + 8 : at + 12]) if 0 <= at <= len(meta) - 12 else (0, 0)

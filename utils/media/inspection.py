@@ -22,10 +22,9 @@ from tqdm import tqdm
 
 from utils.common.digests import DIGESTS, LATENTS, Digests
 from utils.common.files import file_stamp
-from utils.media.description import MediaError, MediaInfo, from_json
-from utils.media.descriptions import Descriptions
+from utils.media.description import VIDEO, MediaError, MediaInfo, from_json
+from utils.media.description_cache import DescriptionCache
 from utils.media.files import check_file
-from utils.media.probing import is_image
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = (sys.executable, "-m", "utils.media.child")
@@ -50,13 +49,14 @@ class Patience:
 class Inspector:
     """Inspects the files of a run. What it finds is remembered in `cache`, a folder, if there is one.
 
-    With `full` every frame is decoded. `decoded` and `seconds` say how many files that was, and how long it took.
+    With `full` every frame is decoded. `decoded` is the number of videos of which that was done in this run, `seconds`
+    the time of all inspection that was not known before.
     """
 
     def __init__(self, cache: Path | None = None, full: bool = True, patience: Patience = Patience()) -> None:
         self.full, self.patience = full, patience
         self.decoded, self.seconds = 0, 0.0
-        self._descriptions = Descriptions(cache and cache / FOLDER)
+        self._descriptions = DescriptionCache(cache and cache / FOLDER)
         self._digests = Digests(cache and cache / LATENTS / DIGESTS)
 
     def inspect(self, paths: Sequence[Path], masks: Iterable[Path] = ()) -> dict[Path, MediaInfo | MediaError]:
@@ -68,7 +68,7 @@ class Inspector:
             questions = [self._question(path, path in as_masks) for path in unknown]
             for path, answer in _ask_children(questions, self.patience).items():
                 found[path] = answer.found
-                self.decoded += answer.is_new and not is_image(path)
+                self.decoded += answer.is_new and isinstance(answer.found, MediaInfo) and answer.found.kind == VIDEO
                 if answer.digest is not None:
                     self._digests.remember(path, answer.stamp, answer.digest)
             self.seconds += time.monotonic() - started

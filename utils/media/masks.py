@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from utils.media.decoding import read_pixels
-from utils.media.description import Coverage, MediaInfo
+from utils.media.description import BRIGHTNESS, COLOURS, LABELS, OPACITY, Coverage, MediaInfo
 from utils.media.images import read_raw
 
-OPACITY, LABELS, COLOURS, BRIGHTNESS = "opacity", "labels", "colours", "brightness"
 HIGHEST_LABEL = 15
 COLOURED = 64  # of 255 between the largest and the smallest of red, green and blue
 SAMPLED = 16  # frames of a video that are looked at
@@ -51,7 +50,7 @@ def _coverage_of_all(path: Path, info: MediaInfo) -> Coverage:
 
 
 def _coverage_of_video(pixels: np.ndarray) -> Coverage:
-    rule = OPACITY if pixels.shape[-1] == 4 and np.ptp(pixels[..., 3]) else _colour_rule(pixels)
+    rule = OPACITY if pixels.shape[-1] == 4 and np.ptp(pixels[..., 3]) > EQUAL else _colour_rule(pixels)
     return _coverage(rule, _video_mask(pixels, rule))
 
 
@@ -64,7 +63,7 @@ def read_mask(path: Path, indices: Sequence[int], info: MediaInfo) -> np.ndarray
 
 
 def _image_rule(values: np.ndarray, opacity: np.ndarray | None) -> str:
-    if opacity is not None and np.ptp(opacity):
+    if opacity is not None and np.ptp(opacity) > EQUAL:
         return OPACITY
     if 0 < values.max() <= HIGHEST_LABEL:
         return LABELS

@@ -16,6 +16,7 @@ from utils.common.errors import UserError
 from utils.common.files import file_stamp
 from utils.common.formatting import counted as number_of
 from utils.media.description import (
+    FLAGGED,
     HDR_NOTE,
     IMAGE_SUFFIXES,
     VIDEO,
@@ -28,7 +29,7 @@ from utils.media.description import (
 from utils.media.files import check_file
 from utils.media.images import probe_image
 from utils.media.jpeg import jpeg_damage
-from utils.media.rendering import is_see_through, look_of, shown_size, to_pixels
+from utils.media.rendering import has_transparency, look_of, shown_size, to_pixels
 from utils.media.stream import Listen, Packets, Progress, Stream, read_stream
 from utils.media.video import Video, open_video
 
@@ -94,10 +95,12 @@ def _probe_video(path: Path, full: bool, threads: int, listen: Listen, progress:
         suits_decord = _suits_decord(video, stream, look)
         timeline = Timeline(stream.times, stream.keyframes, video.stream.time_base or Fraction(0), suits_decord)
         rate = _frame_rate(video.stream.average_rate or video.stream.guessed_rate, timeline)
-        counted = _counts_anew(video, stream)
+        renumbered = _is_renumbered(video, stream)
     _check_whole(path, stream.packets, promised)
     notes = tuple(_notes(look, stream, tilt))
-    return MediaInfo(*shown_size(stream.first, look), stream.count, rate, VIDEO, look, timeline, notes, full, counted)
+    return MediaInfo(
+        *shown_size(stream.first, look), stream.count, rate, VIDEO, look, timeline, notes, full, renumbered
+    )
 
 
 def _check_colours(path: Path, frame: VideoFrame, look: Look) -> None:
@@ -123,12 +126,12 @@ def _look(stream: Stream, video: Video) -> tuple[Look, float]:
     look, tilt = look_of(stream.first, video)
     if len(stream.frames.sizes) > 1 and look.scaled is None:
         look = replace(look, scaled=(stream.first.width, stream.first.height))
-    if stream.frames.flagged and not look.combed:
-        look = replace(look, combed="some")
+    if stream.frames.flagged and not look.interlaced:
+        look = replace(look, interlaced=FLAGGED)
     return look, tilt
 
 
-def _counts_anew(video: Video, stream: Stream) -> bool:
+def _is_renumbered(video: Video, stream: Stream) -> bool:
     """Whether frames have other numbers than in versions up to 0.2.
 
     These counted packets, of VP8 decoded frames, and read the wrong frames of H.264 in AVI.
@@ -147,7 +150,7 @@ def _suits_decord(video: Video, stream: Stream, look: Look) -> bool:
     is_known = len(video.container.streams.video) == 1  # of several it may take another
     is_known &= any(name in container for name in DECORD_CONTAINERS) and codec.name in DECORD_CODECS
     is_known &= codec.pix_fmt in DECORD_PIXEL_FORMATS and look == Look()
-    return is_known and stream.packets.is_closed and bool(stream.times)
+    return is_known and stream.packets.has_closed_groups and bool(stream.times)
 
 
 def _frame_rate(rate: Fraction | None, timeline: Timeline) -> float | None:
@@ -160,7 +163,7 @@ def _frame_rate(rate: Fraction | None, timeline: Timeline) -> float | None:
 
 
 def _notes(look: Look, stream: Stream, tilt: float) -> Iterator[str]:
-    if look.curve:
+    if look.transfer:
         yield HDR_NOTE
     elif look.primaries:
         yield "wide colours converted"
@@ -168,11 +171,11 @@ def _notes(look: Look, stream: Stream, tilt: float) -> Iterator[str]:
         yield "frames of several sizes, scaled to that of the first"
     elif look.scaled:
         yield "pixels made square"
-    if look.combed:
+    if look.interlaced:
         yield "deinterlaced"
     elif stream.frames.combing.is_combed:
         yield "looks interlaced, though it does not say so: deinterlace it"
-    if look.transparent and is_see_through(stream.first):
+    if look.transparent and has_transparency(stream.first):
         yield "transparent areas on white"
     if tilt >= TILTED:
         yield f"its tilt of {tilt:.0f} degrees is not applied"

@@ -16,8 +16,8 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from utils.media.colour import HDR_CURVES, WIDE_PRIMARIES, to_sdr
-from utils.media.description import Look
+from utils.media.colour import HDR_TRANSFERS, WIDE_PRIMARIES, to_sdr
+from utils.media.description import ALL, FLAGGED, Look
 from utils.media.video import Video
 
 # Rows of a display matrix without its translation, as (a, b, c, d): x' = a x + c y, y' = b x + d y, with y downwards.
@@ -43,25 +43,25 @@ EXACT = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.BITEX
 def look_of(frame: VideoFrame, video: Video) -> tuple[Look, float]:
     """How the first frame of a video is to be shown, and by how many degrees it is tilted, which is not applied.
 
-    Whether pictures are `combed` is known for this frame alone.
+    Whether pictures are `interlaced` is known for this frame alone.
     """
     orientation, tilt = _orientation(frame)
     stream = video.stream
-    curve = HDR_CURVES.get(video.curve if frame.color_trc == UNSPECIFIED else frame.color_trc, "")
+    transfer = HDR_TRANSFERS.get(video.transfer if frame.color_trc == UNSPECIFIED else frame.color_trc, "")
     primaries = video.primaries if frame.color_primaries == UNSPECIFIED else frame.color_primaries
     is_silent = stream.codec_context.name in SILENT_CODECS and stream.codec_context.field_order in FIELD_ORDERS
     look = Look(
         orientation=orientation,
         scaled=_square(frame, stream),
-        curve=curve,
-        primaries=WIDE_PRIMARIES.get(primaries, "bt2020" if curve else ""),
-        combed="all" if is_silent else "some" if frame.interlaced_frame else "",
+        transfer=transfer,
+        primaries=WIDE_PRIMARIES.get(primaries, "bt2020" if transfer else ""),
+        interlaced=ALL if is_silent else FLAGGED if frame.interlaced_frame else "",
         transparent=any(component.is_alpha for component in frame.format.components),
     )
     return look, tilt
 
 
-def is_see_through(frame: VideoFrame) -> bool:
+def has_transparency(frame: VideoFrame) -> bool:
     """Whether any pixel is not opaque."""
     return bool(VideoReformatter().reformat(frame, format="rgba", threads=1).to_ndarray()[..., 3].min() < 255)
 
@@ -69,10 +69,10 @@ def is_see_through(frame: VideoFrame) -> bool:
 def shown_size(frame: VideoFrame, look: Look) -> tuple[int, int]:
     """Width and height in pixels of what is shown."""
     width, height = look.scaled or (frame.width, frame.height)
-    return (height, width) if look.orientation > 4 else (width, height)
+    return (width, height) if ORIENTATIONS[look.orientation][0] else (height, width)
 
 
-def deinterlaced(frames: Iterable[VideoFrame], stream: VideoStream, combed: str) -> Iterator[VideoFrame]:
+def deinterlaced(frames: Iterable[VideoFrame], stream: VideoStream, interlaced: str) -> Iterator[VideoFrame]:
     """The same number of frames at the same times, with both fields of each completed by bwdif.
 
     All frames of the stream that precede one must be given: its neighbours matter.
@@ -80,7 +80,7 @@ def deinterlaced(frames: Iterable[VideoFrame], stream: VideoStream, combed: str)
     for _, alike in groupby(frames, key=lambda frame: (frame.width, frame.height, frame.format.name)):
         graph: Graph | None = None
         for frame in alike:
-            graph = graph or _bwdif(frame, stream, "interlaced" if combed == "some" else "all")
+            graph = graph or _bwdif(frame, stream, "interlaced" if interlaced == FLAGGED else "all")
             yield from _pull(graph, stream, frame)
         if graph is not None:
             yield from _pull(graph, stream, None)
@@ -99,7 +99,7 @@ def to_pixels(frame: VideoFrame, look: Look, convert: VideoReformatter, keep_alp
         pixels = convert.reformat(frame, format="rgba", **size).to_ndarray()
     elif look.transparent:
         pixels = _on_white(convert.reformat(frame, format="rgba", **size).to_ndarray())
-    elif look.curve or look.primaries:
+    elif look.transfer or look.primaries:
         deep = convert.reformat(
             frame,
             format="rgb48le",
@@ -116,12 +116,10 @@ def to_pixels(frame: VideoFrame, look: Look, convert: VideoReformatter, keep_alp
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Stored pixels (H, W, C), turned and mirrored for display."""
-    if orientation > 4:
+    a, b, c, d = ORIENTATIONS[orientation]
+    if a == 0:
         pixels = pixels.swapaxes(0, 1)
-    mirrored, flipped = {1: (0, 0), 2: (1, 0), 3: (1, 1), 4: (0, 1), 5: (0, 0), 6: (1, 0), 7: (1, 1), 8: (0, 1)}[
-        orientation
-    ]
-    return pixels[:: -1 if flipped else 1, :: -1 if mirrored else 1]
+    return pixels[:: -1 if b + d < 0 else 1, :: -1 if a + c < 0 else 1]
 
 
 def _on_white(rgba: np.ndarray) -> np.ndarray:

@@ -36,8 +36,10 @@ class Packets:
     corrupt: list[int | None] = field(default_factory=list)  # times of those that were cut or lost
     is_cut: bool = False  # the last one was
     empty: int = 0  # these repeat a picture
-    is_ragged: bool = False  # pictures come before the first keyframe, in the file or when shown
-    is_closed: bool = True  # no frame is shown before the keyframe that precedes it, so that none needs an older group
+    starts_mid_group: bool = False  # pictures come before the first keyframe, in the file or when shown
+    has_closed_groups: bool = (
+        True  # no frame is shown before the keyframe that precedes it, so that none needs an older group
+    )
 
     @property
     def first_key(self) -> int | None:
@@ -56,8 +58,8 @@ class Packets:
         self.is_cut = is_cut
         if is_cut:
             self.corrupt.append(time)
-        self.is_closed &= time is not None and bool(self.keyframes) and time >= self.keyframes[-1]
-        self.is_ragged |= time is not None and (not self.keyframes or time < self.keyframes[0])
+        self.has_closed_groups &= time is not None and bool(self.keyframes) and time >= self.keyframes[-1]
+        self.starts_mid_group |= time is not None and (not self.keyframes or time < self.keyframes[0])
 
 
 @dataclass
@@ -128,7 +130,7 @@ class Stream:
     @property
     def missing(self) -> int:
         """How many frames at its start cannot be decoded: they need others that were cut off."""
-        return len(self.packets.times) - self.count if self.packets.is_ragged else 0
+        return len(self.packets.times) - self.count if self.packets.starts_mid_group else 0
 
 
 def read_stream(path: Path, video: Video, full: bool, listen: Listen, progress: Progress) -> Stream:
@@ -150,7 +152,7 @@ def read_stream(path: Path, video: Video, full: bool, listen: Listen, progress: 
             packets.add(packet, is_cut)
             if is_cut:
                 continue
-        is_leading = packets.is_ragged and not frames.have_reached(packets.first_key)
+        is_leading = packets.starts_mid_group and not frames.have_reached(packets.first_key)
         if not decodes_all and frames.first is not None and not is_leading:
             continue
         error = _decode(video, packet, frames, packets.first_key if is_leading else None)

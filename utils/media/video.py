@@ -34,14 +34,14 @@ _DECODERS_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 class Video:
     """An open container, its main video stream, and the decoder of that stream.
 
-    `primaries` and `curve` are the container's, by the numbers of ITU-T H.273: decoders forget them.
+    `primaries` and `transfer` are the container's, by the numbers of ITU-T H.273: decoders forget them.
     """
 
     container: InputContainer
     stream: VideoStream
     decoder: VideoCodecContext
     primaries: int
-    curve: int
+    transfer: int
 
     @property
     def is_intra_only(self) -> bool:
@@ -65,6 +65,7 @@ def open_video(path: Path, threads: int = 1, options: dict[str, str] | None = No
     waits for the thread: restore FFmpeg's own log first. For short windows one thread is as fast.
     """
     check_file(path)
+    is_open = False
     try:
         # Absolute, because FFmpeg takes what precedes a colon in a relative path for a protocol.
         with av.open(str(path.absolute()), options=(options or {}) | FFMPEG_OPTIONS) as container:
@@ -77,11 +78,11 @@ def open_video(path: Path, threads: int = 1, options: dict[str, str] | None = No
                     other.discard = Discard.all
             decoder = _decoder(stream)
             decoder.thread_count, decoder.thread_type = threads, "AUTO"
-            stated = stream.codec_context
+            stated, is_open = stream.codec_context, True
             yield Video(container, stream, decoder, stated.color_primaries, stated.color_trc)
     except av.FFmpegError as error:
-        reason = f"not a readable video: damaged, cut short, or {KNOWN} ({error.strerror})"
-        raise MediaError(path, reason) from error
+        kind = "damaged" if is_open else f"not a readable video: damaged, cut short, or {KNOWN}"
+        raise MediaError(path, f"{kind} ({error.strerror})") from error
 
 
 def _check_size(path: Path, stream: VideoStream) -> None:

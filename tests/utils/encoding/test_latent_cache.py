@@ -72,8 +72,8 @@ def test_pictures_that_earlier_versions_read_otherwise_have_names_of_their_own(t
     source = window.source
     mask = PairedFile(source.mask.path, replace(source.mask.info, mask=Coverage("opacity", 0.5, 0, 255)))
     others = [
-        *(replace(source, info=replace(source.info, look=look)) for look in (Look(combed="all"), Look(profiled=True))),
-        replace(source, info=replace(source.info, counted=True)),
+        *(replace(source, info=replace(source.info, look=look)) for look in (Look(interlaced="all"), Look(icc=True))),
+        replace(source, info=replace(source.info, renumbered=True)),
         replace(source, mask=mask),
     ]
     names = {cache(tmp_path).path(replace(window, source=other)) for other in (source, *others)}

@@ -8,7 +8,9 @@ import pytest
 
 from utils.common.errors import UserError
 from utils.media.description import (
+    ALL,
     ANIMATION,
+    FLAGGED,
     IMAGE,
     IMAGE_SUFFIXES,
     UNREAD_SUFFIXES,
@@ -29,11 +31,11 @@ FULL = MediaInfo(
     frames=4,
     fps=23.976,
     kind=ANIMATION,
-    look=Look(7, (90, 48), "hlg", "bt2020", "some", True, True),
+    look=Look(7, (90, 48), "hlg", "bt2020", FLAGGED, True, True),
     timeline=Timeline((-2, 3, 9), (-2, 9), Fraction(1001, 24000), True),
     notes=("HDR, tone-mapped", "deinterlaced"),
     is_whole=True,
-    counted=True,
+    renumbered=True,
     mask=Coverage("labels", 0.25, 0, 255),
     stamp=(1, 2, 3, 4),
 )
@@ -94,9 +96,9 @@ def test_pictures_that_are_shown_as_stored_or_turned_are_read_as_before():
         {"orientation": 5},
         {"orientation": 7},
         {"scaled": (85, 48)},
-        {"curve": "pq"},
+        {"transfer": "pq"},
         {"primaries": "p3"},
-        {"combed": "all"},
+        {"interlaced": ALL},
         {"transparent": True},
     ],
 )
@@ -107,10 +109,10 @@ def test_whatever_else_pictures_need_is_named(change):
 
 
 def test_new_numbers_of_frames_and_new_rules_for_masks_are_named():
-    assert replace(PLAIN, counted=True).reading == {"counted": True}
+    assert replace(PLAIN, renumbered=True).reading == {"renumbered": True}
     for rule, named in (("brightness", {}), ("opacity", {"mask": "opacity"}), ("labels", {"mask": "labels"})):
         assert replace(PLAIN, mask=Coverage(rule, 0.5, 0, 255)).reading == named
-    assert set(FULL.reading) == {*Look(7, (90, 48), "hlg", "bt2020", "some", True, True).changes, "counted", "mask"}
+    assert set(FULL.reading) == {*Look(7, (90, 48), "hlg", "bt2020", FLAGGED, True, True).changes, "renumbered", "mask"}
 
 
 def test_frames_are_shown_by_their_timestamps_and_without_them_by_the_rate():

@@ -145,7 +145,8 @@ def test_a_profile_also_counts_below_transparent_areas(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("codes", "look"), [((9, 16), Look(curve="pq", primaries="bt2020")), ((12, 18), Look(curve="hlg", primaries="p3"))]
+    ("codes", "look"),
+    [((9, 16), Look(transfer="pq", primaries="bt2020")), ((12, 18), Look(transfer="hlg", primaries="p3"))],
 )
 def test_an_hdr_png_or_avif_says_so_and_is_tone_mapped(tmp_path, codes, look):
     chunk = PngImagePlugin.PngInfo()
@@ -159,7 +160,7 @@ def test_an_hdr_png_or_avif_says_so_and_is_tone_mapped(tmp_path, codes, look):
     (tmp_path / "a.avif").write_bytes(data)
     for name in ("a.png", "a.avif"):
         assert probe_image(tmp_path / name).look == look
-    white = {"pq": 238, "hlg": 181}[look.curve]  # 203 cd/m2, and a code below the white of HLG
+    white = {"pq": 238, "hlg": 181}[look.transfer]  # 203 cd/m2, and a code below the white of HLG
     assert np.abs(read(tmp_path / "a.png").astype(int) - white).max() <= 2
 
 
@@ -397,3 +398,19 @@ def test_fractions_are_refused_not_shown_black(tmp_path):
     Image.fromarray(np.array([[0, 0.5, 1.0]], np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(MediaError, match="its values are fractions: save it with 8 or 16 bits"):
         probe_image(tmp_path / "a.tif")
+
+
+def test_whole_numbers_of_32_bits_may_hold_8(tmp_path):
+    for name, values, expected in (("a", [0, 100, 200], [0, 100, 200]), ("b", [0, 257, 65535], [0, 1, 255])):
+        Image.fromarray(np.array([values], np.int32)).save(tmp_path / f"{name}.tif")
+        assert read(tmp_path / f"{name}.tif")[0, :, 0].tolist() == expected
+
+
+def test_codes_of_hdr_are_those_of_the_file_not_of_texts_in_it(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("note", "cICP\x09\x10\x00\x01")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=text)
+    assert probe_image(tmp_path / "a.png").look == Look()
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.png", icc_profile=profile + b"cICP\x09\x10\x00\x01" * 20000)
+    assert probe_image(tmp_path / "b.png").look.transfer == ""

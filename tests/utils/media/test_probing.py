@@ -125,7 +125,7 @@ def test_a_file_cut_at_an_open_group_starts_with_the_frame_that_can_be_decoded(t
     muxer = {"use_editlist": "0"} if name.endswith("mp4") else {}
     path = joined([whole], tmp_path / name, 0, start, **muxer)
     info = probe(path, full=True)
-    assert info.frames == 24 and info.counted and info.timeline.times[0] in info.timeline.keyframes
+    assert info.frames == 24 and info.renumbered and info.timeline.times[0] in info.timeline.keyframes
     ends = "frame" if missing == 1 else "frames"
     assert info.notes == (f"without {missing} {ends} at its start that cannot be decoded",)
     assert numbers_of(read_pixels(path, range(24), info)) == list(range(12, 36))
@@ -139,7 +139,7 @@ def test_a_file_cut_within_a_group_starts_with_its_first_keyframe(tmp_path, suff
     path = joined([whole], tmp_path / f"cut.{suffix}", 0, 5)
     info = probe(path, full=True)
     numbers = numbers_of(read_pixels(path, range(info.frames), info))
-    assert numbers == list(range(numbers[0], 36)) and numbers[0] in (11, 12) and info.counted
+    assert numbers == list(range(numbers[0], 36)) and numbers[0] in (11, 12) and info.renumbered
     assert info.notes == (f"without {numbers[0] - 5} frames at its start that cannot be decoded",)
 
 

@@ -11,7 +11,7 @@ from av.codec.context import Flags
 from tests.clips import COLOURS, as_frame, colours_of, joined, number_of, numbered, numbers_of, turned, write_clip
 from tests.light import encoded
 from utils.media.decoding import read_pixels
-from utils.media.description import Look, MediaInfo
+from utils.media.description import FLAGGED, Look, MediaInfo
 from utils.media.probing import probe
 from utils.media.rendering import ORIENTATIONS, upright
 
@@ -131,7 +131,7 @@ HDR = {
 @pytest.mark.parametrize("name", HDR)
 def test_colours_of_hdr_and_wide_clips_come_back_by_value(tmp_path, name):
     codec, form, curve, span, more = HDR[name]
-    look = Look(curve=curve, primaries="bt2020")
+    look = Look(transfer=curve, primaries="bt2020")
     matrix = 0 if form.startswith("g") else 9
 
     def edit(context):
@@ -152,7 +152,7 @@ def test_what_hdr_needs_comes_before_stretching_and_turning(tmp_path):
         context.color_primaries, context.color_trc, context.colorspace = 9, 16, 9
         context.sample_aspect_ratio = Fraction(4, 3)
 
-    look = Look(curve="pq", primaries="bt2020")
+    look = Look(transfer="pq", primaries="bt2020")
     pictures = [encoded((numbered(number, 128, 96) / 255) ** 2.4, look) for number in range(3)]
     more = {"x265-params": "log-level=none:lossless=1"}
     write_clip(tmp_path / "a.mp4", "libx265", pictures, "yuv420p10le", matrix=9, edit=edit, **more)
@@ -252,7 +252,7 @@ def test_combed_frames_are_completed_and_keep_their_number_and_times(tmp_path, n
     woven, _ = fields()
     path = write_clip(tmp_path / name, codec, woven, form, **more)
     info, pixels = shown(path)
-    assert info.notes == ("deinterlaced",) and info.look.combed and not info.timeline.suits_decord
+    assert info.notes == ("deinterlaced",) and info.look.interlaced and not info.timeline.suits_decord
     with av.open(str(path)) as container:
         times = sorted(frame.pts for frame in container.decode(video=0))
     assert info.frames == 12 == len(pixels) and list(info.timeline.times) == times
@@ -277,7 +277,7 @@ def test_a_codec_that_marks_its_frames_itself_is_asked(tmp_path):
             target.mux(stream.encode(graph.pull()))
         target.mux(stream.encode())
     info, pixels = shown(tmp_path / "a.mkv")
-    assert info.look.combed == "some" and np.abs(pixels.astype(int) - np.stack(upper)).mean() < 2
+    assert info.look.interlaced == FLAGGED and np.abs(pixels.astype(int) - np.stack(upper)).mean() < 2
 
 
 def test_frames_that_are_not_combed_are_left_alone(tmp_path):

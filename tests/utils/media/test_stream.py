@@ -32,7 +32,7 @@ KEY, NEXT = Packet(10, is_keyframe=True), Packet(20)
 
 
 @pytest.mark.parametrize(
-    ("given", "is_ragged", "is_closed"),
+    ("given", "starts_mid_group", "has_closed_groups"),
     [
         ((KEY, NEXT), False, True),
         ((NEXT, KEY), True, False),  # the file starts in the middle of a group
@@ -41,9 +41,9 @@ KEY, NEXT = Packet(10, is_keyframe=True), Packet(20)
         ((KEY, Packet(None)), False, False),
     ],
 )
-def test_packets_tell_where_a_file_was_cut_and_whether_groups_are_closed(given, is_ragged, is_closed):
+def test_packets_tell_where_a_file_was_cut_and_whether_groups_are_closed(given, starts_mid_group, has_closed_groups):
     found = packets(*given)
-    assert (found.is_ragged, found.is_closed) == (is_ragged, is_closed)
+    assert (found.starts_mid_group, found.has_closed_groups) == (starts_mid_group, has_closed_groups)
 
 
 def test_hidden_packets_do_not_count_and_empty_ones_repeat_a_picture():

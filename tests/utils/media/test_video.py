@@ -230,13 +230,13 @@ def test_colours_of_the_container_are_kept_though_a_decoder_forgets_them(tmp_pat
     with open_video(path) as opened:
         frame = opened.decode(next(opened.packets()))[0]
         assert (frame.color_primaries, frame.color_trc) == (2, 2)
-        assert (opened.primaries, opened.curve) == (9, 18)
+        assert (opened.primaries, opened.transfer) == (9, 18)
 
 
 def test_what_ffmpeg_raises_inside_is_a_media_error_of_the_file(tmp_path):
     path = plain(tmp_path / "a.mp4")
     with (
-        pytest.raises(MediaError, match="not a readable video: damaged, cut short") as caught,
+        pytest.raises(MediaError, match=r"damaged \(Invalid data") as caught,
         open_video(path) as opened,
     ):
         opened.decoder.decode(packets_of(encode(tmp_path / "b.avi", "mpeg4"))[1])

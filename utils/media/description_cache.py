@@ -1,4 +1,4 @@
-"""Descriptions of media files on disk, by content: a file is decoded in full once, not at every start.
+"""DescriptionCache of media files on disk, by content: a file is decoded in full once, not at every start.
 
 <folder>/<hash of the content and of how it was read>.json
 """
@@ -19,23 +19,26 @@ Found = MediaInfo | MediaError
 VERSION = 1  # of what a description says of a file; another number makes all files to be read again
 
 
-class Descriptions:
+class DescriptionCache:
     """What was found in files, under `folder`; nothing is kept without one. Unreadable entries do not count."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def find(self, path: Path, digest: str, stamp: tuple[int, ...], full: bool, mask: bool) -> Found | None:
-        """What is known of a file with this content: with `full` after decoding it, else also without."""
+        """What is known of a file with this content: with `full` after decoding it, else also without.
+
+        Damage that is known counts without `full` too.
+        """
         if self.folder is None:
             return None
         try:
             entry = json.loads(_path(self.folder, path, digest, mask).read_text(encoding="utf-8"))
             if full and not entry["full"]:
                 return None
-            if entry["reason"] is None:
-                return replace(from_json(entry["info"]), stamp=stamp)
-            return MediaError(path, str(entry["reason"])) if full or not entry["full"] else None
+            if entry["reason"] is not None:
+                return MediaError(path, str(entry["reason"]))
+            return replace(from_json(entry["info"]), stamp=stamp)
         except (OSError, ValueError, KeyError, TypeError, RecursionError, ZeroDivisionError):
             return None
 

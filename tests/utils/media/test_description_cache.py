@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 
 from tests.utils.media.test_description import FULL
-from utils.media import descriptions
+from utils.media import description_cache
 from utils.media.description import MediaError
-from utils.media.descriptions import Descriptions
+from utils.media.description_cache import DescriptionCache
 
 CLIP, PICTURE, DIGEST, STAMP = Path("a.mp4"), Path("a.png"), "0" * 64, (5, 6, 7, 8)
 
 
 @pytest.fixture
 def known(tmp_path):
-    return Descriptions(tmp_path / "media")
+    return DescriptionCache(tmp_path / "media")
 
 
 def test_what_was_found_is_found_again_with_the_stamp_of_now(known):
@@ -37,9 +37,10 @@ def test_a_full_description_serves_a_fast_run_but_not_the_reverse(known):
     assert known.find(CLIP, DIGEST, STAMP, False, False) == known.find(CLIP, DIGEST, STAMP, True, False) == FULL
 
 
-def test_damage_that_only_a_full_decode_finds_is_no_reason_in_a_fast_run(known):
+def test_damage_that_is_known_is_a_reason_in_a_fast_run_too(known):
     known.keep(CLIP, DIGEST, MediaError(CLIP, "damaged"), True, False)
-    assert known.find(CLIP, DIGEST, STAMP, True, False) and known.find(CLIP, DIGEST, STAMP, False, False) is None
+    for full in (True, False):
+        assert str(known.find(CLIP, DIGEST, STAMP, full, False)) == f"{CLIP}: damaged"
 
 
 def test_another_content_another_way_of_reading_and_other_libraries_are_unknown(known, monkeypatch):
@@ -47,7 +48,7 @@ def test_another_content_another_way_of_reading_and_other_libraries_are_unknown(
     assert known.find(CLIP, "1" * 64, STAMP, True, False) is None
     assert known.find(CLIP, DIGEST, STAMP, True, True) is None, "as a mask"
     assert known.find(PICTURE, DIGEST, STAMP, True, False) is None, "by Pillow"
-    monkeypatch.setattr(descriptions, "VERSION", descriptions.VERSION + 1)
+    monkeypatch.setattr(description_cache, "VERSION", description_cache.VERSION + 1)
     assert known.find(CLIP, DIGEST, STAMP, True, False) is None
 
 
@@ -76,7 +77,7 @@ def test_nothing_is_kept_without_a_folder_or_where_nothing_can_be_written(tmp_pa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("x")
     for folder in (None, tmp_path / "file" / "media"):
-        known = Descriptions(folder)
+        known = DescriptionCache(folder)
         known.keep(CLIP, DIGEST, FULL, True, False)
         assert known.find(CLIP, DIGEST, STAMP, True, False) is None
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
