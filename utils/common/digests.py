@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from utils.common.errors import UserError
@@ -11,6 +12,7 @@ from utils.common.files import file_stamp, replacing
 
 LATENTS = "latents"  # the folder inside a cache folder that holds the latents and the index of digests
 DIGESTS = "digests.json"
+BLOCK = 2**22  # bytes that are read at a time
 
 Entry = tuple[tuple[int, ...], str]
 _HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -78,7 +80,11 @@ def _checked_entry(content: object) -> Entry | None:
     return None
 
 
-def hash_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes as 64 hex digits. Raises OSError."""
+def hash_file(path: Path, progress: Callable[[int], None] = lambda position: None) -> str:
+    """The SHA-256 of a file's bytes as 64 hex digits; `progress` is called with how many were read. Raises OSError."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(BLOCK):
+            digest.update(block)
+            progress(file.tell())
+    return digest.hexdigest()

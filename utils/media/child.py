@@ -5,8 +5,10 @@ For each line of input, a question in JSON, it writes lines of JSON: how far it 
 
 import json
 import os
+import queue
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -40,31 +42,48 @@ def inspect(path: Path, full: bool, mask: bool, threads: int, listen: Listen, pr
 
 def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    questions: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(questions, os.getppid()), daemon=True).start()
     with tempfile.TemporaryFile("a+b") as reports:
         # Decoders may print, but not among the answers. What FFmpeg reports as an error is read from the file.
         os.dup2(reports.fileno(), sys.stderr.fileno())
         os.dup2(reports.fileno(), sys.stdout.fileno())
         listen = _listen_to_ffmpeg(reports.fileno())
-        for line in sys.stdin:
+        while line := questions.get():
             print(json.dumps(_answer(json.loads(line), listen, answers)), file=answers, flush=True)
+
+
+def _receive(questions: "queue.SimpleQueue[str]", parent: int) -> None:
+    """Takes questions; at their end an empty one, or the end of this process where that of its parent has ended."""
+    for line in sys.stdin:
+        questions.put(line)
+    if os.getppid() != parent:
+        os._exit(1)
+    questions.put("")
 
 
 def _answer(question: dict[str, Any], listen: Listen, answers: TextIO) -> dict[str, Any]:
     """What a file holds, or why it cannot be used; `is_new` where that was not known of its content."""
     path, full, mask = Path(question["path"]), question["full"], question["mask"]
-    descriptions = DescriptionCache(question["cache"] and Path(question["cache"]))
+    cache = DescriptionCache(question["cache"] and Path(question["cache"]))
     answer: dict[str, Any] = {"stamp": (), "digest": None, "info": None, "reason": None, "is_new": True}
+    progress = _progress(answers)
     try:
         stamp = file_stamp(check_file(path))
-        digest = hash_file(path)
-        found = descriptions.find(path, digest, stamp, full, mask)
+        digest = hash_file(path, progress)
+        found = cache.find(path, digest, stamp, full, mask)
         answer |= {"stamp": stamp, "digest": digest, "is_new": found is None}
         if found is None:
-            found = _inspect(path, full, mask, question["threads"], listen, _progress(answers))
-            descriptions.keep(path, digest, found, full, mask)
+            listen()  # what was reported about another file
+            found = _inspect(path, full, mask, question["threads"], listen, progress)
+            if file_stamp(check_file(path)) != stamp:
+                return answer | {"digest": None, "reason": "it changed while it was read: start again"}
+            cache.keep(path, digest, found, full, mask)
     except (MediaError, OSError) as error:
         found = error if isinstance(error, MediaError) else MediaError(path, f"it cannot be read: {error.strerror}")
-    return answer | ({"reason": found.reason} if isinstance(found, MediaError) else {"info": to_json(found)})
+    if isinstance(found, MediaError):
+        return answer | {"reason": found.reason}
+    return answer | {"info": to_json(replace(found, digest=answer["digest"]))}
 
 
 def _inspect(
@@ -99,9 +118,9 @@ def _listen_to_ffmpeg(descriptor: int) -> Listen:
         if os.fstat(descriptor).st_size == read:
             return ""
         os.lseek(descriptor, read, os.SEEK_SET)  # writes go to the end wherever this is
-        text = os.read(descriptor, 2**16)
-        read += len(text)
-        return text.decode("utf-8", "replace")
+        parts = list(iter(lambda: os.read(descriptor, 2**16), b""))
+        read += sum(map(len, parts))
+        return b"".join(parts).decode("utf-8", "replace")
 
     return listen
 

@@ -6,6 +6,7 @@ Letters in shapes: `F` frames, `H` height, `W` width. Pixels are uint8.
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
@@ -14,13 +15,14 @@ import numpy as np
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
+from utils.common.digests import hash_file
 from utils.common.errors import UserError
 from utils.common.files import file_stamp
 from utils.media.description import VIDEO, MediaError, MediaInfo
 from utils.media.files import check_file
 from utils.media.images import read_images
 from utils.media.probing import probe
-from utils.media.rendering import deinterlaced, to_pixels
+from utils.media.rendering import deinterlaced, stored_size, to_pixels
 from utils.media.stream import time_of
 from utils.media.video import Video, open_video
 
@@ -31,19 +33,19 @@ MARGIN = 2  # seconds before a keyframe from which it is looked for in others
 def read_pixels(path: Path, indices: Sequence[int], info: MediaInfo | None = None, alpha: bool = False) -> np.ndarray:
     """Frames `indices` (strictly ascending) of a video, or (0,) of an image, as shown: uint8 RGB (F, H, W, 3).
 
-    `info` is the result of `probe` for this file, if the caller has it. With `alpha` the frames of a transparent video
-    are RGBA (F, H, W, 4), not blended. Raises `MediaError` for a file that cannot be read, that has no such frame, or
+    `info` is the result of `probe` for this file, if the caller has it. With `alpha` frames that are transparent are
+    RGBA (F, H, W, 4), not blended. Raises `MediaError` for a file that cannot be read, that has no such frame, or
     that now holds something else than `info` says, and ValueError for indices that are negative or not ascending.
     """
     indices = list(indices)
     if not indices or indices[0] < 0 or any(a >= b for a, b in zip(indices, indices[1:], strict=False)):
         raise ValueError(f"frame indices must be ascending and not negative, not {indices}")
-    info = _current_info(path, info)
-    if indices[-1] >= info.frames:
-        raise MediaError(path, f"frame {indices[-1]} was requested, but the last frame is {info.frames - 1}")
     try:
+        info = _current_info(path, info)
+        if indices[-1] >= info.frames:
+            raise MediaError(path, f"frame {indices[-1]} was requested, but the last frame is {info.frames - 1}")
         if info.kind != VIDEO:
-            return read_images(path, indices, info.look)
+            return read_images(path, indices, info.look, alpha)
         pixels = _read_with_decord(path, indices, info)
         return _read_with_pyav(path, indices, info, alpha) if pixels is None else pixels
     except UserError:
@@ -55,14 +57,27 @@ def read_pixels(path: Path, indices: Sequence[int], info: MediaInfo | None = Non
 
 
 def _current_info(path: Path, info: MediaInfo | None) -> MediaInfo:
-    """The description of a file, read again where the file is another one than was described."""
-    if info is not None and info.stamp and info.stamp == file_stamp(check_file(path)):
+    """The description of a file. Raises `MediaError` where the file is another one than was described."""
+    if info is None or not info.stamp:
+        return probe(path)
+    stamp = file_stamp(check_file(path))
+    if stamp == info.stamp:
         return info
-    now = probe(path)
-    if info is not None and info.stamp and (now.frames, now.look) != (info.frames, info.look):
+    if info.digest:  # a link or a backup changes the stamp too, but not the content
+        is_same = _digest(path, stamp) == info.digest
+    else:
+        now = probe(path)
+        is_same = (now.frames, now.look) == (info.frames, info.look)
+    if not is_same:
         was = f"{info.frames} frames of {info.width}x{info.height}"
         raise MediaError(path, f"it has changed since it was checked, and no longer holds {was}")
-    return now
+    return info
+
+
+@functools.lru_cache(maxsize=2**12)
+def _digest(path: Path, stamp: tuple[int, ...]) -> str:
+    """Of the file that has this stamp."""
+    return hash_file(path)
 
 
 def has_decord() -> bool:
@@ -126,6 +141,7 @@ def _decode(
     Decoding starts at the keyframe of that time; without one, at the start.
     """
     found, labels, convert = [], set(wanted), VideoReformatter()
+    size = info.look.scaled or stored_size(info)
     with open_video(path) as video:
         frames = _frames_from(video, keyframe, info)
         if info.look.interlaced:
@@ -133,7 +149,8 @@ def _decode(
         for number, frame in enumerate(frames):
             label = time_of(frame) if info.timeline.times else number
             if label in labels:
-                found.append(to_pixels(frame, info.look, convert, alpha and info.look.transparent))
+                look = info.look if (frame.width, frame.height) == size else replace(info.look, scaled=size)
+                found.append(to_pixels(frame, look, convert, alpha and info.look.transparent))
             if label is not None and label >= wanted[-1]:
                 break
     return found

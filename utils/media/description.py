@@ -3,9 +3,11 @@
 A description can be pickled, and travels as JSON from the process that made it and in the cache.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ UNREAD_SUFFIXES = frozenset(
 MIN_VIDEO_FRAMES = 5
 
 IMAGE, ANIMATION, VIDEO = "image", "animation", "video"
-HDR_NOTE = "HDR, tone-mapped"
+HDR_NOTE, WIDE_NOTE = "HDR, tone-mapped", "wide colours converted"
 FLAGGED, ALL = "flagged", "all"  # which frames are interlaced
 OPACITY, LABELS, COLOURS, BRIGHTNESS = "opacity", "labels", "colours", "brightness"  # by which a mask is read
 TURNED = (1, 3, 6, 8)  # orientations that are not mirrored
@@ -103,6 +105,7 @@ class Coverage:
     share: float
     least: int
     most: int
+    is_new: bool = False  # its values are other ones than in versions up to 0.2
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ class MediaInfo:
     `kind` is IMAGE, ANIMATION (several pictures in an image format) or VIDEO. `notes` say in a few words what is done
     to show it as players do, and what is not. `is_whole`: every frame has been decoded without an error.
     `renumbered`: the frames are numbered as they decode, where packets would number them in another way. `mask` is
-    there where the file was described as a mask. `stamp` is the `file_stamp` of the file that was read.
+    there where the file was described as a mask. `stamp` is the `file_stamp` of the file that was
+    read, and `digest` the SHA-256 of its content, if it was hashed.
     """
 
     width: int
@@ -127,6 +131,7 @@ class MediaInfo:
     renumbered: bool = False
     mask: Coverage | None = None
     stamp: tuple[int, ...] = field(default=(), compare=False)
+    digest: str = field(default="", compare=False)
 
     @property
     def is_image(self) -> bool:
@@ -162,17 +167,58 @@ def to_json(info: MediaInfo) -> dict[str, Any]:
 
 
 def from_json(values: Mapping[str, Any]) -> MediaInfo:
-    """The description that `to_json` gave. Raises KeyError, TypeError or ValueError for anything else."""
+    """The description that `to_json` gave.
+
+    Raises ValueError, or KeyError, TypeError or ArithmeticError, for one that no file can have.
+    """
     if set(values) != {part.name for part in fields(MediaInfo)}:
         raise KeyError("a field is missing or unknown")
     look, timeline = values["look"], values["timeline"]
-    scaled = look["scaled"] and tuple(map(int, look["scaled"]))
-    times, keyframes = (tuple(map(int, timeline[name])) for name in ("times", "keyframes"))
+    times, keyframes = (tuple(timeline[name]) for name in ("times", "keyframes"))
     whole = {
-        "look": Look(**{**look, "scaled": scaled}),
-        "timeline": Timeline(times, keyframes, Fraction(timeline["time_base"]), timeline["suits_decord"]),
-        "notes": tuple(map(str, values["notes"])),
+        "look": Look(**{**look, "scaled": look["scaled"] and tuple(look["scaled"])}),
+        "timeline": Timeline(times, keyframes, _fraction(timeline["time_base"]), timeline["suits_decord"]),
+        "notes": tuple(values["notes"]),
         "mask": values["mask"] and Coverage(**values["mask"]),
-        "stamp": tuple(map(int, values["stamp"])),
+        "stamp": tuple(values["stamp"]),
     }
-    return MediaInfo(**{**values, **whole})
+    info = MediaInfo(**{**values, **whole})
+    if not _is_possible(info):
+        raise ValueError("no file has such a description")
+    return info
+
+
+def _fraction(text: str) -> Fraction:
+    """A fraction written as two whole numbers; other notations could stand for numbers of any length."""
+    if not re.fullmatch(r"[0-9]{1,18}(/[0-9]{1,18})?", text):
+        raise ValueError("not a fraction")
+    return Fraction(text)
+
+
+def _is_possible(info: MediaInfo) -> bool:
+    """Whether all values have the types and bounds that those of files have."""
+    look, timeline, mask = info.look, info.timeline, info.mask
+    counts = [info.width, info.height, info.frames, *(look.scaled or ())]
+    texts = [*info.notes, info.digest]
+    switches = [look.transparent, look.icc, timeline.suits_decord, info.is_whole, info.renumbered]
+    return (
+        all(type(count) is int and 0 < count < 2**31 for count in counts)
+        and all(type(number) is int for number in (*timeline.times, *timeline.keyframes, *info.stamp))
+        and all(type(text) is str and text.isprintable() for text in texts)
+        and all(type(switch) is bool for switch in switches)
+        and (info.fps is None or (type(info.fps) is float and 0 < info.fps < 1e9))
+        and info.kind in (IMAGE, ANIMATION, VIDEO)
+        and look.orientation in range(1, 9)
+        and (look.scaled is None or len(look.scaled) == 2)
+        and look.transfer in ("", "pq", "hlg")
+        and look.primaries in ("", "bt2020", "p3")
+        and look.interlaced in ("", FLAGGED, ALL)
+        and len(timeline.times) in (0, info.frames)
+        and all(one < later for one, later in pairwise(timeline.times))
+        and (mask is None or _is_possible_mask(mask))
+    )
+
+
+def _is_possible_mask(mask: Coverage) -> bool:
+    is_known = mask.rule in (OPACITY, LABELS, COLOURS, BRIGHTNESS) and type(mask.is_new) is bool
+    return is_known and type(mask.share) is float and 0 <= mask.share <= 1 and 0 <= mask.least <= mask.most <= 255

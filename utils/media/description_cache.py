@@ -8,6 +8,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import av
 
@@ -16,7 +17,7 @@ from utils.media.description import MediaError, MediaInfo, from_json, to_json
 from utils.media.probing import is_image
 
 Found = MediaInfo | MediaError
-VERSION = 1  # of what a description says of a file; another number makes all files to be read again
+VERSION = 2  # of what a description says of a file; another number makes all files to be read again
 
 
 class DescriptionCache:
@@ -33,23 +34,27 @@ class DescriptionCache:
         if self.folder is None:
             return None
         try:
-            entry = json.loads(_path(self.folder, path, digest, mask).read_text(encoding="utf-8"))
+            file = _path(self.folder, path, digest, mask)
+            if not file.is_file():  # a pipe would be waited for
+                return None
+            entry = json.loads(file.read_text(encoding="utf-8"))
             if full and not entry["full"]:
                 return None
             if entry["reason"] is not None:
                 return MediaError(path, str(entry["reason"]))
-            return replace(from_json(entry["info"]), stamp=stamp)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, ZeroDivisionError):
+            return replace(from_json(entry["info"]), stamp=stamp, digest=digest)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
             return None
 
     def keep(self, path: Path, digest: str, found: Found, full: bool, mask: bool) -> None:
         """Remembers what was found. A folder that cannot be written only costs reading the file again."""
         if self.folder is None:
             return
-        reason, info = (
-            (found.reason, None) if isinstance(found, MediaError) else (None, to_json(replace(found, stamp=())))
-        )
-        entry = {"full": full, "reason": reason, "info": info}
+        entry: dict[str, Any] = {"full": full, "reason": None, "info": None}
+        if isinstance(found, MediaError):
+            entry["reason"] = found.reason
+        else:
+            entry["info"] = to_json(replace(found, stamp=(), digest=""))
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             with replacing(_path(self.folder, path, digest, mask)) as unfinished:

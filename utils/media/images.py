@@ -17,7 +17,17 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from utils.media.colour import HDR_TRANSFERS, WIDE_PRIMARIES, to_sdr
-from utils.media.description import ANIMATION, HDR_NOTE, IMAGE, MIN_VIDEO_FRAMES, Look, MediaError, MediaInfo, Timeline
+from utils.media.description import (
+    ANIMATION,
+    HDR_NOTE,
+    IMAGE,
+    MIN_VIDEO_FRAMES,
+    WIDE_NOTE,
+    Look,
+    MediaError,
+    MediaInfo,
+    Timeline,
+)
 from utils.media.files import check_file
 
 # Any of these may stand behind any suffix: a WebP named .jpg is common. Pillow knows more formats, but it starts
@@ -65,7 +75,9 @@ def probe_image(path: Path, progress: Callable[[int], None] = lambda position: N
         if image.mode == "F":
             raise MediaError(path, "its values are fractions: save it with 8 or 16 bits")
         shown, look = _shown(image), _look(path)
-        profile, notes = (None, (HDR_NOTE,)) if look.transfer else _profile(image)
+        profile, notes = _profile(image)
+        if look.transfer or look.primaries:  # what the format itself states comes before a profile
+            profile, notes = None, (HDR_NOTE if look.transfer else WIDE_NOTE,)
         look = replace(look, icc=profile is not None)
         if len(shown) < MIN_VIDEO_FRAMES:
             width, height = ImageOps.exif_transpose(image).size
@@ -85,16 +97,23 @@ def probe_image(path: Path, progress: Callable[[int], None] = lambda position: N
         return MediaInfo(*image.size, len(shown), fps, ANIMATION, look, timeline, notes, is_whole=True)
 
 
-def read_images(path: Path, indices: Sequence[int], look: Look) -> np.ndarray:
-    """Pictures `indices` of an animation, or (0,) of an image: uint8 (F, H, W, 3). Raises `MediaError`."""
+def read_images(path: Path, indices: Sequence[int], look: Look, alpha: bool = False) -> np.ndarray:
+    """Pictures `indices` of an animation, or (0,) of an image: uint8 (F, H, W, 3), with `alpha` RGBA (F, H, W, 4).
+
+    Raises `MediaError`.
+    """
     pictures = []
     with open_image(path) as image:
         shown, profile = _shown(image), _profile(image)[0] if look.icc else None
         for index in indices:
             image.seek(shown[index])
             picture = image if len(shown) >= MIN_VIDEO_FRAMES else ImageOps.exif_transpose(image)
+            if alpha:
+                pictures.append(np.array(picture.convert("RGBA")))
+                continue
             pixels = np.array(_to_rgb(picture, profile))
-            pictures.append(to_sdr(pixels.astype(np.uint16) * 257, look) if look.transfer else pixels)
+            is_wide = look.transfer or look.primaries
+            pictures.append(to_sdr(pixels.astype(np.uint16) * 257, look) if is_wide else pixels)
     return np.stack(pictures)
 
 
@@ -182,7 +201,7 @@ def _look(path: Path) -> Look:
         head = file.read(8)
         primaries, transfer = _png_codes(file) if head.startswith(b"\x89PNG") else _avif_codes(file, head)
     name = HDR_TRANSFERS.get(transfer, "")
-    return Look(transfer=name, primaries=WIDE_PRIMARIES.get(primaries, "bt2020") if name else "")
+    return Look(transfer=name, primaries=WIDE_PRIMARIES.get(primaries, "bt2020" if name else ""))
 
 
 def _png_codes(file: BinaryIO) -> tuple[int, int]:

@@ -32,6 +32,8 @@ FOLDER = "media"  # of descriptions, in a cache folder
 MAX_CHILDREN = 16
 BYTES_PER_CHILD = 2**20  # less does not justify another process
 LOOK_EVERY = 0.5  # seconds, at a child that is silent
+# What reading from a child raises that has crashed, or that answers with anything but an answer.
+NONSENSE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, psutil.Error)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class _Answer:
     digest: str | None = None
 
 
-def _understood(path: Path, answer: dict[str, Any]) -> _Answer:
+def _parse_answer(path: Path, answer: dict[str, Any]) -> _Answer:
     """What a child has answered. Raises KeyError, TypeError, ValueError or ArithmeticError for anything else."""
     reason, info = answer["reason"], answer["info"]
     found = from_json(info) if reason is None else MediaError(path, reason)
@@ -126,12 +128,15 @@ def _ask_children(questions: list[dict[str, Any]], patience: Patience) -> dict[P
             place.move(size)
             idle.put(child)
 
-    try:
-        with bar, ThreadPoolExecutor(count) as pool:
-            return dict(pool.map(ask, sorted(questions, key=lambda question: -sizes[question["path"]])))
-    finally:
-        for child in children:
-            child.end()
+    with bar, ThreadPoolExecutor(count) as pool:
+        ordered = sorted(questions, key=lambda question: -sizes[question["path"]])
+        answers = [pool.submit(ask, question) for question in ordered]
+        try:
+            return dict(answer.result() for answer in answers)
+        finally:  # also where the user interrupts it: no child is waited for
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in children:
+                child.end()
 
 
 def _size(path: str) -> int:
@@ -171,26 +176,21 @@ class Child:
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def ask(self, question: dict[str, Any], move: Callable[[int], None]) -> _Answer:
-        """The answer to a question; `move` is told how far into the file the child has come."""
-        path, process = Path(question["path"]), self._process or self._start()
+        """The answer to a question; `move` is called with how many bytes of the file it has read."""
+        path = Path(question["path"])
         try:
+            process = self._process or self._start()
             absolute = {"path": str(path.absolute())}  # a child has a working directory of its own
             print(json.dumps(question | absolute), file=process.stdin, flush=True)
             answer = self._wait(process, move)
-            if answer is not None and "gave up" not in answer:
-                return _understood(path, answer)
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            ArithmeticError,
-        ):  # it has crashed, or says what no child does
+            if answer is not None and "given up" not in answer:
+                return _parse_answer(path, answer)
+        except NONSENSE:
             answer = None
         self.end()
         if answer is None:
             return _Answer(MediaError(path, "reading it crashed: damaged, or not a video that can be decoded"))
-        return _Answer(MediaError(path, f"reading it was given up: {answer['gave up']}"))
+        return _Answer(MediaError(path, f"reading it was given up: {answer['given up']}"))
 
     def _wait(self, process: "subprocess.Popen[str]", move: Callable[[int], None]) -> dict[str, Any] | None:
         """The answer, or why it is no longer waited for; None if the child has ended."""
@@ -201,7 +201,7 @@ class Child:
             except queue.Empty:
                 reason = watch.gives_up()
                 if reason:
-                    return {"gave up": reason}
+                    return {"given up": reason}
                 continue
             if not line:
                 return None
@@ -220,14 +220,14 @@ class Child:
         return process
 
     def end(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
             self._reader.join()  # its last line was the last one of the child
-            for pipe in (self._process.stdin, self._process.stdout):
+            for pipe in (process.stdin, process.stdout):
                 with contextlib.suppress(OSError):  # what could not be written to a child that has crashed
                     pipe.close() if pipe else None
-            self._process = None
 
 
 def _forward(lines: Iterable[str], target: "queue.SimpleQueue[str]") -> None:
@@ -275,6 +275,8 @@ class _Watch:
         return times.user + times.system
 
     def _bytes_read(self) -> float:
-        """By any call of the system, where it counts them."""
-        counters = getattr(self._process, "io_counters", None)
-        return 0.0 if counters is None else getattr(counters(), "read_chars", 0)
+        """By any call of the system, where it counts them: on Linux, and on Windows."""
+        if not hasattr(self._process, "io_counters"):
+            return 0.0
+        counters = self._process.io_counters()
+        return getattr(counters, "read_chars", counters.read_bytes)

@@ -28,7 +28,7 @@ def measure_mask(path: Path, info: MediaInfo) -> Coverage:
     if info.is_image:
         values, opacity = read_raw(path)
         rule = _image_rule(values, opacity)
-        return _coverage(rule, _image_mask(values, opacity, rule))
+        return _coverage(rule, _image_mask(values, opacity, rule), read_pixels(path, (0,), info)[0, ..., 0])
     indices = sorted({round(place) for place in np.linspace(0, info.frames - 1, SAMPLED)})
     pixels = read_pixels(path, indices, info, alpha=True)
     if pixels[..., :3].max() <= BLACK and len(indices) < info.frames:  # what counts may be seen for a moment only
@@ -46,12 +46,13 @@ def _coverage_of_all(path: Path, info: MediaInfo) -> Coverage:
         sizes.append(len(pixels))
     seen = next((part for part in parts if part.most > BLACK), parts[0])
     share = sum(part.share * size for part, size in zip(parts, sizes, strict=True)) / info.frames
-    return Coverage(seen.rule, share, min(part.least for part in parts), max(part.most for part in parts))
+    least, most = min(part.least for part in parts), max(part.most for part in parts)
+    return Coverage(seen.rule, share, least, most, any(part.is_new for part in parts))
 
 
 def _coverage_of_video(pixels: np.ndarray) -> Coverage:
     rule = OPACITY if pixels.shape[-1] == 4 and np.ptp(pixels[..., 3]) > EQUAL else _colour_rule(pixels)
-    return _coverage(rule, _video_mask(pixels, rule))
+    return _coverage(rule, _video_mask(pixels, rule), pixels[..., 0])
 
 
 def read_mask(path: Path, indices: Sequence[int], info: MediaInfo) -> np.ndarray:
@@ -98,5 +99,7 @@ def _colour_rule(pixels: np.ndarray) -> str:
     return COLOURS if (colours.max(-1) - colours.min(-1)).max() > COLOURED else BRIGHTNESS
 
 
-def _coverage(rule: str, mask: np.ndarray) -> Coverage:
-    return Coverage(rule, float(mask.mean() / 255), int(mask.min()), int(mask.max()))
+def _coverage(rule: str, mask: np.ndarray, red: np.ndarray) -> Coverage:
+    """Of a mask; versions up to 0.2 took the `red` of what is shown."""
+    is_new = not np.array_equal(mask, red)
+    return Coverage(rule, float(mask.mean() / 255), int(mask.min()), int(mask.max()), is_new)

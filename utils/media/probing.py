@@ -21,6 +21,7 @@ from utils.media.description import (
     IMAGE_SUFFIXES,
     VIDEO,
     VIDEO_SUFFIXES,
+    WIDE_NOTE,
     Look,
     MediaError,
     MediaInfo,
@@ -95,7 +96,7 @@ def _probe_video(path: Path, full: bool, threads: int, listen: Listen, progress:
         suits_decord = _suits_decord(video, stream, look)
         timeline = Timeline(stream.times, stream.keyframes, video.stream.time_base or Fraction(0), suits_decord)
         rate = _frame_rate(video.stream.average_rate or video.stream.guessed_rate, timeline)
-        renumbered = _is_renumbered(video, stream)
+        renumbered = _is_renumbered(video, stream, look)
     _check_whole(path, stream.packets, promised)
     notes = tuple(_notes(look, stream, tilt))
     return MediaInfo(
@@ -131,13 +132,15 @@ def _look(stream: Stream, video: Video) -> tuple[Look, float]:
     return look, tilt
 
 
-def _is_renumbered(video: Video, stream: Stream) -> bool:
+def _is_renumbered(video: Video, stream: Stream, look: Look) -> bool:
     """Whether frames have other numbers than in versions up to 0.2.
 
-    These counted packets, of VP8 decoded frames, and read the wrong frames of H.264 in AVI.
+    These counted packets, of VP8 decoded frames, and read wrong frames of H.264 in AVI and with intra refresh.
     """
     codec = video.decoder.name
     if codec == "h264" and video.container.format.name == "avi":
+        return True
+    if _is_plain(video, stream, look) and stream.packets.is_refreshed:
         return True
     packets, times = stream.packets.times, stream.times
     before = tuple(sorted({time for time in packets if time is not None}))
@@ -146,8 +149,12 @@ def _is_renumbered(video: Video, stream: Stream) -> bool:
 
 
 def _suits_decord(video: Video, stream: Stream, look: Look) -> bool:
+    return _is_plain(video, stream, look) and not stream.packets.is_refreshed
+
+
+def _is_plain(video: Video, stream: Stream, look: Look) -> bool:
     container, codec = video.container.format.name, video.decoder
-    is_known = len(video.container.streams.video) == 1  # of several it may take another
+    is_known = len(video.container.streams.video) == 1  # of several decord may take another
     is_known &= any(name in container for name in DECORD_CONTAINERS) and codec.name in DECORD_CODECS
     is_known &= codec.pix_fmt in DECORD_PIXEL_FORMATS and look == Look()
     return is_known and stream.packets.has_closed_groups and bool(stream.times)
@@ -166,7 +173,7 @@ def _notes(look: Look, stream: Stream, tilt: float) -> Iterator[str]:
     if look.transfer:
         yield HDR_NOTE
     elif look.primaries:
-        yield "wide colours converted"
+        yield WIDE_NOTE
     if len(stream.frames.sizes) > 1:
         yield "frames of several sizes, scaled to that of the first"
     elif look.scaled:

@@ -17,7 +17,7 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from utils.media.colour import HDR_TRANSFERS, WIDE_PRIMARIES, to_sdr
-from utils.media.description import ALL, FLAGGED, Look
+from utils.media.description import ALL, FLAGGED, Look, MediaInfo
 from utils.media.video import Video
 
 # Rows of a display matrix without its translation, as (a, b, c, d): x' = a x + c y, y' = b x + d y, with y downwards.
@@ -72,6 +72,11 @@ def shown_size(frame: VideoFrame, look: Look) -> tuple[int, int]:
     return (width, height) if ORIENTATIONS[look.orientation][0] else (height, width)
 
 
+def stored_size(info: MediaInfo) -> tuple[int, int]:
+    """Width and height in pixels of the frames before they are turned for display."""
+    return (info.width, info.height) if ORIENTATIONS[info.look.orientation][0] else (info.height, info.width)
+
+
 def deinterlaced(frames: Iterable[VideoFrame], stream: VideoStream, interlaced: str) -> Iterator[VideoFrame]:
     """The same number of frames at the same times, with both fields of each completed by bwdif.
 
@@ -93,25 +98,35 @@ def to_pixels(frame: VideoFrame, look: Look, convert: VideoReformatter, keep_alp
     """
     width, height = look.scaled or (frame.width, frame.height)
     size = {"width": width, "height": height, "threads": 1}
-    if look.scaled:
+    if (width, height) != (frame.width, frame.height):
         size["interpolation"] = EXACT
     if keep_alpha:
         pixels = convert.reformat(frame, format="rgba", **size).to_ndarray()
+    elif look.transfer or look.primaries:
+        pixels = _to_sdr(frame, look, convert, size)
     elif look.transparent:
         pixels = _on_white(convert.reformat(frame, format="rgba", **size).to_ndarray())
-    elif look.transfer or look.primaries:
-        deep = convert.reformat(
-            frame,
-            format="rgb48le",
-            src_colorspace=_matrix(frame, look),
-            dst_colorspace=_matrix(frame, look),
-            dst_color_range=ColorRange.JPEG,
-            **(size | {"interpolation": EXACT}),
-        )
-        pixels = to_sdr(deep.to_ndarray(), look)
     else:
         pixels = convert.reformat(frame, format="rgb24", **size).to_ndarray()
     return upright(pixels, look.orientation)
+
+
+def _to_sdr(frame: VideoFrame, look: Look, convert: VideoReformatter, size: dict[str, Any]) -> np.ndarray:
+    """BT.709 of HDR and wide colours, on white where they are transparent: uint8 (H, W, 3)."""
+    matrix = _matrix(frame, look)
+    deep = convert.reformat(
+        frame,
+        format="rgba64le" if look.transparent else "rgb48le",
+        src_colorspace=matrix,
+        dst_colorspace=matrix,
+        dst_color_range=ColorRange.JPEG,
+        **(size | {"interpolation": EXACT}),
+    ).to_ndarray()
+    colours = to_sdr(deep[..., :3], look)
+    if not look.transparent:
+        return colours
+    opacity = np.rint(deep[..., 3:] / 257).astype(np.uint8)
+    return _on_white(np.concatenate([colours, opacity], axis=-1))
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

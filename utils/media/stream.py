@@ -8,7 +8,7 @@ from pathlib import Path
 
 import av
 from av.packet import Packet
-from av.video.frame import VideoFrame
+from av.video.frame import PictureType, VideoFrame
 
 from utils.media.combing import Combing
 from utils.media.description import MediaError
@@ -16,6 +16,7 @@ from utils.media.video import Video
 
 # Their packets hold one picture each. Others hide pictures, repeat them, or put several in a packet.
 PLAIN_CODECS = frozenset({"h264", "hevc", "vp9", "av1", "libdav1d", "mjpeg", "prores", "dnxhd", "ffv1"})
+REFRESHED = ("h264", "hevc")  # whose encoders can renew pictures bit by bit instead of all at once
 ENDED = "ended prematurely"  # FFmpeg's words for a file without its end
 # What FFmpeg reports as an error though no picture changes.
 HARMLESS = (
@@ -34,6 +35,7 @@ class Packets:
     times: list[int | None] = field(default_factory=list)
     keyframes: list[int] = field(default_factory=list)
     corrupt: list[int | None] = field(default_factory=list)  # times of those that were cut or lost
+    is_refreshed: bool = False  # some keyframes are not coded alone: pictures are renewed bit by bit
     is_cut: bool = False  # the last one was
     empty: int = 0  # these repeat a picture
     starts_mid_group: bool = False  # pictures come before the first keyframe, in the file or when shown
@@ -68,6 +70,7 @@ class Frames:
 
     times: list[int | None] = field(default_factory=list)
     keyframes: set[int | None] = field(default_factory=set)
+    intra: set[int | None] = field(default_factory=set)  # those that are coded without others
     flagged: int = 0  # of two fields, by the decoder
     combing: Combing = field(default_factory=Combing)
     sizes: set[tuple[int, int]] = field(default_factory=set)
@@ -78,6 +81,8 @@ class Frames:
         self.times.append(time_of(frame))
         if frame.key_frame:
             self.keyframes.add(time_of(frame))
+        if frame.pict_type == PictureType.I:
+            self.intra.add(time_of(frame))
         self.flagged += frame.interlaced_frame
         self.combing.add(frame)
         self.sizes.add((frame.width, frame.height))
@@ -167,6 +172,9 @@ def read_stream(path: Path, video: Video, full: bool, listen: Listen, progress: 
     if decodes_all and len(packets.keyframes) == len(packets.times) and not video.is_intra_only:
         # Containers without a list of keyframes take all pictures for such.
         packets.keyframes = [time for time in packets.keyframes if time in frames.keyframes]
+    if decodes_all and video.decoder.name in REFRESHED:
+        packets.is_refreshed = not frames.intra.issuperset(packets.keyframes)
+        packets.keyframes = [time for time in packets.keyframes if time in frames.intra]
     return Stream(packets, frames, frames.first, decodes_all, ends_early)
 
 

@@ -1,11 +1,15 @@
 """The program of a child, started as it is in a run, and its parts."""
 
+import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 
+import psutil
 import pytest
 
 from tests.clips import damaged, write_clip
@@ -95,3 +99,35 @@ def test_what_decoders_print_is_not_taken_for_an_answer(tmp_path):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, input=asked, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=60, check=True)
     assert isinstance(from_json(json.loads(done.stdout)["info"]), MediaInfo) and done.stderr == ""
+
+
+def test_reports_are_read_to_their_end_and_not_counted_against_the_next_file(tmp_path):
+    with tempfile.TemporaryFile("a+b") as reports:
+        listen = child._listen_to_ffmpeg(reports.fileno())
+        written = "".join(f"[h264 @ 0x1] error {number}\n" for number in range(20_000))
+        os.write(reports.fileno(), written.encode())
+        assert listen() == written and listen() == ""
+
+
+def test_a_file_that_changes_while_it_is_read_is_neither_described_nor_remembered(tmp_path, monkeypatch):
+    clip, other = video(tmp_path / "a.mp4"), video(tmp_path / "b.mp4", frames=13)
+
+    def replaced(*inspected):
+        found = inspect(*inspected)
+        other.replace(clip)
+        return found
+
+    monkeypatch.setattr(child, "inspect", replaced)
+    answer = child._answer(question(clip, cache=str(tmp_path / "media")), lambda: "", io.StringIO())
+    assert answer["reason"] == "it changed while it was read: start again" and answer["digest"] is None
+    assert not (tmp_path / "media").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
+def test_a_child_ends_with_its_parent(tmp_path):
+    code = f"import subprocess, sys, os; p = subprocess.Popen({list(COMMAND)!r}, cwd={str(ROOT)!r}, "
+    code += "stdin=subprocess.PIPE, stdout=subprocess.PIPE); print(p.pid, flush=True); os._exit(0)"
+    pid = int(subprocess.run((sys.executable, "-c", code), capture_output=True, check=True).stdout)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.wait_procs([psutil.Process(pid)], timeout=20)
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

@@ -1,5 +1,6 @@
 """Every file is made here, small and odd on purpose."""
 
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.clips import check_every_way_of_reading, number_of, numbers_of, write_clip
+from tests.clips import check_every_way_of_reading, joined, number_of, numbers_of, write_clip
 from tests.media import CODECS, OTHER_CLIPS, decode_all, encode, moving, remux
 from utils.media import decoding
 from utils.media.decoding import read_pixels
-from utils.media.description import MediaError, Timeline
+from utils.media.description import MediaError, MediaInfo, Timeline
 from utils.media.frames import read_frames, write_video
+from utils.media.inspection import Inspector
 from utils.media.probing import probe
 from utils.media.video import Video
 
@@ -200,3 +202,44 @@ def test_decord_is_never_asked_about_a_file_that_pyav_has_refused(tmp_path, monk
     monkeypatch.setattr(decoding, "_decord", lambda: pytest.fail("decord was asked"))
     with pytest.raises(MediaError, match="none of MP4"):
         read_frames(tmp_path / "a.mp4", (0,), info)
+
+
+def checked(path: Path) -> MediaInfo:
+    return Inspector().inspect([path])[path]
+
+
+def test_a_file_with_another_stamp_is_read_if_its_content_is_the_same(tmp_path):
+    path = write_clip(tmp_path / "a.mp4")
+    info, before = checked(path), read_pixels(path, (3, 9))
+    os.link(path, tmp_path / "another_name.mp4")
+    os.utime(path, (1, 1))
+    assert np.array_equal(read_pixels(path, (3, 9), info), before)
+
+
+def test_a_file_that_was_replaced_by_one_like_it_is_not_read(tmp_path):
+    path = write_clip(tmp_path / "a.mp4")
+    info = checked(path)
+    write_clip(path, crf="40")
+    assert (probe(path).frames, probe(path).look) == (info.frames, info.look)
+    with pytest.raises(MediaError, match="it has changed since it was checked"):
+        read_pixels(path, (3,), info)
+
+
+def test_intra_refresh_is_not_left_to_decord_which_starts_at_pictures_that_need_others(tmp_path):
+    refreshed = write_clip(tmp_path / "a.mp4", **{"x264-params": "intra-refresh=1:keyint=8:bframes=0"})
+    info = checked(refreshed)
+    assert not info.timeline.suits_decord and info.renumbered
+    whole = read_pixels(refreshed, range(24), info)
+    for number in (9, 14, 20):
+        assert np.array_equal(read_pixels(refreshed, (number,), info)[0], whole[number])
+    plain = checked(write_clip(tmp_path / "b.mp4"))
+    assert plain.timeline.suits_decord and not plain.renumbered
+
+
+def test_a_size_that_changes_later_is_scaled_also_where_only_the_first_frames_were_decoded(tmp_path):
+    parts = [write_clip(tmp_path / "b.webm", "libvpx"), write_clip(tmp_path / "c.webm", "libvpx", size=(96, 72))]
+    path = joined(parts, tmp_path / "a.webm", 1500)
+    info = probe(path, full=True)
+    unseen = replace(info, look=replace(info.look, scaled=None))  # as where the change comes behind what was decoded
+    assert info.look.scaled == (64, 48)
+    assert np.array_equal(read_pixels(path, (0, 47), unseen), read_pixels(path, (0, 47), info))

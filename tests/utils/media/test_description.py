@@ -32,12 +32,13 @@ FULL = MediaInfo(
     fps=23.976,
     kind=ANIMATION,
     look=Look(7, (90, 48), "hlg", "bt2020", FLAGGED, True, True),
-    timeline=Timeline((-2, 3, 9), (-2, 9), Fraction(1001, 24000), True),
+    timeline=Timeline((-2, 3, 9, 11), (-2, 9), Fraction(1001, 24000), True),
     notes=("HDR, tone-mapped", "deinterlaced"),
     is_whole=True,
     renumbered=True,
-    mask=Coverage("labels", 0.25, 0, 255),
+    mask=Coverage("labels", 0.25, 0, 255, True),
     stamp=(1, 2, 3, 4),
+    digest="0" * 64,
 )
 
 
@@ -74,10 +75,42 @@ def test_other_json_values_are_an_error_that_a_reader_expects(path, wrong):
         from_json(values)
 
 
-def test_a_stamp_does_not_make_descriptions_unequal_but_every_other_field_does():
-    assert replace(FULL, stamp=(9,)) == FULL
+IMPOSSIBLE = [
+    *(((name,), value) for name in ("width", "height", "frames") for value in ("x", [], 0, -1, 1.5, True, 1e400)),
+    *((("fps",), value) for value in ("x", 0.0, -1.0, 1e400, True)),
+    *((("kind",), value) for value in ("film", None, 1)),
+    *((("look", "orientation"), value) for value in (0, 9, 99, "1", None)),
+    *((("look", "scaled"), value) for value in ([64], [64, 0], [1, 2, 3], "xy")),
+    *((("look", name), "other") for name in ("transfer", "primaries", "interlaced")),
+    (("look", "transparent"), 1),
+    *(
+        (("timeline", "times"), value)
+        for value in ([0, 0, 1, 2], [0, 1], [0, 1, 2, 1e400], [0, 1, 2, "3"], [3, 2, 1, 0])
+    ),
+    *((("timeline", "time_base"), value) for value in ("1e1000000000", "1/0", "-1/2", "9" * 5000, "x")),
+    *((("mask", "rule"), value) for value in ("other", None)),
+    *((("mask", "share"), value) for value in (2.0, -1.0, "x")),
+    (("mask", "most"), 256),
+    (("notes",), ["a line\nbreak"]),
+    (("notes",), [1]),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), IMPOSSIBLE, ids=str)
+def test_what_no_file_can_have_is_no_description(path, value):
+    values = json.loads(json.dumps(to_json(FULL)))
+    target = values
+    for name in path[:-1]:
+        target = target[name]
+    target[path[-1]] = value
+    with pytest.raises((KeyError, TypeError, ValueError, ArithmeticError)):
+        from_json(values)
+
+
+def test_a_stamp_and_a_digest_do_not_make_descriptions_unequal_but_every_other_field_does():
+    assert replace(FULL, stamp=(9,), digest="") == FULL
     for field in fields(MediaInfo):
-        if field.name != "stamp":
+        if field.name not in ("stamp", "digest"):
             assert replace(FULL, **{field.name: "other"}) != FULL, field.name
 
 

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -294,6 +296,18 @@ def test_descriptions_travel_whole(monkeypatch, stub):
     monkeypatch.setitem(ANSWER, "info", to_json(info))
     child(monkeypatch, "answer()")
     assert inspect_one(stub("a.mp4")) == info
+
+
+def test_an_interruption_waits_for_no_child(tmp_path, monkeypatch):
+    child(monkeypatch, "time.sleep(60)")
+    paths = [image(tmp_path / f"{number}.png") for number in range(4)]
+    monkeypatch.setattr(inspection, "BYTES_PER_CHILD", 1)
+    before = set(psutil.Process().children())
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Inspector().inspect(paths)
+    assert time.monotonic() - begun < 5 and set(psutil.Process().children()) <= before
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The one rule of masks, by value, for pictures and videos."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,8 @@ def test_the_right_half_counts_whatever_way_it_is_drawn(tmp_path, name):
     made, rule = PICTURES[name]
     made.save(tmp_path / "a.png")
     info = described(tmp_path / "a.png")
-    assert measure_mask(tmp_path / "a.png", info) == Coverage(rule, 0.5, 0, 255)
+    # Versions up to 0.2 read grey masks in the same way, and no others.
+    assert measure_mask(tmp_path / "a.png", info) == Coverage(rule, 0.5, 0, 255, is_new=rule != BRIGHTNESS)
     mask = read_mask(tmp_path / "a.png", (0,), info)
     assert mask.dtype == np.uint8 and np.array_equal(mask, HALF[None])
 
@@ -150,7 +152,7 @@ def test_a_video_that_seems_black_is_measured_in_parts_that_fit_into_memory(tmp_
     monkeypatch.setattr(
         masks, "read_pixels", lambda path, *more, **how: most.append(len(more[0])) or read(path, *more, **how)
     )
-    assert measure_mask(path, info) == Coverage(COLOURS, pytest.approx(0.5 / 40), 0, 255)
+    assert measure_mask(path, info) == Coverage(COLOURS, pytest.approx(0.5 / 40), 0, 255, is_new=True)
     assert max(most[1:]) == step and sum(most[1:]) == 40
     blank = write_clip(tmp_path / "b.mkv", "ffv1", [picture * 0 for picture in pictures], "bgr0")
     assert measure_mask(blank, described(blank)) == Coverage(BRIGHTNESS, 0.0, 0, 0)
@@ -163,3 +165,20 @@ def test_the_rule_that_was_found_at_first_is_kept_for_all_frames(tmp_path):
     info = Inspector().inspect([path], masks=[path])[path]
     assert info.mask.rule == OPACITY and (read_mask(path, (3,), info) == 255).all()
     assert (read_mask(path, (3,), Inspector().inspect([path])[path]) == 255).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "gif"])
+@pytest.mark.parametrize("colour", [0, 255])
+def test_an_animated_cut_out_is_read_by_its_opacity(tmp_path, suffix, colour):
+    pictures = []
+    for number in range(6):
+        shape = np.zeros((48, 64, 4), np.uint8)
+        shape[10:40, 8 + number : 40 + number] = (colour, colour, colour, 255)
+        pictures.append(Image.fromarray(shape))
+    path = tmp_path / f"a.{suffix}"
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=60, loop=0, disposal=2, lossless=True)
+    info = described(path)
+    coverage = measure_mask(path, info)
+    assert coverage.rule == OPACITY and coverage.share == pytest.approx(30 * 32 / (48 * 64), abs=0.01)
+    mask = read_mask(path, (3,), replace(info, mask=coverage))[0]
+    assert mask[20, 12:42].min() == 255 and mask[20, :10].max() == 0 and mask[:9].max() == 0

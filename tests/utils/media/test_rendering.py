@@ -125,6 +125,7 @@ HDR = {
     "wide_sdr.mkv": ("ffv1", "yuv420p10le", "", 1, {}),
     "unstated_matrix.mkv": ("ffv1", "yuv444p12le", "pq", 1, {}),
     "container_only.mov": ("prores_ks", "yuv422p10le", "hlg", 1, {}),
+    "opaque.mkv": ("ffv1", "yuva444p10le", "pq", 1, {}),
 }
 
 
@@ -141,7 +142,7 @@ def test_colours_of_hdr_and_wide_clips_come_back_by_value(tmp_path, name):
     pictures = [encoded((numbered(number, 128, 96) / 255) ** 2.4, look) for number in range(3)]
     path = write_clip(tmp_path / name, codec, pictures, form, matrix=matrix, span=span, edit=edit, **more)
     info, pixels = shown(path)
-    assert info.look == look and not info.timeline.suits_decord
+    assert info.look == replace(look, transparent=form.startswith("yuva")) and not info.timeline.suits_decord
     assert info.notes == ("HDR, tone-mapped" if curve else "wide colours converted",)
     assert numbers_of(pixels) == [0, 1, 2]
     assert np.abs(colours_of(pixels[1]) - COLOURS).max() < (13 if form == "yuv420p" else 9)
