@@ -1,4 +1,4 @@
-"""From HDR and wide colours to BT.709, by arithmetic of our own: the same on every machine and for every decoder.
+"""From HDR and wide colours to BT.709, by arithmetic that is the same on every machine and for every decoder.
 
 Light is linear and relative to SDR white, which is 1. Letters in shapes: `H` height, `W` width.
 

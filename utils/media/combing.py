@@ -1,4 +1,4 @@
-"""Whether frames that nobody calls interlaced are of two fields each, by their pixels. Imports no torch.
+"""Whether frames that are not declared interlaced are of two fields each, by their pixels. Imports no torch.
 
 In such a frame what moves has another place in every other row: rows differ from both of their neighbours, which are
 alike. Fine stripes look so too, but not only where something moves.

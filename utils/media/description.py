@@ -1,4 +1,4 @@
-"""What a media file holds: found once by reading it, then handed on to whoever plans with it or reads its pictures.
+"""What a media file holds: found once by reading it, then handed on to planning and decoding.
 
 A description can be pickled, and travels as JSON from the process that made it and in the cache.
 """
@@ -18,7 +18,7 @@ IMAGE_SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .di
 # Read by FFmpeg.
 VIDEO_SUFFIXES = frozenset(
     ".mp4 .m4v .mov .qt .3gp .3g2 .mkv .webm .avi .divx .ts .mts .m2ts .m2t .mpg .mpeg .mpe .m2p .m2v .m1v .vob"
-    " .mod .tod .wmv .asf .flv .f4v .ogv .ogg .ogm .mxf .dv".split()
+    " .mod .tod .wmv .asf .flv .f4v .ogv .ogm .mxf .dv".split()
 )
 # Known, but no decoder of ours reads them: they are listed, so that nobody believes they were trained on.
 UNREAD_SUFFIXES = frozenset(

@@ -254,7 +254,7 @@ class _Watch:
         self._busy_cpu, self._busy_at = self._cpu, time.monotonic()
 
     def gives_up(self) -> str:
-        """Why it is no longer waited for; nothing as long as it is."""
+        """Why waiting for it has no point; nothing while it has."""
         try:
             read, cpu = self._bytes_read(), self._cpu_time()
         except psutil.Error:  # it has ended: its last line says so

@@ -1,6 +1,7 @@
 """What players show: turned, stretched, on white, without combs, in one size, by value."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import av
