@@ -3,7 +3,7 @@
     clip.txt beside clip.mp4
     captions/clip.txt                               in a folder beside the media or beside their folder
     captions.txt                                    a line per media file, in natural order or with its name in front
-    metadata.jsonl, metadata.json, metadata.csv     rows of a file name and a text
+    metadata.jsonl, metadata.json, metadata.csv     rows of a file name and a text; also captions.csv
     the file name itself                            only with `--captions filename`
 
 Names in NFC and NFD are the same. A name in another letter case is found too, where nothing has the exact one.
@@ -17,20 +17,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.common.formatting import counted
-from utils.data.caption_files import UnusableError, is_unicode, is_visible, read_rows, read_text, split_lines
+from utils.data.caption_files import UnusableError, is_unicode, is_visible, not_utf8, read_rows, read_text, split_lines
 from utils.data.caption_list import LISTING, read_listing
 from utils.data.names import differs_in_case, same_name
 
 CAPTION_SOURCES = ("files", "filename")
-METADATA = ("metadata.jsonl", "metadata.json", "metadata.csv")
+METADATA = ("metadata.jsonl", "metadata.json", "metadata.csv", "captions.csv")
 FOLDER = "captions"
+# How names of text files begin that people put beside clips, and that are no captions.
+ABOUT = ("readme", "license", "licence", "changelog", "requirements", "credits")
 
 
 @dataclass
 class Captions:
     """`texts` by media file; `problems` by media file without a usable caption; `file_problems` of caption files.
 
-    The media files in `missing` have no caption at all; they are among the problems too. `notes` are sentences about
+    The media files in `missing` have no caption at all; they are among the problems too. `file_problems` may be the
+    cause: if there are any, the problems of `missing` refer to the first of these files. `notes` are sentences about
     what was understood, but may be a mistake.
     """
 
@@ -89,7 +92,7 @@ def find_orphans(
 
     `media` are those below `folder` that need captions. Hidden files and folders and the folders `exclude` are skipped.
     With a `dataset` above `folder` its captions folder is looked through too; it may also serve the dataset's other
-    parts, and what is named like a file of these is no orphan.
+    parts, and what is named like a file of these is no orphan. Nor is a README, a license or the like.
     """
     folders = _Folders([])
     top = dataset or folder
@@ -112,7 +115,11 @@ def find_orphans(
         for name, files in folders.texts(place).items():
             if name not in others:
                 found += [file for file in files if file not in used and not file.name.startswith(".")]
-    return sorted(file for file in found if same_name(file.name) != LISTING)
+    return sorted(file for file in found if same_name(file.name) != LISTING and not _is_about(file))
+
+
+def _is_about(file: Path) -> bool:
+    return same_name(file.name).startswith(ABOUT)
 
 
 def _stems_elsewhere(captions: Path, folder: Path, skipped: set[Path], folders: "_Folders") -> set[str]:
@@ -145,7 +152,9 @@ def _choose(path: Path, candidates: list[_Candidate], found: Captions) -> None:
         return
     if not candidates:
         found.missing.add(path)
-        found.problems[path] = f"it has no caption: write one to {path.stem}.txt beside it"
+        faulty = [file.name for file, _ in found.file_problems]
+        advice = f"see {faulty[0]}" if faulty else f"write one to {path.stem}.txt beside it"
+        found.problems[path] = f"it has no caption: {advice}"
         return
     texts = tuple(filter(is_visible, candidates[0].texts))
     if texts:
@@ -213,7 +222,7 @@ class _Folders:
         except NotADirectoryError:
             return False
         except OSError as error:  # a link to nowhere, no permission
-            self.problems.append((place, f"cannot be read: {error.strerror}"))
+            self.problems.append((place, f"it cannot be read: {error.strerror}"))
             return False
         return True
 
@@ -277,7 +286,8 @@ def _in_rows(
                     path, other_case = found
                     yield path, _Candidate(file, row.texts, row.name, other_case)
                 elif file.parent == places[0] or not names.is_file(file.parent, row.name):
-                    reason = f"row {row.number} names {row.name}, which is not a media file of this folder"
+                    cause = "" if is_unicode(row.name) else f"; it {not_utf8(file)}"
+                    reason = f"{row.place} names {row.name}, which is not a media file of this folder{cause}"
                     folders.problems.append((file, reason))
         except UnusableError as error:
             folders.problems.append((file, str(error)))

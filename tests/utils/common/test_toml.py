@@ -57,10 +57,34 @@ def test_a_path_with_an_apostrophe_has_one_spelling(tmp_path):
     assert last == 'in double quotes a backslash begins an escape: write "C:/Users/O\'Hara"'
 
 
-@pytest.mark.parametrize("text", ["a = ", 'a = "b\\tc" d', "a = 'C:\\x' d", "[[a]", 100_000 * "[", f"a = {5000 * '1'}"])
+@pytest.mark.parametrize(
+    "text",
+    ["a = ", 'a = "b\\tc" d', "a = 'C:\\x' d", "a = 1/2", "a = b # c/d", "[[a]", 100_000 * "[", f"a = {5000 * '1'}"],
+)
 def test_other_mistakes_get_no_advice_about_paths(tmp_path, text):
     (line,) = message(tmp_path, text)
     assert line.startswith("a.toml is not a valid TOML file: ")
+
+
+@pytest.mark.parametrize(
+    ("line", "typed"),
+    [
+        (r"path = C:\clips", r"C:\clips"),
+        (r"path = C:\my clips # mine", r"C:\my clips"),
+        ("  path = C:/clips", "C:/clips"),
+        ("path = /clips/fox", "/clips/fox"),
+        ("path = ~/clips", "~/clips"),
+        (r"path = \\server\share", r"\\server\share"),
+        (r"path = 2024\clips", r"2024\clips"),
+        (r"files = ['a', C:\b, c]", r"C:\b"),
+    ],
+)
+def test_a_path_without_quotes_is_answered_with_the_right_spellings(tmp_path, line, typed):
+    first, *rest = message(tmp_path, f"seed = 1\n{line}\nrank = 4")
+    assert first.startswith("a.toml is not a valid TOML file: ")
+    slashes = typed.replace("\\", "/")
+    remedy = f"a path needs quotes: write '{typed}' in single quotes, or \"{slashes}\""
+    assert rest == [f"line 2: {line.strip()}", remedy]
 
 
 def test_text_that_is_not_utf_8_is_reported(tmp_path):
@@ -74,5 +98,7 @@ def test_a_path_with_control_characters_is_reported_with_its_line(tmp_path):
         with pytest.raises(UserError) as caught:
             check_paths(["fine", values[name]], name, file)
         assert str(caught.value).splitlines()[1] == line
+        meanings = {"path": r"\t and \n mean a tab and a line break", "other": r"\b means a backspace"}
+        assert str(caught.value).splitlines()[0] == f"{file}: {name}: in double quotes {meanings[name]}"
     for fine in ("D:\\train", "D:/train", "caf\u00e9", 3, ["a", "b"], ""):
         check_paths(fine, "path", file)

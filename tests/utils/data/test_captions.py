@@ -39,6 +39,7 @@ LAYOUTS = {
     "jsonl": {"metadata.jsonl": '{"file_name": "b.mp4", "text": "hare"}\n\n{"video": "./a.mp4", "prompt": "fox"}\n'},
     "json": {"metadata.json": '[{"file_path": "a.mp4", "text": "fox"}, {"file_path": "b.mp4", "caption": ["hare"]}]'},
     "csv": {"metadata.csv": 'video,prompt\na.mp4,fox\nb.mp4,"hare"\n'},
+    "another csv": {"Captions.CSV": "filename;text\na.mp4;fox\nb.mp4;hare\n"},
     "each its own": {"a.txt": "fox", "metadata.csv": "file_name,text\nb.mp4,hare\n"},
     "the same twice": {"a.txt": "fox", "b.txt": "hare", "captions.txt": "fox\nhare"},
 }
@@ -111,7 +112,7 @@ def test_captions_beside_the_training_folder_are_found_too(folder):
     assert found.texts == {paths[0]: ("fox",), paths[1]: ("hare",)}
     assert found.file_problems == [
         (folder / "captions.txt", "move it into train/: it must be beside the files that it lists"),
-        (folder / "metadata.csv", "row 3 names x.mp4, which is not a media file of this folder"),
+        (folder / "metadata.csv", "line 4 names x.mp4, which is not a media file of this folder"),
     ]
 
 
@@ -138,22 +139,26 @@ def test_captions_that_are_empty_unreadable_or_contradictory_are_reported(folder
     [
         ("metadata.jsonl", '{"video": "a.mp4"', "it is not valid JSONL"),
         ("metadata.json", '{"a.mp4": "fox"}', "it is not a list of rows"),
-        ("metadata.json", '[{"video": "a.mp4"}]', "row 1 needs a file name (one of file_path, file_name, video)"),
+        (
+            "metadata.json",
+            '[{"video": "a.mp4"}]',
+            "row 1 needs a file name (one of file_path, file_name, video, filename)",
+        ),
         ("metadata.json", '["a.mp4"]', "row 1 needs a file name"),
-        ("metadata.csv", "name,words\na.mp4,fox\n", "row 1 needs a file name"),
-        ("metadata.csv", "video,text\nb.mp4,fox\n", "row 1 names b.mp4, which is not a media file of this folder"),
-        ("metadata.csv", "video,text\n../outside.mp4,fox\n", "row 1 names ../outside.mp4, which is not a media file"),
-        ("metadata.csv", f"video,text\n{5000 * 'a'},fox\n", "row 1 names aaaaa"),
+        ("metadata.csv", "name,words\na.mp4,fox\n", "line 1, the header, has no column for file names"),
+        ("metadata.csv", "video,text\nb.mp4,fox\n", "line 2 names b.mp4, which is not a media file of this folder"),
+        ("metadata.csv", "video,text\n../outside.mp4,fox\n", "line 2 names ../outside.mp4, which is not a media file"),
+        ("metadata.csv", f"video,text\n{5000 * 'a'},fox\n", "line 2 names aaaaa"),
         (
             "metadata.json",
             '[{"video": "a\\u0000.mp4", "text": "fox"}]',
             "row 1 names a\0.mp4, which is not a media file",
         ),
         ("metadata.json", '[{"video": "a.mp4", "text": "fox \\ud83d"}]', "row 1 is not valid Unicode"),
-        ("metadata.jsonl", '{"video": "\\ud83d.mp4", "text": "fox"}', "row 1 is not valid Unicode"),
+        ("metadata.jsonl", '{"video": "\\ud83d.mp4", "text": "fox"}', "line 1 is not valid Unicode"),
         ("metadata.json", 100_000 * "[", "it is not valid JSON"),
         ("metadata.json", f"[{5000 * '1'}]", "it is not valid JSON"),
-        ("metadata.jsonl", b"\xff\xfe\x00", "is not UTF-8 text"),
+        ("metadata.jsonl", b"\xff\xfe\x00", "it is not UTF-8 text"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -272,7 +277,9 @@ def test_links_in_a_circle_and_to_nowhere_are_problems_and_end_nothing(folder):
         folder / "a.mp4": f"its caption a.txt {circle}",
         folder / "b.mp4": "its caption b.txt cannot be read: No such file or directory",
     }
-    assert found.file_problems == [(folder / name, circle) for name in ("captions", "captions.txt", "metadata.csv")]
+    assert found.file_problems == [
+        (folder / name, f"it {circle}") for name in ("captions", "captions.txt", "metadata.csv")
+    ]
 
 
 def test_a_caption_of_invisible_characters_is_empty_wherever_it_is(folder):
@@ -337,3 +344,36 @@ def test_media_without_any_caption_are_told_from_those_with_a_bad_one(folder):
     write(folder, {"empty.txt": "", "fox.txt": "a fox", "latin.txt": "f\u00fcr".encode("latin-1")})
     found = find_captions(folder, paths)
     assert found.missing == {folder / "mute.mp4"} and len(found.problems) == 3
+
+
+def test_clips_without_captions_refer_to_the_first_file_that_has_a_problem(folder):
+    paths = media(folder, "a.mp4", "b.mp4", "empty.mp4")
+    write(folder, {"empty.txt": "", "metadata.csv": b"video,text\na.mp4,caf\xe9\n"})
+    empty = {folder / "empty.mp4": "its caption in empty.txt is empty: write one"}
+    for name, content in {"metadata.csv": b"video,text\na.mp4,caf\xe9\n", "captions.txt": "one line"}.items():
+        write(folder, {name: content})
+        found = find_captions(folder, paths)
+        assert found.problems == empty | dict.fromkeys(paths[:2], f"it has no caption: see {name}")
+        assert found.missing == set(paths[:2])
+    write(folder, {"metadata.csv": "video,text\ngone.mp4,fox\na.mp4,a fox\n"})
+    (folder / "captions.txt").unlink()
+    found = find_captions(folder, paths)
+    assert found.problems == empty | {folder / "b.mp4": "it has no caption: see metadata.csv"}
+
+
+def test_an_unknown_name_that_is_not_utf_8_says_so(folder):
+    write(folder, {"captions.csv": b"video,text\ncaf\xe9.mp4,fox\n"})
+    ((_, reason),) = find_captions(folder, media(folder, "caf\u00e9.mp4")).file_problems
+    unknown = "line 2 names caf\udce9.mp4, which is not a media file of this folder"
+    assert reason == f"{unknown}; it is not UTF-8: save it as UTF-8 (in Excel: CSV UTF-8)"
+
+
+@pytest.mark.parametrize(
+    "name", ["README.txt", "readme_first.TXT", "LICENSE.txt", "Licence-MIT.txt", "CHANGELOG.txt", "requirements.txt"]
+)
+def test_files_about_a_folder_are_no_orphans_but_may_be_captions(folder, name):
+    paths = media(folder, "clip.mp4")
+    write(folder, {name: "text", "Credits.txt": "text", "my_readme.txt": "text"})
+    assert find_orphans(folder, paths) == [folder / "my_readme.txt"]
+    paths += media(folder, f"{Path(name).stem}.mp4")
+    assert find_captions(folder, paths).texts == {paths[1]: ("text",)}
