@@ -326,7 +326,7 @@ def test_a_path_of_windows_that_became_another_one_is_refused(tmp_path, name):
     with pytest.raises(UserError) as caught:
         parse_options(Placed, flags)
     assert str(caught.value).splitlines() == [
-        f"{flags[1]}: {name} has a control character, which no path has",
+        f"{flags[1]}: {name}: in double quotes \\t and \\n mean a tab and a line break",
         f'line 2: {name} = "C:\\tmp\\new"',
         "in double quotes a backslash begins an escape: write 'C:\\tmp\\new' in single quotes, or \"C:/tmp/new\"",
     ]
