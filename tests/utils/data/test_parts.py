@@ -82,6 +82,7 @@ def test_media_beside_the_training_folder_are_counted(tmp_path):
         (("val",), ".", ["the files in val/ are held out for validation"]),
         (("val",), "train", []),
         (("notes.txt",), ".", []),
+        (("val/notes.txt",), ".", []),
     ],
 )
 def test_where_media_lie_is_said_of_a_part_that_holds_none(tmp_path, names, empty, expected):
