@@ -16,10 +16,11 @@ from utils.common.formatting import counted, one_line
 from utils.data.buckets import round_up_frames
 from utils.data.folders import FULL, DatasetOptions, Folder, Rules
 from utils.data.notices import Notice, format_notices
-from utils.data.parts import notices_of, split_folders
+from utils.data.parts import Parts, media_elsewhere, notices_of, split_folders
 from utils.data.plan import Batching, Limits, Plan, Window, full_length_windows
-from utils.data.scan import Problem, Source, survey
+from utils.data.scan import Problem, Scan, Source, survey
 from utils.data.tables import format_buckets, format_clips
+from utils.data.walking import NoMediaError
 from utils.media.inspection import Inspector
 from wan.configs.grid import Grid
 
@@ -81,7 +82,7 @@ def open_dataset(
     The caches' default folder is in the first folder.
 
     Raises UserError with a list of the files that cannot be used, each with its reason; with `skip_bad_files` they are
-    printed instead. Also raises it if no clip is left, or if one frame exceeds the token limit.
+    printed instead. Also raises it if a part holds no media, no clip is left, or one frame exceeds the token limit.
     """
     _say_rounded_frames(folders, limits.grid)
     cache = cache_folder or folders[0].path / ".wan_cache"
@@ -91,12 +92,13 @@ def open_dataset(
     problems: list[Problem] = []
     notices: list[Notice] = []
     notes: list[str] = []
+    used = _other_folders(folders)
     for folder in folders:
         parts = split_folders(folder.path)
-        notices += notices_of(parts, _other_folders(folders))
-        for path, exclude, kept in ((parts.train, parts.not_trained, train), (parts.held_out, [], val)):
+        notices += notices_of(parts, used)
+        for path, kept in ((parts.train, train), (parts.held_out, val)):
             if path is not None:
-                found = survey(Folder(path, folder.rules), model_fps, exclude, folder.path, inspector)
+                found = _survey(parts, Folder(path, folder.rules), model_fps, used, inspector)
                 kept += found.sources
                 problems += found.problems
                 notices += found.notices
@@ -118,6 +120,16 @@ def open_dataset(
     return Dataset(train, val, windows, cache)
 
 
+def _survey(parts: Parts, part: Folder, model_fps: float, used: Sequence[Path], inspector: Inspector) -> Scan:
+    """What one of the parts holds. Raises UserError if that is nothing, and says where else media lie."""
+    exclude = parts.not_trained if part.path == parts.train else []
+    try:
+        return survey(part, model_fps, exclude, parts.dataset, inspector)
+    except NoMediaError as error:
+        lines = media_elsewhere(parts, part.path, used) if error.folder == part.path else []
+        raise UserError("\n".join([str(error), *lines])) from None
+
+
 def _other_folders(folders: Sequence[Folder]) -> list[Path]:
     """All folders that a run reads: its datasets, and those of controls and masks."""
     rules = [folder.rules for folder in folders]
@@ -127,9 +139,9 @@ def _other_folders(folders: Sequence[Folder]) -> list[Path]:
 
 def _say_cost(inspector: Inspector) -> None:
     """Says what decoding every frame took, if anyone could have noticed it."""
-    if inspector.full and inspector.seconds >= NOTICED:
+    if inspector.decoded and inspector.seconds >= NOTICED:
         videos = counted(inspector.decoded, "video")
-        say(f"decoded {videos} to the end in {inspector.seconds:.1f} s, once; --decode_check fast leaves it out\n")
+        say(f"decoded every frame of {videos} in {inspector.seconds:.1f} s (--decode_check fast does not)\n")
 
 
 def _say_rounded_frames(folders: Sequence[Folder], grid: Grid) -> None:

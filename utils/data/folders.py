@@ -38,10 +38,9 @@ class DatasetOptions:
     skip_bad_files: bool = option(
         False, "train without the files that cannot be used, instead of stopping", affects_training=False
     )
-
     decode_check: str = option(
         FULL,
-        "full: decode every video to its end once, so that damage is found before a run; fast: trust their packets",
+        "full: decode every video to its end once, so that damage is found before a run; fast: trust the file's index",
         choices=(FULL, FAST),
         affects_training=False,
     )
@@ -99,7 +98,11 @@ class Rules:
     control_folder: Path | None = option(
         None, "folder of control files, named like their clips", requires="control_lora"
     )
-    load_mask: bool = option(False, "weight the loss by clip_mask.mp4 or .png: white is 1, black is --mask_floor")
+    load_mask: bool = option(
+        False,
+        "weight the loss by clip_mask.mp4 or .png: white, opaque or labelled parts count 1, the rest --mask_floor"
+        " (see docs/formats.md)",
+    )
     mask_suffix: str = option("_mask", "what a mask file's name adds to the clip's")
     mask_folder: Path | None = option(None, "folder of mask files, named like their clips")
     load_first_frame: bool = option(

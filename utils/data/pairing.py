@@ -107,13 +107,18 @@ class Matches:
             expected = f"{clip.stem}.* in {folder}" if folder else f"{clip.stem}{suffix}.*"
             return [] if self.pairing.is_optional else [f"it has no {name} named {expected}"]
         if len(others) > 1:
-            names = " and ".join(other.name for other in others)
+            names = " and ".join(map(self._called, others))
             return [f"it has several {name}s, {names}: keep one"]
         (other,) = others
         rivals = [rival for rival in self.clips[other] if rival.stem != clip.stem]
         if rivals:
-            return [f"its {name} {other.name} may belong to {rivals[0].name} too: give each clip its own"]
-        return [f"its {name} {other.name}{reason}" for reason in self._misfits(clip, other, media)]
+            return [f"its {name} {self._called(other)} may belong to {rivals[0].name} too: give each clip its own"]
+        return [f"its {name} {self._called(other)}{reason}" for reason in self._misfits(clip, other, media)]
+
+    def _called(self, other: Path) -> str:
+        """The name of a file beside its clip; the path in a folder of controls or masks, where names may repeat."""
+        folder = self.pairing.folder
+        return other.relative_to(folder).as_posix() if folder else other.name
 
     def _misfits(self, clip: Path, other: Path, media: Media) -> list[str]:
         own, info = media.infos.get(clip), media.infos.get(other)
@@ -135,6 +140,13 @@ def find_pairings(rules: Rules) -> list[Pairing]:
     """What a folder's clips must have: controls and masks, as far as the rules ask for them."""
     pairings = [Pairing(CONTROL, rules.control_suffix, rules.control_folder)] if rules.reads_control else []
     return pairings + ([Pairing(MASK, rules.mask_suffix, rules.mask_folder)] if rules.reads_mask else [])
+
+
+def find_unasked(rules: Rules) -> list[Pairing]:
+    """Controls and masks that may lie beside their clips, and which the rules do not ask for."""
+    pairings = [] if rules.load_control else [Pairing(CONTROL, rules.control_suffix, is_optional=True)]
+    pairings += [] if rules.load_mask else [Pairing(MASK, rules.mask_suffix, is_optional=True)]
+    return [pairing for pairing in pairings if pairing.suffix]
 
 
 def match_start_pictures(clips: Sequence[Path], media: Media) -> Matches:

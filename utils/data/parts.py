@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.common.formatting import counted, one_line
 from utils.data.names import same_name
-from utils.data.notices import Kind, Notice
+from utils.data.notices import Kind, Notice, format_notices
 from utils.data.walking import find_files
 
 TRAINING, VALIDATION = "train", ("val", "validation", "eval", "test")
 
-_BESIDE = Kind("file", f"not used, as what is beside {TRAINING}/ never is")
+_BESIDE = Kind("file", f"not used, as only {TRAINING}/ is")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def split_folders(dataset: Path) -> Parts:
     """Finds `train` and the first of `VALIDATION`, in any letter case where nothing has the exact name."""
     try:
         names = sorted(os.listdir(dataset))
-    except OSError:  # whoever scans the folder says so
+    except OSError:  # reported where the folder is scanned
         names = []
     folders = [dataset / name for name in names if os.path.isdir(dataset / name)]
     train, *others = _named(folders, (TRAINING,)) or [dataset]
@@ -52,11 +53,31 @@ def notices_of(parts: Parts, used: Sequence[Path] = ()) -> list[Notice]:
         if path != parts.dataset and path.name not in names:
             role = next(name for name in names if same_name(path.name) == name)
             found.append(Notice(Kind("folder", f"used as {role}/"), path, f"{path.name}/"))
+    found += _unused(parts)
+    return found + [Notice(_BESIDE, path, path.relative_to(parts.dataset).as_posix()) for path in _beside(parts, used)]
+
+
+def media_elsewhere(parts: Parts, empty: Path, used: Sequence[Path] = ()) -> list[str]:
+    """Lines that say where media of a dataset lie, one of whose parts is `empty`. `used` are other folders."""
+    lines = []
+    beside = _beside(parts, used) if empty == parts.train else []
+    if beside:
+        lie, them = ("lies", "it") if len(beside) == 1 else ("lie", "them")
+        example, place = one_line(beside[0].relative_to(parts.dataset).as_posix()), f"{parts.train.name}/"
+        found = f"{counted(len(beside), 'file')} {lie} beside {place}, such as {example}"
+        lines.append(f"{found}: move {them} in, or remove {place}")
+    if empty == parts.dataset and parts.held_out and find_files(parts.held_out).media:
+        lines.append(f"the files in {parts.held_out.name}/ are held out for validation")
+    return lines + format_notices(_unused(parts))
+
+
+def _unused(parts: Parts) -> list[Notice]:
+    found = []
     for path in parts.unused:
         chosen = parts.train if same_name(path.name) == TRAINING else parts.held_out
         outcome = f"not used, as {chosen.name if chosen else TRAINING}/ is"
         found.append(Notice(Kind("folder", outcome), path, f"{path.name}/"))
-    return found + [Notice(_BESIDE, path, path.relative_to(parts.dataset).as_posix()) for path in _beside(parts, used)]
+    return found
 
 
 def _beside(parts: Parts, used: Sequence[Path]) -> list[Path]:

@@ -6,16 +6,26 @@ an image format may hold a picture or an animation.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from utils.common.console import say
-from utils.data.captions import find_captions, find_orphans
+from utils.data.captions import Captions, find_captions, find_orphans
 from utils.data.folders import Folder, Rules
 from utils.data.notices import Kind, Notice, format_notices
-from utils.data.pairing import CONTROL, MASK, START, Matches, Media, Pairing, find_pairings, match_start_pictures
+from utils.data.pairing import (
+    CONTROL,
+    MASK,
+    START,
+    Matches,
+    Media,
+    Pairing,
+    find_pairings,
+    find_unasked,
+    match_start_pictures,
+)
 from utils.data.walking import CONVERT, require_files
 from utils.media.description import MIN_VIDEO_FRAMES, MediaError, MediaInfo
 from utils.media.frame_rate import frames_at_rate, frames_within
@@ -23,7 +33,6 @@ from utils.media.inspection import Inspector
 from utils.media.masks import BLACK
 
 _UNREAD = Kind("file", f"not read, as no decoder here knows the format: {CONVERT}")
-_UNUSED = Kind(START, "not used: see --load_first_frame")
 _ORPHAN = Kind("caption file", "not used, as no clip has this name")
 
 
@@ -70,10 +79,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a file cannot be used."""
+    """Why a file cannot be used. `folder` is the part of a dataset where it was found, or whose clip needs it."""
 
     path: Path
     reason: str
+    folder: Path | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -113,40 +123,19 @@ def survey(
     """Every media file below the folder, as a source or as one or more problems, and notices of what is not used.
 
     `dataset` is the folder that this one is a part of: captions may lie there. Hidden files, hidden folders and the
-    folders `exclude` are skipped. Raises `UserError` if the folder is missing or holds no media; a bad file is a
-    problem, never an exception. Start pictures that the rules do not use are neither.
+    folders `exclude` are skipped. Raises `UserError` if the folder is missing, `NoMediaError` if it holds no media; a
+    bad file is a problem, never an exception. Controls, masks and start pictures that the rules do not use are neither.
     """
     rules = folder.rules
     skipped = [*exclude, *(path for path in (rules.control_folder, rules.mask_folder) if path)]
     files = _find_files(folder, skipped)
     media = _inspect(files, inspector or Inspector())
-    starts = match_start_pictures(files.clips, media)
-    unused = set() if rules.reads_first else _without_captions(folder, files.clips, set(starts.clips), dataset)
-    apart = set(starts.clips) if rules.reads_first else unused
-    clips = [path for path in files.clips if path not in apart]
-    matches = [pairing.match(clips, paths) for pairing, paths in files.others.items()]
-    matches += [starts] if rules.reads_first else []
-    captions = find_captions(folder.path, clips, rules.captions, rules.caption_per_line, dataset)
-
-    sources, problems = [], [Problem(path, reason) for path, reason in captions.file_problems]
-    problems += [Problem(path, fault) for path, fault in files.faults.items() if path not in files.media]
-    twins = _find_twins(clips)
-    for path in clips:
-        reasons = [found[path] for found in (captions.problems, media.unusable, twins) if path in found]
-        reasons += [reason for match in matches for reason in match.problems(path, media)]
-        if not reasons:
-            try:
-                sources.append(_source(folder, path, captions.texts[path], media, matches, model_fps))
-            except ValueError as error:
-                reasons = [str(error)]
-        problems += [Problem(path, reason) for reason in reasons]
-    for match in matches:
-        others = match.unmatched(files.others.get(match.pairing, []))
-        problems += [Problem(path, f"there is no clip for this {match.pairing.name}") for path in others]
-
+    pairs = _pair(folder, files, media, dataset)
+    captions = find_captions(folder.path, pairs.clips, rules.captions, rules.caption_per_line, dataset)
+    sources, problems = _judge(folder, model_fps, files, media, pairs, captions)
     orphans = [] if rules.captions == "filename" else find_orphans(folder.path, files.named, skipped, dataset)
-    kinds = {_UNREAD: files.unread, _UNUSED: sorted(unused), _ORPHAN: orphans}
-    return Scan(sources, problems, _notices(kinds, matches, dataset or folder.path), captions.notes)
+    kinds = {_UNREAD: files.unread, **pairs.unused, _ORPHAN: orphans}
+    return Scan(sources, problems, _notices(kinds, pairs.matches, dataset or folder.path), captions.notes)
 
 
 @dataclass(frozen=True)
@@ -201,12 +190,67 @@ def _inspect(files: _Files, inspector: Inspector) -> Media:
     return media
 
 
-def _without_captions(folder: Folder, clips: list[Path], pictures: set[Path], dataset: Path | None) -> set[Path]:
-    """Those of the start pictures that have no caption of their own: one that has is a clip."""
-    if not pictures:
-        return set()
+@dataclass(frozen=True)
+class _Pairs:
+    """The `clips` in path order, what belongs to them, and what is named like that but not used, by its kind."""
+
+    clips: list[Path]
+    matches: list[Matches]
+    unused: dict[Kind, list[Path]]
+
+
+def _pair(folder: Folder, files: _Files, media: Media, dataset: Path | None) -> _Pairs:
+    starts = match_start_pictures(files.clips, media)
+    asked, unasked = ([starts], []) if folder.rules.reads_first else ([], [starts])
+    unasked += [pairing.match(files.clips, pairing.named(files.clips)) for pairing in find_unasked(folder.rules)]
+    unused = _find_unused(folder, files.clips, unasked, dataset)
+    apart = {path for paths in (*unused.values(), *(match.clips for match in asked)) for path in paths}
+    clips = [path for path in files.clips if path not in apart]
+    return _Pairs(clips, [pairing.match(clips, paths) for pairing, paths in files.others.items()] + asked, unused)
+
+
+def _find_unused(
+    folder: Folder, clips: list[Path], unasked: Sequence[Matches], dataset: Path | None
+) -> dict[Kind, list[Path]]:
+    """What is named like something that the rules do not ask for, and has no caption: what has one is a clip."""
+    if not any(match.clips for match in unasked):
+        return {}
     captions = find_captions(folder.path, clips, per_line=folder.rules.caption_per_line, dataset=dataset)
-    return pictures & captions.missing
+    return {
+        Kind(match.pairing.name, _why_unused(folder.rules, match.pairing.name)): sorted(
+            captions.missing & {*match.clips}
+        )
+        for match in unasked
+    }
+
+
+def _why_unused(rules: Rules, name: str) -> str:
+    folders = {CONTROL: rules.control_folder, MASK: rules.mask_folder}
+    if folders.get(name):
+        return f"not used, as --{name}_folder is given"
+    return f"not used: see --load_{'first_frame' if name == START else name}"
+
+
+def _judge(
+    folder: Folder, model_fps: float, files: _Files, media: Media, pairs: _Pairs, captions: Captions
+) -> tuple[list[Source], list[Problem]]:
+    """A source of each clip that nothing is wrong with, and whatever is wrong with clips and other files."""
+    sources, faults = [], list(captions.file_problems)
+    faults += [(path, fault) for path, fault in files.faults.items() if path not in files.media]
+    twins = _find_twins(pairs.clips)
+    for path in pairs.clips:
+        reasons = [found[path] for found in (captions.problems, media.unusable, twins) if path in found]
+        reasons += [reason for match in pairs.matches for reason in match.problems(path, media)]
+        if not reasons:
+            try:
+                sources.append(_source(folder, path, captions.texts[path], media, pairs.matches, model_fps))
+            except ValueError as error:
+                reasons = [str(error)]
+        faults += [(path, reason) for reason in reasons]
+    for match in pairs.matches:
+        others = match.unmatched(files.others.get(match.pairing, []))
+        faults += [(path, f"there is no clip for this {match.pairing.name}") for path in others]
+    return sources, [Problem(path, reason, folder.path) for path, reason in faults]
 
 
 def _find_twins(clips: Sequence[Path]) -> dict[Path, str]:
@@ -217,15 +261,14 @@ def _find_twins(clips: Sequence[Path]) -> dict[Path, str]:
 
 
 def _notices(kinds: dict[Kind, list[Path]], matches: Sequence[Matches], root: Path) -> list[Notice]:
+    def called(path: Path) -> str:
+        return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+
     found = []
     for match in matches:
         kind = Kind(match.pairing.name, "used, though letter case differs")
-        found += [Notice(kind, other, f"{other.name} for {clip.name}") for other, clip in match.respelled.items()]
-    for kind, paths in kinds.items():
-        for path in paths:
-            name = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-            found.append(Notice(kind, path, name))
-    return found
+        found += [Notice(kind, other, f"{called(other)} for {called(clip)}") for other, clip in match.respelled.items()]
+    return found + [Notice(kind, path, called(path)) for kind, paths in kinds.items() for path in paths]
 
 
 def _source(

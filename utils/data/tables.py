@@ -1,11 +1,15 @@
 """What a run prints about its dataset before a model is loaded: clips, buckets, problems, and the plan."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 from utils.common.formatting import counted, format_table, one_line, shorten
 from utils.data.buckets import seen_share
+from utils.data.caption_files import is_unicode
+from utils.data.names import natural_order
 from utils.data.plan import Plan, Window
 from utils.data.scan import Problem, Source
 from utils.media.description import Coverage
@@ -23,11 +27,20 @@ MASK_RULES = {OPACITY: "by its opacity", LABELS: "labels", COLOURS: "colours"}  
 def format_clips(
     windows: Sequence[Window], held_out: Sequence[Window], problems: Sequence[Problem], model_fps: float
 ) -> str:
-    """One row per clip and resolution: the file's properties, the largest window a sample takes of it, and remarks."""
-    rows = [_clip_row(window, model_fps) for window in windows]
-    rows += [_clip_row(window, model_fps, "held out, ") for window in held_out]
-    bad_files = dict.fromkeys(problem.path for problem in problems)
-    rows += [(path.name, "", "", "", "", 0, "", "cannot be used, see below") for path in bad_files]
+    """One row per clip and resolution: the file's properties, the largest window a sample takes of it, and remarks.
+
+    Training clips come first, then those held out, then files that cannot be used; each in natural order.
+    """
+    bad_files = [_Place(problem.path, problem.folder) for problem in {each.path: each for each in problems}.values()]
+    places = [*(_place(window) for window in (*windows, *held_out)), *bad_files]
+    names, order = _tell_apart(places), _display_order(places)
+    rows = []
+    for part, prefix in ((windows, ""), (held_out, "held out, ")):
+        for window in sorted(part, key=lambda window: order[_place(window)]):
+            rows.append(_clip_row(window, names[window.source.path], model_fps, prefix))
+    for place in sorted(bad_files, key=order.__getitem__):
+        status = ", ".join(["cannot be used, see below", *_name_remarks(names[place.path])])
+        rows.append((names[place.path], "", "", "", "", 0, "", status))
     return format_table(("file", "size", "fps", "frames", "bucket", "tokens", "caption", "status"), rows)
 
 
@@ -59,20 +72,74 @@ def format_plan(plan: Plan, steps_per_epoch: int, steps: int) -> str:
     )
 
 
-def _clip_row(window: Window, model_fps: float, prefix: str = "") -> tuple[str | int, ...]:
+@dataclass(frozen=True)
+class _Place:
+    """Where a file is: its path, and the part of a dataset that it was found in, if any."""
+
+    path: Path
+    folder: Path | None
+
+    @property
+    def below(self) -> Path:
+        """The path from the part on; whole where it is elsewhere."""
+        if self.folder and self.path.is_relative_to(self.folder):
+            return self.path.relative_to(self.folder)
+        return self.path
+
+
+def _place(window: Window) -> _Place:
+    return _Place(window.source.path, window.source.folder)
+
+
+def _tell_apart(places: Iterable[_Place]) -> dict[Path, str]:
+    """What each file is called: by its name, or where that repeats by its path, as much of it as tells them apart."""
+    rest = {place.path: place for place in places}
+    names: dict[Path, str] = {}
+    for spelled in (_by_name, _below_folder, _with_folder):
+        found = {path: spelled(place) for path, place in rest.items()}
+        counts = Counter(found.values())
+        names |= {path: name for path, name in found.items() if counts[name] == 1}
+        rest = {path: place for path, place in rest.items() if path not in names}
+    return names | {path: str(path) for path in rest}
+
+
+def _by_name(place: _Place) -> str:
+    return place.path.name
+
+
+def _below_folder(place: _Place) -> str:
+    return place.below.as_posix()
+
+
+def _with_folder(place: _Place) -> str:
+    return (place.folder.name / place.below).as_posix() if place.folder else str(place.path)
+
+
+def _display_order(places: Iterable[_Place]) -> dict[_Place, tuple[object, ...]]:
+    """A sort key of each file: folders in the order in which they come, and in each the natural order."""
+    places = list(places)
+    folders = {folder: number for number, folder in enumerate(dict.fromkeys(place.folder for place in places))}
+    return {place: (folders[place.folder], natural_order(place.below)) for place in places}
+
+
+def _clip_row(window: Window, name: str, model_fps: float, prefix: str) -> tuple[str | int, ...]:
     source, info = window.source, window.source.info
     caption, *others = source.captions
     short = shorten(one_line(" ".join(caption.split())), CAPTION_WIDTH)
     return (
-        source.path.name,
+        name,
         f"{info.width}x{info.height}",
         "image" if info.is_image else f"{info.fps or 0:.4g}",
         f"{info.frames}" if info.frames == window.frames else f"{info.frames} -> {window.frames}",
         f"{window.width}x{window.height}",
         window.tokens,
         f"{short} (+{len(others)})" if others else short,
-        prefix + (", ".join(_remarks(window, model_fps)) or "ok"),
+        prefix + (", ".join([*_name_remarks(name), *_remarks(window, model_fps)]) or "ok"),
     )
+
+
+def _name_remarks(name: str) -> list[str]:
+    return [] if is_unicode(name) else ["its name is not UTF-8"]
 
 
 def _remarks(window: Window, model_fps: float) -> list[str]:
@@ -103,16 +170,18 @@ def _rate_remarks(source: Source, model_fps: float) -> list[str]:
     info, rate = source.info, source.rules.rate(model_fps)
     if info.is_image or not info.fps:
         return []
-    gap = _uneven_gap(source)
+    gap, speed = _uneven_gap(source), f"at {model_fps / info.fps:.2g}x its speed"
     if rate is not None:
+        is_slow = info.fps < SLOWER_THAN * rate
         if gap:
             few = f"frames up to {gap:.2f} s apart, fewer than {rate:g} fps there"
-            return [few] if gap * SLOWER_THAN * rate > 1 else []
-        return [f"below {rate:g} fps: all its frames are used"] if info.fps < SLOWER_THAN * rate else []
+            mean = f", on average {speed}" if is_slow else ""
+            return [few + mean] if gap * SLOWER_THAN * rate > 1 else []
+        return [f"below {rate:g} fps: all its frames are used, {speed}"] if is_slow else []
     remarks = []
     if abs(info.fps / model_fps - 1) > NOTABLE_SPEED:
         remedy = ", see --fps auto" if info.fps > model_fps and not gap else ""
-        remarks.append(f"will play at {model_fps / info.fps:.2g}x its speed{remedy}")
+        remarks.append(f"will play {speed}{remedy}")
     return [*remarks, f"uneven: frames up to {gap:.2f} s apart, see --fps auto"] if gap else remarks
 
 
@@ -129,13 +198,13 @@ def _uneven_gap(source: Source) -> float:
 
 
 def _mask_remark(mask: Coverage) -> str:
-    """How much of the picture counts, or that a mask tells no parts of it apart; and how it is read, if by a rule."""
-    rule = "" if mask.rule == BRIGHTNESS else f" ({MASK_RULES[mask.rule]})"
+    """How much of the picture counts and by which rule; or that a mask has no effect, as all of it counts alike."""
     if mask.most - mask.least > EQUAL:
+        rule = "" if mask.rule == BRIGHTNESS else f" ({MASK_RULES[mask.rule]})"
         return f"mask: {_percent(mask.share)} counts{rule}"
     value = round(255 * mask.share)
-    everywhere = "white all over" if value >= 255 - EQUAL else f"of one value, {value} of 255"
-    return f"its mask is {everywhere}{rule}"
+    partly = "" if value >= 255 - EQUAL else f" ({value} of 255)"
+    return f"the whole picture counts alike{partly}, so the mask does nothing"
 
 
 def _percent(share: float) -> str:

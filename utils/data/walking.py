@@ -8,11 +8,19 @@ from pathlib import Path
 
 from utils.common.errors import UserError
 from utils.common.formatting import counted
-from utils.media.description import IMAGE_SUFFIXES, UNREAD_SUFFIXES, VIDEO_SUFFIXES
+from utils.media.description import UNREAD_SUFFIXES
 from utils.media.probing import is_image, is_video
 
 CONVERT = "convert pictures to PNG or JPEG, videos to MP4"
-TEXT_SUFFIXES = frozenset(".txt .json .jsonl .csv".split())  # whoever reads captions reports these
+TEXT_SUFFIXES = frozenset(".txt .json .jsonl .csv".split())  # reported where captions are read
+
+
+class NoMediaError(UserError):
+    """A folder that must hold videos or images has none: `folder`."""
+
+    def __init__(self, message: str, folder: Path) -> None:
+        super().__init__(message)
+        self.folder = folder
 
 
 @dataclass(frozen=True)
@@ -55,20 +63,19 @@ def find_files(folder: Path, exclude: Sequence[Path] = ()) -> Files:
 
 
 def require_files(folder: Path, exclude: Sequence[Path] = (), what: str = "dataset") -> Files:
-    """The files below a folder that must hold media. Raises `UserError` if it is missing or has none.
+    """The files below a folder that must hold media. Where something could not be read, media may be there: no error.
 
-    `what` is the folder's name in the message. Where something could not be read, media may be there: no error.
+    Raises `UserError`, which calls the folder `what`, if it is missing, and `NoMediaError` if it has none.
     """
     if not os.path.isdir(folder):
         raise UserError(f"the {what} {folder} {_missing(folder)}")
     files = find_files(folder, exclude)
     if not files.media and not files.faults:
-        formats = " ".join(sorted(VIDEO_SUFFIXES) + sorted(IMAGE_SUFFIXES))
-        message = f"there are no videos or images in {folder} or its subfolders\nlooked for {formats}"
+        message = f"there are no videos or images in {folder} or its subfolders: docs/formats.md lists what is read"
         if files.unread:
             unread = counted(len(files.unread), "file")
             message += f"\nnot read: {unread} such as {files.unread[0].name}: {CONVERT}"
-        raise UserError(message)
+        raise NoMediaError(message, folder)
     return files
 
 

@@ -203,11 +203,63 @@ def test_what_is_not_used_is_said_once_for_all_folders_before_the_table(tmp_path
         "the folder Train/ is used as train/",
         "the folder VAL/ is used as val/",
         "the folder test/ is not used, as VAL/ is",
-        "the file d.mp4 is not used, as what is beside train/ never is",
+        "the file d.mp4 is not used, as only train/ is",
         "2 files such as Train/x.psd are not read, as no decoder here knows the format: "
         "convert pictures to PNG or JPEG, videos to MP4",
         "the caption file captions/lost.txt is not used, as no clip has this name",
     ]
+
+
+def test_an_empty_part_is_refused_with_where_media_lie(tmp_path):
+    (tmp_path / "train").mkdir()
+    image(tmp_path / "a.png")
+    with pytest.raises(UserError) as caught:
+        open_dataset([Folder(tmp_path, SMALL)], LIMITS, 16.0)
+    nothing = (
+        f"there are no videos or images in {tmp_path / 'train'} or its subfolders: docs/formats.md lists what is read"
+    )
+    assert str(caught.value).splitlines() == [
+        nothing,
+        "1 file lies beside train/, such as a.png: move it in, or remove train/",
+    ]
+    (tmp_path / "masks").mkdir()
+    image(tmp_path / "train" / "b.png")
+    with pytest.raises(UserError, match=r"no videos or images in .*masks or its subfolders: [^\n]*$"):
+        open_dataset([Folder(tmp_path, replace(SMALL, mask_folder=tmp_path / "masks"))], LIMITS, 16.0)
+
+
+@pytest.mark.parametrize(
+    ("decoded", "seconds", "line"),
+    [
+        (7, 8.64, "decoded every frame of 7 videos in 8.6 s (--decode_check fast does not)\n\nfile"),
+        (1, 2.0, "decoded every frame of 1 video in 2.0 s (--decode_check fast does not)\n\nfile"),
+        (0, 8.64, "file"),
+        (7, 1.99, "file"),
+    ],
+)
+def test_the_cost_of_decoding_is_said_where_it_was_notable(tmp_path, capsys, monkeypatch, decoded, seconds, line):
+    class Slow(Described):
+        def inspect(self, *args):
+            self.decoded, self.seconds = decoded, seconds
+            return super().inspect(*args)
+
+    monkeypatch.setattr("utils.data.dataset.Inspector", lambda cache, full: Slow())
+    for name in ("a.mp4", "a.txt"):
+        (tmp_path / name).write_text("a clip")
+    open_dataset([Folder(tmp_path, SMALL)], LIMITS, 16.0, tmp_path / "cache")
+    assert capsys.readouterr().out.startswith(line)
+
+
+def test_rows_are_in_natural_order_and_sources_in_that_of_paths(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("utils.data.dataset.Inspector", lambda cache, full: Described())
+    names = ("clip1", "clip10", "clip2")
+    for name in [f"{name}.{ending}" for name in names for ending in ("mp4", "txt")]:
+        (tmp_path / name).write_text("a clip")
+    data = open_dataset([Folder(tmp_path, SMALL)], LIMITS, 16.0, tmp_path / "cache")
+    assert [source.path.stem for source in data.train] == [window.source.path.stem for window in data.windows]
+    assert [source.path.stem for source in data.train] == list(names)
+    rows = capsys.readouterr().out.splitlines()[2:5]
+    assert [row.split()[0] for row in rows] == ["clip1.mp4", "clip2.mp4", "clip10.mp4"]
 
 
 def test_a_plain_folder_gets_no_line(tmp_path, capsys, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 
 from utils.common.errors import UserError
 from utils.data.folders import Rules
-from utils.data.pairing import MASK, Media, Pairing, find_pairings, match_start_pictures
+from utils.data.pairing import MASK, Media, Pairing, find_pairings, find_unasked, match_start_pictures
 from utils.media.description import ANIMATION, IMAGE, MediaInfo
 
 MASKS = Pairing(MASK, "_mask")
@@ -53,6 +53,25 @@ def test_in_a_folder_of_their_own_names_are_the_same_as_their_clips():
         "c_mask.mp4": "",
     }
     assert matched("x/a.mp4 y/A.mp4", "masks/a.png", IN_FOLDER) == {"x/a.mp4": "masks/a.png", "y/A.mp4": ""}
+
+
+def test_in_a_folder_of_their_own_files_are_called_by_their_paths():
+    (clip,), others = paths("x/a.mp4"), paths("masks/a.png masks/z/a.png")
+    media = Media({clip: VIDEO_INFO}, dict.fromkeys(others, "empty"))
+    assert IN_FOLDER.match([clip], others).problems(clip, media) == [
+        "it has several masks, a.png and z/a.png: keep one"
+    ]
+    assert IN_FOLDER.match([clip], others[1:]).problems(clip, media) == ["its mask z/a.png: empty"]
+
+
+def test_only_what_the_rules_do_not_load_from_beside_the_clips_is_unasked():
+    def named(**rules) -> list[tuple[str, str]]:
+        return [(pairing.name, pairing.suffix) for pairing in find_unasked(Rules(**rules))]
+
+    assert named() == [("control", "_control"), ("mask", "_mask")]
+    assert named(load_control=True) == named(control_suffix="") == [("mask", "_mask")]
+    assert named(load_mask=True, control_suffix="-c") == [("control", "-c")]
+    assert named(mask_folder=Path("masks"), load_control=True) == [("mask", "_mask")]
 
 
 def test_only_letter_case_is_worth_a_line():

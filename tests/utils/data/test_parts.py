@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from utils.data.notices import format_notices
-from utils.data.parts import notices_of, split_folders
+from utils.data.parts import media_elsewhere, notices_of, split_folders
 
 
 def dataset(folder: Path, *names: str) -> Path:
@@ -64,9 +64,32 @@ def test_media_beside_the_training_folder_are_counted(tmp_path):
     )
     assert lines(folder, (folder, folder / "masks", folder / "other")) == [
         "the folder test/ is not used, as val/ is",
-        "3 files such as a.mp4 are not used, as what is beside train/ never is",
+        "3 files such as a.mp4 are not used, as only train/ is",
     ]
     assert "5 files such as a.mp4 are not used" in lines(folder)[1]
+
+
+@pytest.mark.parametrize(
+    ("names", "empty", "expected"),
+    [
+        (("a.mp4",), "train", ["1 file lies beside train/, such as a.mp4: move it in, or remove train/"]),
+        (
+            ("old/c.heic", "b\n.png", "val"),
+            *("Train", ["2 files lie beside Train/, such as b\\n.png: move them in, or remove Train/"]),
+        ),
+        (("Train",), "train", ["the folder Train/ is not used, as train/ is"]),
+        (("train", "validation", "a.mp4"), "val", ["the folder validation/ is not used, as val/ is"]),
+        (("val",), ".", ["the files in val/ are held out for validation"]),
+        (("val",), "train", []),
+        (("notes.txt",), ".", []),
+        (("val/notes.txt",), ".", []),
+    ],
+)
+def test_where_media_lie_is_said_of_a_part_that_holds_none(tmp_path, names, empty, expected):
+    (dataset(tmp_path, *names) / empty).mkdir(exist_ok=True)
+    assert media_elsewhere(split_folders(tmp_path), tmp_path / empty) == expected
+    if expected and "beside" in expected[0]:
+        assert media_elsewhere(split_folders(tmp_path), tmp_path / "val") == []
 
 
 def test_a_link_to_a_part_is_no_other_part_and_files_are_none(tmp_path):

@@ -108,8 +108,8 @@ def test_another_control_suffix_can_be_named_but_not_an_empty_one(tmp_path):
         look(tmp_path, load_control=True, control_suffix="")
 
 
-def test_an_empty_or_missing_folder_says_what_was_looked_for_and_where(tmp_path):
-    with pytest.raises(UserError, match=r"(?s)no videos or images.*\.mp4.*\.png") as caught:
+def test_an_empty_or_missing_folder_says_where_and_what_is_read(tmp_path):
+    with pytest.raises(UserError, match=r"no videos or images .*: docs/formats\.md lists what is read$") as caught:
         look(tmp_path)
     assert str(tmp_path) in str(caught.value)
     with pytest.raises(UserError, match="does not exist"):

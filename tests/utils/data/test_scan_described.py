@@ -77,6 +77,63 @@ def test_an_animated_mask_has_frames_and_is_inspected_as_a_mask(tmp_path):
     assert reasons(found) == ["clip.mp4: its mask clip_mask.gif: it is black all over, so nothing would count"]
 
 
+def test_notices_of_pairs_say_where_they_are(tmp_path):
+    names = "a/clip.mp4 a/clip.txt a/clip_mask.png b/clip.mp4 b/clip.txt b/CLIP_mask.png"
+    found = look(tmp_path, names, load_mask=True)
+    line = "the mask b/CLIP_mask.png for b/clip.mp4 is used, though letter case differs"
+    assert format_notices(found.notices) == [line]
+
+
+@pytest.mark.parametrize(
+    ("names", "rules", "clips", "said"),
+    [
+        ("clip_mask.png", {}, "clip.mp4", ["the mask clip_mask.png is not used: see --load_mask"]),
+        ("Clip_CONTROL.mp4", {}, "clip.mp4", ["the control Clip_CONTROL.mp4 is not used: see --load_control"]),
+        (
+            "clip_mask.png",
+            {"captions": "filename"},
+            "clip.mp4",
+            ["the mask clip_mask.png is not used: see --load_mask"],
+        ),
+        ("clip-m.png", {"mask_suffix": "-m"}, "clip.mp4", ["the mask clip-m.png is not used: see --load_mask"]),
+        (
+            *("clip_first.png clip_mask.png clip_control.mp4 clip_mask_mask.png", {}, "clip.mp4"),
+            [
+                "the start picture clip_first.png is not used: see --load_first_frame",
+                "the control clip_control.mp4 is not used: see --load_control",
+                "2 masks such as clip_mask.png are not used: see --load_mask",
+            ],
+        ),
+        ("clip_mask.png clip_mask.txt", {}, "clip.mp4 clip_mask.png", []),
+        ("clip_mask.png captions/clip_mask.txt", {}, "clip.mp4 clip_mask.png", []),
+        ("clip_first.png", {"load_first_frame": True}, "clip.mp4", []),
+    ],
+)
+def test_companions_that_the_rules_do_not_ask_for_are_notices(tmp_path, names, rules, clips, said):
+    found = look(tmp_path, f"clip.mp4 clip.txt {names}", **rules)
+    assert [source.path.name for source in found.sources] == clips.split() and reasons(found) == []
+    assert format_notices(found.notices) == said
+
+
+def test_a_name_like_a_mask_is_one_of_a_clip_beside_it_alone(tmp_path):
+    found = look(tmp_path, "clip.mp4 clip.txt gas_mask.mp4 sub/clip_mask.png clip_mask.png")
+    assert reasons(found) == [
+        "gas_mask.mp4: it has no caption: write one to gas_mask.txt beside it",
+        "clip_mask.png: it has no caption: write one to clip_mask.txt beside it",
+    ]
+    assert {problem.path.parent.name for problem in found.problems} == {tmp_path.name, "sub"}
+    assert {problem.folder for problem in found.problems} == {tmp_path}
+
+
+def test_masks_beside_the_clips_are_not_used_where_a_folder_is_given(tmp_path):
+    found = look(tmp_path, "x/clip.mp4 x/clip.txt x/clip_mask.png masks/clip.png", mask_folder=tmp_path / "masks")
+    assert [path.relative_to(tmp_path).as_posix() for path in found.sources[0].files] == [
+        "x/clip.mp4",
+        "masks/clip.png",
+    ]
+    assert format_notices(found.notices) == ["the mask x/clip_mask.png is not used, as --mask_folder is given"]
+
+
 def test_what_is_not_read_and_captions_without_a_clip_are_lines_and_no_problems(tmp_path):
     found = look(tmp_path, "clip.mp4 clip.txt old.txt pic.heic pic.txt sub/b.psd sub/c.png sub/c.txt sub/d.txt")
     assert pairs(found) == [["clip.mp4"], ["c.png"]] and reasons(found) == []

@@ -48,7 +48,13 @@ def test_remarks_say_what_the_user_may_not_expect():
     assert row(source(fps=24.0))[-1] == "will play at 0.67x its speed, see --fps auto"
     assert row(source(fps=8.0))[-1] == "will play at 2x its speed"
     assert row(source(fps=17.0))[-1] == "ok"
-    assert row(replace(source(fps=8.0), rules=Rules(fps="auto")))[-1] == "below 16 fps: all its frames are used"
+    assert row(replace(source(fps=8.0), rules=Rules(fps="auto")))[-1] == (
+        "below 16 fps: all its frames are used, at 2x its speed"
+    )
+    assert row(replace(source(fps=20.0), rules=Rules(fps="24")))[-1] == (
+        "below 24 fps: all its frames are used, at 0.8x its speed"
+    )
+    assert row(replace(source(fps=16.0), rules=Rules(fps="auto")))[-1] == "ok"
     short = PairedFile(Path("mask.mp4"), MediaInfo(832, 480, 60, 16.0))
     assert row(replace(source(), mask=short))[-1] == "its control or mask ends after 60 frames"
     still = PairedFile(Path("mask.png"), MediaInfo(832, 480, 1, None, IMAGE))
@@ -76,6 +82,9 @@ def test_names_and_captions_of_any_characters_stay_in_their_row():
         "\\udcba\\udcfc.mp4  ",
     ]
     assert lines[5].startswith("\\udcba\\r.mp4 ") and len(lines) == 6
+    assert [line.split("  ")[-1].strip() for line in lines[2:]] == [
+        *("ok", "ok", "its name is not UTF-8", "cannot be used, see below, its name is not UTF-8")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -99,11 +108,12 @@ def test_a_picture_of_which_little_is_seen_is_reported(size, remark):
         (("opacity", 0.254, 0, 255), "mask: 25 % counts (by its opacity)"),
         (("labels", 0.0004, 0, 255), "mask: less than 1 % counts (labels)"),
         (("colours", 0.9996, 0, 255), "mask: 99 % counts (colours)"),
-        (("brightness", 1.0, 255, 255), "its mask is white all over"),
-        (("brightness", 0.98, 240, 255), "its mask is white all over"),
+        (("brightness", 1.0, 255, 255), "the whole picture counts alike, so the mask does nothing"),
+        (("brightness", 0.98, 240, 255), "the whole picture counts alike, so the mask does nothing"),
         (("brightness", 0.98, 239, 255), "mask: 98 % counts"),
-        (("brightness", 128 / 255, 128, 128), "its mask is of one value, 128 of 255"),
-        (("colours", 1.0, 255, 255), "its mask is white all over (colours)"),
+        (("brightness", 128 / 255, 128, 128), "the whole picture counts alike (128 of 255), so the mask does nothing"),
+        (("opacity", 0.9, 225, 239), "the whole picture counts alike (230 of 255), so the mask does nothing"),
+        (("colours", 1.0, 255, 255), "the whole picture counts alike, so the mask does nothing"),
     ],
 )
 def test_what_a_mask_says_is_in_the_row(coverage, remark):
@@ -126,6 +136,7 @@ def test_uneven_frames_are_reported_by_their_longest_gap():
     assert timed(*half, base=90000) == timed(*half) == timed(*half[::-1]) == timed(*[33] * 16, 100) == uneven
     assert timed(*half, fps="auto") == few and timed(*half, fps="8") == "ok"
     assert timed(*half, fps="12") == "frames up to 0.10 s apart, fewer than 12 fps there"
+    assert timed(*half, fps="auto", mean=12.0) == f"{few}, on average at 1.3x its speed"
     assert timed(*[20] * 10, *[60] * 10, fps="auto") == "ok"  # 60 ms are enough for 16 frames per second
     assert timed(*[33] * 10, *[100] * 6, used=11) == "ok" and timed(*[33] * 10, *[100] * 6, used=12) == uneven
     assert timed(*[20] * 16, *[100] * 4, mean=24.0) == f"will play at 0.67x its speed, {uneven}"
@@ -149,6 +160,47 @@ def test_held_out_clips_and_each_bad_file_have_a_row_of_their_own():
     assert [line.split()[0] for line in rows] == ["fox.mp4", "owl.mp4", "bad.mp4", "b.mp4"]
     assert rows[1].endswith("held out, will play at 2x its speed")
     assert all(line.endswith("cannot be used, see below") for line in rows[2:])
+
+
+def names(training: list[Path], held_out: list[Path] = (), bad: list[Path] = (), folder: Path = Path("clips")) -> list:
+    def windows(paths: list[Path]) -> list[Window]:
+        return [window(replace(source(), path=path, folder=folder)) for path in paths]
+
+    problems = [Problem(path, "mute", folder) for path in bad]
+    return [
+        line.split()[0] for line in format_clips(windows(training), windows(held_out), problems, 16.0).splitlines()[2:]
+    ]
+
+
+def test_files_of_the_same_name_are_told_apart_by_their_paths():
+    clips = Path("clips")
+    paths = [clips / name for name in ("clip.mp4", "a/clip.mp4", "a/b/clip.mp4", "a/fox.mp4")]
+    assert names(paths) == ["a/b/clip.mp4", "a/clip.mp4", "fox.mp4", "clip.mp4"]
+    assert names(paths[:1], paths[1:2], paths[2:3]) == ["clip.mp4", "a/clip.mp4", "a/b/clip.mp4"]
+    assert names(paths[:1], bad=[Path("masks/clip.mp4")]) == ["clip.mp4", "masks/clip.mp4"]
+    assert names(paths[:1] * 2) == ["clip.mp4"] * 2  # at two resolutions
+
+
+def test_files_of_the_same_name_in_two_parts_have_their_folder_in_front():
+    parts = [Path(name) for name in ("x/one", "x/two", "y/one", "x/val")]
+    clips = [replace(source(), path=part / "clip.mp4", folder=part) for part in parts]
+    windows = [window(clip) for clip in clips]
+
+    def seen(*numbers: int) -> list[str]:
+        table = format_clips([windows[number] for number in numbers], [windows[3]], [], 16.0)
+        return [line.split()[0] for line in table.splitlines()[2:]]
+
+    assert seen(0, 1) == ["one/clip.mp4", "two/clip.mp4", "val/clip.mp4"]
+    assert seen(2, 1, 0) == ["y/one/clip.mp4", "two/clip.mp4", "x/one/clip.mp4", "val/clip.mp4"]
+
+
+def test_rows_are_in_natural_order_the_training_clips_first():
+    paths = [Path("clips") / name for name in ("B1.mp4", "b10.mp4", "b2.mp4", "a3.mp4")]
+    order = ["a3.mp4", "B1.mp4", "b2.mp4", "b10.mp4"]
+    assert names(paths) == order
+    assert names(paths[1:], paths[:1]) == ["a3.mp4", "b2.mp4", "b10.mp4", "B1.mp4"]
+    assert names(paths[:2], paths[2:3], paths[3:]) == ["B1.mp4", "b10.mp4", "b2.mp4", "a3.mp4"]
+    assert names(paths[:1], bad=paths[1:]) == ["B1.mp4", "a3.mp4", "b2.mp4", "b10.mp4"]
 
 
 def test_buckets_are_counted_in_samples_and_batches_the_most_frequent_first():

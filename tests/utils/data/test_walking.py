@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from utils.common.errors import UserError
-from utils.data.walking import find_files, require_files
+from utils.data.walking import NoMediaError, find_files, require_files
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -72,10 +72,13 @@ def test_what_is_no_folder_of_media_is_refused_with_the_reason(tmp_path):
         "loop": "cannot be read: it is a link that leads to itself",
         "gone": "cannot be read: it is a link to nowhere, and nothing is there",
         "x" * 300: "cannot be read: File name too long",
-        "formats": r"(?s)no videos or images.*\.mp4.*\nnot read: 2 files such as a.heic: convert pictures to PNG",
+        "formats": r"no videos or images .*: docs/formats\.md lists .*\nnot read: 2 files such as a.heic: convert",
     }
     for name, reason in reasons.items():
         with pytest.raises(UserError, match=reason):
             require_files(tmp_path / name)
+    with pytest.raises(NoMediaError) as caught:
+        require_files(tmp_path / "formats")
+    assert caught.value.folder == tmp_path / "formats"
     with pytest.raises(UserError, match="the mask folder .*none does not exist"):
         require_files(tmp_path / "none", what="mask folder")
