@@ -122,7 +122,11 @@ CAPTIONS = [
     (linked("clips/fox.txt", "fox.txt"), RUN, "clips/fox.mp4: its caption fox.txt cannot be read: Too many levels"),
     (written("clips/metadata.json", "{"), RUN, "clips/metadata.json: it is not valid JSON"),
     (written("clips/metadata.jsonl", '{"video": "fox.mp4"}'), RUN, "line 1 needs a file name"),
-    (written("clips/metadata.csv", "video,text\n../x.mp4,fox"), RUN, "line 2 names ../x.mp4, which is not a media file"),
+    (
+        written("clips/metadata.csv", "video,text\n../x.mp4,fox"),
+        RUN,
+        "line 2 names ../x.mp4, which is not a media file",
+    ),
     (written("clips/metadata.csv", "video,text\nfox.mp4,a fox, fast"), RUN, "line 2 has more columns than the header"),
     (written("clips/metadata.json", '[{"video": "fox.mp4", "text": ["a", "b"]}]'), RUN, "pass --caption_per_line"),
     (written("clips/fox.txt", "a fox".encode("utf-16-le")), RUN, "its caption fox.txt is not UTF-8 text"),

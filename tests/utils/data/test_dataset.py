@@ -101,12 +101,13 @@ def test_files_that_are_read_otherwise_than_before_change_their_clips_fingerprin
     plain = source(tmp_path, "fox.mp4", Rules(), mask=paired(tmp_path / "mask.png", b"mask"))
 
     def seen(look: Look = PLAIN, rule: str = "brightness") -> str:
-        mask = replace(plain.mask, info=replace(INFO, mask=Coverage(rule, 0.5, 0, 255)))
+        mask = replace(plain.mask, info=replace(INFO, mask=Coverage(rule, 0.5, 0, 255, rule != "brightness")))
         (text,) = fingerprint(tmp_path, replace(plain, info=replace(INFO, look=look), mask=mask)).values()
         return text
 
     assert seen() == seen(Look(orientation=6)) == "eb6381085879adf9"  # that of version 0.2
-    others = [seen(Look(curve="pq")), seen(Look(curve="hlg")), seen(rule="opacity"), seen(Look(curve="pq"), "labels")]
+    looks = [seen(Look(transfer=transfer)) for transfer in ("pq", "hlg")]
+    others = [*looks, seen(rule="opacity"), seen(Look(transfer="pq"), "labels")]
     assert len({seen(), *others}) == 5
 
 
