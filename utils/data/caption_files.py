@@ -37,7 +37,7 @@ class Row:
     """What a row of a metadata file says of one media file."""
 
     place: str  # such as "line 2", counted as editors do, or "row 1" of a list in JSON
-    name: str  # a path, as it is written
+    name: str  # a path, as written
     texts: tuple[str, ...]
 
 

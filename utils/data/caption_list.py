@@ -156,5 +156,5 @@ def _last_first(pattern: re.Pattern[str], line: str) -> list[re.Match[str]]:
 
 
 def _spellings(name: str) -> list[str]:
-    """A name as it is written, and with the separators of other systems."""
+    """A name as written, and with the separators of other systems."""
     return list(dict.fromkeys((name, name.replace("\\", "/").removeprefix("./"))))

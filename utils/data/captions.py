@@ -326,7 +326,7 @@ class _MediaNames:
 
 
 def _spellings(place: Path, name: str) -> list[Path]:
-    """The path that a row means: as it is written, or with the separators of Windows."""
+    """The path that a row means: as written, or with the separators of Windows."""
     return [_resolve(place / text) for text in dict.fromkeys((name, name.replace("\\", "/")))]
 
 

@@ -92,7 +92,7 @@ def deinterlaced(frames: Iterable[VideoFrame], stream: VideoStream, interlaced: 
 
 
 def to_pixels(frame: VideoFrame, look: Look, convert: VideoReformatter, keep_alpha: bool = False) -> np.ndarray:
-    """What is shown, uint8 (H, W, C): RGB, or RGBA with `keep_alpha`, which leaves colours as they are stored.
+    """What is shown, uint8 (H, W, C): RGB, or RGBA with `keep_alpha`, which leaves colours as stored.
 
     `convert` should be the same for all frames of a file: it keeps what it has computed for their format.
     """
