@@ -303,10 +303,14 @@ def test_an_interruption_waits_for_no_child(tmp_path, monkeypatch):
     paths = [image(tmp_path / f"{number}.png") for number in range(4)]
     monkeypatch.setattr(inspection, "BYTES_PER_CHILD", 1)
     before = set(psutil.Process().children())
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # processes of pytest-xdist ignore it
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     begun = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        Inspector().inspect(paths)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Inspector(patience=Patience(idle=20)).inspect(paths)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert time.monotonic() - begun < 5 and set(psutil.Process().children()) <= before
 
 
