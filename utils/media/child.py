@@ -12,7 +12,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from av import logging
 
@@ -44,13 +44,24 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     questions: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(questions, os.getppid()), daemon=True).start()
-    with tempfile.TemporaryFile("a+b") as reports:
+    with _open_reports() as reports:
         # Decoders may print, but not among the answers. What FFmpeg reports as an error is read from the file.
         os.dup2(reports.fileno(), sys.stderr.fileno())
         os.dup2(reports.fileno(), sys.stdout.fileno())
         listen = _listen_to_ffmpeg(reports.fileno())
         while line := questions.get():
             print(json.dumps(_answer(json.loads(line), listen, answers)), file=answers, flush=True)
+
+
+def _open_reports() -> IO[bytes]:
+    """A file to whose end all is written; in memory where that is possible, since a disk may be full."""
+    if sys.platform != "linux":
+        return tempfile.TemporaryFile("a+b")
+    import fcntl  # POSIX only
+
+    descriptor = os.memfd_create("reports")
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_APPEND)
+    return os.fdopen(descriptor, "r+b")
 
 
 def _receive(questions: "queue.SimpleQueue[str]", parent: int) -> None:

@@ -143,7 +143,9 @@ def _to_rgb(picture: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> I
     if picture.mode.startswith("I"):
         values = np.asarray(picture)
         scale = 1 if picture.mode == "I" and values.max() <= 255 else 257  # 32 bits may hold 8, 16 always mean 16
-        return Image.fromarray(np.rint(values / scale).clip(0, 255).astype(np.uint8)).convert("RGB")
+        shown = np.rint(values / scale).clip(0, 255).astype(np.uint8)
+        shown[values == picture.info.get("transparency", -1)] = 255
+        return Image.fromarray(shown).convert("RGB")
     if not picture.has_transparency_data:
         return _to_srgb(picture, profile)
     rgba = picture.convert("RGBA")

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 
 import psutil
@@ -102,7 +101,7 @@ def test_what_decoders_print_is_not_taken_for_an_answer(tmp_path):
 
 
 def test_reports_are_read_to_their_end_and_not_counted_against_the_next_file(tmp_path):
-    with tempfile.TemporaryFile("a+b") as reports:
+    with child._open_reports() as reports:
         listen = child._listen_to_ffmpeg(reports.fileno())
         written = "".join(f"[h264 @ 0x1] error {number}\n" for number in range(20_000))
         os.write(reports.fileno(), written.encode())
@@ -131,3 +130,16 @@ def test_a_child_ends_with_its_parent(tmp_path):
     with contextlib.suppress(psutil.NoSuchProcess):
         psutil.wait_procs([psutil.Process(pid)], timeout=20)
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_no_temporary_folder_is_needed_where_memory_does(tmp_path):
+    if sys.platform != "linux":
+        pytest.skip("a file in memory needs Linux")
+    write_clip(tmp_path / "good.avi", "mjpeg", 24, "yuvj420p", (128, 96))
+    bad = damaged(tmp_path / "good.avi", tmp_path / "bad.avi", seed=1)
+    nowhere = os.environ | {"TMPDIR": "/dev/null"}
+    asked = json.dumps(question(bad)) + "\n"
+    done = subprocess.run(
+        COMMAND, input=asked, cwd=ROOT, capture_output=True, encoding="utf-8", env=nowhere, check=True
+    )
+    assert json.loads(done.stdout)["reason"].startswith("damaged after 0.")

@@ -35,3 +35,9 @@ def test_codes_of_hdr_are_those_of_the_file_not_of_texts_in_it(tmp_path):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.new("RGB", (4, 4)).save(tmp_path / "b.png", icc_profile=profile + b"cICP\x09\x10\x00\x01" * 20000)
     assert probe_image(tmp_path / "b.png").look.transfer == ""
+
+
+def test_the_transparent_grey_of_a_16_bit_png_becomes_white(tmp_path):
+    deep = Image.fromarray(np.array([[0, 257 * 90, 65535]], np.uint16))
+    deep.save(tmp_path / "a.png", transparency=257 * 90)
+    assert read(tmp_path / "a.png")[0, :, 0].tolist() == [0, 255, 255]
