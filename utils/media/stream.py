@@ -147,13 +147,11 @@ def read_stream(path: Path, video: Video, full: bool, listen: Listen, progress: 
     # An AVI does not say when pictures that are stored in another order are shown.
     is_unordered = video.container.format.name == "avi" and video.stream.codec_context.has_b_frames
     decodes_all = full or video.decoder.name not in PLAIN_CODECS or bool(is_unordered)
-    # In a transport stream a packet before a place where parts were joined is called corrupt, though it may be whole.
-    joins = video.container.format.name == "mpegts"
     packets, frames, ends_early = Packets(), Frames(), False
     listen()  # what opening the file reported is about all of its streams
     for packet in chain(video.packets(), (None,)):
         if packet is not None:
-            is_cut = packet.is_corrupt and not joins
+            is_cut = packet.is_corrupt
             packets.add(packet, is_cut)
             if is_cut:
                 continue
