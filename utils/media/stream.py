@@ -47,7 +47,7 @@ class Packets:
     def first_key(self) -> int | None:
         return self.keyframes[0] if self.keyframes else None
 
-    def add(self, packet: Packet, is_cut: bool = False) -> None:
+    def add(self, packet: Packet) -> None:
         if packet.is_discard:
             return
         if not packet.size:
@@ -57,8 +57,8 @@ class Packets:
         self.times.append(time)
         if packet.is_keyframe and time is not None:
             self.keyframes.append(time)
-        self.is_cut = is_cut
-        if is_cut:
+        self.is_cut = packet.is_corrupt
+        if packet.is_corrupt:
             self.corrupt.append(time)
         self.has_closed_groups &= time is not None and bool(self.keyframes) and time >= self.keyframes[-1]
         self.starts_mid_group |= time is not None and (not self.keyframes or time < self.keyframes[0])
@@ -151,9 +151,8 @@ def read_stream(path: Path, video: Video, full: bool, listen: Listen, progress: 
     listen()  # what opening the file reported is about all of its streams
     for packet in chain(video.packets(), (None,)):
         if packet is not None:
-            is_cut = packet.is_corrupt
-            packets.add(packet, is_cut)
-            if is_cut:
+            packets.add(packet)
+            if packet.is_corrupt:
                 continue
         is_leading = packets.starts_mid_group and not frames.have_reached(packets.first_key)
         if not decodes_all and frames.first is not None and not is_leading:

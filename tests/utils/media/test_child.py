@@ -1,4 +1,4 @@
-"""The program of a child, started as it is in a run, and its parts."""
+"""The program of a child, started as a run does it, and its parts."""
 
 import contextlib
 import io

@@ -1,6 +1,5 @@
 """What packets, frames and FFmpeg's reports say of a stream."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +15,15 @@ from utils.media.video import open_video
 class Packet:
     pts: int | None
     is_keyframe: bool = False
+    is_corrupt: bool = False
     is_discard: bool = False
     size: int = 100
 
 
-def packets(*given: Packet, cut: Sequence[int] = ()) -> Packets:
-    """Of `given` packets those of these numbers are incomplete."""
+def packets(*given: Packet) -> Packets:
     found = Packets()
-    for number, packet in enumerate(given):
-        found.add(packet, number in cut)
+    for packet in given:
+        found.add(packet)
     return found
 
 
@@ -47,9 +46,9 @@ def test_packets_tell_where_a_file_was_cut_and_whether_groups_are_closed(given, 
 
 
 def test_hidden_packets_do_not_count_and_empty_ones_repeat_a_picture():
-    found = packets(KEY, Packet(15, is_discard=True), Packet(20, size=0), Packet(30), Packet(40), cut=[3])
+    found = packets(KEY, Packet(15, is_discard=True), Packet(20, size=0), Packet(30, is_corrupt=True), Packet(40))
     assert (found.times, found.empty, found.corrupt, found.is_cut) == ([10, 30, 40], 1, [30], False)
-    assert packets(KEY, NEXT, cut=[1]).is_cut
+    assert packets(KEY, Packet(20, is_corrupt=True)).is_cut
 
 
 def test_times_are_those_of_frames_and_of_packets_where_no_frame_was_decoded():
