@@ -7,8 +7,6 @@ import contextlib
 import json
 import os
 import queue
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -25,9 +23,8 @@ from utils.common.files import file_stamp
 from utils.media.description import VIDEO, MediaError, MediaInfo, from_json
 from utils.media.description_cache import DescriptionCache
 from utils.media.files import check_file
+from utils.media.processes import Process, start
 
-ROOT = Path(__file__).resolve().parents[2]
-COMMAND = (sys.executable, "-m", "utils.media.child")
 FOLDER = "media"  # of descriptions, in a cache folder
 MAX_CHILDREN = 16
 BYTES_PER_CHILD = 2**20  # less does not justify another process
@@ -172,7 +169,7 @@ class Child:
 
     def __init__(self, patience: Patience) -> None:
         self.patience = patience
-        self._process: subprocess.Popen[str] | None = None
+        self._process: Process | None = None
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def ask(self, question: dict[str, Any], move: Callable[[int], None]) -> _Answer:
@@ -192,7 +189,7 @@ class Child:
             return _Answer(MediaError(path, "reading it crashed: damaged, or not a video that can be decoded"))
         return _Answer(MediaError(path, f"reading it was given up: {answer['given up']}"))
 
-    def _wait(self, process: "subprocess.Popen[str]", move: Callable[[int], None]) -> dict[str, Any] | None:
+    def _wait(self, process: Process, move: Callable[[int], None]) -> dict[str, Any] | None:
         """The answer, or why it is no longer waited for; None if the child has ended."""
         watch = _Watch(process.pid, self.patience)
         while True:
@@ -211,9 +208,8 @@ class Child:
             watch.renew()
             move(said["position"])
 
-    def _start(self) -> "subprocess.Popen[str]":
-        pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
-        process = subprocess.Popen(COMMAND, cwd=ROOT, encoding="utf-8", stdin=pipe, stdout=pipe, stderr=nowhere)
+    def _start(self) -> Process:
+        process = start()
         self._process, self._lines = process, queue.SimpleQueue()
         self._reader = threading.Thread(target=_forward, args=(process.stdout, self._lines), daemon=True)
         self._reader.start()

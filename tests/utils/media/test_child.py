@@ -16,9 +16,9 @@ from tests.media import image, video
 from utils.media import child
 from utils.media.child import inspect
 from utils.media.description import MediaError, MediaInfo, from_json
-from utils.media.inspection import COMMAND, ROOT
 from utils.media.masks import measure_mask
 from utils.media.probing import probe
+from utils.media.processes import PROGRAM, ROOT
 
 
 def question(path, **changes) -> dict:
@@ -27,7 +27,7 @@ def question(path, **changes) -> dict:
 
 def answers_to(questions: list[dict]) -> list[dict]:
     text = "".join(json.dumps(asked) + "\n" for asked in questions)
-    done = subprocess.run(COMMAND, input=text, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=60, check=True)
+    done = subprocess.run(PROGRAM, input=text, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=60, check=True)
     assert done.stderr == "", "what FFmpeg reports is not shown to the user"
     said = [json.loads(line) for line in done.stdout.splitlines()]
     return [line for line in said if "position" not in line]
@@ -124,7 +124,7 @@ def test_a_file_that_changes_while_it_is_read_is_neither_described_nor_remembere
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
 def test_a_child_ends_with_its_parent(tmp_path):
-    code = f"import subprocess, sys, os; p = subprocess.Popen({list(COMMAND)!r}, cwd={str(ROOT)!r}, "
+    code = f"import subprocess, sys, os; p = subprocess.Popen({list(PROGRAM)!r}, cwd={str(ROOT)!r}, "
     code += "stdin=subprocess.PIPE, stdout=subprocess.PIPE); print(p.pid, flush=True); os._exit(0)"
     pid = int(subprocess.run((sys.executable, "-c", code), capture_output=True, check=True).stdout)
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -140,6 +140,6 @@ def test_no_temporary_folder_is_needed_where_memory_does(tmp_path):
     nowhere = os.environ | {"TMPDIR": "/dev/null"}
     asked = json.dumps(question(bad)) + "\n"
     done = subprocess.run(
-        COMMAND, input=asked, cwd=ROOT, capture_output=True, encoding="utf-8", env=nowhere, check=True
+        PROGRAM, input=asked, cwd=ROOT, capture_output=True, encoding="utf-8", env=nowhere, check=True
     )
     assert json.loads(done.stdout)["reason"].startswith("damaged after 0.")

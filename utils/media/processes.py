@@ -1,0 +1,87 @@
+"""Starts the processes that inspect media files.
+
+On Linux this process is forked, which has the modules loaded: starting a program takes longer than decoding a few
+clips. Elsewhere it is a program, since a fork is unsafe (macOS) or does not exist (Windows).
+"""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, NoReturn, Protocol
+
+from utils.common.signals import SIGNALS
+from utils.media import child
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = (sys.executable, "-m", child.__name__)
+
+
+class Process(Protocol):
+    """What is used of a child: it reads lines of questions and writes lines of answers."""
+
+    pid: int
+    stdin: IO[str] | None
+    stdout: IO[str] | None
+
+    def kill(self) -> None: ...
+
+    def wait(self) -> int: ...
+
+
+def start() -> Process:
+    """A process that runs `child.main`."""
+    return fork(child.main) if sys.platform == "linux" else run_program(PROGRAM)
+
+
+def run_program(command: tuple[str, ...]) -> Process:
+    pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+    return subprocess.Popen(command, cwd=ROOT, encoding="utf-8", stdin=pipe, stdout=pipe, stderr=nowhere)
+
+
+def fork(function: Callable[[], object]) -> Process:
+    """A copy of this process that calls a function and ends. Of the files of this process it has none open."""
+    questions, to_child = os.pipe()
+    from_child, answers = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        _become(function, questions, answers)
+    os.close(questions)
+    os.close(answers)
+    return _Forked(pid, open(to_child, "w", encoding="utf-8"), open(from_child, encoding="utf-8"))
+
+
+class _Forked:
+    def __init__(self, pid: int, stdin: IO[str], stdout: IO[str]) -> None:
+        self.pid = pid
+        self.stdin: IO[str] | None = stdin
+        self.stdout: IO[str] | None = stdout
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def _become(function: Callable[[], object], questions: int, answers: int) -> NoReturn:
+    """Makes a fork what a program is at its start; never returns to the caller's code."""
+    status = 1
+    try:
+        gc.freeze()  # finalizers of the parent's objects may delete its files
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        os.dup2(questions, 0)
+        os.dup2(answers, 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        # Pipes of other children among them: these end where nobody can write to them any more.
+        os.closerange(3, 1 + max(int(name) for name in os.listdir("/proc/self/fd")))
+        sys.stdin, sys.stdout, sys.stderr = os.fdopen(0, encoding="utf-8"), os.fdopen(1, "w"), os.fdopen(2, "w")
+        function()
+        sys.stdout.flush()
+        status = 0
+    finally:
+        os._exit(status)
