@@ -7,23 +7,30 @@ program that does not recognise them generates as if there were no LoRA. This sc
 """
 
 import math
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from utils.adapters.average import average, last_checkpoints
+from utils.adapters.folding import Read, fold, needs_base
 from utils.adapters.lora_file import LoraFile
-from utils.adapters.lora_reader import read_lora
-from utils.adapters.lora_writer import LAYOUTS, to_state_dict, write_state_dict
+from utils.adapters.lora_reader import read_experts, read_lora
+from utils.adapters.lora_targets import TARGETS, adapt, share, unsupported
+from utils.adapters.lora_writer import LAYOUTS, PEFT_LAYOUT, to_state_dict, write_state_dict
 from utils.adapters.pairs import expert_of, find_pair, with_expert
+from utils.adapters.peft_folder import WEIGHTS, config_text, find_weights, has_config, to_config, write_config
 from utils.common.errors import UserError
-from utils.common.formatting import readable_size
+from utils.common.formatting import counted, readable_size
 from utils.common.options import option, parse_options, run_script
 from utils.common.tensor_files import has_same_content
+from wan.checkpoints import cast_to, read_some, read_weights
 
 # The short names are ours. The long ones are those of WanTraining's converter, which people still type.
 DTYPES = {
@@ -51,17 +58,37 @@ class ConvertOptions:
     average: int = option(1, "convert the mean of the last N checkpoints of the input's run up to it", minimum=1)
     alpha: float | None = option(None, "alpha of a LoRA whose file states none")
     dtype: str | None = option(None, "dtype of the matrices (default: unchanged)", choices=tuple(DTYPES))
+    fold: int | None = option(None, "write LoHa, LoKr and DoRA as plain LoRA of this rank", minimum=1)
+    base: Path | None = option(None, "transformer of the base model, on which DoRA depends", requires="fold")
+    drop_unsupported: bool = option(False, "leave out what the program that reads the layout cannot apply")
     overwrite: bool = option(False, "replace an output file of different content")
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A file that is to be written, with all that it will hold."""
+    """A file, or a PEFT folder, that is to be written, with all that it will hold."""
 
     source: Path
     output: Path
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
+    config: str | None = None  # of a PEFT folder
+
+    @property
+    def weights(self) -> Path:
+        """The file of the tensors."""
+        return self.output if self.config is None else self.output / WEIGHTS
+
+    def is_done(self) -> bool:
+        """Whether the output holds this already."""
+        same = has_same_content(self.weights, self.tensors, self.metadata)
+        return same and (self.config is None or has_config(self.output, self.config))
+
+    def write(self) -> None:
+        """Raises LoraError for a path that cannot be written."""
+        if self.config is not None:
+            write_config(self.output, self.config)
+        write_state_dict(self.weights, self.tensors, self.metadata)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,13 +97,13 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("no LoRA to convert: give its path with --input_lora FILE")
 
     # A model with two experts has two LoRAs, in files whose names differ in the expert alone. The name without it means
-    # both of them, and each becomes a file of its own: ComfyUI loads one for each expert too.
-    pair = find_pair(opts.input_lora)
-    outputs = {file: opts.output_lora and with_expert(opts.output_lora, expert) for expert, file in pair.items()}
+    # both of them, and each becomes a file of its own: ComfyUI loads one for each expert too. diffusers writes both
+    # into one file, which becomes two in the same way.
     conversions = [
         conversion
-        for file, output in (outputs or {opts.input_lora: opts.output_lora}).items()
-        if (conversion := convert(file, output, opts)) is not None
+        for expert, file in (find_pair(opts.input_lora) or {"": opts.input_lora}).items()
+        for part, lora in read(file, opts).items()
+        if (conversion := convert(lora, file, expert, part, opts)) is not None
     ]
 
     # Running the same conversion again must be safe, and a LoRA that took days of training must not be lost to a typo.
@@ -84,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     # of this is known before the first file is written: a pair is converted as a whole or not at all.
     unfinished = []
     for each in conversions:
-        if has_same_content(each.output, each.tensors, each.metadata):
+        if each.is_done():
             print(f"nothing to do: {each.output} already holds this LoRA")
         elif each.output.exists() and not opts.overwrite:
             what = "is the input itself" if each.output.samefile(each.source) else "exists and holds something else"
@@ -94,40 +121,96 @@ def main(argv: list[str] | None = None) -> None:
 
     # A new file appears whole or not at all, so the input is safe even where it is replaced.
     for each in unfinished:
-        write_state_dict(each.output, each.tensors, each.metadata)
+        each.write()
         dtype = opts.dtype or "unchanged"
-        print(f"wrote {each.output} ({size_of(each.output)}, layout {opts.to}, dtype {dtype})")
+        print(f"wrote {each.output} ({size_of(each.weights)}, layout {opts.to}, dtype {dtype})")
 
 
-def convert(file: Path, output: Path | None, opts: ConvertOptions) -> Conversion | None:
-    """The content of `file` in the chosen layout, for `output` or a name made from the file's own.
+def read(file: Path, opts: ConvertOptions) -> dict[str, LoraFile]:
+    """What a file holds, under official names: of each expert, or the only LoRA under "".
 
-    Prints what the file holds. None if no output is given and the file has this layout already.
+    All that can be wrong with it (an unknown key, half a pair, NaN, another kind of adapter) is found here, before
+    anything is written: a key that is silently skipped would be a module that the LoRA no longer changes.
     """
-    # Whatever its key format, the file is first read into one form, under the official names of Wan's modules. All
-    # that can be wrong with it (an unknown key, half a pair, NaN, another kind of adapter) is found here, before
-    # anything is written: a key that is silently skipped would be a module that the LoRA no longer changes.
+    if opts.average == 1:
+        return read_experts(file)
     # The mean of several checkpoints is smoother than the last one where a run ends at a high learning rate.
-    named = file
-    if opts.average > 1:
-        taken = last_checkpoints(file, opts.average)
-        print("\n".join(f"averaging {path}" for path in taken))
-        lora = average([read_lora(path) for path in taken])
-        named = file.with_stem(f"{file.stem}_average{len(taken)}")
-    else:
-        lora = read_lora(file)
+    taken = last_checkpoints(file, opts.average)
+    print("\n".join(f"averaging {path}" for path in taken))
+    return {"": average([read_lora(path) for path in taken])}
+
+
+def convert(lora: LoraFile, file: Path, expert: str, part: str, opts: ConvertOptions) -> Conversion | None:
+    """A LoRA of `file` in the chosen layout, for the output that is given or a name made from the file's own.
+
+    `expert` is whose file of a pair it is, `part` whose LoRA of a file that holds two. Prints what the LoRA is. None if
+    no output is given and the file has this layout already.
+    """
     lora = fill_in_alpha(lora, opts.alpha, file)
     print(describe(lora, file))
+    if opts.fold is not None:
+        lora = folded(lora, opts.fold, opts.base)
 
     # Everything that the new file will hold is made before any file is compared or touched. Here a layout refuses what
     # it cannot hold, and a cast refuses numbers that overflow the new dtype.
+    lora = applicable(lora, opts.to, opts.drop_unsupported)
     tensors, metadata = to_state_dict(lora, opts.to, DTYPES[opts.dtype] if opts.dtype else None)
 
     # A file that has the chosen layout already needs no copy under a second name, unless that name was given.
-    if output is None and has_same_content(named, tensors, metadata):
+    named = file.with_stem(f"{file.stem}_average{opts.average}") if opts.average > 1 else file
+    if opts.output_lora is None and has_same_content(named, tensors, metadata):
         print(f"nothing to do: the file already has the layout {opts.to}")
         return None
-    return Conversion(file, output or named.with_name(f"{named.stem}_{opts.to}.safetensors"), tensors, metadata)
+    output = opts.output_lora or named.with_name(f"{named.stem}_{opts.to}.safetensors")
+    if part or (expert and opts.output_lora):
+        output = with_expert(output, part or expert)
+    if opts.to != PEFT_LAYOUT:
+        return Conversion(file, output, tensors, metadata)
+    return Conversion(file, output.with_suffix(""), tensors, metadata, config_text(to_config(lora)))
+
+
+def folded(lora: LoraFile, rank: int, base: Path | None) -> LoraFile:
+    """The LoRA with plain pairs alone, and a line about what that loses. Raises UserError where a base is missing."""
+    if not lora.lycoris and not lora.magnitudes:
+        return lora
+    if base is None and needs_base(lora):
+        raise UserError("DoRA depends on the weights of the base model: give its transformer with --base FILE")
+    lora, loss = fold(lora, rank, None if base is None else read_base(base))
+    name, worst = loss.worst
+    print(f"folded    {len(loss.whole)} modules to rank {rank}; lost {loss.residual:.2%}, most of {name}: {worst:.2%}")
+    return lora
+
+
+def read_base(path: Path) -> Read:
+    """Reads weights of a transformer in any layout, one after another. Raises CheckpointError."""
+    weights = read_weights(path, "transformer")
+
+    def read(modules: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        if missing := [name for name in modules if f"{name}.weight" not in weights.tensors]:
+            raise UserError(f"{path} has no {missing[0]}, which the LoRA adapts. Was it made for another Wan?")
+        progress = partial(tqdm, desc="folding", unit="module", leave=False)
+        names = [f"{name}.weight" for name in modules]
+        for name, weight in read_some(weights, names, cast_to(torch.float32), progress):
+            yield name.removesuffix(".weight"), weight
+
+    return read
+
+
+def applicable(lora: LoraFile, layout: str, drop: bool) -> LoraFile:
+    """What the program that reads a layout can apply. Raises UserError where that is not all, unless `drop`."""
+    target = TARGETS[layout]
+    lora = adapt(lora, target)
+    left = unsupported(lora, target)
+    if not left:
+        return lora
+    part = share(lora, left)
+    kinds = sorted({re.sub(r"blocks\.\d+", "blocks.*", key) for key in left})
+    what = f"{target.program} cannot apply {counted(len(left), 'change')} of this LoRA ({', '.join(kinds)})"
+    what += "." if part is None else f". They are {part:.2%} of the squared change of all weights."
+    if not drop:
+        raise UserError(f"{what}\nLeave them out with --drop_unsupported.")
+    print(f"left out: {what}")
+    return lora.part(lambda key: key not in left)
 
 
 def fill_in_alpha(lora: LoraFile, alpha: float | None, source: Path) -> LoraFile:
@@ -141,31 +224,36 @@ def fill_in_alpha(lora: LoraFile, alpha: float | None, source: Path) -> LoraFile
         return lora
     if not (math.isfinite(alpha) and alpha > 0):
         raise UserError(f"alpha must be a positive number, not {alpha}")
-    for name, pair in lora.pairs.items():
-        if pair.alpha is not None and not math.isclose(pair.alpha, alpha, rel_tol=1e-6):
+    for name, factors in lora.factors.items():
+        if factors.alpha is not None and not math.isclose(factors.alpha, alpha, rel_tol=1e-6):
             raise UserError(
-                f"{source}: {name} has the alpha {pair.alpha:g}, but --alpha is {alpha:g}.\n"
+                f"{source}: {name} has the alpha {factors.alpha:g}, but --alpha is {alpha:g}.\n"
                 "Leave --alpha out to keep that of the file."
             )
-    return replace(lora, pairs={name: replace(pair, alpha=alpha) for name, pair in lora.pairs.items()})
+    pairs = {name: replace(pair, alpha=alpha) for name, pair in lora.pairs.items()}
+    lycoris = {name: replace(each, alpha=alpha) for name, each in lora.lycoris.items()}
+    return replace(lora, pairs=pairs, lycoris=lycoris)
 
 
 def describe(lora: LoraFile, source: Path) -> str:
     """A few lines for people: what the file is, how its keys were named, and how strong the LoRA will be."""
-    pairs = lora.pairs.values()
-    stored = [pair.down for pair in pairs] + list(lora.diffs.values())
+    factors = lora.factors.values()
+    stored = [tensor for each in factors for tensor in each.tensors.values()] + list(lora.diffs.values())
     widened = ", ".join(f"{name} becomes {shape}" for name, shape in lora.input_shapes.items())
+    kinds = sorted({each.kind for each in lora.lycoris.values()})
+    kinds += sorted({f"DoRA of {magnitude.rule}" for magnitude in lora.magnitudes.values()})
     lines = {
-        "file": f"{source} ({size_of(source)})",
+        "file": f"{source} ({size_of(find_weights(source)[0])})",
         "format": lora.key_format,
         "expert": expert_of(source, lora.metadata) or "",
-        "modules": f"{len(pairs)}" + (f", and {len(lora.diffs)} diffs" if lora.diffs else ""),
-        "rank": listed(pair.rank for pair in pairs),
-        "alpha": listed("none, so the scale is 1" if pair.alpha is None else pair.alpha for pair in pairs),
+        "kind": ", ".join(kinds),
+        "modules": f"{len(factors)}" + (f", and {len(lora.diffs)} diffs" if lora.diffs else ""),
+        "rank": listed(each.rank for each in factors if each.rank),
+        "alpha": listed("not stated, so the scale is 1" if each.alpha is None else each.alpha for each in factors),
         "dtype": listed(str(tensor.dtype).removeprefix("torch.") for tensor in stored),
         "control": f"yes, {widened}" if widened else "no",
     }
-    return "\n".join(f"{name:9} {value}" for name, value in lines.items() if value)
+    return "\n".join([*(f"{name:9} {value}" for name, value in lines.items() if value), *lora.notes])
 
 
 def listed(values: Iterable[float | str]) -> str:

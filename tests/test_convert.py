@@ -234,7 +234,7 @@ def test_the_former_name_of_wantrainings_layout_is_accepted_but_not_shown(tmp_pa
     with pytest.raises(SystemExit):
         run("--help")
     shown = capsys.readouterr().out
-    assert "{comfy,wantraining,kohya,diffusers}" in shown and "predecessor" not in shown
+    assert "{comfy,wantraining,kohya,diffusers,peft}" in shown and "predecessor" not in shown
     assert run("--input_lora", source, "--to", "lycoris") == 2
     assert "must be one of comfy, wantraining, kohya, diffusers" in capsys.readouterr().err
 
@@ -246,10 +246,10 @@ def test_a_conversion_reads_its_input_and_makes_the_output_once(tmp_path, monkey
         function = getattr(convert_lora_to_comfy, name)
         monkeypatch.setattr(convert_lora_to_comfy, name, lambda *args: (calls.append(name), function(*args))[1])
 
-    counted("read_lora")
+    counted("read_experts")
     counted("to_state_dict")
     assert run("--input_lora", source) == 0 and (tmp_path / "lora_comfy.safetensors").exists()
-    assert calls == ["read_lora", "to_state_dict"]
+    assert calls == ["read_experts", "to_state_dict"]
 
 
 # ----------------------------------------------------------------------------------------------------------- pairs
@@ -349,7 +349,7 @@ def test_a_bad_command_ends_with_code_two_and_damages_nothing(tmp_path, monkeypa
 
 def test_metadata_survives_and_is_readable(tmp_path):
     source = save(tmp_path / "lora.safetensors", bare(), {"config": json.dumps({"shift": 5})})
-    assert run("--input_lora", source, "--to", "diffusers") == 0
+    assert run("--input_lora", source, "--to", "diffusers", "--alpha", 2) == 0
     metadata = metadata_of(tmp_path / "lora_diffusers.safetensors")
     assert json.loads(metadata["config"]) == {"shift": 5}
     assert json.loads(metadata["lora_adapter_metadata"])["transformer.lora_alpha"] == 2.0

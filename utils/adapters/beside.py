@@ -4,18 +4,22 @@ Fusing a LoRA and subtracting it again would round the weights. Here the weights
 would be added to them acts on the outputs. Vectors and bare parameters are replaced, and come back as the same tensors.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.adapters.dora import Magnitude, decomposed_change
 from utils.adapters.fitting import PATCH
 from utils.adapters.lora import diff_target
-from utils.adapters.lora_file import LoraFile, delta
+from utils.adapters.lora_file import Factors, LoraFile, LoraPair, delta
+from utils.adapters.peft import LoraLayer
+from utils.storage.linear import QuantisedLinear
 from wan.modules.model import WanModel
 
 Add = Callable[[Tensor, Tensor], Tensor]  # a layer's output and its input -> the output with something added
@@ -45,15 +49,26 @@ def beside(model: WanModel, loras: Sequence[Chosen], device: torch.device) -> It
 
 def _put_on(model: WanModel, chosen: Chosen, device: torch.device, undo: ExitStack) -> None:
     """Puts one LoRA beside the model, until `undo` is closed."""
-    pairs, strength = dict(chosen.lora.pairs), chosen.strength
+    factors, magnitudes, strength = chosen.lora.factors, chosen.lora.magnitudes, chosen.strength
     parameters = {name.replace(".base_layer", ""): value for name, value in model.named_parameters()}
     changes = {diff_target(key, parameters): diff for key, diff in chosen.lora.diffs.items()}
-    for name in [name for name, pair in pairs.items() if name == PATCH or _is_vector(pair.down)]:
-        changes[f"{name}.weight"] = delta(pairs.pop(name))  # small: it acts as a whole
+    for name in [name for name, each in factors.items() if name == PATCH or math.prod(each.weight_shape[1:]) == 1]:
+        change = delta(factors.pop(name))  # small: it acts as a whole
+        if name in magnitudes:
+            change = change.reshape(len(change), -1, *model.shape.patch_size)
+            weight = parameters[f"{name}.weight"][:, : change.shape[1]].cpu()
+            change = decomposed_change(weight, change, magnitudes[name])
+        changes[f"{name}.weight"] = change
 
-    for name, pair in pairs.items():
-        down, up = (matrix.flatten(1).to(device) for matrix in (pair.down, pair.up))
-        undo.enter_context(_adding(model.get_submodule(name), partial(_add_pair, down, up, strength * pair.scale)))
+    for name, each in factors.items():
+        layer, moved = model.get_submodule(name), each.map(lambda matrix: matrix.to(device))
+        if name in magnitudes:
+            undo.enter_context(_adding(layer, _Decomposed(_base_of(layer), moved, magnitudes[name], strength)))
+        elif isinstance(moved, LoraPair):
+            down, up = moved.down.flatten(1), moved.up.flatten(1)
+            undo.enter_context(_adding(layer, partial(_add_pair, down, up, strength * moved.scale)))
+        else:
+            undo.enter_context(_adding(layer, partial(_add_factors, moved, strength)))
     for target, change in changes.items():
         change = change.to(device).float() * strength
         name, _, role = target.rpartition(".")
@@ -68,13 +83,11 @@ def _put_on(model: WanModel, chosen: Chosen, device: torch.device, undo: ExitSta
 
 def split_patch(lora: LoraFile) -> tuple[LoraFile, LoraFile]:
     """What of a LoRA is for the patch embedding, which a control LoRA widens, and what is for everything else."""
-    is_patch = {key: key.split(".")[0] == PATCH for key in (*lora.pairs, *lora.diffs)}
-    parts = []
-    for wanted in (True, False):
-        pairs = {name: pair for name, pair in lora.pairs.items() if is_patch[name] == wanted}
-        diffs = {key: diff for key, diff in lora.diffs.items() if is_patch[key] == wanted}
-        parts.append(replace(lora, pairs=pairs, diffs=diffs, input_shapes=lora.input_shapes if wanted else {}))
-    return parts[0], parts[1]
+    return lora.part(_is_of_patch), lora.part(lambda name: not _is_of_patch(name))
+
+
+def _is_of_patch(name: str) -> bool:
+    return name.split(".")[0] == PATCH
 
 
 def _is_vector(matrix: Tensor) -> bool:
@@ -87,6 +100,33 @@ def _add_pair(down: Tensor, up: Tensor, scale: float, result: Tensor, x: Tensor)
     hidden = F.linear(x, down.to(x.dtype)).flatten(0, -2)
     result.view(-1, result.shape[-1]).addmm_(hidden, up.to(x.dtype).T, alpha=scale)
     return result
+
+
+def _add_factors(factors: Factors, strength: float, result: Tensor, x: Tensor) -> Tensor:
+    """As `_add_product`, of a change that exists only while it is used: in full it takes as much as the weight."""
+    return _add_product(delta(factors, strength).flatten(1), result, x)
+
+
+@dataclass
+class _Decomposed:
+    """DoRA beside a layer, whose weight is looked at when it is there: result + strength (W' - W) x."""
+
+    base: nn.Linear
+    factors: Factors
+    magnitude: Magnitude
+    strength: float
+
+    def __call__(self, result: Tensor, x: Tensor) -> Tensor:
+        weight = self.base.values(torch.float32) if isinstance(self.base, QuantisedLinear) else self.base.weight
+        change = decomposed_change(weight, delta(self.factors).flatten(1), self.magnitude)
+        return _add_product(change * self.strength, result, x)
+
+
+def _base_of(layer: nn.Module) -> nn.Linear:
+    """The layer that holds the weight, below any adapter in training."""
+    base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    assert isinstance(base, nn.Linear)
+    return base
 
 
 def _add_product(change: Tensor, result: Tensor, x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def fitting(lora: LoraFile, model: WanModel, source: Path) -> tuple[LoraFile, li
     lora = _check_control(lora, model, source)
     lora, left_out = _leave_out(lora, model, source)
     lora, resized = _fit_inputs(lora, model, source)
-    return lora, [*left_out, *resized]
+    return lora, [*lora.notes, *left_out, *resized]
 
 
 def _check_control(lora: LoraFile, model: WanModel, source: Path) -> LoraFile:
@@ -48,22 +48,20 @@ def _check_control(lora: LoraFile, model: WanModel, source: Path) -> LoraFile:
 
 def _leave_out(lora: LoraFile, model: WanModel, source: Path) -> tuple[LoraFile, list[str]]:
     parameters = dict(model.named_parameters())
-    absent = {name for name in lora.pairs if f"{name}.weight" not in parameters}
+    absent = {name for name in lora.factors if f"{name}.weight" not in parameters}
     absent |= {key for key in lora.diffs if diff_target(key, parameters) not in parameters}
     absent = {name for name in absent if not _is_of_a_deeper_model(name, len(model.blocks))}
     if not absent:
         return lora, []
-    missing = {name if name in lora.pairs else _module(name) for name in absent}
-    modules = lora.pairs.keys() | {_module(key) for key in lora.diffs}
-    pairs = {name: pair for name, pair in lora.pairs.items() if name not in absent}
-    diffs = {key: tensor for key, tensor in lora.diffs.items() if key not in absent}
-    if not pairs and not diffs:
+    missing = {_module(name) if name in lora.diffs else name for name in absent}
+    fitting = lora.part(lambda name: name not in absent)
+    if not fitting.modules:
         raise UserError(
             f"{source} adapts {_kinds(missing)}, and this model has no such module. Was it made for another Wan?"
         )
     are = "is" if len(missing) == 1 else "are"
-    note = f"{len(missing)} of {len(modules)} modules of {source} {are} not in this model ({_kinds(missing)}): left out"
-    return replace(lora, pairs=pairs, diffs=diffs), [note]
+    of_all = f"{len(missing)} of {len(lora.modules)} modules of {source}"
+    return fitting, [f"{of_all} {are} not in this model ({_kinds(missing)}): left out"]
 
 
 def _fit_inputs(lora: LoraFile, model: WanModel, source: Path) -> tuple[LoraFile, list[str]]:

@@ -9,7 +9,6 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from types import MethodType
 
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.adapters.dora import decomposed_change
 from utils.adapters.lora_file import LoraFile, LoraPair, delta
 from utils.adapters.peft import LoraLayer, LoraLinear, inject_lora
 from utils.adapters.projection import is_plain
@@ -189,9 +189,10 @@ class LoraFusion:
         parameters = dict(model.named_parameters())
         self.weight = weight
         self.in_dim = _stated_in_dim(lora)
-        self.pairs = {f"{name}.weight": pair for name, pair in lora.pairs.items()}
+        self.factors = {f"{name}.weight": factors for name, factors in lora.factors.items()}
+        self.magnitudes = {f"{name}.weight": magnitude for name, magnitude in lora.magnitudes.items()}
         self.diffs = {diff_target(key, parameters): tensor for key, tensor in lora.diffs.items()}
-        shapes = {target: (len(pair.up), *pair.down.shape[1:]) for target, pair in self.pairs.items()}
+        shapes = {target: factors.weight_shape for target, factors in self.factors.items()}
         shapes |= {target: tuple(tensor.shape) for target, tensor in self.diffs.items()}
         for target, shape in shapes.items():
             if target not in parameters:
@@ -206,7 +207,7 @@ class LoraFusion:
     @property
     def targets(self) -> set[str]:
         """The names of the parameters that it changes."""
-        return self.pairs.keys() | self.diffs.keys() | ({PATCH_WEIGHT} if self.in_dim is not None else set())
+        return self.factors.keys() | self.diffs.keys() | ({PATCH_WEIGHT} if self.in_dim is not None else set())
 
     def widen(self, model: WanModel) -> None:
         """Gives the patch embedding the inputs that a control LoRA reads; nothing for any other LoRA."""
@@ -221,9 +222,13 @@ class LoraFusion:
         if name == PATCH_WEIGHT and self.in_dim is not None:
             tensor = pad_inputs(tensor, self.in_dim)
         result = tensor
-        if (pair := self.pairs.get(name)) is not None:
-            pair = replace(pair, down=pair.down.to(tensor.device), up=pair.up.to(tensor.device))
-            result = _add(result, delta(pair, self.weight))
+        if (factors := self.factors.get(name)) is not None:
+            factors = factors.map(lambda matrix: matrix.to(tensor.device))
+            if (magnitude := self.magnitudes.get(name)) is None:
+                change = delta(factors, self.weight)
+            else:
+                change = self.weight * decomposed_change(tensor, delta(factors).view_as(tensor), magnitude)
+            result = _add(result, change)
         if (diff := self.diffs.get(name)) is not None:
             result = _add(result, diff.to(tensor.device).float() * self.weight)
         return result

@@ -1,14 +1,18 @@
 """What a LoRA file says, in one form for every layout.
 
-A pair of matrices changes the weight of one module by `alpha / rank * up @ down`. Modules have their official Wan names
-("blocks.0.self_attn.q"). `lora_reader` brings every known layout into this form, and `lora_writer` writes it.
+A pair of matrices changes the weight of one module by `alpha / rank * up @ down`; what LyCORIS factors in other ways
+(`lycoris`) changes it in the same sense. Modules have their official Wan names ("blocks.0.self_attn.q"). `lora_reader`
+brings every known layout into this form, and `lora_writer` writes it.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from utils.adapters.dora import Magnitude
+from utils.adapters.lycoris import Lycoris
 from utils.common.errors import UserError
 
 FP32_MAX = torch.finfo(torch.float32).max
@@ -53,14 +57,32 @@ class LoraPair:
         """No number in `delta` or in the product before it is scaled exceeds this; NaN for matrices that hold one."""
         return max(abs(self.effective_alpha), self.rank) * largest(self.down) * largest(self.up)
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its matrices by role."""
+        return {"down": self.down, "up": self.up}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "LoraPair":
+        """With another tensor for each matrix."""
+        return replace(self, down=change(self.down), up=change(self.up))
+
+    def product(self) -> Tensor:
+        """`up @ down` in fp32, (out, in * ...)."""
+        return self.up.float().flatten(1) @ self.down.float().flatten(1)
+
+
+Factors = LoraPair | Lycoris  # of a change of one weight
+
 
 @dataclass(frozen=True)
 class LoraFile:
     """What a LoRA file says, under official Wan names.
 
-    `diffs` are added in full: "blocks.0.norm3.diff" to the weight, "blocks.0.norm3.diff_b" to the bias.
-    `input_shapes` gives the shape to which a weight is padded with zeros before its pair is added: a control LoRA
-    widens "patch_embedding" this way. `key_format` describes for people how the keys of the file were named.
+    `lycoris` holds the modules whose change is factored as LoHa or LoKr. `magnitudes` belong to modules of either kind
+    and make DoRA of them. `diffs` are added in full: "blocks.0.norm3.diff" to the weight, "blocks.0.norm3.diff_b" to
+    the bias, "blocks.0.modulation.diff" to the parameter itself. `input_shapes` gives the shape to which a weight is
+    padded with zeros before its change is added: a control LoRA widens "patch_embedding" this way. `key_format`
+    describes for people how the keys of the file were named; `notes` are what they should know of it, a sentence each.
     """
 
     pairs: dict[str, LoraPair]
@@ -68,12 +90,49 @@ class LoraFile:
     input_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     key_format: str = ""
+    lycoris: dict[str, Lycoris] = field(default_factory=dict)
+    magnitudes: dict[str, Magnitude] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def factors(self) -> dict[str, Factors]:
+        """The factored changes of all kinds, by module."""
+        return {**self.pairs, **self.lycoris}
+
+    @property
+    def modules(self) -> set[str]:
+        """All modules, and bare parameters, that it changes."""
+        return {*self.pairs, *self.lycoris, *(key.rpartition(".")[0] for key in self.diffs)}
+
+    def part(self, keep: Callable[[str], bool]) -> "LoraFile":
+        """What it says of some modules: `keep` is asked with the name of a module, and with the key of a diff."""
+
+        def of(table: dict) -> dict:
+            return {name: value for name, value in table.items() if keep(name)}
+
+        return replace(
+            self,
+            pairs=of(self.pairs),
+            diffs=of(self.diffs),
+            input_shapes=of(self.input_shapes),
+            lycoris=of(self.lycoris),
+            magnitudes=of(self.magnitudes),
+        )
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "LoraFile":
+        """With another tensor for each that is a number of a weight: not for alphas and shapes."""
+        return replace(
+            self,
+            pairs={name: pair.map(change) for name, pair in self.pairs.items()},
+            diffs={key: change(diff) for key, diff in self.diffs.items()},
+            lycoris={name: factors.map(change) for name, factors in self.lycoris.items()},
+            magnitudes={name: replace(m, values=change(m.values)) for name, m in self.magnitudes.items()},
+        )
 
 
-def delta(pair: LoraPair, weight: float = 1.0) -> Tensor:
-    """`weight * scale * up @ down` in fp32, shaped (out, in, ...) like the weight it is added to."""
-    product = pair.up.float().flatten(1) @ pair.down.float().flatten(1)
-    return (product * (weight * pair.scale)).reshape(pair.weight_shape)
+def delta(factors: Factors, weight: float = 1.0) -> Tensor:
+    """`weight * scale * product` in fp32, shaped (out, in, ...) like the weight it is added to."""
+    return (factors.product() * (weight * factors.scale)).reshape(factors.weight_shape)
 
 
 def largest(tensor: Tensor) -> float:

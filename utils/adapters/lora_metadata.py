@@ -1,87 +1,165 @@
-"""Alphas and weight shapes in a LoRA file's metadata, for layouts whose tensors state neither.
+"""Alphas and weight shapes that a LoRA file states outside of its tensors.
 
+    adapter_config.json     of a PEFT folder (`peft_folder`)
     wan_lora_scaling        our own, for WanTraining's layout: {"alpha": {module: number}, "shapes": {module: [sizes]}}
     lora_adapter_metadata   diffusers': a PEFT LoraConfig, each of its fields prefixed with "transformer."
+    lora_alpha, network_alpha, ss_network_alpha    one number for all modules
 
-Both are JSON. Nothing of it is used before it is known to have the type that its use needs. Sources: LoraConfig and
-`get_pattern_key` of PEFT 0.21, the Wan loader of diffusers 0.42.
+All but the first are in the metadata; what is no plain number is JSON. Nothing of it is used before it is known to have
+the type that its use needs. Sources: LoraConfig and `get_pattern_key` of PEFT 0.21, the Wan loader of diffusers 0.42,
+`network_alpha` of kohya's scripts.
 """
 
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.adapters.lora_file import FP32_MAX, MAX_DIMENSIONS, LoraError, LoraFile, shown
+from utils.adapters.lora_file import FP32_MAX, MAX_DIMENSIONS, LoraError, LoraFile, LoraPair, shown
 from wan.names import diffusers_name
 
 DIFFUSERS_KEY = "lora_adapter_metadata"
 OWN_KEY = "wan_lora_scaling"
+NUMBER_KEYS = ("lora_alpha", "network_alpha", "ss_network_alpha")
 
-# diffusers applies its key on top of alpha tensors: a converted file that kept it would be scaled twice.
-SCALING_KEYS = (DIFFUSERS_KEY, OWN_KEY)
+# A converted file states its alphas in its own way: diffusers applies its key on top of alpha tensors, for instance.
+SCALING_KEYS = (DIFFUSERS_KEY, OWN_KEY, "lora_alpha", "network_alpha")
 
 _PATTERN = re.compile(r"(?:\^|\.\*)?[A-Za-z0-9_.-]+")
 
 
 @dataclass(frozen=True)
-class Scaling:
-    """Alphas and shapes of widened weights by official module name; `shapes` is None where none can be stated."""
+class Statement:
+    """Where a file states alphas, for people, and the alphas by official module name."""
 
-    alphas: dict[str, float]
-    shapes: dict[str, list[int]] | None = None
+    source: str
+    alphas: Mapping[str, float]
 
 
-def read_scaling(metadata: Mapping[str, str], ranks: Mapping[str, int], path: Path) -> Scaling:
-    """What metadata states of the modules with these ranks. Our own key counts before that of diffusers.
+def read_statements(metadata: Mapping[str, str], ranks: Mapping[str, int], where: str) -> list[Statement]:
+    """What metadata states of the modules with these ranks, the statement that counts first.
 
-    Raises LoraError, with the file's `path`, for JSON of another form than the two above.
+    Raises LoraError, with `where` in the file's place, for JSON of another form than the above.
     """
-    key = OWN_KEY if OWN_KEY in metadata else DIFFUSERS_KEY
-    if key not in metadata:
-        return Scaling({})
+    statements = []
+    for key in (OWN_KEY, DIFFUSERS_KEY):
+        if key in metadata:
+            try:
+                content = _table(json.loads(metadata[key]), "its content")
+                alphas = _own_alphas(content) if key == OWN_KEY else peft_alphas(_of_transformer(content), ranks)
+            except (ValueError, RecursionError) as error:
+                raise LoraError(f"{where}: the metadata {key} gives no usable alpha: {error}.") from error
+            statements.append(Statement(f"the metadata {key}", alphas))
+    for key in NUMBER_KEYS:
+        if (alpha := _plain_number(metadata.get(key, ""))) is not None:
+            statements.append(Statement(f"the metadata {key}", dict.fromkeys(ranks, alpha)))
+    return statements
+
+
+def read_shapes(metadata: Mapping[str, str], path: Path) -> dict[str, list[int]] | None:
+    """The shapes of widened weights that our own key states; None where there is no such key. Raises LoraError."""
+    if OWN_KEY not in metadata:
+        return None
     try:
-        content = _table(json.loads(metadata[key]), "its content")
-        return _own_scaling(content) if key == OWN_KEY else Scaling(_peft_alphas(content, ranks))
+        shapes = _table(_table(json.loads(metadata[OWN_KEY]), "its content").get("shapes"), "shapes")
+        return {name: _sizes(shape, f"shape of {shown(name)}") for name, shape in shapes.items()}
     except (ValueError, RecursionError) as error:
-        raise LoraError(f"{path}: the metadata {key} gives no usable alpha: {error}.") from error
+        raise LoraError(f"{path}: the metadata {OWN_KEY} gives no usable shape: {error}.") from error
+
+
+def reconcile(
+    statements: Sequence[Statement], tensors: Mapping[str, float], names: Sequence[str], path: Path
+) -> tuple[dict[str, float], list[str]]:
+    """The alphas of the modules of these names, and a sentence for what is not as the file's metadata says.
+
+    Alphas in tensors count first: ComfyUI reads no others, and files that were resized keep their old metadata. A
+    module of which nothing is stated gets none. Raises LoraError where statements outside of the tensors disagree
+    about a module that has no alpha among them.
+    """
+    alphas, notes = dict(tensors), []
+    for statement in statements:
+        differing = [name for name in names if name in tensors and _differ(tensors, statement.alphas, name)]
+        if differing:
+            said, counted = statement.alphas[differing[0]], tensors[differing[0]]
+            where = differing[0] if len(differing) == 1 else f"{differing[0]} and {len(differing) - 1} more"
+            notes.append(
+                f"{path}: {statement.source} says alpha {said:g}, the tensors {counted:g} ({where}): these count"
+            )
+    for name in names:
+        if name in tensors:
+            continue
+        stating = [statement for statement in statements if name in statement.alphas]
+        for other in stating[1:]:
+            if _differ(stating[0].alphas, other.alphas, name):
+                first = f"{stating[0].source} says {stating[0].alphas[name]:g}"
+                raise LoraError(
+                    f"{path}: the alpha of {name} is stated twice, and differently: {first}, {other.source} says "
+                    f"{other.alphas[name]:g}. Remove the wrong statement from the file."
+                )
+        if stating:
+            alphas[name] = stating[0].alphas[name]
+    return alphas, notes
+
+
+def _differ(first: Mapping[str, float], other: Mapping[str, float], name: str) -> bool:
+    """Whether both state an alpha, and not the same: to the precision of bf16, in which some tools store it."""
+    return name in first and name in other and not math.isclose(first[name], other[name], rel_tol=2**-8)
 
 
 def own_metadata(lora: LoraFile) -> dict[str, str]:
-    """All that WanTraining's layout leaves unsaid."""
+    """All that WanTraining's layout leaves unsaid, of what is known."""
     alphas = {name: pair.alpha for name, pair in sorted(lora.pairs.items()) if pair.alpha is not None}
     return {OWN_KEY: json.dumps({"alpha": alphas, "shapes": lora.input_shapes})}
 
 
 def diffusers_metadata(lora: LoraFile) -> dict[str, str]:
-    """A LoraConfig as diffusers reads it. The patterns are anchored, because PEFT matches the end of a name."""
-    ranks = {diffusers_name(name): pair.rank for name, pair in sorted(lora.pairs.items())}
-    alphas = {diffusers_name(name): pair.effective_alpha for name, pair in sorted(lora.pairs.items())}
+    """A LoraConfig as diffusers reads it; none where no alpha is known and diffusers takes the rank by itself."""
+    pairs = {diffusers_name(name): pair for name, pair in sorted(lora.pairs.items())}
+    if all(pair.alpha is None for pair in pairs.values()) and len({pair.rank for pair in pairs.values()}) == 1:
+        return {}
+    config = {f"transformer.{key}": value for key, value in peft_scales(pairs).items()}
+    return {DIFFUSERS_KEY: json.dumps(config, sort_keys=True)}
+
+
+def peft_scales(pairs: Mapping[str, LoraPair]) -> dict[str, object]:
+    """The fields of a LoraConfig that give these modules their ranks and alphas.
+
+    The patterns are anchored, because PEFT matches the end of a name.
+    """
+    ranks = {name: pair.rank for name, pair in pairs.items()}
+    alphas = {name: pair.effective_alpha for name, pair in pairs.items()}
     (rank, _), (alpha, _) = Counter(ranks.values()).most_common(1)[0], Counter(alphas.values()).most_common(1)[0]
-    config = {
+    return {
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {f"^{re.escape(name)}": value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},
         "target_modules": list(ranks),
     }
-    return {DIFFUSERS_KEY: json.dumps({f"transformer.{key}": value for key, value in config.items()}, sort_keys=True)}
 
 
-def _own_scaling(content: Mapping[str, object]) -> Scaling:
-    alphas, shapes = _table(content.get("alpha"), "alpha"), _table(content.get("shapes"), "shapes")
-    return Scaling(
-        {name: _number(alpha, f"alpha of {shown(name)}") for name, alpha in alphas.items()},
-        {name: _sizes(shape, f"shape of {shown(name)}") for name, shape in shapes.items()},
-    )
+def _own_alphas(content: Mapping[str, object]) -> dict[str, float]:
+    alphas = _table(content.get("alpha"), "alpha")
+    return {name: _number(alpha, f"alpha of {shown(name)}") for name, alpha in alphas.items()}
 
 
-def _peft_alphas(content: Mapping[str, object], ranks: Mapping[str, int]) -> dict[str, float]:
-    """The alpha that a LoraConfig gives each module: that of the first pattern for its name, else `lora_alpha`."""
-    config = {key.removeprefix("transformer."): value for key, value in content.items()}
+def _of_transformer(content: Mapping[str, object]) -> dict[str, object]:
+    """diffusers' fields without the name of the model before them: a second expert's are "transformer_2."."""
+    first = {key.removeprefix("transformer."): value for key, value in content.items()}
+    second = {
+        key.removeprefix("transformer_2."): value for key, value in content.items() if key.startswith("transformer_2.")
+    }
+    return second if second and not any(key.startswith("transformer.") for key in content) else first
+
+
+def peft_alphas(config: Mapping[str, object], ranks: Mapping[str, int]) -> dict[str, float]:
+    """The alpha that a LoraConfig gives each module: that of the first pattern for its name, else `lora_alpha`.
+
+    Raises ValueError for fields of another type.
+    """
     config = {key: value for key, value in config.items() if value is not None}
     stabilised = config.get("use_rslora", False)
     if not isinstance(stabilised, bool):
@@ -95,6 +173,15 @@ def _peft_alphas(content: Mapping[str, object], ranks: Mapping[str, int]) -> dic
             alphas[name] = min(found)[1]
     # rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023), while a file can only state alpha / rank.
     return {name: alpha * math.sqrt(ranks[name]) if stabilised else alpha for name, alpha in alphas.items()}
+
+
+def _plain_number(text: str) -> float | None:
+    """A number that metadata hold as text; None for what is none, such as the "Dynamic" of resized files."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if abs(number) <= FP32_MAX else None
 
 
 def _patterns_of(name: str) -> Iterator[str]:

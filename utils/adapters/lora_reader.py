@@ -1,11 +1,11 @@
 """LoRA files of every known key format, read into one form.
 
-Sources: the key map and LoRA adapters of ComfyUI v0.3.64, the Wan loader of diffusers 0.42, LoraConfig of PEFT 0.21.
+Sources: the key map and weight adapters of ComfyUI v0.3.77, the Wan loader of diffusers 0.42, LoraConfig of PEFT 0.21,
+LyCORIS, and the files of LightX2V.
 """
 
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,32 +13,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.adapters.lora_file import FP32_MAX, MAX_DIMENSIONS, LoraError, LoraFile, LoraPair, largest, shown
-from utils.adapters.lora_metadata import SCALING_KEYS, read_scaling
+from utils.adapters.dora import COMFY, PEFT, Magnitude
+from utils.adapters.lora_file import FP32_MAX, MAX_DIMENSIONS, Factors, LoraError, LoraFile, LoraPair, largest, shown
+from utils.adapters.lora_keys import HIGH, Key, names_wan, parse_key, refusal
+from utils.adapters.lora_metadata import SCALING_KEYS, read_shapes, read_statements, reconcile
+from utils.adapters.lycoris import Lycoris, check_factors, kind_of
+from utils.adapters.pairs import EXPERT_KEY
+from utils.adapters.peft_folder import PeftConfig, find_weights
 from utils.common.tensor_files import TensorFileError, read_tensors
-from wan.names import is_parameter, official_name
 
 CONTROL_CHANNELS = 32  # inputs of a text-to-video Wan that follows control: 16 of latents, 16 of control
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 
-_KEY = re.compile(
-    r"(?P<prefix>(?:model\.)?diffusion_model\.|base_model\.model\.|transformer\.|lora_unet__?|)(?P<name>.+?)\."
-    r"(?:(?P<matrix>lora_[AB]|lora[._](?:down|up))(?P<tail>(?:\.default)?(?:\.weight)?)"
-    r"|(?P<other>alpha|diff|diff_b|reshape_weight))"
-)
-_MATRICES = {
-    matrix: (role, f"{down}/{up}")
-    for down, up in (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up"))
-    for matrix, role in ((down, "down"), (up, "up"))
-}
-_REFUSED = {
-    r"lora_magnitude_vector|\.dora_scale": "is a DoRA magnitude, which no layout here can hold",
-    r"\.hada_[wt]\d": "belongs to a LoHa, which is not a LoRA pair",
-    r"\.lokr_[wt]\d": "belongs to a LoKr, which is not a LoRA pair",
-    r"\.set_weight$": "replaces a whole weight instead of adapting it",
-    r"\.lora_mid\.": "belongs to a Tucker decomposition, which is not a LoRA pair",
-    r"\.lora_B\.(\w+\.)?bias$": "is a bias inside the adapter, which only PEFT can apply",
+PATCH = "patch_embedding"
+
+# What is found in place of a LoRA, by how the file begins.
+_MISTAKEN = {
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself. Download it again, with git lfs pull",
+    b"<!doctype": "is a web page, saved in place of the file: the download needed a login. Download it again",
+    b"<html": "is a web page, saved in place of the file: the download needed a login. Download it again",
+    b"gguf": "is a GGUF file, which holds a whole model. Give a LoRA as .safetensors",
 }
 
 
@@ -46,39 +41,44 @@ _REFUSED = {
 class _Module:
     """The tensors of one module by role ("down", "alpha", "diff_b", ...), and the one format that its keys have."""
 
-    stem: tuple[str, str]  # prefix, name
+    key: Key
     matrices: str = ""
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_lora(path: str | Path) -> LoraFile:
-    """The content of a .safetensors LoRA file in any known key format, recognised by its keys alone.
+    """The content of a LoRA file, or of a PEFT folder, in any known key format, recognised by its keys alone.
 
-    Alphas come from tensors, else from the metadata (`lora_metadata`). Raises LoraError, naming file and key, for a
-    file that is not readable safetensors, unknown keys, incomplete pairs, matrices that do not fit together, one module
-    under two names, adapters other than LoRA, and numbers that are not finite or whose product would not be.
+    Alphas come from tensors, else from adapter_config.json or the metadata (`lora_metadata`). Raises LoraError, naming
+    file and key, for a file that is not readable safetensors, unknown keys, incomplete pairs, matrices that do not fit
+    together, one module under two names, what is no change of weights, numbers that are not finite or whose product
+    would not be, and for a file that holds the LoRAs of two experts.
     """
-    path = Path(path)
+    found = read_experts(path)
+    if len(found) > 1:
+        raise LoraError(
+            f"{path}: holds the LoRAs of two experts. convert_lora_to_comfy.py makes a file for each: give one of them."
+        )
+    return next(iter(found.values()))
+
+
+def read_experts(path: str | Path) -> dict[str, LoraFile]:
+    """As `read_lora`, for a file that may hold the LoRAs of both experts: by expert, or the only one under ""."""
+    path, config = find_weights(Path(path))
     tensors, metadata = _load(path)
-    modules = _sort_into_modules(tensors, path)
-    ranks = {name: module.tensors["down"].shape[0] for name, module in modules.items() if "down" in module.tensors}
-    scaling = read_scaling(metadata, ranks, path)
-    pairs: dict[str, LoraPair] = {}
-    diffs: dict[str, Tensor] = {}
-    for name, module in modules.items():
-        found, key = module.tensors, f"{path}: {''.join(module.stem)}"
-        diffs |= {f"{name}.{role}": found[role] for role in ("diff", "diff_b") if role in found}
-        if found.keys() - {"diff", "diff_b"}:
-            pairs[name] = _pair(found, scaling.alphas.get(name), key)
-    shapes = _stated_shapes(modules, pairs, path) if scaling.shapes is None else scaling.shapes
-    input_shapes = {name: _checked_shape(shape, pairs.get(name), f"{path}: {name}") for name, shape in shapes.items()}
-    others = {key: value for key, value in metadata.items() if key not in SCALING_KEYS}
-    return LoraFile(pairs, diffs, input_shapes, others, _key_format(modules))
+    parts = _sort_into_modules(tensors, path)
+    if len(parts) == 1:
+        ((expert, modules),) = parts.items()
+        # The first expert's prefix says nothing: a model with one transformer has the same.
+        stated = {EXPERT_KEY: expert} if expert != HIGH and EXPERT_KEY not in metadata else {}
+        return {"": _assemble(modules, metadata | stated, config, path)}
+    return {
+        expert: _assemble(modules, metadata | {EXPERT_KEY: expert}, config, path)
+        for expert, modules in sorted(parts.items())
+    }
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if os.path.isdir(path):
-        raise LoraError(f"{path} is a folder. Give a .safetensors file in it.")
     if path.suffix.lower() in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
         raise LoraError(f"{path}: a pickle can run code when it is opened, so it is not read. Use a .safetensors file.")
     if not os.path.exists(path):
@@ -86,39 +86,90 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         tensors, metadata = read_tensors(path)
     except TensorFileError as error:
+        with path.open("rb") as file:
+            start = file.read(64).lstrip().lower()
+        for beginning, what in _MISTAKEN.items():
+            if start.startswith(beginning):
+                raise LoraError(f"{path}: {what}.") from error
         raise LoraError(f"{path}: not a complete safetensors file ({error}). Copy or export it again.") from error
     if not tensors:
         raise LoraError(f"{path}: the file holds no tensors.")
     return tensors, metadata
 
 
-def _sort_into_modules(tensors: Mapping[str, Tensor], path: Path) -> dict[str, _Module]:
-    """Official name -> the tensors found for it. Every key is understood or refused, and so is every tensor."""
-    modules: dict[str, _Module] = {}
+def _sort_into_modules(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, _Module]]:
+    """Expert -> official name -> the tensors found for it. Every key is understood or refused, so is every tensor."""
+    parts: dict[str, dict[str, _Module]] = {}
     unknown = []
-    for key in sorted(tensors):
-        for pattern, reason in _REFUSED.items():
-            if re.search(pattern, key):
-                raise LoraError(f"{path}: {shown(key)} {reason}.")
-        match = _KEY.fullmatch(key)
-        name = match and official_name(match["name"])
-        if not match or not name or (is_parameter(name) and match["other"] != "diff"):
-            unknown.append(shown(key))
+    for text in sorted(tensors):
+        if reason := refusal(text):
+            raise LoraError(f"{path}: {shown(text)} {reason}.")
+        key = parse_key(text)
+        if key is None:
+            unknown.append(shown(text))
             continue
-        stem = (match["prefix"], match["name"])
-        role, matrices = _MATRICES.get(match["matrix"], (match["other"], ""))
-        matrices += match["tail"] or ""
-        module = modules.setdefault(name, _Module(stem))
-        if module.stem != stem or (matrices and module.matrices not in ("", matrices)):
-            raise LoraError(f"{path}: {name} has keys of two formats, here {key}. Keep one of them.")
-        if role not in ("alpha", "reshape_weight"):
-            _check_numbers(tensors[key], f"{path}: {key}")
-        module.matrices = matrices or module.matrices
-        module.tensors[role] = tensors[key]
+        module = parts.setdefault(key.expert or HIGH, {}).setdefault(key.name, _Module(key))
+        if module.key.stem != key.stem or (key.matrices and module.matrices not in ("", key.matrices)):
+            raise LoraError(f"{path}: {key.name} has keys of two formats, here {text}. Keep one of them.")
+        if key.role in module.tensors:
+            raise LoraError(f"{path}: {shown(text)} says again what another key says. Keep one of them.")
+        if key.role not in ("alpha", "reshape_weight"):
+            _check_numbers(tensors[text], f"{path}: {text}")
+        module.matrices = key.matrices or module.matrices
+        module.tensors[key.role] = tensors[text]
     if unknown:
-        names = ", ".join(unknown[:3])
-        raise LoraError(f"{path}: {len(unknown)} of {len(tensors)} keys are not LoRA keys of a Wan model: {names}.")
-    return modules
+        raise LoraError(_not_of_wan(unknown, tensors, path))
+    return parts
+
+
+def _not_of_wan(unknown: Sequence[str], tensors: Mapping[str, Tensor], path: Path) -> str:
+    names = ", ".join(unknown[:3])
+    if all(name.endswith((".weight", ".bias", "modulation")) and "lora" not in name for name in tensors):
+        return f"{path}: holds the weights of a model ({names}), not a LoRA."
+    if not any(map(names_wan, tensors)):
+        return f"{path}: none of its keys names a module of Wan ({names}). Is it a LoRA of another model?"
+    return f"{path}: {len(unknown)} of {len(tensors)} keys are not LoRA keys of a Wan model: {names}."
+
+
+def _assemble(
+    modules: Mapping[str, _Module], metadata: Mapping[str, str], config: PeftConfig | None, path: Path
+) -> LoraFile:
+    ranks = {name: module.tensors["down"].shape[0] for name, module in modules.items() if "down" in module.tensors}
+    ranks |= {name: _lycoris_rank(module) for name, module in modules.items() if _factors_of(module)}
+    scaled = {name: module for name, module in modules.items() if "alpha" in module.tensors}
+    stated = {name: _alpha(m.tensors["alpha"], f"{path}: {''.join(m.key.stem)}") for name, m in scaled.items()}
+    statements = [*([config.statement(ranks)] if config else []), *read_statements(metadata, ranks, str(path))]
+    alphas, notes = reconcile(statements, stated, list(ranks), path)
+    pairs: dict[str, LoraPair] = {}
+    lycoris: dict[str, Lycoris] = {}
+    diffs: dict[str, Tensor] = {}
+    magnitudes: dict[str, Magnitude] = {}
+    for name, module in modules.items():
+        found, key = module.tensors, f"{path}: {''.join(module.key.stem)}"
+        diffs |= {f"{name}.{role}": found[role] for role in ("diff", "diff_b") if role in found}
+        factors: Factors | None = None
+        if _factors_of(module):
+            factors = lycoris[name] = _lycoris(module, alphas.get(name), key)
+        elif found.keys() - {"diff", "diff_b"}:
+            factors = pairs[name] = _pair(found, alphas.get(name), key)
+        if factors is not None and "bias" in found:
+            diffs[f"{name}.diff_b"] = _bias(found, factors, key)
+        if factors is not None and {"dora_scale", "magnitude"} & found.keys():
+            magnitudes[name] = _magnitude(found, factors, key)
+    if config is not None and config.kind == "LOKR":
+        lycoris = _scale_whole_factors(lycoris, config)
+    own = read_shapes(metadata, path)
+    shapes = _stated_shapes(modules, pairs, path) if own is None else own
+    return LoraFile(
+        pairs,
+        diffs,
+        {name: _checked_shape(shape, _made(name, pairs, diffs), f"{path}: {name}") for name, shape in shapes.items()},
+        {key: value for key, value in metadata.items() if key not in SCALING_KEYS},
+        _key_format(modules),
+        lycoris,
+        magnitudes,
+        tuple(notes),
+    )
 
 
 def _check_numbers(tensor: Tensor, key: str) -> None:
@@ -142,10 +193,62 @@ def _pair(found: Mapping[str, Tensor], alpha: float | None, key: str) -> LoraPai
     down, up = found["down"], found["up"]
     if not (down.ndim >= 2 and up.ndim >= 2 and down.shape[0] == up.shape[1] and up.shape[2:].numel() == 1):
         raise LoraError(f"{key}: down {tuple(down.shape)} and up {tuple(up.shape)} do not fit together.")
-    pair = LoraPair(down, up, _alpha(found["alpha"], key) if "alpha" in found else alpha)
+    pair = LoraPair(down, up, alpha)
     if not pair.bound <= FP32_MAX:
         raise LoraError(f"{key}: the change of the weight, alpha / rank * up @ down, may be infinite in fp32.")
     return pair
+
+
+def _factors_of(module: _Module) -> dict[str, Tensor]:
+    return {role: tensor for role, tensor in module.tensors.items() if kind_of(role)}
+
+
+def _lycoris_rank(module: _Module) -> int:
+    return Lycoris(_factors_of(module), None).rank
+
+
+def _lycoris(module: _Module, alpha: float | None, key: str) -> Lycoris:
+    factors = _factors_of(module)
+    if others := module.tensors.keys() & {"down", "up", "diff"}:
+        raise LoraError(f"{key}: has two changes of one weight, {', '.join(sorted(factors | dict.fromkeys(others)))}.")
+    try:
+        check_factors(factors)
+    except ValueError as error:
+        raise LoraError(f"{key} {error}.") from error
+    lycoris = Lycoris(factors, alpha)
+    if not lycoris.bound <= FP32_MAX:
+        raise LoraError(f"{key}: the change of the weight may be infinite in fp32.")
+    return lycoris
+
+
+def _scale_whole_factors(lycoris: Mapping[str, Lycoris], config: PeftConfig) -> dict[str, Lycoris]:
+    """PEFT scales a LoKr of two whole factors by alpha / r, LyCORIS and ComfyUI do not: here it is in the first one."""
+    ranks = config.ranks(dict.fromkeys(lycoris, 1))
+    scaled = {}
+    for name, each in lycoris.items():
+        if not each.rank and each.alpha is not None:
+            first = each.factors["lokr_w1"].float() * (each.alpha / ranks[name])
+            each = Lycoris({**each.factors, "lokr_w1": first}, None)
+        scaled[name] = each
+    return scaled
+
+
+def _bias(found: Mapping[str, Tensor], factors: Factors, key: str) -> Tensor:
+    """PEFT's bias of the second matrix, as the change of the module's bias that it makes."""
+    if "diff_b" in found:
+        raise LoraError(f"{key}: a bias of the pair and a .diff_b exclude each other. Keep one of them.")
+    return found["bias"] if factors.scale == 1 else found["bias"].float() * factors.scale
+
+
+def _magnitude(found: Mapping[str, Tensor], factors: Factors, key: str) -> Magnitude:
+    if len(found.keys() & {"dora_scale", "magnitude"}) > 1:
+        raise LoraError(f"{key}: has the DoRA magnitudes of two programs. Keep one of them.")
+    rule = COMFY if "dora_scale" in found else PEFT
+    magnitude = Magnitude(found["dora_scale" if rule == COMFY else "magnitude"], rule)
+    if not magnitude.fits(factors.weight_shape):
+        shapes = f"{tuple(magnitude.values.shape)}, and the weight {factors.weight_shape}"
+        raise LoraError(f"{key}: the DoRA magnitude has the shape {shapes}: it needs one number for each output.")
+    return magnitude
 
 
 def _alpha(tensor: Tensor, key: str) -> float:
@@ -159,27 +262,31 @@ def _alpha(tensor: Tensor, key: str) -> float:
 
 def _stated_shapes(
     modules: Mapping[str, _Module], pairs: Mapping[str, LoraPair], path: Path
-) -> dict[str, Sequence[float]]:
+) -> Mapping[str, Sequence[float]]:
     shapes: dict[str, Sequence[float]] = {}
     for name, module in modules.items():
         if "reshape_weight" in module.tensors:
             stated = module.tensors["reshape_weight"]
             if stated.numel() > MAX_DIMENSIONS or stated.is_complex():
-                raise LoraError(f"{path}: {''.join(module.stem)}.reshape_weight: is no shape of a weight.")
+                raise LoraError(f"{path}: {''.join(module.key.stem)}.reshape_weight: is no shape of a weight.")
             shapes[name] = stated.flatten().tolist()
-    embedding = pairs.get("patch_embedding")
-    if embedding and embedding.down.ndim == 5:
+    embedding = modules.get(PATCH)
+    if embedding and (matrix := embedding.tensors.get("down", embedding.tensors.get("diff"))) is not None:
         # WanTraining adapts the patch embedding only to widen it for control, and does not state the new shape. That
         # holds for a file whose keys somebody has renamed, too: no released Wan has this number of channels.
-        bare = not modules["patch_embedding"].stem[0]
-        if bare or embedding.down.shape[1] == CONTROL_CHANNELS:
-            shapes.setdefault("patch_embedding", embedding.weight_shape)
+        bare = not embedding.key.prefix and PATCH in pairs
+        if matrix.ndim == 5 and (bare or matrix.shape[1] == CONTROL_CHANNELS):
+            shapes.setdefault(PATCH, pairs[PATCH].weight_shape if PATCH in pairs else tuple(matrix.shape))
     return shapes
 
 
-def _checked_shape(stated: Sequence[float], pair: LoraPair | None, key: str) -> tuple[int, ...]:
+def _made(name: str, pairs: Mapping[str, LoraPair], diffs: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The shape of the weight that a change of a module is for."""
+    return pairs[name].weight_shape if name in pairs else tuple(diffs.get(f"{name}.diff", torch.empty(0)).shape)
+
+
+def _checked_shape(stated: Sequence[float], made: tuple[int, ...], key: str) -> tuple[int, ...]:
     """A stated weight shape as integers. WanTraining's converter stores it as floats, which ComfyUI cannot load."""
-    made = pair.weight_shape if pair else ()
     shape = tuple(int(size) for size in stated if math.isfinite(size) and size == int(size) > 0)
     if len(shape) != len(stated) or shape[:1] != made[:1] or math.prod(shape) != math.prod(made) or len(shape) < 2:
         raise LoraError(f"{key}: the stated shape {shown(list(stated))} is not that of the pair's weight, {made}.")
@@ -187,7 +294,10 @@ def _checked_shape(stated: Sequence[float], pair: LoraPair | None, key: str) -> 
 
 
 def _key_format(modules: Mapping[str, _Module]) -> str:
-    prefixes = sorted({module.stem[0] or "no prefix" for module in modules.values()})
-    matrices = sorted({module.matrices or "diffs" for module in modules.values()})
-    diffusers = any(module.stem[1].replace(".", "_") != name.replace(".", "_") for name, module in modules.items())
+    prefixes = sorted({module.key.prefix or "no prefix" for module in modules.values()})
+    kinds = {kind_of(role) for module in modules.values() for role in module.tensors} - {""}
+    matrices = sorted({module.matrices or "" for module in modules.values()} - {""} | kinds) or ["diffs"]
+    spelled = {name: module.key.spelled.replace(".", "_") for name, module in modules.items()}
+    # A change of the modulation may be spelled without its last word.
+    diffusers = any(not name.replace(".", "_").startswith(flat) for name, flat in spelled.items())
     return ", ".join([*prefixes, *matrices, "diffusers names" if diffusers else "official names"])

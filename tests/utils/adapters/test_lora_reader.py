@@ -89,15 +89,46 @@ BAD = {
     "a shape of fractions": (half() | {f"{Q}.reshape_weight": torch.tensor([6, 5.5])}, "stated shape"),
     "a pair and a delta": (half() | {f"{Q}.diff": torch.ones(6, 5)}, "exclude each other"),
     "a key of no Wan module": (half() | half("diffusion_model.blocks.0.nose"), "2 of 4 keys .*nose.lora_A"),
-    "a key of no LoRA": ({"blocks.0.self_attn.q.weight": torch.ones(6, 5)}, "1 of 1 keys .*self_attn.q.weight"),
+    "a key of no LoRA": (
+        {"blocks.0.self_attn.q.weight": torch.ones(6, 5)},
+        "holds the weights of a model .blocks.0.self_attn.q.weight",
+    ),
     "a pair on a parameter": (half("diffusion_model.blocks.0.modulation"), "2 of 2 keys"),
-    "a text encoder": ({f"lora_te_{i}.alpha": torch.tensor(1.0) for i in range(9)}, "9 of 9 keys .*te_0.*te_1.*te_2"),
-    "a DoRA": (half() | {f"{Q}.lora_magnitude_vector": torch.ones(6)}, "lora_magnitude_vector is a DoRA"),
-    "a kohya DoRA": (half() | {f"{Q}.dora_scale": torch.ones(6)}, "dora_scale is a DoRA"),
-    "a LoHa": ({f"{Q}.hada_w1_a": torch.ones(6, 2)}, "hada_w1_a belongs to a LoHa"),
-    "a LoKr": ({f"{Q}.lokr_w1": torch.ones(2, 2)}, "lokr_w1 belongs to a LoKr"),
+    "a text encoder": (
+        {f"lora_te_{i}.alpha": torch.tensor(1.0) for i in range(9)},
+        "none of its keys names a module of Wan .*te_0.*te_1.*te_2",
+    ),
+    "a DoRA of another width": (half() | {f"{Q}.lora_magnitude_vector": torch.ones(5)}, "DoRA magnitude has the shape"),
+    "a DoRA of two programs": (
+        half() | {f"{Q}.dora_scale": torch.ones(6, 1), f"{Q}.lora_magnitude_vector": torch.ones(6)},
+        "DoRA magnitudes of two programs",
+    ),
+    "a magnitude alone": ({f"{Q}.dora_scale": torch.ones(6, 1)}, "half a pair"),
+    "a part of a LoHa": ({f"{Q}.hada_w1_a": torch.ones(6, 2)}, f"{Q} has only a part of a LoHa: hada_w1_a"),
+    "a part of a LoKr": ({f"{Q}.lokr_w1": torch.ones(2, 2)}, f"{Q} has only a part of a LoKr: lokr_w1"),
+    "a LoHa of two widths": (
+        {
+            f"{Q}.hada_{role}": torch.ones(shape)
+            for role, shape in {"w1_a": (6, 2), "w1_b": (2, 5), "w2_a": (6, 2), "w2_b": (2, 4)}.items()
+        },
+        "factors that do not fit together",
+    ),
+    "a LoKr and a LoHa": (
+        {f"{Q}.{role}": torch.ones(2, 2) for role in ("hada_w1_a", "lokr_w1", "lokr_w2")},
+        "factors of both LoHa and LoKr",
+    ),
+    "a LoKr and a pair": (
+        half() | {f"{Q}.lokr_w1": torch.ones(2, 1), f"{Q}.lokr_w2": torch.ones(3, 5)},
+        "two changes of one weight",
+    ),
+    "Stand-In": ({f"{Q}_loras.down.weight": torch.ones(2, 5)}, "q_loras.down.weight belongs to Stand-In"),
+    "a GLoRA": ({f"{Q}.a1.weight": torch.ones(2, 5)}, "a1.weight belongs to a GLoRA"),
     "a replaced weight": (half() | {f"{Q}.set_weight": torch.ones(6, 5)}, "set_weight replaces"),
-    "an adapter bias": (half() | {f"{Q}.lora_B.bias": torch.ones(6)}, "lora_B.bias is a bias"),
+    "a bias twice": (
+        half() | {f"{Q}.lora_B.bias": torch.ones(6), f"{Q}.diff_b": torch.ones(6)},
+        "a .diff_b exclude each other",
+    ),
+    "a bias of no pair": ({f"{Q}.lora_B.bias": torch.ones(6)}, "half a pair"),
     "one module under two prefixes": (half() | half("blocks.0.self_attn.q"), "self_attn.q has keys of two formats"),
     "one module under two names": (half() | half("diffusion_model.blocks.0.attn1.to_q"), "keys of two formats"),
     "one module with two adapters": (half() | {f"{Q}.lora_A.default.weight": torch.ones(2, 5)}, "keys of two formats"),
@@ -162,7 +193,7 @@ UNSAFE = {
     "a matrix of 100 dimensions": (half(down=(2, *[1] * 99)), "lora_A.weight: has 100 dimensions"),
     "a key that breaks the line": (
         half() | {"a\n\x1b[2Jb.dora_scale": torch.ones(1)},
-        r"a\\n\\x1b\[2Jb.dora_scale is a",
+        r"a\\n\\x1b\[2Jb.dora_scale",
     ),
     "a key of a million letters": (half() | {"a" * 10**6: torch.ones(1)}, r"model: a{100}\.\.\.\."),
 }

@@ -15,6 +15,7 @@ def test_comfy_to_any_layout_and_back_is_bit_exact(tmp_path, layout, dtype):
     full = layout in ("comfy", "kohya")
     lora = make_lora(control=full or layout == "wantraining", diffs=full, alpha=2.7182817459106445, dtype=dtype)
     first, other, back = (tmp_path / f"{name}.safetensors" for name in ("first", "other", "back"))
+    other = tmp_path / "folder" if layout == "peft" else other
     write_lora(first, lora)
     write_lora(other, read_lora(first), layout)
     write_lora(back, read_lora(other))
@@ -25,12 +26,17 @@ def test_comfy_to_any_layout_and_back_is_bit_exact(tmp_path, layout, dtype):
     assert has_same_content(back, *to_state_dict(read_lora(first)))
 
 
-def test_a_missing_alpha_stays_missing_in_wantrainings_layout_and_becomes_the_rank_in_comfyuis(tmp_path):
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "peft"])
+def test_an_alpha_that_nobody_states_is_not_stated_in_any_layout(tmp_path, layout):
     path, lora = tmp_path / "lora.safetensors", LoraFile({"head.head": make_pair(rank=4, alpha=None)})
-    write_lora(path, lora, "wantraining")
-    assert read_lora(path).pairs["head.head"].alpha is None
-    write_lora(path, lora, "comfy")
-    assert read_lora(path).pairs["head.head"].alpha == 4.0
+    write_lora(path, lora, layout)
+    assert read_lora(path).pairs["head.head"].alpha is None and not any("alpha" in key for key in load_file(path))
+
+
+def test_a_peft_folder_must_state_an_alpha(tmp_path):
+    with pytest.raises(LoraError, match="nothing states that of head.head. Give it with --alpha: the rank, 4,"):
+        write_lora(tmp_path / "folder", LoraFile({"head.head": make_pair(rank=4, alpha=None)}), "peft")
+    assert not list(tmp_path.iterdir())
 
 
 def test_keys_are_sorted_and_tensors_are_contiguous_and_share_no_memory(tmp_path):
@@ -57,7 +63,16 @@ def test_a_cast_changes_matrices_and_diffs_but_no_alpha_and_no_shape(tmp_path):
         (make_lora(control=True), "diffusers", "cannot load a control LoRA.*patch_embedding"),
         (make_lora(diffs=True), "diffusers", "blocks.0.norm3.diff"),
         (make_lora(diffs=True), "wantraining", "blocks.0.norm3.diff"),
-        (LoraFile({}, {"blocks.0.modulation.diff": torch.ones(6)}), "kohya", "blocks.0.modulation"),
+        (
+            LoraFile({}, {"blocks.0.modulation.diff": torch.ones(6)}),
+            "kohya",
+            "ComfyUI .* blocks.0.modulation",
+        ),
+        (
+            LoraFile({}, {"blocks.0.modulation.diff": torch.ones(6)}),
+            "comfy",
+            "ComfyUI .* blocks.0.modulation",
+        ),
         (LoraFile({"base_model.model.head.head": make_pair()}), "comfy", "base_model.model.head.head is not"),
         (make_lora(), "lycoris", "no LoRA layout 'lycoris'"),
         (LoraFile({"head.head": make_pair(alpha=torch.inf)}), "comfy", "head.head.alpha"),

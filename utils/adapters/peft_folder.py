@@ -1,0 +1,149 @@
+"""PEFT's folders: an adapter's matrices in one file, and all that decides their scale in another.
+
+    adapter_model.safetensors   base_model.model.<module>.lora_A.weight, .lora_B.weight; no alphas
+    adapter_config.json         r, lora_alpha, use_rslora, rank_pattern, alpha_pattern and more
+
+Sources: `PeftModel.save_pretrained`, LoraConfig, LoHaConfig and LoKrConfig of PEFT 0.21.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.adapters.lora_file import LoraError, LoraFile, shown
+from utils.adapters.lora_metadata import Statement, peft_alphas, peft_scales
+from utils.common.files import replacing
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MAX_CONFIG = 2**24  # bytes
+DEFAULT = 8  # of ranks and of alphas, in PEFT
+KINDS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # and what each calls its alpha
+
+# Fields that make the change another one than that of the matrices alone, where they are set.
+_OTHERWISE = (
+    *("fan_in_fan_out", "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config"),
+    *("monteclora_config", "velora_config", "layer_replication"),
+)
+_ON_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq")  # ways to begin that subtract something from the base
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """An adapter_config.json that says nothing that is not understood."""
+
+    path: Path
+    fields: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """LORA, LOHA or LOKR."""
+        return str(self.fields["peft_type"])
+
+    def statement(self, ranks: Mapping[str, int]) -> Statement:
+        """The alphas that it states for modules of these ranks. Raises LoraError."""
+        alpha = self.fields.get(KINDS[self.kind], DEFAULT)
+        return Statement(CONFIG, self._by_module({**self.fields, "lora_alpha": alpha}, ranks))
+
+    def ranks(self, names: Mapping[str, int]) -> dict[str, float]:
+        """The rank that it states for each of these modules: what PEFT divides alpha by. Raises LoraError."""
+        fields = {"lora_alpha": self.fields.get("r", DEFAULT), "alpha_pattern": self.fields.get("rank_pattern")}
+        return self._by_module(fields, names)
+
+    def _by_module(self, fields: Mapping[str, Any], names: Mapping[str, int]) -> dict[str, float]:
+        try:
+            return peft_alphas(fields, names)
+        except ValueError as error:
+            raise LoraError(f"{self.path} gives no usable alpha: {error}.") from error
+
+
+def find_weights(path: Path) -> tuple[Path, PeftConfig | None]:
+    """The file of tensors that a path means, and the adapter_config.json that belongs to it, if any.
+
+    A folder means its adapter_model.safetensors, or the only .safetensors file in it. A file belongs to the
+    configuration beside it where it has PEFT's name, or no other .safetensors file is there. Raises LoraError.
+    """
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        named = [file for file in files if file.name == WEIGHTS]
+        if len(named or files) != 1:
+            has = f"{len(files)} .safetensors files, and none is {WEIGHTS}" if files else "no .safetensors file"
+            raise LoraError(f"{path}: the folder has {has}. Give a file in it.")
+        (path,) = named or files
+    config = path.parent / CONFIG
+    if path.suffix != ".safetensors" or not config.is_file():
+        return path, None
+    if path.name != WEIGHTS and len(list(path.parent.glob("*.safetensors"))) > 1:
+        return path, None
+    return path, _read(config)
+
+
+def to_config(lora: LoraFile) -> dict[str, Any]:
+    """The adapter_config.json of a LoRA, whose alphas are all known. Raises LoraError where one is not."""
+    unknown = [name for name, pair in sorted(lora.pairs.items()) if pair.alpha is None]
+    if unknown:
+        raise LoraError(
+            f"PEFT states the scale in {CONFIG}, and nothing states that of {unknown[0]}. Give it with --alpha: the "
+            f"rank, {lora.pairs[unknown[0]].rank}, if the tool that trained it calls that its default."
+        )
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "lora_bias": any(key.endswith(".diff_b") for key in lora.diffs),
+        "use_dora": bool(lora.magnitudes),
+        **peft_scales(dict(sorted(lora.pairs.items()))),
+    }
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """As PEFT writes it."""
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def write_config(folder: Path, text: str) -> None:
+    """Writes adapter_config.json, whole or not at all, and makes the folder for it. Raises LoraError."""
+    try:
+        folder.mkdir(exist_ok=True)
+        with replacing(folder / CONFIG) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise LoraError(f"{folder / CONFIG}: could not be written ({error.strerror}).") from error
+
+
+def has_config(folder: Path, text: str) -> bool:
+    """Whether a folder has exactly this adapter_config.json."""
+    try:
+        return (folder / CONFIG).read_text(encoding="utf-8") == text
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _read(path: Path) -> PeftConfig:
+    try:
+        if path.stat().st_size > MAX_CONFIG:
+            raise LoraError(f"{path}: has more than {MAX_CONFIG // 2**20} MB, so it is none of PEFT's.")
+        fields = json.loads(path.read_bytes())
+    except OSError as error:
+        raise LoraError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise LoraError(f"{path}: is damaged: {error}.") from error
+    kind = fields.get("peft_type", "LORA") if isinstance(fields, dict) else None
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise LoraError(f"{path}: the peft_type is {shown(kind)}; those that are read are {', '.join(KINDS)}.")
+    for name in _OTHERWISE:
+        if fields.get(name):
+            raise LoraError(f"{path}: {name} is set, so the change is not that of the matrices alone.")
+    start = fields.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_ON_ANOTHER_BASE):
+        raise LoraError(
+            f"{path}: init_lora_weights is {shown(start)}, which changes the base model too. Convert the adapter to a "
+            "plain LoRA with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+        )
+    return PeftConfig(path, {**fields, "peft_type": kind})
