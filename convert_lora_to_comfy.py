@@ -7,7 +7,6 @@ program that does not recognise them generates as if there were no LoRA. This sc
 """
 
 import math
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.adapters.average import average, last_checkpoints
+from utils.adapters.fitting import kinds
 from utils.adapters.folding import Read, fold, needs_base
 from utils.adapters.lora_file import LoraFile
 from utils.adapters.lora_reader import read_experts, read_lora
@@ -204,8 +204,7 @@ def applicable(lora: LoraFile, layout: str, drop: bool) -> LoraFile:
     if not left:
         return lora
     part = share(lora, left)
-    kinds = sorted({re.sub(r"blocks\.\d+", "blocks.*", key) for key in left})
-    what = f"{target.program} cannot apply {counted(len(left), 'change')} of this LoRA ({', '.join(kinds)})"
+    what = f"{target.program} cannot apply {counted(len(left), 'change')} of this LoRA ({kinds(set(left))})"
     what += "." if part is None else f". They are {part:.2%} of the squared change of all weights."
     if not drop:
         raise UserError(f"{what}\nLeave them out with --drop_unsupported.")
@@ -240,13 +239,12 @@ def describe(lora: LoraFile, source: Path) -> str:
     factors = lora.factors.values()
     stored = [tensor for each in factors for tensor in each.tensors.values()] + list(lora.diffs.values())
     widened = ", ".join(f"{name} becomes {shape}" for name, shape in lora.input_shapes.items())
-    kinds = sorted({each.kind for each in lora.lycoris.values()})
-    kinds += sorted({f"DoRA of {magnitude.rule}" for magnitude in lora.magnitudes.values()})
+    special = {each.kind for each in lora.lycoris.values()} | {f"DoRA of {m.rule}" for m in lora.magnitudes.values()}
     lines = {
         "file": f"{source} ({size_of(find_weights(source)[0])})",
         "format": lora.key_format,
         "expert": expert_of(source, lora.metadata) or "",
-        "kind": ", ".join(kinds),
+        "kind": ", ".join(sorted(special)),
         "modules": f"{len(factors)}" + (f", and {len(lora.diffs)} diffs" if lora.diffs else ""),
         "rank": listed(each.rank for each in factors if each.rank),
         "alpha": listed("not stated, so the scale is 1" if each.alpha is None else each.alpha for each in factors),

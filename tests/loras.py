@@ -109,3 +109,13 @@ def comfy_merge(
                 change = torch.mm(up.flatten(start_dim=1), down.flatten(start_dim=1)).reshape(weight.shape)
                 merged[key] = weight + strength * scale * change
     return merged, left
+
+
+def save_all(path: Path, lora: LoraFile) -> Path:
+    """Writes pairs and full changes under ComfyUI's names: changes of the modulation, too, which it does not apply."""
+    tensors: dict[str, Tensor] = {f"diffusion_model.{key}": diff for key, diff in lora.diffs.items()}
+    for name, pair in lora.pairs.items():
+        stem = f"diffusion_model.{name}"
+        tensors |= {f"{stem}.lora_A.weight": pair.down, f"{stem}.lora_B.weight": pair.up}
+        tensors |= {} if pair.alpha is None else {f"{stem}.alpha": torch.tensor(pair.alpha)}
+    return written(path, tensors, lora.metadata)

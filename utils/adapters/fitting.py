@@ -57,11 +57,11 @@ def _leave_out(lora: LoraFile, model: WanModel, source: Path) -> tuple[LoraFile,
     fitting = lora.part(lambda name: name not in absent)
     if not fitting.modules:
         raise UserError(
-            f"{source} adapts {_kinds(missing)}, and this model has no such module. Was it made for another Wan?"
+            f"{source} adapts {kinds(missing)}, and this model has no such module. Was it made for another Wan?"
         )
     are = "is" if len(missing) == 1 else "are"
     of_all = f"{len(missing)} of {len(lora.modules)} modules of {source}"
-    return fitting, [f"{of_all} {are} not in this model ({_kinds(missing)}): left out"]
+    return fitting, [f"{of_all} {are} not in this model ({kinds(missing)}): left out"]
 
 
 def _fit_inputs(lora: LoraFile, model: WanModel, source: Path) -> tuple[LoraFile, list[str]]:
@@ -93,8 +93,8 @@ def _module(key: str) -> str:
     return key.rpartition(".")[0]
 
 
-def _kinds(names: set[str]) -> str:
-    """What kinds of modules these are, without numbers of blocks: "cross_attn.k_img, img_emb"."""
+def kinds(names: set[str]) -> str:
+    """What kinds of modules or changes these are, without numbers of blocks: "cross_attn.k_img, img_emb"."""
     inner = (re.sub(r"^(?:vace_)?blocks\.\d+\.", "", name) for name in names)
-    kinds = sorted({"img_emb" if name.startswith("img_emb.") else name for name in inner})
-    return ", ".join(kinds[:MAX_SHOWN]) + (", ..." if len(kinds) > MAX_SHOWN else "")
+    found = sorted({"img_emb" if name.startswith("img_emb.") else name for name in inner})
+    return ", ".join(found[:MAX_SHOWN]) + (", ..." if len(found) > MAX_SHOWN else "")

@@ -21,8 +21,10 @@ from utils.adapters.lycoris import Lycoris, check_factors, kind_of
 from utils.adapters.pairs import EXPERT_KEY
 from utils.adapters.peft_folder import PeftConfig, find_weights
 from utils.common.tensor_files import TensorFileError, read_tensors
+from wan.configs import FAMILIES
 
 CONTROL_CHANNELS = 32  # inputs of a text-to-video Wan that follows control: 16 of latents, 16 of control
+RELEASED_CHANNELS = {family.in_dim for family in FAMILIES.values()}
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -273,9 +275,10 @@ def _stated_shapes(
     embedding = modules.get(PATCH)
     if embedding and (matrix := embedding.tensors.get("down", embedding.tensors.get("diff"))) is not None:
         # WanTraining adapts the patch embedding only to widen it for control, and does not state the new shape. That
-        # holds for a file whose keys somebody has renamed, too: no released Wan has this number of channels.
+        # holds for a file whose keys somebody has renamed, too: no Wan that it trains has this number of channels.
         bare = not embedding.key.prefix and PATCH in pairs
-        if matrix.ndim == 5 and (bare or matrix.shape[1] == CONTROL_CHANNELS):
+        channels = matrix.shape[1] if matrix.ndim == 5 else 0
+        if channels == CONTROL_CHANNELS or (bare and channels and channels not in RELEASED_CHANNELS):
             shapes.setdefault(PATCH, pairs[PATCH].weight_shape if PATCH in pairs else tuple(matrix.shape))
     return shapes
 

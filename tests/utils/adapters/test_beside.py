@@ -13,7 +13,7 @@ from torch import Tensor
 import train_wan_lora
 from tests.adapted import ALPHA, LAYERS, RANK, adapted, fill, inputs
 from tests.checkout import copy_prompts
-from tests.loras import make_pair
+from tests.loras import make_pair, save_all
 from tests.tiny import TINY_SHAPE, tiny_transformer, write_clips, write_model, write_transformer
 from utils.adapters.beside import Chosen, beside
 from utils.adapters.lora import add_lora, fuse_lora, select_modules, speaking, widen_patch_embedding
@@ -253,7 +253,7 @@ def folder(tmp_path_factory) -> Path:
     write_model(folder / "model", A14B)
     write_clips(folder / "clips")
     for seed, name in enumerate(("high_noise", "low_noise")):
-        write_lora(folder / f"speed_{name}.safetensors", speed_lora(seed))
+        save_all(folder / f"speed_{name}.safetensors", speed_lora(seed))
     write_lora(folder / "style.safetensors", only("blocks.0.self_attn.q"))
     control = LoraFile({"patch_embedding": make_pair((DIM, 32, 1, 2, 2))}, {}, {"patch_embedding": (DIM, 32, 1, 2, 2)})
     write_lora(folder / "control.safetensors", control)
