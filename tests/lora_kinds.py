@@ -95,13 +95,10 @@ def make_kinds(model: WanModel) -> list[Kind]:
     make = Maker(model)
     down_up = ("lora_down.weight", "lora_up.weight")
     biases = {f"{comfy(name)}.diff_b": make.like(f"{name}.bias") for name in make.linear}
-    norms = {
-        comfy(f"blocks.0.{name}.diff"): make.like(f"blocks.0.{name}.weight") for name in ("norm3", "self_attn.norm_q")
-    }
-    head = {
-        comfy("head.head.diff"): make.like("head.head.weight"),
-        comfy("head.head.diff_b"): make.like("head.head.bias"),
-    }
+    normed = ("blocks.0.norm3", "blocks.0.self_attn.norm_q")
+    norms = {f"{comfy(name)}.diff": make.like(f"{name}.weight") for name in normed}
+    head = {f"{comfy('head.head')}.diff": make.like("head.head.weight")}
+    head |= {f"{comfy('head.head')}.diff_b": make.like("head.head.bias")}
     modulation = {comfy("blocks.0.diff_m"): make.like("blocks.0.modulation")}
     full = {f"{comfy(name)}.diff": make.like(f"{name}.weight") for name in make.linear}
     dim = model.shape.dim
@@ -112,30 +109,36 @@ def make_kinds(model: WanModel) -> list[Kind]:
     }
     stated = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 1})}
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 1, "target_modules": ["q"]}
-    second = {key.replace("transformer.", "transformer_2."): tensor for key, tensor in
-              make.pairs(lambda name: f"transformer.{diffusers_name(name)}").items()}  # fmt: skip
+    diffusers = make.pairs(lambda name: f"transformer.{diffusers_name(name)}")
+    both = diffusers | {key.replace("transformer.", "transformer_2."): tensor for key, tensor in diffusers.items()}
+    own = make.pairs(comfy, alpha=1.0)
+    wrapped = make.pairs(lambda name: comfy(f"_orig_mod.{name}"), alpha=1.0)
+    musubi = make.pairs(lambda name: f"lora_unet_{flat(name)}", down_up, 1.0)
+    fun = make.pairs(lambda name: f"lora_unet__{flat(name)}", down_up, 1.0)
+    onetrainer = make.pairs(lambda name: f"lora_transformer_{flat(name)}", down_up, 1.0)
+    diffsynth = make.pairs(lambda name: name, ("lora_A.default.weight", "lora_B.default.weight"))
+    musubi_loha = make.factors(lambda name: f"lora_unet_{flat(name)}", loha)
+    simpletuner = make.factors(lambda name: f"lycoris_{flat(diffusers_name(name))}", lokr)
+    kohya_dora = make.pairs(comfy, down_up, 1.0) | make.magnitudes(comfy, "dora_scale")
+    peft_dora = make.pairs(peft) | make.magnitudes(peft, "lora_magnitude_vector")
     return [
-        Kind("`diffusion_model.` `lora_A`/`lora_B`", "this trainer, diffusion-pipe, ai-toolkit", make.pairs(comfy, alpha=1.0)),
-        Kind("`lora_unet_` `lora_down`/`lora_up`", "musubi-tuner", make.pairs(lambda n: f"lora_unet_{flat(n)}", down_up, 1.0)),
-        Kind("`lora_unet__`", "VideoX-Fun", make.pairs(lambda n: f"lora_unet__{flat(n)}", down_up, 1.0)),
-        Kind("`lora_transformer_`", "OneTrainer", make.pairs(lambda n: f"lora_transformer_{flat(n)}", down_up, 1.0)),
-        Kind("`transformer.`, names of diffusers", "diffusers, finetrainers",
-             make.pairs(lambda n: f"transformer.{diffusers_name(n)}"), stated),
-        Kind("no prefix, `lora_A.default`", "DiffSynth-Studio",
-             make.pairs(lambda n: n, ("lora_A.default.weight", "lora_B.default.weight"))),
-        Kind("no prefix", "WanTraining", make.pairs(lambda n: n)),
+        Kind("`diffusion_model.` `lora_A`/`lora_B`", "this trainer, diffusion-pipe, ai-toolkit", own),
+        Kind("`lora_unet_` `lora_down`/`lora_up`", "musubi-tuner", musubi),
+        Kind("`lora_unet__`", "VideoX-Fun", fun),
+        Kind("`lora_transformer_`", "OneTrainer", onetrainer),
+        Kind("`transformer.`, names of diffusers", "diffusers, finetrainers", diffusers, stated),
+        Kind("no prefix, `lora_A.default`", "DiffSynth-Studio", diffsynth),
+        Kind("no prefix", "WanTraining", make.pairs(lambda name: name)),
         Kind("folder of PEFT", "PEFT", make.pairs(peft), config=config),
-        Kind("`_orig_mod.`, `module.` in names", "compiled, parallel", make.pairs(lambda n: comfy(f"_orig_mod.{n}"), alpha=1.0)),
+        Kind("`_orig_mod.`, `module.` in names", "compiled, parallel", wrapped),
         Kind("pairs with `.diff_b` and `.diff`", "LightX2V", make.pairs(comfy, down_up) | biases | norms | head),
         Kind("the same with `diff_m`", "LightX2V", make.pairs(comfy, down_up) | biases | modulation),
         Kind("`.diff` alone", "extracted", full),
-        Kind("LoHa", "musubi-tuner, LyCORIS", make.factors(lambda n: f"lora_unet_{flat(n)}", loha)),
+        Kind("LoHa", "musubi-tuner, LyCORIS", musubi_loha),
         Kind("LoKr", "ai-toolkit", make.factors(comfy, lokr)),
-        Kind("LoKr, `lycoris_`", "SimpleTuner", make.factors(lambda n: f"lycoris_{flat(diffusers_name(n))}", lokr)),
-        Kind("DoRA, `dora_scale`", "LyCORIS", make.pairs(comfy, down_up, 1.0) | make.magnitudes(comfy, "dora_scale")),
-        Kind("DoRA, `lora_magnitude_vector`", "PEFT",
-             make.pairs(peft) | make.magnitudes(peft, "lora_magnitude_vector"), config=config | {"use_dora": True}),
+        Kind("LoKr, `lycoris_`", "SimpleTuner", simpletuner),
+        Kind("DoRA, `dora_scale`", "LyCORIS", kohya_dora),
+        Kind("DoRA, `lora_magnitude_vector`", "PEFT", peft_dora, config=config | {"use_dora": True}),
         Kind("control LoRA, `reshape_weight`", "this trainer", wide),
-        Kind("`transformer.` and `transformer_2.`", "diffusers, both experts",
-             make.pairs(lambda n: f"transformer.{diffusers_name(n)}") | second),
-    ]  # fmt: skip
+        Kind("`transformer.` and `transformer_2.`", "diffusers, both experts", both),
+    ]
