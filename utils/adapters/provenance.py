@@ -10,6 +10,7 @@ hashing files of other sizes and may be missing. Versions before recorded option
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -128,10 +129,10 @@ def find_fused(lora: Path, advice: str, given: Sequence[Path] = ()) -> list[Fuse
     wanted = fused_in(file_metadata(lora), lora)
     if not wanted:
         return []
-    named = [*given, *(file for path in _named_by_run(lora) for file in files_of(path))]
+    named = [*given, *_named_by_run(lora)]
     found = _by_content(wanted, lora, named)
     expert = expert_of(lora, file_metadata(lora))
-    unrecorded = [path for path in named if path.exists() and path not in found.values()]
+    unrecorded = [path for path in named if path not in found.values()]
     unrecorded = [path for path in unrecorded if _may_share_an_expert(expert_of(path, file_metadata(path)), expert)]
     files = []
     for fused in wanted:
@@ -218,15 +219,20 @@ def _may_share_an_expert(one: str | None, other: str | None) -> bool:
 
 
 def _named_by_run(lora: Path) -> list[Path]:
+    """The files that a LoRA's run has fused, as far as they are still there."""
     texts = (options.get("fuse_lora") for options in run_options(lora))
-    return [Path(text) for text in dict.fromkeys(text for text in texts if isinstance(text, str))]
+    files = list[Path]()
+    for text in dict.fromkeys(text for text in texts if isinstance(text, str)):
+        with suppress(OSError):  # a name that the system does not take
+            files += files_of(Path(text))
+    return [file for file in files if os.path.exists(file)]
 
 
 def _by_content(wanted: Sequence[Fused], lora: Path, named: Sequence[Path]) -> dict[str, Path]:
     """The file of each recorded content that is found. Of files beside the LoRA those of the same name come first."""
     missing = {fused.sha256 for fused in wanted if fused.sha256 is not None}
     names = {fused.name for fused in wanted}
-    folders = dict.fromkeys(path.absolute().parent for path in (lora, *named))
+    folders = dict.fromkeys(path.parent for path in (lora, *named))
     beside = sorted(_loras_in(folders), key=lambda path: path.name not in names)
     others = [path for path in dict.fromkeys((*named, *beside)) if not _is_same(path, lora)]
     sizes = {fused.size for fused in wanted}
@@ -246,7 +252,7 @@ def _loras_in(folders: Iterable[Path]) -> Iterator[Path]:
     for folder in folders:
         with suppress(OSError):
             for path in sorted(folder.iterdir()):
-                if path.suffix.lower() == ".safetensors" or (path / _PEFT_FILES[0]).is_file():
+                if path.suffix.lower() == ".safetensors" or os.path.isfile(path / _PEFT_FILES[0]):
                     yield path
 
 

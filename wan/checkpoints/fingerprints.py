@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from wan.checkpoints.find import ModelFiles, clip_weights
-from wan.checkpoints.transformer import TransformerFiles
+from wan.checkpoints.weights import Weights
 
 
 def text_encoder_fingerprint(files: ModelFiles, dtype: torch.dtype, format: str | None = None) -> str:
@@ -32,7 +32,7 @@ def vision_fingerprint(files: ModelFiles, dtype: torch.dtype) -> str:
     return _fingerprint(f"{dtype}", *clip_weights(files).files)
 
 
-def transformer_fingerprint(files: TransformerFiles) -> str:
+def transformer_fingerprint(files: Weights) -> str:
     """Equal for equal files, whatever they are called and wherever they are: 16 hex digits.
 
     The same weights in another layout or precision are other files. Reads up to 4 MB of each.

@@ -17,10 +17,12 @@ from utils.adapters.lora import (
     is_plain,
     select_modules,
     speaking,
+    widen_patch_embedding,
 )
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
+from utils.adapters.provenance import fused_in
 from utils.common.errors import UserError
 from utils.media.controls import ControlSignal
 from utils.training.memory import Memory, prepare
@@ -328,3 +330,28 @@ def test_an_exported_adapter_holds_the_values_that_it_is_given_and_says_what_it_
     assert all(pair.down.eq(1).all() and pair.up.eq(1).all() and pair.alpha == 2 for pair in lora.pairs.values())
     assert lora.metadata == {"rank": "4", "alpha": "2", "targets": "attn", "base_model": "model"}
     assert not any(parameter.eq(1).all() for parameter in adapter.parameters.values())
+
+
+def test_what_a_fused_control_lora_reads_has_to_be_there(tmp_path):
+    model = tiny_transformer()
+    widen_patch_embedding(model, 32)
+    fill(add_lora(model, ["patch_embedding"], RANK, ALPHA))
+    write_lora(tmp_path / "control.safetensors", extract_lora(model, {}))
+    fused = {"fuse_lora": tmp_path / "control.safetensors"}
+    with pytest.raises(UserError, match=r"control\.safetensors is a control LoRA: .* needs --control_lora too"):
+        plan_adapter(options(**fused), layout())
+    assert plan_adapter(options(**fused, control_lora=True), layout()).fusion.reads_control
+
+
+def test_the_files_of_an_adapter_say_what_was_fused_into_its_base(tmp_path):
+    write_lora(tmp_path / "style.safetensors", constant(1.0))
+    plan = plan_adapter(options(fuse_lora=tmp_path / "style.safetensors", fuse_lora_weight=0.5), layout())
+    adapter = replace(plan, facts={**plan.facts, "base_model_hash": "00"}).attach(tiny_transformer())
+    adapter.export(tmp_path / "fox.safetensors", adapter.parameters, {"steps": "7"})
+    metadata = read_lora(tmp_path / "fox.safetensors").metadata
+    (fused,) = fused_in(metadata, tmp_path)
+    assert (fused.name, fused.weight) == ("style.safetensors", 0.5) and metadata["base_model_hash"] == "00"
+    # For the expert that it is not for, the LoRA says that nothing was.
+    write_lora(tmp_path / "half_low_noise.safetensors", constant(1.0))
+    other = plan_adapter(options(fuse_lora=tmp_path / "half_low_noise.safetensors"), layout(), "high_noise", TWO)
+    assert other.facts == {"fused_lora": "[]"} and plan_adapter(options(), layout()).facts == {}

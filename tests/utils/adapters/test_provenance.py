@@ -185,9 +185,10 @@ def test_the_newest_options_of_a_run_come_first_and_damaged_ones_are_passed_over
         (tmp_path / "run" / f"command_args{name}.json").write_text(text)
     assert run_options(lora) == [{"seed": 2}, {"seed": 1}]
     assert run_options(tmp_path / "elsewhere" / "fox.safetensors") == []
-    (tmp_path / "run" / "command_args.json").write_text('{"fuse_lora": 7}')
-    with pytest.raises(UserError, match="no such file"):
-        find_fused(lora, ADVICE)
+    for text in ("7", '["x"]', '"' + "x" * 5000 + '"', '"\\u0000"'):
+        (tmp_path / "run" / "command_args.json").write_text(f'{{"fuse_lora": {text}}}')
+        with pytest.raises(UserError, match="no such file"):
+            find_fused(lora, ADVICE)
 
 
 def test_a_lora_without_a_recorded_content_gets_what_its_run_read(tmp_path, style):
