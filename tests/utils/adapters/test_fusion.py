@@ -70,15 +70,20 @@ def test_a_control_lora_widens_the_model_for_those_after_it_and_the_layout_stays
         write(tmp_path / "c.safetensors", 1, control=True),
         write(tmp_path / "p.safetensors", 2, control=True),
     )
+    # One that changes the patch embedding alone was made for the inputs of the model before.
+    narrow = LoraFile({"patch_embedding": LoraPair(torch.ones(2, 16, 1, 2, 2), torch.ones(48, 2, 1, 1, 1), 2.0)})
+    write_lora(tmp_path / "n.safetensors", narrow)
     empty = layout()
-    files = [file(tmp_path / "c.safetensors", 1.0), file(tmp_path / "p.safetensors", 1.0)]
-    fusion, _ = fuse_on(empty, files)
+    files = [file(tmp_path / f"{name}.safetensors", 1.0) for name in "cpn"]
+    fusion, notes = fuse_on(empty, files)
     assert fusion.reads_control and empty.patch_embedding.in_channels == 16
+    assert len(notes) == 1 and "this model has 32: the first 16 are changed" in notes[0]
     expected = tiny_transformer()
     fuse_lora(expected, control)
     fuse_lora(expected, plain)
-    weight = loaded(fusion).patch_embedding.weight
-    assert weight.shape[1] == 32 and torch.equal(weight, expected.patch_embedding.weight)
+    before, weight = expected.patch_embedding.weight, loaded(fusion).patch_embedding.weight
+    assert weight.shape[1] == 32 and torch.equal(weight[:, 16:], before[:, 16:])
+    torch.testing.assert_close(weight[:, :16], before[:, :16] + 2)
 
 
 def test_a_lora_that_does_not_fit_is_named(tmp_path):

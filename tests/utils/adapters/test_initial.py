@@ -186,6 +186,14 @@ def test_a_lora_that_fits_differs_in_nothing_also_with_an_alpha_as_a_file_holds_
     assert misfit is not None and misfit.options == {"lora_rank": 4, "lora_alpha": 0.1}
 
 
+def test_no_options_make_an_adapter_with_more_than_pairs_or_without_the_control_of_this_run():
+    lora, model = trained(), layout()
+    modules = select_modules(model, ["attn"])
+    more = compare(replace(lora, diffs={"blocks.0.norm3.diff": torch.ones(48)}), model, modules, RANK, ALPHA)
+    control = compare(lora, model, [*modules, "patch_embedding"], RANK, ALPHA)
+    assert more is not None and control is not None and more.options is control.options is None
+
+
 def test_targets_are_found_for_any_choice_of_layers_that_is_short_enough_to_type():
     model = layout(IMAGE_SHAPE)
     for targets, blocks in (

@@ -126,12 +126,15 @@ def test_a_file_beside_it_is_found_by_its_content_under_any_name(tmp_path, style
 
 def test_only_files_of_the_recorded_size_are_hashed_and_a_large_one_never(tmp_path, style, monkeypatch):
     lora = on_top(tmp_path / "fox.safetensors", record(style, 1.0))
-    style.rename(tmp_path / "style.safetensors")
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     write(tmp_path / "same_size.safetensors", 3.0)
     hashed = []
-    monkeypatch.setattr(provenance, "hash_file", lambda path: hashed.append(path.name) or real(path))
-    real = hashlib_file
+    monkeypatch.setattr(provenance, "hash_file", lambda path: hashed.append(path.name) or plain_hash(path))
+    style.rename(tmp_path / "z.safetensors")
+    find_fused(lora, ADVICE)
+    assert hashed == ["same_size.safetensors", "z.safetensors"]
+    hashed.clear()
+    (tmp_path / "z.safetensors").rename(tmp_path / "style.safetensors")
     find_fused(lora, ADVICE)
     assert hashed == ["style.safetensors"]  # the one of the same name first
 
@@ -144,7 +147,7 @@ def test_only_files_of_the_recorded_size_are_hashed_and_a_large_one_never(tmp_pa
     assert "model.safetensors" not in hashed and "style.safetensors" in hashed
 
 
-def hashlib_file(path: Path) -> str:
+def plain_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

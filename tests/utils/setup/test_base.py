@@ -104,6 +104,9 @@ def test_single_files_are_those_of_the_run_or_asked_for(work):
     # What is given counts before that of the run, and a transformer for all of them.
     own = SingleFiles(transformer=Path("other.safetensors"), vae=Path("vae.safetensors"))
     assert find_base(own, LORA, said) == {FOLDER: "Wan-AI/Wan2.1-T2V-1.3B"}
+    write_options(**{FOLDER: "wan", "transformer": str(path), "family": "wan2.1-t2v-1.3B"})
+    experts = SingleFiles(high_noise=Path("h.safetensors"), low_noise=Path("l.safetensors"))
+    assert find_base(experts, LORA, said) == {FOLDER: "wan"}
     path.unlink()
     assert find_base(own, LORA, said) == {}
 
