@@ -16,7 +16,7 @@ from tests.adapted import ALPHA, RANK, fill
 from tests.checkout import copy_prompts
 from tests.loras import metadata_of
 from tests.tiny import tiny_shape, tiny_transformer, write_clips, write_model, write_transformer
-from utils.adapters.lora import add_lora, extract_lora, fuse_lora, select_modules
+from utils.adapters.lora import add_lora, extract_lora, fuse_lora, select_modules, widen_patch_embedding
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
 from utils.adapters.provenance import content_hash, record, to_metadata
@@ -270,3 +270,18 @@ def test_further_loras_and_beginnings_that_were_on_top_of_others_are_noted(work,
     assert "note: --init_lora" not in capsys.readouterr().out
     train("private/wan", "loras/style.safetensors", "more", *begin.split(), "1", "--max_train_steps", "1")
     assert "was trained on top of style.safetensors (weight 0.5" in capsys.readouterr().out
+
+
+def test_on_top_of_a_control_lora_the_control_is_there_without_the_lora_too(work, sample):
+    model = tiny_transformer()
+    widen_patch_embedding(model, 32)
+    fill(add_lora(model, ["patch_embedding"], RANK, ALPHA))
+    write_lora(Path("loras/control.safetensors"), extract_lora(model, {}))
+    with pytest.raises(UserError, match=r"--fuse_lora loras/control\.safetensors is a control LoRA"):
+        train("private/wan", "loras/control.safetensors", "refused")
+    run = train("private/wan", "loras/control.safetensors", "controlled", "--control_lora", "--max_train_steps", "1")
+    (lora,) = run.glob("checkpoints/wan-lora-*.safetensors")
+    found = sample(f"--lora_path {lora} --input_video clips/val/e.mp4")
+    plain = sample(f"--lora_path {LORA} --without_fused")
+    assert not torch.equal(found["without the LoRA"], plain["without the LoRA"])
+    assert not torch.equal(found["without the LoRA"], found["with the LoRA"])

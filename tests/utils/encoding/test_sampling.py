@@ -198,7 +198,7 @@ def test_what_loras_are_on_top_of_is_in_the_transformers_before_and_after_they_a
         transformers.fuse()
 
 
-def test_a_lora_is_tried_on_the_model_that_a_fused_control_lora_has_widened(folder, single):
+def test_a_lora_is_tried_on_the_model_that_a_fused_control_lora_has_widened(folder, single, monkeypatch):
     channels = {"down": torch.ones(2, 32, 1, 2, 2), "up": torch.ones(TINY_SHAPE.dim, 2, 1, 1, 1)}
     wide = {"patch_embedding": (TINY_SHAPE.dim, 32, 1, 2, 2)}
     control = LoraFile({"patch_embedding": LoraPair(**channels, alpha=2.0)}, input_shapes=wide)
@@ -207,10 +207,18 @@ def test_a_lora_is_tried_on_the_model_that_a_fused_control_lora_has_widened(fold
     write_lora(folder / "top.safetensors", top)
     underneath = find_underneath([folder / "top.safetensors"], [], False, single)
     assert underneath.reads_control
-    choose_loras([folder / "top.safetensors"], 1.0, [], single, underneath)
+    narrow = {"patch_embedding": LoraPair(channels["down"][:, :16], channels["up"], 2.0)}
+    write_lora(folder / "narrow.safetensors", LoraFile(narrow))
+    also = [f"{folder}/narrow.safetensors"]
+    chosen = choose_loras([folder / "top.safetensors"], 1.0, also, single, underneath)["transformer"]
+    assert [each.lora.pairs["patch_embedding"].down.shape[1] for each in chosen] == [32, 32]
+    changed = []
+    load = utils.encoding.sampling.Store.load
+    monkeypatch.setattr(utils.encoding.sampling.Store, "load", lambda *a: changed.append(a[4]) or load(*a))
     transformers = Transformers(single, {"transformer": []}, hold_as("auto", CPU), underneath.fusions)
     cond = replace(COND, channels=draw())
     assert transformers.predict(draw(), torch.tensor([500.0]), cond).shape == draw().shape
+    assert changed == [{"patch_embedding.weight"}]  # what a file has quantised is not kept as it is stored there
 
 
 def test_a_further_lora_that_is_on_top_of_one_that_is_not_there_is_noted(folder, single, capsys):
