@@ -184,8 +184,6 @@ def plan_adapter(
     if opts.init_lora is not None and init is None:
         raise UserError(f"--init_lora {opts.init_lora} is not for the {expert} expert: give a pair, or see --expert")
     plan = plan_fusion(opts, layout, expert, experts)
-    if plan.fusion is not None and plan.fusion.reads_control and not opts.control_lora:
-        raise UserError(f"--fuse_lora {opts.fuse_lora} is a control LoRA: what is added to it needs --control_lora too")
     if init is not None:
         lora = read_lora(init)
         _check_init(opts, lora, layout, expert, experts)

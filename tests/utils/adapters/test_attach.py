@@ -17,7 +17,6 @@ from utils.adapters.lora import (
     is_plain,
     select_modules,
     speaking,
-    widen_patch_embedding,
 )
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_reader import read_lora
@@ -330,17 +329,6 @@ def test_an_exported_adapter_holds_the_values_that_it_is_given_and_says_what_it_
     assert all(pair.down.eq(1).all() and pair.up.eq(1).all() and pair.alpha == 2 for pair in lora.pairs.values())
     assert lora.metadata == {"rank": "4", "alpha": "2", "targets": "attn", "base_model": "model"}
     assert not any(parameter.eq(1).all() for parameter in adapter.parameters.values())
-
-
-def test_what_a_fused_control_lora_reads_has_to_be_there(tmp_path):
-    model = tiny_transformer()
-    widen_patch_embedding(model, 32)
-    fill(add_lora(model, ["patch_embedding"], RANK, ALPHA))
-    write_lora(tmp_path / "control.safetensors", extract_lora(model, {}))
-    fused = {"fuse_lora": tmp_path / "control.safetensors"}
-    with pytest.raises(UserError, match=r"control\.safetensors is a control LoRA: .* needs --control_lora too"):
-        plan_adapter(options(**fused), layout())
-    assert plan_adapter(options(**fused, control_lora=True), layout()).fusion.reads_control
 
 
 def test_the_files_of_an_adapter_say_what_was_fused_into_its_base(tmp_path):
