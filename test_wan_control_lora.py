@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if request.input_video is None and any(chosen.lora.input_shapes for each in loras.values() for chosen in each):
         raise UserError("--also_lora holds a control LoRA: give it as --lora_path, with --input_video")
     check_writable(opts.output_dir)
-    say(f"{describe(request, opts.strength)}{underneath}")
+    say(f"{describe(request, opts.strength)}{underneath.describe(opts.compare)}")
     with explain_out_of_memory(), torch.no_grad():
         videos = generate(request, opts, loras, underneath, files)
     without = "_without_fused" if opts.without_fused else ""

@@ -46,12 +46,12 @@ class Underneath:
         """Whether the model needs a control also without the LoRAs that are sampled with."""
         return any(fusion.reads_control for fusion in self.fusions.values())
 
-    def __str__(self) -> str:
-        """The end of a sentence about what is sampled; nothing for most LoRAs."""
+    def describe(self, compared: bool) -> str:
+        """The end of a sentence about what is sampled, also without the LoRA where it is `compared`; often nothing."""
         names = " and ".join(dict.fromkeys(str(file) for files in self.files.values() for file in files))
         if self.is_left_out:
             return f", without what the LoRA was trained on top of: {names}"
-        return f", on top of {names}, with and without the LoRA" if names else ""
+        return f", on top of {names}{', with and without the LoRA' * compared}" if names else ""
 
 
 NOTHING = Underneath({}, {})

@@ -182,9 +182,8 @@ def test_what_loras_are_on_top_of_is_in_the_transformers_before_and_after_they_a
         write_lora(folder / f"top_{expert}.safetensors", lora)
     top = [folder / "top.safetensors"]
     underneath = find_underneath(top, [], False, experts)
-    assert str(underneath) == (
-        ", on top of fox_high_noise.safetensors at 2 and fox_low_noise.safetensors at 2, with and without the LoRA"
-    )
+    said = ", on top of fox_high_noise.safetensors at 2 and fox_low_noise.safetensors at 2"
+    assert underneath.describe(False) == said and underneath.describe(True) == f"{said}, with and without the LoRA"
     loras = choose_loras(top, 0.5, [], experts, underneath)
     transformers = Transformers(experts, loras, held, underneath.fusions)
     for strength in (0.0, 0.5):
