@@ -17,7 +17,12 @@ from wan.checkpoints.find import (
     find_tokenizer,
     open_model,
 )
-from wan.checkpoints.fingerprints import text_encoder_fingerprint, vae_fingerprint, vision_fingerprint
+from wan.checkpoints.fingerprints import (
+    text_encoder_fingerprint,
+    transformer_fingerprint,
+    vae_fingerprint,
+    vision_fingerprint,
+)
 from wan.checkpoints.load import (
     Place,
     Progress,
@@ -73,6 +78,7 @@ __all__ = [
     "rotate_columns",
     "rotation",
     "text_encoder_fingerprint",
+    "transformer_fingerprint",
     "vae_fingerprint",
     "values_of",
     "vision_fingerprint",
