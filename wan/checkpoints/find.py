@@ -221,7 +221,7 @@ def _refuse_cache(folder: Path) -> None:
     for pattern in ("snapshots/*/", "models--*/snapshots/*/"):
         if snapshots := sorted(folder.glob(pattern)):
             fact = f"is a folder of the hub's cache, and the model is deeper in it: give {snapshots[0]}"
-            others = f", or one of {len(snapshots) - 1} others" if len(snapshots) > 1 else ""
+            others = f", one of its {len(snapshots)} snapshots" if len(snapshots) > 1 else ""
             raise CheckpointError(f"{folder} {fact}{others}")
 
 

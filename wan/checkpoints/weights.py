@@ -1,5 +1,6 @@
 """The weights of one part of a model on disk: where they are, and which tensor of the module each of them is."""
 
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -188,6 +189,7 @@ def _unindexed(folder: Path, files: Collection[Path]) -> list[Path]:
 
 def _all_there(shards: Sequence[Path], says: str) -> list[Path]:
     """The shards. Raises CheckpointError for the first one that is missing, with how many are, and what `says` so."""
-    missing = sum(not path.exists() for path in shards)
+    # Unlike Path.exists, this raises nothing for a name that is too long.
+    missing = sum(not os.path.exists(path) for path in shards)
     why = f"{says} {len(shards)} shards, {missing} of which cannot be found: download the folder again"
     return [existing(path, why) for path in shards]

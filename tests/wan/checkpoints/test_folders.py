@@ -81,6 +81,12 @@ def test_how_many_shards_are_missing_is_said(folder):
     assert refused(None, open_model, folder) == f"{folder / SHARD.format(1)} {message.format(INDEX, 2)}"
 
 
+def test_a_shard_of_a_name_that_no_file_can_have_is_refused(folder):
+    split(folder)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "x" * 256}}))
+    refused("cannot read .*: File name too long", open_model, folder)
+
+
 @pytest.mark.parametrize("part", [SHARD.format(3), INDEX])
 def test_a_pointer_among_shards_is_named(folder, part):
     split(folder)
@@ -104,7 +110,7 @@ def test_of_the_cache_of_the_hub_the_snapshot_is_named(folder, tmp_path, below):
     message = f"is a folder of the hub's cache, and the model is deeper in it: give {snapshot}"
     assert refused(None, open_model, tmp_path / "hub") == f"{tmp_path / 'hub'} {message}"
     (cache / "snapshots" / "0456").mkdir()
-    refused(f"{message}, or one of 1 others", open_model, tmp_path / "hub")
+    refused(f"{message}, one of its 2 snapshots", open_model, tmp_path / "hub")
 
 
 def test_all_that_a_diffusers_folder_lacks_is_named_at_once_whatever_else_is_wrong_with_it(diffusers):
