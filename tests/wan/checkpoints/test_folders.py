@@ -51,6 +51,13 @@ def test_a_link_to_a_missing_blob_is_named_in_the_place_of_every_part(folder, pa
     assert refused(None, open_model, folder) == f"{folder / part} is missing: {BLOB}"
 
 
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_link_to_a_missing_blob_is_named_in_a_folder_that_is_given_for_one_part(folder, whole, part):
+    path = folder / getattr(FAMILY, part)
+    unlink(path)
+    assert refused(None, open_model, whole, **{part: folder}) == f"{path} is missing: {BLOB}"
+
+
 @pytest.mark.parametrize("part", [INDEX, SHARD.format(2)])
 def test_a_link_to_a_missing_blob_is_named_among_shards(folder, part):
     split(folder)
