@@ -111,6 +111,14 @@ def test_a_config_that_disagrees_is_refused(folder, changes, message):
     assert str(folder) in refused(message, read, folder)
 
 
+def test_heads_of_an_odd_number_of_channels_are_refused(tmp_path):
+    folder = tmp_path / "odd"
+    write_transformer(folder, tiny_transformer(replace(TINY_SHAPE, dim=54, num_heads=3)))
+    assert read(folder).shape.num_heads == 3
+    edit_config(folder, num_heads=6)
+    refused("6 heads of the width 54 have 9 channels, where an even number of at least 6 is needed", read, folder)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
 def test_a_config_that_is_no_json_object_is_refused(folder, content):
     (folder / "config.json").write_bytes(content)
