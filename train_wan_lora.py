@@ -300,12 +300,13 @@ def run_with(
 
 def main(argv: Sequence[str] | None = None) -> None:
     opts = parse_options(Options, argv)
-    if set_up(opts):
-        return
     name = opts.pretrained_model_name_or_path
+    is_default = name == Options.pretrained_model_name_or_path
+    if set_up(opts, partial(open_given, opts, name, is_default)):
+        return
 
     # What is wrong with options, clips or a state is found here, before anything takes long.
-    folders, is_default = opts.folders(Rules.of(opts), opts.config), name == Options.pretrained_model_name_or_path
+    folders = opts.folders(Rules.of(opts), opts.config)
     check_paired_files(folders, opts.control_lora, needs_masks=opts.mask_floor != Options.mask_floor)
     if opts.check_dataset or opts.plan:  # a released model need not be downloaded for these
         return forecast_run(opts, folders, is_default)

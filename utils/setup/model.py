@@ -10,7 +10,7 @@ from pathlib import Path
 from utils.adapters.pairs import expert_of
 from utils.common.console import say
 from utils.common.errors import UserError
-from utils.common.formatting import format_table
+from utils.common.formatting import counted, format_table
 from utils.common.options import option
 from utils.setup.download import suggest_download
 from wan.checkpoints import (
@@ -24,6 +24,7 @@ from wan.checkpoints import (
     find_model,
     find_tokenizer,
     open_model,
+    surplus_bytes,
 )
 from wan.configs import FAMILIES, Family, named_family
 from wan.modules.model import WanShape
@@ -99,7 +100,7 @@ def open_given(opts: SingleFiles, name: str | None, is_default: bool = False) ->
     reason = ", as --family says" if opts.family else "".join(doubts(files, bool(opts.given_transformers)))
     if opts.given or reason:
         say(f"model: {files.family.name}{reason}")
-    for remark in contradictions(opts.given_transformers, files.family):
+    for remark in (*contradictions(opts.given_transformers, files.family), *surpluses(files)):
         say(remark)
     if opts.given:
         say("")
@@ -181,6 +182,13 @@ def contradictions(transformers: Mapping[str, Path], family: Family) -> Iterator
             yield f"note: {path.name}: {facts}"
     if len(swapped) == 2:
         yield "note: the files of the two experts seem to be swapped"
+
+
+def surpluses(files: ModelFiles) -> Iterator[str]:
+    """A sentence for each file that is longer than its tensors: it may be one of several that were joined."""
+    for path in files.weights:
+        if count := surplus_bytes(path):
+            yield f"note: {path} has {counted(count, 'byte')} after its last tensor: read by its header, without them"
 
 
 def _telling_name(path: Path) -> str:

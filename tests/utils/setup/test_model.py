@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.tiny import FAMILY, TINY_SHAPE, write_model
 from utils.common.errors import UserError
@@ -101,6 +103,19 @@ def test_the_default_folder_has_the_other_parts_where_it_is_there(files, kept):
     found = open_given(SingleFiles(transformer=files.transformer), DEFAULT, is_default=True)
     assert found.transformer.path == files.transformer and found.vae.path == folder / FAMILY.vae
     assert found.source == DEFAULT
+
+
+def test_bytes_after_the_last_tensor_of_any_part_are_said_in_one_line_each(kept, tmp_path, capsys):
+    folder = Path(shutil.copytree(kept, tmp_path / "long"))
+    vae = (folder / FAMILY.vae).with_suffix(".safetensors")
+    save_file(torch.load(folder / FAMILY.vae, weights_only=True), vae)
+    (folder / FAMILY.vae).unlink()
+    for path, more in ((folder / TRANSFORMER, b"x"), (vae, b"more")):
+        path.write_bytes(path.read_bytes() + more)
+    open_given(SingleFiles(), str(folder))
+    what = "after its last tensor: read by its header, without them"
+    said = [f"note: {vae} has 4 bytes {what}", f"note: {folder / TRANSFORMER} has 1 byte {what}"]
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(said)
 
 
 def test_of_a_folder_alone_nothing_is_printed(kept, capsys):
