@@ -19,7 +19,7 @@ from utils.adapters.average import average, last_checkpoints
 from utils.adapters.lora_file import LoraFile
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import LAYOUTS, to_state_dict, write_state_dict
-from utils.adapters.pairs import expert_of, find_pair, with_expert
+from utils.adapters.pairs import find_pair, trained_for, with_expert
 from utils.common.errors import UserError
 from utils.common.formatting import readable_size
 from utils.common.options import option, parse_options, run_script
@@ -158,7 +158,7 @@ def describe(lora: LoraFile, source: Path) -> str:
     lines = {
         "file": f"{source} ({size_of(source)})",
         "format": lora.key_format,
-        "expert": expert_of(source, lora.metadata) or "",
+        "expert": trained_for(source, lora.metadata) or "",
         "modules": f"{len(pairs)}" + (f", and {len(lora.diffs)} diffs" if lora.diffs else ""),
         "rank": listed(pair.rank for pair in pairs),
         "alpha": listed("none, so the scale is 1" if pair.alpha is None else pair.alpha for pair in pairs),
