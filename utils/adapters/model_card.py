@@ -118,6 +118,6 @@ def _trigger_tags(card: ModelCard) -> dict[str, str]:
         return {}
     tags = {folder: dict.fromkeys(card.words, count) for folder, count in card.samples.items()}
     return {
-        "ss_tag_frequency": json.dumps(tags, ensure_ascii=False),
-        "trained_words": json.dumps(card.words, ensure_ascii=False),
+        "ss_tag_frequency": json.dumps(tags),
+        "trained_words": json.dumps(card.words),
     }
