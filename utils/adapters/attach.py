@@ -27,6 +27,7 @@ from utils.adapters.lora import (
 from utils.adapters.lora_file import LoraFile
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
+from utils.adapters.model_card import network_facts
 from utils.adapters.pairs import lora_of
 from utils.adapters.provenance import Fused, find_fused, fused_in, record, to_metadata
 from utils.adapters.wantraining import TRAINER
@@ -119,7 +120,7 @@ class LoraAdapter:
     def export(self, path: Path, values: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
         """Writes the LoRA file with these values of `parameters`. Raises LoraError."""
         own = {"rank": str(self.opts.lora_rank), "alpha": f"{self.opts.alpha:g}"}
-        own["targets"] = " ".join(self.opts.lora_target)
+        own |= {"targets": " ".join(self.opts.lora_target), **network_facts(self.opts.lora_rank, self.opts.alpha)}
         write_lora(path, extract_lora(self.model, own | dict(self.facts) | dict(facts), values, self.name))
 
     def describe(self) -> str:

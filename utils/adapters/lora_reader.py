@@ -160,7 +160,8 @@ def _assemble(
             magnitudes[name] = _magnitude(found, factors, key)
     if config is not None and config.kind == "LOKR":
         lycoris = _scale_whole_factors(lycoris, config)
-    if any(each.alpha is None and each.rank for each in (*pairs.values(), *lycoris.values())):
+    changes: list[Factors] = [*pairs.values(), *lycoris.values()]
+    if any(each.alpha is None and each.rank for each in changes):
         some = " of some modules" if alphas else ""
         notes.append(f"{path} states no alpha{some}: it is taken to be the rank, so the scale is 1")
     own = read_shapes(metadata, path)

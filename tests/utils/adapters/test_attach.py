@@ -327,7 +327,8 @@ def test_an_exported_adapter_holds_the_values_that_it_is_given_and_says_what_it_
     adapter.export(tmp_path / "lora.safetensors", ones, {"base_model": "model"})
     lora = read_lora(tmp_path / "lora.safetensors")
     assert all(pair.down.eq(1).all() and pair.up.eq(1).all() and pair.alpha == 2 for pair in lora.pairs.values())
-    assert lora.metadata == {"rank": "4", "alpha": "2", "targets": "attn", "base_model": "model"}
+    network = {"ss_network_dim": "4", "ss_network_alpha": "2"}
+    assert lora.metadata == {"rank": "4", "alpha": "2", "targets": "attn", "base_model": "model"} | network
     assert not any(parameter.eq(1).all() for parameter in adapter.parameters.values())
 
 
