@@ -7,7 +7,7 @@ LyCORIS, and the files of LightX2V.
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,9 @@ from utils.adapters.lycoris import Lycoris, check_factors, kind_of
 from utils.adapters.pairs import EXPERT_KEY
 from utils.adapters.peft_folder import PeftConfig, find_weights
 from utils.common.tensor_files import TensorFileError, read_tensors
+from wan.checkpoints import CheckpointError
+from wan.checkpoints.files import broken_link, read_start, refuse_foreign
+from wan.checkpoints.header import Cut, HeaderFile, read_by_header
 from wan.configs import FAMILIES
 
 CONTROL_CHANNELS = 32  # inputs of a text-to-video Wan that follows control: 16 of latents, 16 of control
@@ -29,14 +32,6 @@ RELEASED_CHANNELS = {family.in_dim for family in FAMILIES.values()}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 
 PATCH = "patch_embedding"
-
-# What is found in place of a LoRA, by how the file begins.
-_MISTAKEN = {
-    b"version https://git-lfs": "is a Git LFS pointer, not the file itself. Download it again, with git lfs pull",
-    b"<!doctype": "is a web page, saved in place of the file: the download needed a login. Download it again",
-    b"<html": "is a web page, saved in place of the file: the download needed a login. Download it again",
-    b"gguf": "is a GGUF file, which holds a whole model. Give a LoRA as .safetensors",
-}
 
 
 @dataclass
@@ -67,36 +62,50 @@ def read_lora(path: str | Path) -> LoraFile:
 def read_experts(path: str | Path) -> dict[str, LoraFile]:
     """As `read_lora`, for a file that may hold the LoRAs of both experts: by expert, or the only one under ""."""
     path, config = find_weights(Path(path))
-    tensors, metadata = _load(path)
+    tensors, metadata, notes = _load(path)
+    found = {}
     parts = _sort_into_modules(tensors, path)
-    if len(parts) == 1:
-        ((expert, modules),) = parts.items()
-        # The first expert's prefix says nothing: a model with one transformer has the same.
-        stated = {EXPERT_KEY: expert} if expert != HIGH and EXPERT_KEY not in metadata else {}
-        return {"": _assemble(modules, metadata | stated, config, path)}
-    return {
-        expert: _assemble(modules, metadata | {EXPERT_KEY: expert}, config, path)
-        for expert, modules in sorted(parts.items())
-    }
+    for expert, modules in sorted(parts.items()):
+        # The first expert's prefix says nothing where it is alone: a model with one transformer has the same.
+        says_expert = len(parts) > 1 or (expert != HIGH and EXPERT_KEY not in metadata)
+        stated = {EXPERT_KEY: expert} if says_expert else {}
+        lora = _assemble(modules, metadata | stated, config, path)
+        found[expert if len(parts) > 1 else ""] = replace(lora, notes=(*notes, *lora.notes))
+    return found
 
 
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """The tensors and the metadata of a file, and what people should know of it, a sentence each."""
     if path.suffix.lower() in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
         raise LoraError(f"{path}: a pickle can run code when it is opened, so it is not read. Use a .safetensors file.")
     if not os.path.exists(path):
-        raise LoraError(f"{path}: there is no such file.")
+        raise LoraError(f"{path}: there is no such file{broken_link(path)}.")
+    notes = []
     try:
         tensors, metadata = read_tensors(path)
     except TensorFileError as error:
-        with path.open("rb") as file:
-            start = file.read(64).lstrip().lower()
-        for beginning, what in _MISTAKEN.items():
-            if start.startswith(beginning):
-                raise LoraError(f"{path}: {what}.") from error
-        raise LoraError(f"{path}: not a complete safetensors file ({error}). Copy or export it again.") from error
+        file = _read_refused(path, str(error))
+        tensors, metadata = {name: file.get_tensor(name) for name in file.offset_keys()}, dict(file.metadata())
+        notes = [f"{path} has {file.surplus} bytes after its last tensor, which are not read"]
     if not tensors:
         raise LoraError(f"{path}: the file holds no tensors.")
-    return tensors, metadata
+    return tensors, metadata, notes
+
+
+def _read_refused(path: Path, reason: str) -> HeaderFile:
+    """A file that the library refuses, for a `reason`, though all tensors are there. Raises LoraError for any other."""
+    try:
+        refuse_foreign(path, read_start(path))
+        file = read_by_header(path)
+        if file.surplus:
+            return file
+    except CheckpointError as error:
+        raise LoraError(f"{error}.") from None
+    except Cut as error:
+        raise LoraError(f"{path}: {error}. Copy or export it again.") from None
+    except (OSError, ValueError):
+        pass
+    raise LoraError(f"{path}: not a complete safetensors file ({reason}). Copy or export it again.")
 
 
 def _sort_into_modules(tensors: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, _Module]]:
