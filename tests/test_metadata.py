@@ -32,10 +32,11 @@ def work(tmp_path_factory) -> Path:
 
 
 def flags(work: Path, *more: str) -> list[str]:
-    """A run whose paths are absolute, but for the model's, with prompts."""
+    """A run whose paths are absolute, with prompts."""
     paths = {"dataset": work / "elsewhere" / "foxes", "cache_dir": work / "caches", "output_dir": work / "runs"}
+    paths |= {"pretrained_model_name_or_path": work / "nano" / "model"}
     given = [text for name, path in paths.items() for text in (f"--{name}", str(path))]
-    given += ["--pretrained_model_name_or_path", "nano/model", "--sample_prompts", PROMPT, "--caption_prefix", PREFIX]
+    given += ["--sample_prompts", PROMPT, "--caption_prefix", PREFIX]
     return [*given, *SMALL.split(), *STEPS.split(), *more]
 
 
