@@ -30,7 +30,7 @@ from utils.common.errors import UserError
 from utils.common.formatting import counted, readable_size
 from utils.common.options import option, parse_options, run_script
 from utils.common.tensor_files import has_same_content
-from wan.checkpoints import cast_to, read_some, read_weights
+from wan.checkpoints import CheckpointError, cast_to, read_some, read_weights
 
 # The short names are ours. The long ones are those of WanTraining's converter, which people still type.
 DTYPES = {
@@ -264,4 +264,4 @@ def size_of(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(run_script(main, bad_input=(CheckpointError,)))

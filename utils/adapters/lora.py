@@ -156,6 +156,8 @@ def load_lora(model: nn.Module, lora: LoraFile, adapter: str = ADAPTER) -> None:
     for fault, names in faults.items():
         if names:
             raise UserError(f"--init_lora {fault} {names[0]} ({len(names)} such modules): the targets must be the same")
+    if lora.magnitudes:
+        raise UserError("--init_lora is a DoRA, which an adapter of this run cannot be: use --fuse_lora instead")
     if lora.diffs:
         raise UserError(f"--init_lora holds more than LoRA pairs ({next(iter(lora.diffs))}): use --fuse_lora instead")
     copies = []

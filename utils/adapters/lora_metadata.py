@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.adapters.lora_file import FP32_MAX, MAX_DIMENSIONS, LoraError, LoraFile, LoraPair, shown
+from utils.adapters.pairs import EXPERT_KEY, LOW
 from wan.names import diffusers_name
 
 DIFFUSERS_KEY = "lora_adapter_metadata"
@@ -49,7 +50,7 @@ def read_statements(metadata: Mapping[str, str], ranks: Mapping[str, int], where
         if key in metadata:
             try:
                 content = _table(json.loads(metadata[key]), "its content")
-                alphas = _own_alphas(content) if key == OWN_KEY else peft_alphas(_of_transformer(content), ranks)
+                alphas = _own_alphas(content) if key == OWN_KEY else _diffusers_alphas(content, metadata, ranks)
             except (ValueError, RecursionError) as error:
                 raise LoraError(f"{where}: the metadata {key} gives no usable alpha: {error}.") from error
             statements.append(Statement(f"the metadata {key}", alphas))
@@ -120,7 +121,9 @@ def diffusers_metadata(lora: LoraFile) -> dict[str, str]:
     pairs = {diffusers_name(name): pair for name, pair in sorted(lora.pairs.items())}
     if all(pair.alpha is None for pair in pairs.values()) and len({pair.rank for pair in pairs.values()}) == 1:
         return {}
-    config = {f"transformer.{key}": value for key, value in peft_scales(pairs).items()}
+    # diffusers looks for biases by itself only where there is no such key.
+    biased = {"lora_bias": True} if any(key.endswith(".diff_b") for key in lora.diffs) else {}
+    config = {f"transformer.{key}": value for key, value in {**peft_scales(pairs), **biased}.items()}
     return {DIFFUSERS_KEY: json.dumps(config, sort_keys=True)}
 
 
@@ -146,13 +149,20 @@ def _own_alphas(content: Mapping[str, object]) -> dict[str, float]:
     return {name: _number(alpha, f"alpha of {shown(name)}") for name, alpha in alphas.items()}
 
 
-def _of_transformer(content: Mapping[str, object]) -> dict[str, object]:
+def _diffusers_alphas(
+    content: Mapping[str, object], metadata: Mapping[str, str], ranks: Mapping[str, int]
+) -> dict[str, float]:
+    return peft_alphas(_of_transformer(content, metadata.get(EXPERT_KEY)), ranks)
+
+
+def _of_transformer(content: Mapping[str, object], expert: str | None) -> dict[str, object]:
     """diffusers' fields without the name of the model before them: a second expert's are "transformer_2."."""
-    first = {key.removeprefix("transformer."): value for key, value in content.items()}
     second = {
         key.removeprefix("transformer_2."): value for key, value in content.items() if key.startswith("transformer_2.")
     }
-    return second if second and not any(key.startswith("transformer.") for key in content) else first
+    if second and (expert == LOW or not any(key.startswith("transformer.") for key in content)):
+        return second
+    return {key.removeprefix("transformer."): value for key, value in content.items()}
 
 
 def peft_alphas(config: Mapping[str, object], ranks: Mapping[str, int]) -> dict[str, float]:

@@ -74,10 +74,27 @@ class Lycoris:
         """One of the two factors as a matrix in fp32, (out, in * ...)."""
         if name in self.factors:
             return self.factors[name].float().flatten(1)
+        a, b = self.sides(name, core)
+        return a @ b
+
+    def sides(self, name: str, core: str = "") -> tuple[Tensor, Tensor]:
+        """The two matrices in fp32 whose product is one of the factors, (out, r) and (r, in * ...)."""
         a, b = self.factors[f"{name}_a"].float(), self.factors[f"{name}_b"].float()
         if core in self.factors:
-            return torch.einsum("ij...,jr,ip->pr...", self.factors[core].float(), b, a).flatten(1)
-        return a @ b
+            return a.T, torch.einsum("ij...,jr->ir...", self.factors[core].float(), b).flatten(1)
+        return a, b.flatten(1)
+
+    def flattened(self) -> "Lycoris":
+        """The same change in matrices alone: kernels flattened, and a core multiplied into the second of its sides."""
+        factors = {}
+        for name, factor in self.factors.items():
+            side, core = name.removesuffix("_a").removesuffix("_b"), f"{name[:4]}_t{name[6:7]}"
+            if core in self.factors and side != name:
+                factors[name] = self.sides(side, core)[1] if name.endswith("_b") else factor.T
+            elif name[5] == "w":
+                factors[name] = factor.flatten(1)
+        flat = replace(self, factors=factors)
+        return flat if flat.rank == self.rank else replace(flat, alpha=self.scale * flat.rank)
 
     def _side(self, name: str, core: str = "") -> tuple[int, ...]:
         """The shape of one factor."""
@@ -86,7 +103,7 @@ class Lycoris:
         a, b = self.factors[f"{name}_a"], self.factors[f"{name}_b"]
         if core in self.factors:
             return a.shape[1], b.shape[1], *self.factors[core].shape[2:]
-        return a.shape[0], b.shape[1]
+        return a.shape[0], *b.shape[1:]
 
 
 def kind_of(role: str) -> str:

@@ -26,7 +26,13 @@ _OTHERWISE = (
     *("fan_in_fan_out", "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config"),
     *("monteclora_config", "velora_config", "layer_replication"),
 )
-_ON_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq")  # ways to begin that subtract something from the base
+_ON_ANOTHER_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # ways to begin that subtract something from the base
 
 
 @dataclass(frozen=True)
