@@ -166,7 +166,13 @@ def convert(lora: LoraFile, file: Path, expert: str, part: str, opts: ConvertOpt
         output = with_expert(output, part or expert)
     if opts.to != PEFT_LAYOUT:
         return Conversion(file, output, tensors, metadata)
-    return Conversion(file, output.with_suffix(""), tensors, metadata, config_text(to_config(lora)))
+    return Conversion(
+        file,
+        output.with_name(output.name.removesuffix(".safetensors")),
+        tensors,
+        metadata,
+        config_text(to_config(lora)),
+    )
 
 
 def folded(lora: LoraFile, rank: int, base: Path | None) -> LoraFile:
@@ -203,13 +209,16 @@ def applicable(lora: LoraFile, layout: str, drop: bool) -> LoraFile:
     left = unsupported(lora, target)
     if not left:
         return lora
+    rest = lora.part(lambda key: key not in left)
+    if not rest.modules:
+        raise UserError(f"{target.program} can apply nothing of this LoRA ({kinds(set(left))})")
     part = share(lora, left)
     what = f"{target.program} cannot apply {counted(len(left), 'change')} of this LoRA ({kinds(set(left))})"
     what += "." if part is None else f". They are {part:.2%} of the squared change of all weights."
     if not drop:
         raise UserError(f"{what}\nLeave them out with --drop_unsupported.")
     print(f"left out: {what}")
-    return lora.part(lambda key: key not in left)
+    return rest
 
 
 def fill_in_alpha(lora: LoraFile, alpha: float | None, source: Path) -> LoraFile:

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,15 +174,25 @@ def peft_alphas(config: Mapping[str, object], ranks: Mapping[str, int]) -> dict[
     stabilised = config.get("use_rslora", False)
     if not isinstance(stabilised, bool):
         raise ValueError(f"use_rslora is {shown(stabilised)}, not true or false")
-    patterns: dict[str, tuple[int, float]] = {}  # in their canonical form, with their place in the file
-    for pattern, alpha in _table(config.get("alpha_pattern", {}), "alpha_pattern").items():
-        patterns.setdefault(_canonical(pattern), (len(patterns), _number(alpha, f"alpha of {shown(pattern)}")))
-    alphas = dict.fromkeys(ranks, _number(config["lora_alpha"], "lora_alpha")) if "lora_alpha" in config else {}
-    for name in ranks:
-        if found := [patterns[pattern] for pattern in _patterns_of(name) if pattern in patterns]:
-            alphas[name] = min(found)[1]
+    alphas = by_pattern(config, "lora_alpha", "alpha_pattern", ranks)
     # rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023), while a file can only state alpha / rank.
     return {name: alpha * math.sqrt(ranks[name]) if stabilised else alpha for name, alpha in alphas.items()}
+
+
+def by_pattern(config: Mapping[str, object], default: str, patterns: str, names: Iterable[str]) -> dict[str, float]:
+    """What a field of a LoraConfig and the patterns that go before it give each module, where they give anything.
+
+    Raises ValueError for fields of another type.
+    """
+    table: dict[str, tuple[int, float]] = {}  # patterns in their canonical form, with their place in the file
+    for pattern, number in _table(config.get(patterns, {}), patterns).items():
+        place = len(table), _number(number, f"the number of {shown(pattern)} in {patterns}")
+        table.setdefault(_canonical(pattern, patterns), place)
+    numbers = dict.fromkeys(names, _number(config[default], default)) if default in config else {}
+    for name in names:
+        if found := [table[pattern] for pattern in _patterns_of(name) if pattern in table]:
+            numbers[name] = min(found)[1]
+    return numbers
 
 
 def _plain_number(text: str) -> float | None:
@@ -207,12 +217,12 @@ def _patterns_of(name: str) -> Iterator[str]:
         yield from (f".*{known[start:]}" for start in range(len(known)))
 
 
-def _canonical(pattern: str) -> str:
+def _canonical(pattern: str, field: str) -> str:
     """A pattern with its dots unescaped. Raises ValueError for one that is more than a name."""
     plain = pattern.replace(r"\.", ".").removesuffix("$")
     if not _PATTERN.fullmatch(plain):
         raise ValueError(
-            f"alpha_pattern has {shown(pattern)}, a regular expression; name modules, such as ^blocks.0.attn1.to_q"
+            f"{field} has {shown(pattern)}, a regular expression; name modules, such as ^blocks.0.attn1.to_q"
         )
     return plain
 

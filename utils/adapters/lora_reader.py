@@ -226,7 +226,7 @@ def _lycoris(module: _Module, alpha: float | None, key: str) -> Lycoris:
 
 def _scale_whole_factors(lycoris: Mapping[str, Lycoris], config: PeftConfig) -> dict[str, Lycoris]:
     """PEFT scales a LoKr of two whole factors by alpha / r, LyCORIS and ComfyUI do not: here it is in the first one."""
-    ranks = config.ranks(dict.fromkeys(lycoris, 1))
+    ranks = config.ranks(list(lycoris))
     scaled = {}
     for name, each in lycoris.items():
         if not each.rank and each.alpha is not None:

@@ -161,9 +161,9 @@ def _shaped(key: str, diff: Tensor) -> Tensor:
 
 
 def _aligned(name: str, magnitude: Magnitude) -> Magnitude:
-    """ComfyUI multiplies by its magnitudes as they are shaped: they need the axes of the weight."""
-    if magnitude.rule != COMFY:
-        return magnitude
-    shape = (1, -1) if len(magnitude.values) == 1 else (-1, 1)  # for each input, or for each output
-    ones = [1] * len(KERNEL) if name in KERNELS else []
-    return replace(magnitude, values=magnitude.values.reshape(*shape, *ones))
+    """ComfyUI multiplies by its magnitudes as they are shaped, PEFT wants its own: with the axes of the weight."""
+    ones, values = [1] * len(KERNEL) if name in KERNELS else [], magnitude.values
+    if magnitude.rule == PEFT:
+        return replace(magnitude, values=values.reshape(1, -1, *ones) if ones else values.flatten())
+    shape = (1, -1) if len(values) == 1 else (-1, 1)  # for each input, or for each output
+    return replace(magnitude, values=values.reshape(*shape, *ones))
