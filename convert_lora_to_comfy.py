@@ -30,7 +30,7 @@ from utils.common.errors import UserError
 from utils.common.formatting import counted, readable_size
 from utils.common.options import option, parse_options, run_script
 from utils.common.tensor_files import has_same_content
-from wan.checkpoints import CheckpointError, cast_to, read_some, read_weights
+from wan.checkpoints import CheckpointError, Weights, cast_to, read_some, read_weights
 
 # The short names are ours. The long ones are those of WanTraining's converter, which people still type.
 DTYPES = {
@@ -189,17 +189,17 @@ def folded(lora: LoraFile, rank: int, base: Path | None) -> LoraFile:
 
 def read_base(path: Path) -> Read:
     """Reads weights of a transformer in any layout, one after another. Raises CheckpointError."""
-    weights = read_weights(path, "transformer")
+    return partial(weights_of, read_weights(path, "transformer"))
 
-    def read(modules: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        if missing := [name for name in modules if f"{name}.weight" not in weights.tensors]:
-            raise UserError(f"{path} has no {missing[0]}, which the LoRA adapts. Was it made for another Wan?")
-        progress = partial(tqdm, desc="folding", unit="module", leave=False)
-        names = [f"{name}.weight" for name in modules]
-        for name, weight in read_some(weights, names, cast_to(torch.float32), progress):
-            yield name.removesuffix(".weight"), weight
 
-    return read
+def weights_of(base: Weights, modules: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Each of these modules with its weight, in fp32. Raises UserError for one that the base lacks."""
+    if missing := [name for name in modules if f"{name}.weight" not in base.tensors]:
+        raise UserError(f"{base.path} has no {missing[0]}, which the LoRA adapts. Was it made for another Wan?")
+    progress = partial(tqdm, desc="folding", unit="module", leave=False)
+    names = [f"{name}.weight" for name in modules]
+    for name, weight in read_some(base, names, cast_to(torch.float32), progress):
+        yield name.removesuffix(".weight"), weight
 
 
 def applicable(lora: LoraFile, layout: str, drop: bool) -> LoraFile:
