@@ -24,7 +24,7 @@ from utils.adapters.lora_file import LoraFile
 from utils.adapters.lora_reader import read_experts, read_lora
 from utils.adapters.lora_targets import TARGETS, adapt, share, unsupported
 from utils.adapters.lora_writer import LAYOUTS, PEFT_LAYOUT, to_state_dict, write_state_dict
-from utils.adapters.pairs import expert_of, find_pair, with_expert
+from utils.adapters.pairs import find_pair, trained_for, with_expert
 from utils.adapters.peft_folder import WEIGHTS, config_text, find_weights, has_config, to_config, write_config
 from utils.common.errors import UserError
 from utils.common.formatting import counted, readable_size
@@ -252,7 +252,7 @@ def describe(lora: LoraFile, source: Path) -> str:
     lines = {
         "file": f"{source} ({size_of(find_weights(source)[0])})",
         "format": lora.key_format,
-        "expert": expert_of(source, lora.metadata) or "",
+        "expert": trained_for(source, lora.metadata) or "",
         "kind": ", ".join(sorted(special)),
         "modules": f"{len(factors)}" + (f", and {len(lora.diffs)} diffs" if lora.diffs else ""),
         "rank": listed(each.rank for each in factors if each.rank),

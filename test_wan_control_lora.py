@@ -12,7 +12,7 @@ with --compare first without the LoRA; the VAE decodes; an mp4 and a contact she
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -40,7 +40,7 @@ from utils.diffusion.flow import seeded_noise
 from utils.encoding.conditioning import Cond, Encoders, to_pixels, to_unit_range
 from utils.encoding.pictures import check_pictures, load_picture, load_pictures
 from utils.encoding.samples import LatentEncoding
-from utils.encoding.sampling import Transformers, choose_loras, denoise
+from utils.encoding.sampling import Transformers, Underneath, choose_loras, denoise, find_underneath
 from utils.encoding.text import TextEncoding, check_embedding_shape, negative_prompt_file, read_prompt
 from utils.encoding.text_cache import load_embedding
 from utils.media.contact_sheet import contact_sheet
@@ -48,7 +48,8 @@ from utils.media.controls import CONTROL_TYPES, FROM_FILE, make_control
 from utils.media.description import MediaInfo
 from utils.media.frames import crop_and_resize, read_frames, save_image, write_video
 from utils.media.probing import probe
-from utils.setup.model import SingleFiles, base_of, need_experts, open_given
+from utils.setup.base import base_remarks, find_base
+from utils.setup.model import SingleFiles, need_experts, open_given
 from utils.storage.weights import StorageOptions
 from wan.checkpoints import CheckpointError, ModelFiles
 from wan.configs import Family, Grid
@@ -74,8 +75,12 @@ class Content:
     also_lora: tuple[str, ...] = option(
         (), "further LoRAs, each FILE or FILE:STRENGTH", requires="lora_path", is_path=True
     )
+    fuse_lora: tuple[Path, ...] = option(
+        (), "what the LoRA was trained on top of with --fuse_lora, where that is not found", requires="lora_path"
+    )
+    without_fused: bool = option(False, "sample without what the LoRA was trained on top of", requires="lora_path")
     pretrained_model_name_or_path: str | None = option(
-        None, "base model (default: the one the LoRA names)", is_path=True
+        None, "base model (default: the one the LoRA names, or its run)", is_path=True
     )
     prompt: str | None = option(None, "what to generate (default: an empty prompt)")
     embedding: Path | None = option(None, "text embedding file to use instead of --prompt")
@@ -141,22 +146,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     opts = parse_options(Options, argv)
     if not opts.lora_path:
         raise UserError("--lora_path is missing: the LoRA file to try")
-    first = read_lora(next(iter(find_pair(opts.lora_path[0]).values()), opts.lora_path[0]))
-    name = opts.pretrained_model_name_or_path or base_of(opts, first.metadata)
-    if not name and not opts.given_transformers:
-        raise UserError(f"{opts.lora_path[0]} does not name its base model; pass --pretrained_model_name_or_path")
-    files = open_given(opts, name, is_default=opts.pretrained_model_name_or_path is None)
+    path = next(iter(find_pair(opts.lora_path[0]).values()), opts.lora_path[0])
+    first, is_default = read_lora(path), opts.pretrained_model_name_or_path is None
+    if is_default:
+        opts = replace(opts, **find_base(opts, path, first.metadata))
+    files = open_given(opts, opts.pretrained_model_name_or_path, is_default)
     need_experts(files, (), with_others=True)
     opts.check_storage(files.shape.num_layers)
     request = complete(opts, first, files.family)
-    loras = choose_loras(opts.lora_path, opts.strength, opts.also_lora, files)
+    for remark in base_remarks(files, opts.lora_path):
+        say(remark)
+    underneath = find_underneath(opts.lora_path, opts.fuse_lora, opts.without_fused, files)
+    loras = choose_loras(opts.lora_path, opts.strength, opts.also_lora, files, underneath)
     if request.input_video is None and any(chosen.lora.input_shapes for each in loras.values() for chosen in each):
         raise UserError("--also_lora holds a control LoRA: give it as --lora_path, with --input_video")
     check_writable(opts.output_dir)
-    say(describe(request, opts.strength))
+    say(f"{describe(request, opts.strength)}{underneath.describe(opts.compare)}")
     with explain_out_of_memory(), torch.no_grad():
-        videos = generate(request, opts, loras, files)
-    write(opts.output_dir, f"{opts.lora_path[0].stem}_seed{opts.seed}", videos, files.family.fps)
+        videos = generate(request, opts, loras, underneath, files)
+    without = "_without_fused" if opts.without_fused else ""
+    write(opts.output_dir, f"{opts.lora_path[0].stem}{without}_seed{opts.seed}", videos, files.family.fps)
 
 
 # --------------------------------------------------------------------------------------------------------- the request
@@ -273,7 +282,11 @@ def describe(request: Request, strength: float) -> str:
 
 
 def generate(
-    request: Request, opts: Options, loras: Mapping[str, Sequence[Chosen]], files: ModelFiles
+    request: Request,
+    opts: Options,
+    loras: Mapping[str, Sequence[Chosen]],
+    underneath: Underneath,
+    files: ModelFiles,
 ) -> dict[str, Tensor]:
     """Videos (F, 3, H, W) uint8 by label: the control if there is one, without the LoRA if asked for, and with it."""
     # Models are loaded one after another, and only while they are needed: the text encoder alone takes 11 GB.
@@ -287,10 +300,12 @@ def generate(
     noise = seeded_noise((1, *vae.latent_shape(request.frames, request.height, request.width)), request.seed).to(device)
 
     # Noise and conditions are the same without and with the LoRA, so every difference between the videos is the LoRA's.
-    # Only the control is left out without it: the base model has no input channels for one.
+    # What it was trained on top of is in both. Only the control is left out without the LoRA: the base model has no
+    # input channels for one, unless a control LoRA is in it.
     shape = files.shape
     storage = opts.storage(device, shape, noise[0, 0].numel() // math.prod(shape.patch_size), Decisions(str(device)))
-    transformers, latents = Transformers(files, loras, storage), {}
+    transformers, latents = Transformers(files, loras, storage, underneath.fusions), {}
+    base = cond if underneath.reads_control else base
     if opts.compare:
         latents["without the LoRA"] = sample(request, transformers, noise, base, negative, "without the LoRA")
     transformers.fuse()

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.adapters.lora import speaking
+from utils.adapters.model_card import ModelCard
 from utils.common.console import say
 from utils.common.decisions import Decisions
 from utils.common.device import describe, doing, explain_out_of_memory, pick_device
@@ -33,7 +34,7 @@ from utils.common.signals import Stop, stop_on_signals
 from utils.common.temp_rng import MAX_SEED
 from utils.data.dataset import Dataset
 from utils.data.folders import Folder, Rules, check_paired_files
-from utils.data.plan import Plan, make_plan
+from utils.data.plan import Plan, largest_window, make_plan
 from utils.data.tables import format_plan
 from utils.diffusion.flow import sample_noisy
 from utils.diffusion.objectives import guided_target, squared_error
@@ -55,7 +56,7 @@ from utils.runs.inputs import (
     workload,
 )
 from utils.runs.rehearsal import ROOM, rehearse_run, rehearse_saving
-from utils.runs.run import Run, RunOptions, RunSettings, open_run
+from utils.runs.run import EVERYTHING, Run, RunOptions, RunSettings, open_run
 from utils.runs.session import Session
 from utils.runs.state import Facts, State, check_resume_compatible, decisions_of, find_state
 from utils.setup.download import SetupOptions, set_up
@@ -93,7 +94,7 @@ class Options(General, SetupOptions, InputOptions, RunOptions):
 
     def __post_init__(self) -> None:
         self.check_length()
-        self.check_name()
+        self.check_names()
         self.check_plan()
         if self.cache_embeddings and self.cache_latents:
             raise UserError("--cache_embeddings stops after the texts, before --cache_latents: give one of them")
@@ -188,6 +189,7 @@ def forecast_run(opts: Options, folders: list[Folder], is_default: bool) -> None
     """Checks the clips, and with --plan says what their largest batch takes."""
     name = opts.pretrained_model_name_or_path
     family = find_given_family(opts, name, is_default)
+    opts.check_name_for(family)
     data = open_data(opts, folders, family)
     say_cut_captions(find_given_tokenizer(opts, name), [*data.train, *data.val])
     if opts.plan:
@@ -197,14 +199,17 @@ def forecast_run(opts: Options, folders: list[Folder], is_default: bool) -> None
         fit_memory(opts, family, shape, plan, opts.compile == "on", Decisions(opts.gpu or ""))
 
 
-def run_settings(opts: Options, data: Dataset, session: Session, decisions: Decisions) -> RunSettings:
+def run_settings(opts: Options, family: Family, data: Dataset, session: Session, decisions: Decisions) -> RunSettings:
     """What is written of a run into its folder, its states and its LoRAs."""
     control = FROM_FILE if any(source.control for source in data.train) else opts.control_type * opts.control_lora
     about = {**opts.base(opts.pretrained_model_name_or_path), "control": control, "shift": f"{opts.shift:g}"}
     about |= {"control_i2v": "true"} if opts.control_i2v else {}
     options, facts = to_json(opts), Facts(training_table(opts), data.fingerprint, decisions.table())
-    total, name = session.schedule.total_steps, opts.output_name
-    return RunSettings(opts.output_dir, total, opts.max_grad_norm, options, facts, about, name)
+    about |= {"options": options} if opts.metadata == EVERYTHING else {}
+    size = largest_window(data.windows).bucket[:2]
+    card = ModelCard(family, about["base_model"], size, data.clips_by_folder, opts.trigger or "")
+    total = session.schedule.total_steps
+    return RunSettings(opts.output_dir, total, opts.max_grad_norm, options, facts, about, card, opts.name)
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -232,15 +237,19 @@ def train(opts: Options, device: torch.device, session: Session, run: Run) -> No
                 losses = {phase.name: phase.validate(session.watched(device), val_seed) for phase in phases}
                 metrics.log_validation(losses)
 
-            # A checkpoint: the LoRA, its average, and the state from which the run can be resumed.
-            if run.saving_is_due(*save_every, minutes=opts.save_every_minutes):
-                run.save()
-                run.prune(opts.keep_checkpoints)
-
-            # Previews: always the same prompts from the same noise, so that only the LoRA makes a difference.
-            if preview and run.is_due(opts.sample_every) and not metrics.has_previews:
+            # Previews: always the same prompts from the same noise, so that only the LoRA makes a difference. They come
+            # first, because the checkpoint of this step shows one. If they fail, it is written all the same.
+            shown = preview if run.is_due(opts.sample_every) and not metrics.has_previews else None
+            if shown:
                 metrics.flush()
-                metrics.log_previews(session.show(preview), preview.fps)
+            try:
+                if shown:
+                    run.log_previews(session.show(shown), shown.fps)
+            finally:
+                # A checkpoint: the LoRA, its average, and the state from which the run can be resumed.
+                if run.saving_is_due(*save_every, minutes=opts.save_every_minutes):
+                    run.save()
+                    run.prune(opts.keep_checkpoints)
 
             if last:
                 files = " ".join(map(str, run.last_saved_files))
@@ -290,7 +299,7 @@ def run_with(
     with explain_out_of_memory(), explain_failed_compilation():
         session = open_session(planned, inputs, device, compile, decisions)
         # The state has the options as they were given; what was chosen, also in the rehearsal, is in the decisions.
-        settings = partial(run_settings, opts, inputs.data, session, decisions)
+        settings = partial(run_settings, opts, inputs.files.family, inputs.data, session, decisions)
         save = partial(rehearse_saving, session.learner, settings(), folder)
         rehearse_run(session, opts, save, decisions if compile else None, spare)
         if opts.benchmark:
@@ -300,12 +309,13 @@ def run_with(
 
 def main(argv: Sequence[str] | None = None) -> None:
     opts = parse_options(Options, argv)
-    if set_up(opts):
-        return
     name = opts.pretrained_model_name_or_path
+    is_default = name == Options.pretrained_model_name_or_path
+    if set_up(opts, partial(open_given, opts, name, is_default)):
+        return
 
     # What is wrong with options, clips or a state is found here, before anything takes long.
-    folders, is_default = opts.folders(Rules.of(opts), opts.config), name == Options.pretrained_model_name_or_path
+    folders = opts.folders(Rules.of(opts), opts.config)
     check_paired_files(folders, opts.control_lora, needs_masks=opts.mask_floor != Options.mask_floor)
     if opts.check_dataset or opts.plan:  # a released model need not be downloaded for these
         return forecast_run(opts, folders, is_default)
@@ -313,6 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     opts.limit_memory(device)
     check_writable(opts.output_dir)
     files = open_given(opts, name, is_default)
+    opts.check_name_for(files.family)
     need_experts(files, [role.name for role in opts.roles(files.family)], bool(opts.preview_prompts))
     opts.check_storage(files.shape.num_layers)
     data = open_data(opts, folders, files.family)

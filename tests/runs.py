@@ -11,15 +11,18 @@ from torch import Tensor, nn
 
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_writer import write_lora
+from utils.adapters.model_card import ModelCard
 from utils.common.checkpoint_names import EXPERTS
 from utils.runs.run import Run, RunSettings, open_run
 from utils.runs.state import Facts, State
 from utils.training.learner import Learner, Trainable, Update
 from utils.training.optim import OptimizerSpec
+from wan.configs import FAMILIES
 
 SPEC = OptimizerSpec(learning_rate=0.01, weight_decay=0.0, schedule="constant", warmup_steps=0, total_steps=10)
 EXPERT_SPECS = replace(SPEC, schedule="linear", warmup_steps=2, total_steps=12), replace(SPEC, schedule="cosine")
 FACTS = Facts({"learning_rate": 0.01, "max_train_steps": 10}, {"clips/a.mp4": "0123"})
+CARD = ModelCard(FAMILIES["wan2.2-t2v-A14B"], "model", (832, 480), {"foxes": 3}, "ohwx fox")
 
 
 class SmallLora:
@@ -64,9 +67,9 @@ def take_turn(learner: Learner) -> None:
     learner.update(name, max_grad_norm=1.0)
 
 
-def settings(output_dir: Path, max_grad_norm: float = 0.0, output_name: str = "wan-lora") -> RunSettings:
-    options = json.dumps({"seed": 42} | ({"output_name": output_name} if output_name != "wan-lora" else {}))
-    return RunSettings(output_dir, 10, max_grad_norm, options, FACTS, {"base_model": "model"}, output_name)
+def settings(output_dir: Path, max_grad_norm: float = 0.0, name: str = "wan-lora") -> RunSettings:
+    options = json.dumps({"seed": 42} | ({"name": name} if name != "wan-lora" else {}))
+    return RunSettings(output_dir, 10, max_grad_norm, options, FACTS, {"base_model": "model"}, CARD, name)
 
 
 def open_a_run(output_dir: Path, state: State | None = None, max_grad_norm: float = 0.0) -> Run:

@@ -335,10 +335,11 @@ def test_a_dataset_can_be_checked_before_a_released_model_is_downloaded(work, ca
     assert "an epoch has 2 samples" in capsys.readouterr().out
 
 
-def test_the_doctor_prints_versions_and_stops(capsys):
+def test_the_doctor_prints_versions_and_stops(work, capsys):
     train_wan_lora.main(["--doctor"])
     said = capsys.readouterr().out
     assert "python" in said and "torch" in said and "attention" in said
+    assert "- no model at Wan-AI/Wan2.1-T2V-1.3B" in said and "download it with: " in said
 
 
 def test_several_folders_are_trained_on_each_with_its_own_rules(work, capsys):

@@ -109,8 +109,9 @@ def changes(folder: Path) -> dict[Path, int]:
         ("no-vae", "", "Wan2.2_VAE.pth is missing"),
         ("old-vae", "", "Wan2.2_VAE.pth is the Wan 2.1 VAE, which has 16 latent channels; the model has 48"),
         ("blind", "", "models_clip_open-clip"),
-        ("experts", "--output_name my_high_lora", "high"),
-        ("t2v", "--output_name LowKey", "LowKey"),
+        ("experts", "--name my_high_lora", "Try --name my_lora"),
+        ("experts", "--name flower", "--name 'flower' holds 'low', but this model has two experts"),
+        ("experts", "--name flower --check_dataset", "Try --name fl0wer"),
     ],
 )
 def test_what_a_model_cannot_be_trained_with_is_reported(work, capsys, monkeypatch, model, options, message):

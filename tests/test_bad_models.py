@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import test_wan_control_lora
 import train_wan_lora
+from tests.damage import edit_pth
 from tests.media import video
 from tests.tiny import (
     FAMILY,
@@ -115,6 +116,82 @@ def test_a_file_that_cannot_be_used_is_refused_by_what_it_is(work, capsys, optio
     call = f"{TRAIN} --pretrained_model_name_or_path model {options}"
     assert message in ends(train_wan_lora.main, call, capsys)
     assert not Path("cache").exists() and not Path("outputs").exists()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+WEIGHTS = (TRANSFORMER, FAMILY.vae, FAMILY.text_encoder)
+TOKENIZER = f"{FAMILY.tokenizer}/tokenizer.json"
+
+
+def spoil(path: Path, content: bytes | None) -> None:
+    """Writes other content; None: a link of the hub's cache to a blob that is gone."""
+    path.unlink()
+    path.write_bytes(content) if content is not None else path.symlink_to("../blobs/abc")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (LFS, "is a pointer of Git LFS, not the file itself"),
+        (b"GGUF\3\0\0\0", "is a GGUF file"),
+        (b"<!DOCTYPE html>", "is a web page"),
+        (b"", "is an empty file"),
+        (bytes(4096), "begins with nothing but zeros"),
+        (None, "is missing: it is a link to the blob abc, which is missing from the hub's cache"),
+    ],
+)
+@pytest.mark.parametrize("part", [*WEIGHTS, TOKENIZER, "config.json"])
+def test_what_lies_in_the_place_of_a_part_is_named_before_any_caption_is_read(work, capsys, part, content, message):
+    spoil(Path("model") / part, content)
+    call = f"{TRAIN} --pretrained_model_name_or_path model"
+    for how in ("", "--cache_embeddings", "--cache_only --cache_latents 1"):
+        assert f"model/{part} {message}" in ends(train_wan_lora.main, f"{call} {how}", capsys)
+    sample = "--lora_path lora.safetensors --pretrained_model_name_or_path model --prompt fox --frames 5"
+    assert f"model/{part} {message}" in ends(test_wan_control_lora.main, sample, capsys)
+    assert not Path("cache").exists() and not Path("outputs").exists()
+    train_wan_lora.main(["--doctor", "--pretrained_model_name_or_path", "model"])
+    assert f"- model/{part} {message}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", [FAMILY.vae, FAMILY.text_encoder])
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda state, name: state.pop(name), "lacks tensor {}"),
+        (lambda state, name: state.update(more=state[name]), "has the foreign tensor more"),
+        (lambda state, name: state.update({name: state[name][:-1].clone()}), "has the tensor {} of shape"),
+    ],
+    ids=["missing", "extra", "misshapen"],
+)
+def test_names_and_shapes_of_a_pth_file_are_compared_before_any_caption_is_read(work, capsys, part, edit, message):
+    path = Path("model") / part
+    name = [name for name in torch.load(path, weights_only=True) if name.endswith("weight")][-1]
+    edit_pth(path, lambda state: edit(state, name))
+    for how in ("", "--cache_embeddings"):
+        said = ends(train_wan_lora.main, f"{TRAIN} --pretrained_model_name_or_path model {how}", capsys)
+        assert f"{path} {message.format(name)}" in said
+
+
+def test_a_model_of_files_that_are_too_long_is_trained_as_that_of_whole_ones(work, capsys):
+    long = Path(shutil.copytree("model", "long"))
+    for part in (FAMILY.vae, FAMILY.text_encoder):
+        save_file(torch.load(long / part, weights_only=True), (long / part).with_suffix(".safetensors"))
+        (long / part).unlink()
+    files = sorted(long.glob("*.safetensors"))
+    for path in files:
+        path.write_bytes(path.read_bytes() + b"more")
+    learned = []
+    for model in ("model", "long"):
+        call = f"{TRAIN} --pretrained_model_name_or_path {model} --output_dir out-{model} --seed 1"
+        train_wan_lora.main(call.replace("--cache_dir cache", f"--cache_dir cache-{model}").split())
+        said = capsys.readouterr().out
+        assert said.count("after its last tensor: read by its header") == (len(files) if model == "long" else 0)
+        (lora,) = Path(f"out-{model}").glob("*/checkpoints/wan-lora-00000001.safetensors")
+        learned.append(load_file(lora))
+    assert len(files) == 3 and learned[0].keys() == learned[1].keys()
+    # Where tensors begin in a file decides by which kernels the CPU reads them, so that the last bit may differ.
+    for name, tensor in learned[0].items():
+        torch.testing.assert_close(tensor, learned[1][name], rtol=0, atol=1e-6)
 
 
 def test_what_single_files_lack_is_named(work, capsys):

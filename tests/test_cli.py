@@ -111,7 +111,7 @@ def test_the_lora_file_has_comfyui_names_explicit_alphas_and_metadata(lora):
     assert keys == {module + suffix for module in modules for suffix in suffixes}
     assert metadata["base_model"] == "Small/Wan"
     assert (metadata["rank"], metadata["alpha"], metadata["steps"], metadata["shift"]) == ("4", "8", "6", "3")
-    assert json.loads(metadata["options"])["lora_target"] == ["all-linear"]
+    assert metadata["targets"] == "all-linear" and "options" not in metadata
     assert load_file(lora)["diffusion_model.blocks.0.ffn.0.alpha"].item() == 8
 
 

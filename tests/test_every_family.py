@@ -296,7 +296,7 @@ def test_one_expert_is_trained_alone_and_previewed_and_sampled_beside_the_base_o
     case.train("high", *PREVIEW, "--expert", "high", length=["--max_train_steps", "3"])
     run_folder = case.run("high")
     names = sorted(path.name for path in (run_folder / "checkpoints").glob("wan-lora*"))
-    assert names == ["wan-lora_high_noise-00000003.safetensors"]
+    assert names == ["wan-lora-00000003_high_noise.safetensors"]
     tags = scalars(run_folder)
     assert "val/high_noise/loss" in tags and not [tag for tag in tags if "low_noise" in tag]
     assert probe(run_folder / "samples" / "00000003-01.mp4").fps == 16
@@ -309,7 +309,7 @@ def test_options_of_one_expert_are_its_own(checkout):
     own = "--low_lora_rank 2 --low_lora_alpha 3 --low_learning_rate 2e-3 --low_max_train_steps 3".split()
     case.train("low", "--boundary_type", "low", *own, length=[])
     (file,) = (case.run("low") / "checkpoints").glob("wan-lora*")
-    assert file.name == "wan-lora_low_noise-00000003.safetensors"
+    assert file.name == "wan-lora-00000003_low_noise.safetensors"
     assert (metadata_of(file)["rank"], metadata_of(file)["alpha"]) == ("2", "3")
     assert {pair.rank for pair in read_lora(file).pairs.values()} == {2}
     rates = scalars(case.run("low"))["low_noise/learning_rate"]

@@ -13,7 +13,6 @@ from tests.peers import diffusers_transformer, diffusers_vae22
 from tests.tiny import initialise, write_clips, write_model
 from tests.wan.modules.test_model import to_diffusers
 from tests.wan.modules.test_vae import diffusers_name
-from utils.adapters.lora_reader import read_lora
 from wan.modules.model import WanModel, WanShape
 from wan.modules.vae import WanVAE
 from wan.modules.vae2_2 import Wan22VAE
@@ -76,5 +75,5 @@ def test_a_run_at_the_default_resolution_lowers_the_validation_loss(tmp_path: Pa
     train_wan_lora.main(f"{flags} --learning_rate 3e-3 --lora_target all-linear --val_samples 1".split())
     first, last = (float(loss) for loss in re.findall(r"validation loss (\S+)", capsys.readouterr().out))
     assert last < first
-    (lora,) = Path("outputs").glob("*/checkpoints/wan-lora-*.safetensors")
-    assert json.loads(read_lora(lora).metadata["options"])["base_res"] == [624]
+    (options,) = Path("outputs").glob("*/command_args.json")
+    assert json.loads(options.read_text())["base_res"] == [624]

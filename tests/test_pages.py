@@ -110,7 +110,7 @@ def put_results(page: str) -> None:
     for target, number in {(Path(match[0]).parent, match[1]) for match in RUN.finditer(page) if runs}:
         target.mkdir(parents=True, exist_ok=True)
         last = max(path.stem[-8:] for path in runs[-1].glob("state-*"))
-        for path in runs[-1].glob(f"wan-lora*-{last}.safetensors"):
+        for path in runs[-1].glob(f"wan-lora-{last}*.safetensors"):
             shutil.copy(path, target / path.name.replace(last, number))
 
 

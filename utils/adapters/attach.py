@@ -1,8 +1,9 @@
 """Which adapter is trained: its options, how it gets onto the model, and the file that it becomes."""
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -10,10 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from utils.adapters.fitting import fitting
+from utils.adapters.fitting import PATCH
+from utils.adapters.fusion import Fusion, fuse_on
+from utils.adapters.initial import compare
 from utils.adapters.lora import (
     ADAPTER,
-    LoraFusion,
     adapter_parameters,
     add_lora,
     extract_lora,
@@ -25,7 +27,9 @@ from utils.adapters.lora import (
 from utils.adapters.lora_file import LoraFile
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
+from utils.adapters.model_card import network_facts
 from utils.adapters.pairs import lora_of
+from utils.adapters.provenance import Fused, find_fused, fused_in, record, to_metadata
 from utils.adapters.wantraining import TRAINER
 from utils.common.errors import UserError
 from utils.common.options import Replaced, option
@@ -35,6 +39,7 @@ from wan.configs import Family
 from wan.modules.model import WanModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OF_EACH_EXPERT = ("lora_rank", "lora_alpha")  # options that each expert may have of its own: --high_lora_rank
 ALONE = "transformer"  # the name of a model's only transformer
 
 
@@ -101,6 +106,7 @@ class LoraAdapter:
     model: WanModel
     opts: AdapterOptions
     name: str = ADAPTER  # among the adapters of this model
+    facts: Mapping[str, str] = field(default_factory=dict)  # of its base model, for the metadata of its files
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -114,8 +120,8 @@ class LoraAdapter:
     def export(self, path: Path, values: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
         """Writes the LoRA file with these values of `parameters`. Raises LoraError."""
         own = {"rank": str(self.opts.lora_rank), "alpha": f"{self.opts.alpha:g}"}
-        own["targets"] = " ".join(self.opts.lora_target)
-        write_lora(path, extract_lora(self.model, own | dict(facts), values, self.name))
+        own |= {"targets": " ".join(self.opts.lora_target), **network_facts(self.opts.lora_rank, self.opts.alpha)}
+        write_lora(path, extract_lora(self.model, own | dict(self.facts) | dict(facts), values, self.name))
 
     def describe(self) -> str:
         """The adapter's size in one line."""
@@ -132,9 +138,10 @@ class AdapterPlan:
     """
 
     opts: AdapterOptions
-    fusion: LoraFusion | None = None
+    fusion: Fusion | None = None
     init: LoraFile | None = None
-    notes: tuple[str, ...] = ()  # what of --fuse_lora is not as in its file, a sentence each
+    facts: Mapping[str, str] = field(default_factory=dict)  # of the base model, for the metadata of LoRA files
+    notes: tuple[str, ...] = ()  # what of the LoRA files is not as in them, or not as it seems, a sentence each
 
     def widen(self, model: WanModel) -> None:
         """Gives the patch embedding the inputs that a fused control LoRA reads."""
@@ -143,15 +150,12 @@ class AdapterPlan:
 
     @property
     def changed(self) -> Collection[str]:
-        """The names of the parameters that a fused LoRA changes."""
+        """The names of the parameters that fused LoRAs change."""
         return () if self.fusion is None else self.fusion.targets
 
     def place(self, cast: Place) -> Place:
-        """What is done to each tensor of the base model while it is loaded: cast, then the fused LoRA is added."""
-        if self.fusion is None:
-            return cast
-        fuse = self.fusion.place
-        return lambda name, tensor: fuse(name, cast(name, tensor))
+        """What is done to each tensor of the base model while it is loaded: cast, then fused LoRAs are added."""
+        return cast if self.fusion is None else self.fusion.place(cast)
 
     def attach(self, model: WanModel, name: str = ADAPTER) -> LoraAdapter:
         """Puts the adapter on a frozen transformer; control widens the input first.
@@ -165,7 +169,7 @@ class AdapterPlan:
         add_lora(model, modules, self.opts.lora_rank, self.opts.alpha, name, DTYPES[self.opts.adapter_dtype])
         if self.init is not None:
             load_lora(model, self.init, name)
-        return LoraAdapter(model, self.opts, name)
+        return LoraAdapter(model, self.opts, name, self.facts)
 
 
 def plan_adapter(
@@ -181,16 +185,92 @@ def plan_adapter(
     if opts.init_lora is not None and init is None:
         raise UserError(f"--init_lora {opts.init_lora} is not for the {expert} expert: give a pair, or see --expert")
     plan = plan_fusion(opts, layout, expert, experts)
-    plan = replace(plan, init=read_lora(init) if init else None)
+    if init is not None:
+        lora = read_lora(init)
+        _check_init(opts, lora, layout, expert, experts)
+        plan = replace(plan, init=lora, notes=(*plan.notes, *_left_behind(lora, init, plan)))
     plan.widen(layout)
     plan.attach(layout)
     return plan
 
 
 def plan_fusion(opts: AdapterOptions, layout: WanModel, expert: str, experts: Sequence[str]) -> AdapterPlan:
-    """As `plan_adapter`, for a transformer that gets the LoRA of --fuse_lora alone. Leaves `layout` unchanged."""
-    path = opts.fuse_lora and lora_of(opts.fuse_lora, expert, experts)
-    if path is None:
+    """As `plan_adapter`, for a transformer that gets the LoRA of --fuse_lora alone. Leaves `layout` unchanged.
+
+    What that LoRA was trained on top of is fused before it. Raises UserError where it is not found.
+    """
+    if opts.fuse_lora is None:
         return AdapterPlan(opts)
-    lora, notes = fitting(read_lora(path), layout, path)
-    return AdapterPlan(opts, LoraFusion(layout, lora, opts.fuse_lora_weight), notes=tuple(notes))
+    path = lora_of(opts.fuse_lora, expert, experts)
+    if path is None:
+        return AdapterPlan(opts, facts=to_metadata([]))
+    advice = f"Copy it into {path.absolute().parent}, under any name: it is then fused before {path.name}."
+    files = [*find_fused(path, advice), record(path, opts.fuse_lora_weight)]
+    fusion, notes = fuse_on(layout, files)
+    below = [f"{path} was trained on top of {file.path}, which is fused too" for file in files[:-1]]
+    return AdapterPlan(opts, fusion, facts=to_metadata(files), notes=(*below, *notes))
+
+
+def _check_init(opts: AdapterOptions, lora: LoraFile, layout: WanModel, expert: str, experts: Sequence[str]) -> None:
+    """Raises UserError for a LoRA that this run cannot start from; what it advises was tried.
+
+    `layout` is as it is before anything is fused, and stays unchanged.
+    """
+    assert opts.init_lora is not None
+    modules = [*select_modules(layout, opts.lora_target, opts.lora_blocks), *([PATCH] if opts.control_lora else [])]
+    misfit = compare(lora, layout, modules, opts.lora_rank, opts.alpha)
+    if misfit is None:
+        return
+    facts = f"--init_lora {opts.init_lora}: {'; '.join(misfit.faults)}"
+    halves = [lora_of(opts.init_lora, each, experts) for each in experts]
+    others = [read_lora(path) for path in halves if path is not None] if len(experts) > 1 else []
+    is_one = all(other.modules == lora.modules for other in others)  # a pair has one --lora_target
+    if misfit.options is not None and is_one and _starts(replace(opts, **misfit.options), lora, layout):
+        raise UserError(f"{facts}\n{_typed(misfit.options, opts, expert if len(experts) > 1 else '')}")
+    reads_control = opts.control_lora or PATCH in lora.input_shapes
+    fusing = replace(opts, init_lora=None, fuse_lora=opts.init_lora, fuse_lora_weight=1.0, control_lora=reads_control)
+    try:
+        plan_adapter(fusing, copy.deepcopy(layout), expert, experts)
+    except UserError as error:
+        raise UserError(f"{facts}\nNo options fit, and it cannot be fused: {error}") from None
+    flags = f"--fuse_lora {opts.init_lora}" + (" --control_lora" if reads_control and not opts.control_lora else "")
+    instead = "--init_lora" if opts.fuse_lora is None else f"--init_lora and of --fuse_lora {opts.fuse_lora}"
+    raise UserError(f"{facts}\nPass {flags} instead of {instead}: it is added to the base model, and a new LoRA on top")
+
+
+def _starts(opts: AdapterOptions, lora: LoraFile, layout: WanModel) -> bool:
+    """Whether an adapter with these options can start from the LoRA."""
+    try:
+        AdapterPlan(opts, init=lora).attach(copy.deepcopy(layout))
+    except UserError:
+        return False
+    return True
+
+
+def _typed(options: Mapping[str, object], opts: AdapterOptions, expert: str) -> str:
+    """What to change on the command line, where the rank and alpha of an `expert` are options of its own."""
+    side = f"{expert.removesuffix('_noise')}_" if expert else ""
+    given, left_out = [], ""
+    for name, value in options.items():
+        if name == "lora_blocks" and value is None:
+            left_out = ", and leave out --lora_blocks" if opts.lora_blocks is not None else ""
+        elif isinstance(value, tuple):
+            given.append(" ".join([f"--{name}", *(f'"{part}"' if "*" in part else part for part in value)]))
+        elif value is True:
+            given.append(f"--{name}")
+        else:
+            number = f"{value:.9g}" if isinstance(value, float) else value
+            given.append(f"--{side if name in OF_EACH_EXPERT else ''}{name} {number}")
+    return f"Pass {' '.join(given)}{left_out}"
+
+
+def _left_behind(lora: LoraFile, path: Path, plan: AdapterPlan) -> list[str]:
+    """A sentence where the LoRA that a run starts from was trained on top of others than this run fuses."""
+    theirs, ours = fused_in(lora.metadata, path), fused_in(plan.facts, path)
+    if [(fused.sha256, fused.weight) for fused in theirs] == [(fused.sha256, fused.weight) for fused in ours]:
+        return []
+    return [f"note: --init_lora {path} was trained on top of {_listed(theirs)}; this run is on top of {_listed(ours)}"]
+
+
+def _listed(fused: Sequence[Fused]) -> str:
+    return " and ".join(map(str, fused)) or "no LoRA"

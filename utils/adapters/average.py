@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from utils.adapters.lora_file import LoraFile
+from utils.adapters.model_card import of_mean
 from utils.common.checkpoint_names import Checkpoint, list_checkpoints, parse_name
 from utils.common.errors import UserError
 
@@ -32,6 +33,7 @@ def last_checkpoints(path: Path, count: int) -> list[Path]:
         for file, other in list_checkpoints(path.parent).items()
         if replace(other, step=last.step) == last and other.step <= last.step
     }
+    same[last.step] = path  # and not one of the earlier form of names
     found = [same[step] for step in sorted(same)][-count:]
     if len(found) < count:
         raise UserError(f"--average {count}: {path.parent} has only {len(found)} checkpoints up to {path.name}")
@@ -39,7 +41,10 @@ def last_checkpoints(path: Path, count: int) -> list[Path]:
 
 
 def average(loras: Sequence[LoraFile]) -> LoraFile:
-    """The mean of LoRAs in fp32, with the metadata of the last. Raises UserError if they are not from one run."""
+    """The mean of LoRAs in fp32, with the metadata of the last, but for its picture and title.
+
+    Raises UserError if they are not from one run.
+    """
     first = loras[0]
     if any(lora.lycoris or lora.magnitudes for lora in loras):
         raise UserError("only plain LoRAs can be averaged: fold LoHa, LoKr and DoRA first, with --fold RANK")
@@ -52,7 +57,7 @@ def average(loras: Sequence[LoraFile]) -> LoraFile:
         along = [lora.pairs[name] for lora in loras]
         pairs[name] = replace(pair, down=_mean([one.down for one in along]), up=_mean([one.up for one in along]))
     diffs = {name: _mean([lora.diffs[name] for lora in loras]) for name in first.diffs}
-    return replace(loras[-1], pairs=pairs, diffs=diffs)
+    return replace(loras[-1], pairs=pairs, diffs=diffs, metadata=of_mean(loras[-1].metadata, len(loras)))
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:

@@ -148,26 +148,25 @@ def extract_lora(
 def load_lora(model: nn.Module, lora: LoraFile, adapter: str = ADAPTER) -> None:
     """Starts an adapter, in its own dtype, from a file of the same modules, ranks and alpha.
 
-    Raises UserError, before anything changes, where they differ.
+    Raises UserError, before anything changes, where they differ. What to do about that is said before, where adapters
+    are planned (`utils.adapters.attach`).
     """
+    if lora.extras:
+        raise UserError(f"--init_lora holds more than LoRA pairs ({lora.extras[0]})")
     layers = _layers(model, adapter)
     faults = {"lacks": [name for name in layers if name not in lora.pairs]}
     faults["adapts, unlike this run,"] = [name for name in lora.pairs if name not in layers]
     for fault, names in faults.items():
         if names:
             raise UserError(f"--init_lora {fault} {names[0]} ({len(names)} such modules): the targets must be the same")
-    if lora.magnitudes:
-        raise UserError("--init_lora is a DoRA, which an adapter of this run cannot be: use --fuse_lora instead")
-    if lora.diffs:
-        raise UserError(f"--init_lora holds more than LoRA pairs ({next(iter(lora.diffs))}): use --fuse_lora instead")
     copies = []
     for name, layer in layers.items():
         pair, rank, alpha = lora.pairs[name], layer.r[adapter], layer.lora_alpha[adapter]
         # Files hold alpha as fp32.
         if pair.rank != rank or not math.isclose(pair.effective_alpha, alpha, rel_tol=1e-6):
             raise UserError(
-                f"--init_lora has rank {pair.rank} and alpha {pair.effective_alpha:g}, this run {rank} and {alpha:g}\n"
-                f"pass --lora_rank {pair.rank} --lora_alpha {pair.effective_alpha:g}"
+                f"--init_lora has rank {pair.rank} and alpha {pair.effective_alpha:g} at {name}, this run {rank} and "
+                f"{alpha:g}"
             )
         for matrix, tensor in ((layer.lora_A, pair.down), (layer.lora_B, pair.up)):
             weight = matrix[adapter].weight

@@ -100,6 +100,12 @@ class LoraFile:
         return {**self.pairs, **self.lycoris}
 
     @property
+    def extras(self) -> list[str]:
+        """What it holds that an adapter of plain pairs cannot start from, for people."""
+        kinds = [f"{each.kind} of {name}" for name, each in self.lycoris.items()]
+        return [*self.diffs, *kinds, *(f"DoRA of {name}" for name in self.magnitudes)]
+
+    @property
     def modules(self) -> set[str]:
         """All modules, and bare parameters, that it changes."""
         return {*self.pairs, *self.lycoris, *(key.rpartition(".")[0] for key in self.diffs)}

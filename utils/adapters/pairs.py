@@ -13,9 +13,10 @@ from utils.adapters.lora_file import LoraError
 from utils.common.checkpoint_names import EXPERTS
 from utils.common.errors import UserError
 from utils.common.tensor_files import file_metadata
+from wan.configs import FAMILIES
 
 HIGH, LOW = EXPERTS
-EXPERT_KEY = "expert"  # of a LoRA file's metadata
+EXPERT_KEY, FAMILY_KEY = "expert", "family"  # of a LoRA file's metadata
 DEFAULT_STRENGTH = 1.0
 
 # Where a word begins: after anything but a letter, or at the capital of StyleHighNoise. So neither "flow" nor "thigh".
@@ -38,6 +39,12 @@ def expert_of(path: Path, metadata: Mapping[str, str]) -> str | None:
     """
     stated = metadata.get(EXPERT_KEY)
     return stated if stated in (HIGH, LOW) else _named_expert(path)
+
+
+def trained_for(path: Path, metadata: Mapping[str, str]) -> str | None:
+    """As `expert_of`, but None for a LoRA whose metadata says that its model has no experts, whatever it is called."""
+    family = FAMILIES.get(metadata.get(FAMILY_KEY, ""))
+    return None if family is not None and not family.boundaries else expert_of(path, metadata)
 
 
 def find_pair(path: Path) -> dict[str, Path]:
@@ -88,7 +95,7 @@ def remarks(files: Mapping[str, Path], experts: Sequence[str]) -> list[str]:
     """What people should know of a choice of `resolve_experts`: one sentence for each expert that it leaves out."""
     if len(experts) > 1:
         return [f"no LoRA for the {expert} expert: it runs as the base" for expert in experts if expert not in files]
-    stated = {path: _stated_expert(path) for path in files.values()}
+    stated = {path: trained_for(path, file_metadata(path)) for path in files.values()}
     made_for = {path: f"{path} was trained for the {expert} expert of a Wan 2.2" for path, expert in stated.items()}
     return [f"{made_for[path]}; here it is used on all noise levels" for path, expert in stated.items() if expert]
 

@@ -1,28 +1,32 @@
 """What the files of a run are called: the one place that knows.
 
-wan-lora-00000100.safetensors               what a LoRA has learned after 100 steps, with the default --output_name
+wan-lora-00000100.safetensors               what a LoRA has learned after 100 steps, with the default --name
 wan-lora-00000100-ema.safetensors           its exponential moving average
-wan-lora_high_noise-00000100.safetensors    the same of one of two experts; the other is wan-lora_low_noise
-state-00000100.safetensors                  the state from which the run can be resumed, whatever its --output_name
+wan-lora-00000100_high_noise.safetensors    the same of one of two experts; the other ends in _low_noise
+state-00000100.safetensors                  the state from which the run can be resumed, whatever its --name
 00000100.png, 00000100-01.mp4               the previews of this step: a contact sheet, and a video per prompt
+
+Earlier versions wrote wan-lora_high_noise-00000100.safetensors. Such files are found too.
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.common.errors import UserError
 
-OUTPUT_NAME = "wan-lora"
+DEFAULT_NAME = "wan-lora"
 LORA = "lora"  # the trainable of a run that trains one
 EXPERTS = ("high_noise", "low_noise")  # the trainables of two experts; their files form pairs
 STATES = "state-*.safetensors"
 LONGEST_NAME = 100
 
+_EXPERT = rf"_(?P<expert>{'|'.join(EXPERTS)})"
+_WHEN = r"-(?P<step>\d{8})(?P<average>-ema)?"
 _STATE = re.compile(r"state-(?P<step>\d{8})\.safetensors")
-_LEARNED = re.compile(
-    rf"(?P<output_name>.+?)(?:_(?P<expert>{'|'.join(EXPERTS)}))?-(?P<step>\d{{8}})(?P<average>-ema)?\.safetensors"
-)
+_LEARNED = re.compile(rf"(?P<name>.+?){_WHEN}(?:{_EXPERT})?\.safetensors")
+_FORMER = re.compile(rf"(?P<name>.+?){_EXPERT}{_WHEN}\.safetensors")
 _PREVIEW = re.compile(r"(\d{8})(?:-\d+)?\.(?:png|mp4)")
 
 _PORTABLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -30,19 +34,21 @@ _DEVICE = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?", re.IGNORECASE)
 _STATE_LIKE = re.compile(r"state(?:-.*)?", re.IGNORECASE)
 _ENDING = re.compile(r".*(?:-\d{8}|-ema|\.safetensors)", re.IGNORECASE)
 _EXPERT_LIKE = re.compile(r"high|low", re.IGNORECASE)
+_EXPERT_WORD = re.compile(r"(?:^|[._-]+)(?:high|low)(?:[._-]*noise)?(?=[._-]|$)", re.IGNORECASE)
+_DIGIT_FOR = str.maketrans("IiOo", "1100")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A file of a run: its step, its trainable (None: the state), and whether it holds the average.
 
-    `output_name` is what the run calls its files; a state does not show it.
+    `run_name` is what the run calls its files, its --name; a state does not show it.
     """
 
     step: int
     trainable: str | None = None
     average: bool = False
-    output_name: str = OUTPUT_NAME
+    run_name: str = DEFAULT_NAME
 
     def __post_init__(self) -> None:
         if self.trainable not in (None, LORA, *EXPERTS):
@@ -51,30 +57,57 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """The file's name."""
-        expert = f"_{self.trainable}" if self.trainable in EXPERTS else ""
-        stem = "state" if self.trainable is None else f"{self.output_name}{expert}"
-        return f"{stem}-{self.step:08d}{'-ema' if self.average else ''}.safetensors"
+        stem = "state" if self.trainable is None else self.run_name
+        return f"{stem}{self._when}{self._expert}.safetensors"
+
+    def find(self, folder: Path) -> Path | None:
+        """The file in a folder, under its name or under that of earlier versions; None where there is neither."""
+        stem = "state" if self.trainable is None else self.run_name
+        names = (self.name, f"{stem}{self._expert}{self._when}.safetensors")
+        return next((folder / name for name in names if (folder / name).exists()), None)
+
+    @property
+    def _when(self) -> str:
+        return f"-{self.step:08d}{'-ema' if self.average else ''}"
+
+    @property
+    def _expert(self) -> str:
+        return f"_{self.trainable}" if self.trainable in EXPERTS else ""
 
 
-def check_output_name(name: str) -> None:
-    """Raises UserError for an --output_name whose files would not be found again, or not on every system."""
+def check_name(name: str) -> None:
+    """Raises UserError for a --name whose files would not be found again, or not on every system."""
     if reason := _unfit(name):
-        raise UserError(f"--output_name {name!r} {reason}")
+        raise UserError(f"--name {name!r} {reason}")
 
 
-def parse_name(name: str) -> Checkpoint | None:
-    """The checkpoint that a file of this name holds; None for a name that no run gives."""
+def check_name_of_pairs(name: str) -> None:
+    """Raises UserError, with a proposal, for a --name that would hide which of two experts a file is for."""
+    if expert := _EXPERT_LIKE.search(name):
+        raise UserError(
+            f"--name {name!r} holds {expert[0]!r}, but this model has two experts, whose files end in _high_noise and "
+            f"_low_noise: programs would mistake one for the other. Try --name {_without_expert(name)}"
+        )
+
+
+def parse_name(name: str, run_names: Collection[str] = ()) -> Checkpoint | None:
+    """The checkpoint that a file of this name holds; None for a name that no run gives.
+
+    fox_high_noise-00000100.safetensors is of the earlier form of a pair, unless fox_high_noise is among `run_names`.
+    """
     if match := _STATE.fullmatch(name):
         return Checkpoint(int(match["step"]))
-    match = _LEARNED.fullmatch(name)
-    if match is None or _unfit(match["output_name"]):
+    match = _FORMER.fullmatch(name)
+    if match is None or f"{match['name']}_{match['expert']}" in run_names or not _names_pairs(match["name"]):
+        match = _LEARNED.fullmatch(name)
+    if match is None or _unfit(match["name"]) or (match["expert"] and not _names_pairs(match["name"])):
         return None
-    return Checkpoint(int(match["step"]), match["expert"] or LORA, bool(match["average"]), match["output_name"])
+    return Checkpoint(int(match["step"]), match["expert"] or LORA, bool(match["average"]), match["name"])
 
 
-def list_checkpoints(folder: Path) -> dict[Path, Checkpoint]:
-    """The files in a folder that a run, of whatever name, has written there; other files are left out."""
-    found = {path: parse_name(path.name) for path in folder.iterdir()}
+def list_checkpoints(folder: Path, run_names: Collection[str] = ()) -> dict[Path, Checkpoint]:
+    """The files in a folder that a run, of whatever name, has written there, read as `parse_name` does."""
+    found = {path: parse_name(path.name, run_names) for path in sorted(folder.iterdir())}
     return {path: checkpoint for path, checkpoint in found.items() if checkpoint is not None}
 
 
@@ -95,9 +128,7 @@ def list_previews(folder: Path) -> dict[Path, int]:
 
 
 def _unfit(name: str) -> str | None:
-    """Why a run cannot have this name; None where it can."""
-    if expert := _EXPERT_LIKE.search(name):
-        return f"holds {expert[0]!r}, which is kept for the files of the two experts: choose a name without it"
+    """Why no run can have this name; None where one can."""
     if not _PORTABLE.fullmatch(name):
         return "names files: use letters without accents, digits, . _ and -, and begin with a letter or digit"
     if len(name) > LONGEST_NAME:
@@ -109,3 +140,15 @@ def _unfit(name: str) -> str | None:
     if _ENDING.fullmatch(name):
         return "must not end like a file of a run (-00000100, -ema, .safetensors): leave that out, it is appended"
     return None
+
+
+def _names_pairs(name: str) -> bool:
+    """Whether a run with two experts can have this name."""
+    return _unfit(name) is None and _EXPERT_LIKE.search(name) is None
+
+
+def _without_expert(name: str) -> str:
+    """A name like this one that names pairs: without the word, or, inside of another one, with a digit: fl0wer."""
+    shorter = _EXPERT_WORD.sub("", name).strip("._-")
+    digits = _EXPERT_LIKE.sub(lambda word: word[0].translate(_DIGIT_FOR), shorter)
+    return digits if _names_pairs(digits) else DEFAULT_NAME

@@ -1,7 +1,7 @@
 """The dataset of a run: the clips to train on, the clips held out, and a report on every file before a model loads."""
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,7 @@ from utils.common.formatting import counted, one_line
 from utils.data.buckets import round_up_frames
 from utils.data.folders import FULL, DatasetOptions, Folder, Rules
 from utils.data.notices import Notice, format_notices
-from utils.data.parts import Parts, media_elsewhere, notices_of, split_folders
+from utils.data.parts import Parts, dataset_name, media_elsewhere, notices_of, split_folders
 from utils.data.plan import Batching, Limits, Plan, Window, full_length_windows
 from utils.data.scan import Problem, Scan, Source, survey
 from utils.data.tables import format_buckets, format_clips
@@ -60,6 +60,11 @@ class Dataset:
     def num_images(self) -> int:
         """How many of the training clips are images."""
         return sum(source.info.is_image for source in self.train)
+
+    @property
+    def clips_by_folder(self) -> dict[str, int]:
+        """How many clips are trained on of each dataset, by the name of its folder."""
+        return Counter(dataset_name(source.folder) for source in self.train)
 
     @property
     def captions(self) -> list[str]:

@@ -45,6 +45,12 @@ def split_folders(dataset: Path) -> Parts:
     return Parts(dataset, train, held_out[0] if held_out else None, (*others, *held_out[1:]))
 
 
+def dataset_name(part: Path) -> str:
+    """The name of the dataset's folder that a part is in, or that it is itself."""
+    folder = part.resolve()
+    return folder.parent.name if same_name(folder.name) == TRAINING else folder.name
+
+
 def notices_of(parts: Parts, used: Sequence[Path] = ()) -> list[Notice]:
     """Folders with other names than the parts they are used as, and what is not used. `used` are other folders."""
     found = []

@@ -89,7 +89,7 @@ def open_inputs(opts: InputOptions, files: ModelFiles, device: torch.device, dat
     roles = opts.roles(files.family)
     adapters = plan_experts(roles, files)
     opts.preview_images(files.family, _preview_size(plan).frames)
-    further = further_loras(opts.also_lora, files)
+    further = further_loras(opts.also_lora, files, {name: plan.facts for name, plan in adapters.items()})
 
     # The text encoder takes 11 GB. It is loaded only if an embedding is missing, and freed before the next model.
     texts = load_texts(opts, files, device, data)

@@ -5,16 +5,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from utils.adapters.lora_file import LoraError
-from utils.common.checkpoint_names import EXPERTS, OUTPUT_NAME, Checkpoint, check_output_name
+from utils.adapters.model_card import ModelCard, model_card
+from utils.adapters.pairs import EXPERT_KEY
+from utils.common.checkpoint_names import DEFAULT_NAME, EXPERTS, Checkpoint, check_name, check_name_of_pairs
 from utils.common.console import say
-from utils.common.errors import RunError
+from utils.common.errors import RunError, UserError
 from utils.common.options import option
 from utils.common.tensor_files import TensorFileError
-from utils.runs.folder import archive_later_files, names_used, new_folder, prune
+from utils.media.thumbnail import thumbnail
+from utils.runs.folder import archive_later_files, day_of, names_used, new_folder, prune
 from utils.runs.metrics import SAMPLES, Metrics, SavedMetrics
 from utils.runs.state import Facts, State, write_state
 from utils.training.learner import Learner
+from wan.configs import Family
+
+STANDARD, EVERYTHING = "standard", "full"
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,18 @@ class RunOptions:
     """run and checkpoints"""
 
     output_dir: Path = option(Path("outputs"), "where each run gets its own dated folder", affects_training=False)
-    output_name: str = option(OUTPUT_NAME, "what the LoRA files are called, before their step", affects_training=False)
+    name: str = option(DEFAULT_NAME, "what the LoRA files are called, before their step", affects_training=False)
+    trigger: str | None = option(
+        None,
+        "words that call the LoRA, separated by commas, for programs that list LoRAs; no caption gets them",
+        affects_training=False,
+    )
+    metadata: str = option(
+        STANDARD,
+        "what LoRA files say of their run; full: all options too, with their paths and prompts",
+        choices=(STANDARD, EVERYTHING),
+        affects_training=False,
+    )
     resume_from_checkpoint: str | None = option(
         None, "resume from 'latest', a run folder or a state file", affects_training=False, is_path=True
     )
@@ -44,9 +63,16 @@ class RunOptions:
         0, "keep the newest N; 0: every LoRA, and the newest two states", minimum=0, affects_training=False
     )
 
-    def check_name(self) -> None:
-        """Raises UserError for an --output_name that no file can have, or that would hide which expert it is."""
-        check_output_name(self.output_name)
+    def check_names(self) -> None:
+        """Raises UserError for a --name that no file can have, and for a --trigger without a word."""
+        check_name(self.name)
+        if self.trigger is not None and not self.trigger.strip(" ,"):
+            raise UserError("--trigger is empty: give the words that call the LoRA, or leave it out")
+
+    def check_name_for(self, family: Family) -> None:
+        """Raises UserError for a --name that would hide which expert of this family a file is for."""
+        if family.boundaries:
+            check_name_of_pairs(self.name)
 
 
 class Run:
@@ -61,10 +87,11 @@ class Run:
         self.metrics = metrics
         self.settings = settings
         self.checkpoints = folder / "checkpoints"
-        files = [self.checkpoints / settings.name_of(self.step, name) for name in learner.trainables]
-        self.last_saved_files = files if all(path.exists() for path in files) else []
+        files = [settings.file_of(self.step, name).find(self.checkpoints) for name in learner.trainables]
+        self.last_saved_files = [] if None in files else [path for path in files if path is not None]
         self._saved_step = self.step if self.last_saved_files else None
         self._saved_at = time.monotonic()
+        self._picture, self._pictured_step = "", -1
 
     @property
     def step(self) -> int:
@@ -83,6 +110,12 @@ class Run:
         late = minutes > 0 and time.monotonic() - self._saved_at >= 60 * minutes
         return self.step not in (0, self._saved_step) and (late or any(map(self.is_due, every)))
 
+    def log_previews(self, videos: Sequence[tuple[str, Tensor]], fps: float) -> None:
+        """Writes previews as `Metrics.log_previews` does. A checkpoint of this step shows the first of them."""
+        if videos:
+            self._picture, self._pictured_step = thumbnail(videos[0][1]), self.step
+        self.metrics.log_previews(videos, fps)
+
     def save(self) -> list[Path]:
         """Writes what each trainable has learned, its average, and the state from which the run can be resumed.
 
@@ -90,8 +123,9 @@ class Run:
         rest is whole. Raises RunError where the disk refuses, and for values that are not finite.
         """
         self.metrics.flush()  # the state holds what is known of the loss
+        shown = Shown(day_of(self.folder), self._picture if self._pictured_step == self.step else "")
         self.last_saved_files = write_checkpoint(
-            self.checkpoints, self.learner, self.settings, self.metrics.state_dict()
+            self.checkpoints, self.learner, self.settings, self.metrics.state_dict(), shown
         )
         self.metrics.say(f"step {self.step}: saved {_listed(self.last_saved_files)}")
         self._saved_step, self._saved_at = self.step, time.monotonic()
@@ -100,7 +134,7 @@ class Run:
 
     def prune(self, keep: int) -> None:
         """Removes all checkpoints but the newest `keep`, as `utils.runs.folder.prune` says."""
-        prune(self.checkpoints, keep, self.settings.output_name)
+        prune(self.checkpoints, keep, self.settings.name)
 
     def failure(self, reason: object) -> RunError:
         """The error that ends this run, with what is left of it."""
@@ -119,7 +153,10 @@ class Run:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What is decided before a run begins. `facts` go into its states, `about` into the metadata of exported files."""
+    """What is decided before a run begins.
+
+    `facts` go into its states, `about` and what `card` says into the metadata of exported files.
+    """
 
     output_dir: Path
     total_steps: int
@@ -127,25 +164,43 @@ class RunSettings:
     options_json: str
     facts: Facts
     about: Mapping[str, str]
-    output_name: str = OUTPUT_NAME
+    card: ModelCard
+    name: str = DEFAULT_NAME
 
-    def name_of(self, step: int, trainable: str, average: bool = False) -> str:
-        """What the file of a trainable is called."""
-        return Checkpoint(step, trainable, average, self.output_name).name
+    def file_of(self, step: int, trainable: str, average: bool = False) -> Checkpoint:
+        """The file of a trainable."""
+        return Checkpoint(step, trainable, average, self.name)
 
 
-def write_checkpoint(folder: Path, learner: Learner, settings: RunSettings, metrics: SavedMetrics) -> list[Path]:
+@dataclass(frozen=True)
+class Shown:
+    """What the files of a checkpoint show of their run: the day that it began, and a preview of this step, or ""."""
+
+    day: str = ""
+    picture: str = ""
+
+
+NOTHING_SHOWN = Shown()
+
+
+def write_checkpoint(
+    folder: Path, learner: Learner, settings: RunSettings, metrics: SavedMetrics, shown: Shown = NOTHING_SHOWN
+) -> list[Path]:
     """Writes what `Run.save` says to a folder, and returns what it returns. Raises RunError as it does."""
-    about = {"steps": str(learner.step), **settings.about, "options": settings.options_json}
+    written = []
     try:
         for name, trainable in learner.trainables.items():
-            facts = about | {"expert": name} if name in EXPERTS else about
+            about = {"steps": str(learner.step), **settings.about} | ({EXPERT_KEY: name} if name in EXPERTS else {})
             for average in (False, True) if trainable.ema else (False,):
-                trainable.export(folder / settings.name_of(learner.step, name, average), facts, average)
+                file = settings.file_of(learner.step, name, average)
+                # Previews are made with what was learned: they do not show the average.
+                card = model_card(settings.card, file, shown.day, "" if average else shown.picture)
+                trainable.export(folder / file.name, card | about, average)
+            written.append(folder / settings.file_of(learner.step, name).name)
         write_state(folder / Checkpoint(learner.step).name, learner.state_dict(), settings.facts, metrics)
     except (TensorFileError, LoraError) as error:
         raise RunError(f"cannot write a checkpoint to {folder}: {error}") from None
-    return [folder / settings.name_of(learner.step, name) for name in learner.trainables]
+    return written
 
 
 def open_run(settings: RunSettings, learner: Learner, state: State | None = None) -> Run:
@@ -161,7 +216,7 @@ def open_run(settings: RunSettings, learner: Learner, state: State | None = None
     try:
         (folder / "checkpoints").mkdir(exist_ok=True)
         if state is not None:
-            names = names_used(folder) | {settings.output_name}
+            names = names_used(folder) | {settings.name}
             archive_later_files(folder / "checkpoints", folder / SAMPLES, step, names)
         (folder / name).write_text(settings.options_json + "\n", encoding="utf-8")
         say(f"{'resuming' if state else 'writing to'} {folder}")

@@ -14,7 +14,7 @@ both are read too.
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.common.checkpoint_names import LORA, STATES
+from utils.common.checkpoint_names import LORA, STATES, parse_name
 from utils.common.console import say
 from utils.common.decisions import DEVICE, Decisions
 from utils.common.device import describe
 from utils.common.errors import UserError
 from utils.common.formatting import counted
 from utils.common.options import training_differences
-from utils.common.tensor_files import TensorFileError, read_tensors, write_tensors
+from utils.common.tensor_files import TensorFileError, file_metadata, read_tensors, write_tensors
 from utils.runs.metrics import ORDINARY, Means, SavedMetrics
 from utils.training.learner import Learner, StateDict
 
@@ -121,7 +121,7 @@ def read_state(path: Path) -> State:
 def find_state(wanted: str, output_dir: Path) -> State:
     """The state that `--resume_from_checkpoint` means; unusable ones are skipped with a message.
 
-    "latest" is the state under `output_dir` that was written last, of any run; else a state file, or the newest state
+    "latest" is the last state of the run under `output_dir` that was trained last; else a state file, or the last state
     of a run's folder or checkpoints folder. Raises UserError where there is none.
     """
     where = output_dir if wanted == "latest" else Path(wanted)
@@ -131,15 +131,43 @@ def find_state(wanted: str, output_dir: Path) -> State:
             raise UserError(f"{where} must be in the checkpoints folder of its run: the run is resumed there")
         return state
     if wanted == "latest":
-        found = list(where.glob(f"*/checkpoints/{STATES}"))
+        runs = [list(folder.glob(STATES)) for folder in where.glob("*/checkpoints")]
     else:
-        found = [*where.glob(STATES), *where.glob(f"checkpoints/{STATES}")]
-    for path in sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True):
+        runs = [[*where.glob(STATES), *where.glob(f"checkpoints/{STATES}")]]
+    for path in _from_last_to_first(runs):
         try:
             return read_state(path)
         except UserError as error:
             say(f"skipped: {error}")
     raise UserError(f"--resume_from_checkpoint {wanted}: there is no usable training state in {where}")
+
+
+def _from_last_to_first(runs: Iterable[Iterable[Path]]) -> Iterator[Path]:
+    """State files: those of a run by step, whatever the times of its files; the runs by the time of their last state.
+
+    A run is dated by that state and not by its folder's name, because it may have been resumed later.
+    """
+    ordered = [sorted(paths, key=_place_in_run, reverse=True) for paths in runs]
+    dated = [(_time(paths[0]), str(paths[0]), paths) for paths in ordered if paths]
+    for *_, paths in sorted(dated, reverse=True):
+        yield from paths
+
+
+def _place_in_run(path: Path) -> tuple[int, bool, int]:
+    """The order of a run's states: by step; of a copy and the file that the run has written, that file is last."""
+    named = parse_name(path.name)
+    try:
+        content = json.loads(file_metadata(path)[FACTS])
+        step = int(content["learner"]["step"] if content.get("learner") else content["step"])
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        # A damaged one is tried, and reported, in the place that its name claims.
+        step = named.step if named else -1
+    return step, named is not None, _time(path)
+
+
+def _time(path: Path) -> int:
+    """When a file was written, in ns."""
+    return path.stat().st_mtime_ns
 
 
 def decisions_of(state: State | None, device: torch.device, changes_allowed: bool) -> Decisions:

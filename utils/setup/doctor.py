@@ -1,23 +1,25 @@
-"""What is installed on this machine, and its known problems."""
+"""What is installed on this machine, whether the model can be used, and the known problems of both."""
 
 import importlib.metadata
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psutil
 import torch
 
 from utils.common.console import say
+from utils.common.errors import UserError
 from utils.common.formatting import format_table, readable_size
 from utils.media.decoding import has_decord
+from wan.checkpoints import CheckpointError, ModelFiles
 
 PACKAGES = ("torch", "torchvision", "peft", "transformers", "diffusers", "safetensors", "av", "decord", "numpy")
 
 
-def examine() -> tuple[str, list[str]]:
-    """A table of versions and devices, and a sentence for each known problem."""
+def examine(open_model: Callable[[], ModelFiles]) -> tuple[str, list[str]]:
+    """A table of versions, devices and the model, and a sentence for each known problem."""
     rows = [("python", f"{platform.python_version()} ({platform.system()} {platform.machine()})")]
     rows += [(name, _version(name) or "not installed") for name in PACKAGES]
     rows += [("memory", f"{readable_size(psutil.virtual_memory().available)} free"), *_gpu()]
@@ -25,12 +27,19 @@ def examine() -> tuple[str, list[str]]:
     kinds["memory-efficient"] = torch.backends.cuda.mem_efficient_sdp_enabled()
     rows.append(("attention", f"torch's: {', '.join([*(name for name, on in kinds.items() if on), 'plain'])}"))
     rows.append(("disk", f"{readable_size(shutil.disk_usage('.').free)} free"))
-    return format_table(("what", "found"), rows), list(_warnings())
+    warnings = list(_warnings())
+    try:
+        model = open_model()
+        rows.append(("model", f"{model.source}: {model.family.name}, with all its parts"))
+    except (CheckpointError, UserError) as error:
+        rows.append(("model", "cannot be used: see below"))
+        warnings.append(str(error).replace("\n", "\n  "))
+    return format_table(("what", "found"), rows), warnings
 
 
-def print_findings() -> None:
-    """Prints the table, and the known problems below it."""
-    table, warnings = examine()
+def print_findings(open_model: Callable[[], ModelFiles]) -> None:
+    """Prints the table, and the known problems below it. `open_model` opens the model of the options."""
+    table, warnings = examine(open_model)
     say(table)
     say("\n" + ("\n".join(f"- {warning}" for warning in warnings) or "no known problems"))
 

@@ -2,7 +2,7 @@
 
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from utils.common.files import existing_parent
 from utils.common.formatting import readable_size
 from utils.common.options import option
 from utils.setup.doctor import print_findings
-from wan.checkpoints import LOCAL_MODELS, TOKENIZER, ModelNotFoundError, find_family
+from wan.checkpoints import LOCAL_MODELS, TOKENIZER, ModelFiles, ModelNotFoundError, find_family
 from wan.configs import FAMILIES
 
 TOKENIZER_SOURCE = "Wan-AI/Wan2.1-T2V-1.3B"  # every release has the same one
@@ -48,14 +48,19 @@ class SetupOptions:
         False, "download the tokenizer alone (23 MB) to ./models/google/umt5-xxl, then stop", affects_training=False
     )
     doctor: bool = option(
-        False, "print versions, devices and known problems of this machine, then stop", affects_training=False
+        False,
+        "print versions, devices, whether the model can be used, and known problems, then stop",
+        affects_training=False,
     )
 
 
-def set_up(opts: SetupOptions) -> bool:
-    """Does what is asked for instead of a run, if anything is, and returns whether it was. Raises as downloads do."""
+def set_up(opts: SetupOptions, open_model: Callable[[], ModelFiles]) -> bool:
+    """Does what is asked for instead of a run, if anything is, and returns whether it was. Raises as downloads do.
+
+    `open_model` opens the model of the options.
+    """
     if opts.doctor:
-        print_findings()
+        print_findings(open_model)
         return True
     if opts.download_model:
         download_model(opts.pretrained_model_name_or_path)

@@ -1,5 +1,6 @@
 """Which model a run is for: its folder, and single files beside the folder or instead of it."""
 
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from utils.adapters.pairs import expert_of
 from utils.common.console import say
 from utils.common.errors import UserError
-from utils.common.formatting import format_table
+from utils.common.formatting import counted, format_table
 from utils.common.options import option
 from utils.setup.download import suggest_download
 from wan.checkpoints import (
@@ -23,11 +24,13 @@ from wan.checkpoints import (
     find_model,
     find_tokenizer,
     open_model,
+    surplus_bytes,
 )
 from wan.configs import FAMILIES, Family, named_family
 from wan.modules.model import WanShape
 
 DOWNLOAD_TOKENIZER = "python train_wan_lora.py --download_tokenizer"
+BASE_MODEL = "base_model"  # in a LoRA's metadata: its base model by name
 BASE_FILES = "base_files"  # in a LoRA's metadata: the options that its base model was given by, with file names alone
 
 _TASKS = {"t2v", "i2v", "flf2v", "ti2v", "fun", "vace"}
@@ -71,11 +74,14 @@ class SingleFiles:
         return "".join(typed + [f" --{name} ..." for name in _missing_experts(files)])
 
     def base(self, name: str) -> dict[str, str]:
-        """What the metadata of a LoRA says of its base model: the folder, or the names of the given transformers."""
+        """What the metadata of a LoRA says of its base model: a hub name, or the names of a folder or of transformers.
+
+        Where a folder is stays private.
+        """
         if not (given := self.given_transformers):
-            return {"base_model": name}
-        flags = " ".join(f"--{part} {path.name}" for part, path in given.items())
-        return {"base_model": " + ".join(path.name for path in given.values()), BASE_FILES: flags}
+            return {BASE_MODEL: _own_name(name) if os.path.isdir(name) else name}
+        flags = " ".join(f"--{part} {_own_name(path)}" for part, path in given.items())
+        return {BASE_MODEL: " + ".join(_own_name(path) for path in given.values()), BASE_FILES: flags}
 
 
 def open_given(opts: SingleFiles, name: str | None, is_default: bool = False) -> ModelFiles:
@@ -94,7 +100,7 @@ def open_given(opts: SingleFiles, name: str | None, is_default: bool = False) ->
     reason = ", as --family says" if opts.family else "".join(doubts(files, bool(opts.given_transformers)))
     if opts.given or reason:
         say(f"model: {files.family.name}{reason}")
-    for remark in contradictions(opts.given_transformers, files.family):
+    for remark in (*contradictions(opts.given_transformers, files.family), *surpluses(files)):
         say(remark)
     if opts.given:
         say("")
@@ -133,20 +139,6 @@ def need_experts(files: ModelFiles, trained: Sequence[str], with_others: bool) -
             raise UserError(f"the {name} expert is not given: --{name} FILE, or {other}")
         if with_others:
             raise UserError(f"the {name} expert is not given, and sampling goes through both: --{name} FILE")
-
-
-def base_of(opts: SingleFiles, metadata: Mapping[str, str]) -> str | None:
-    """The folder or hub name of a LoRA's base model, by its metadata; None where that were single files, or nothing.
-
-    Raises UserError where they were, and are not given again.
-    """
-    flags = metadata.get(BASE_FILES)
-    if flags and not opts.given_transformers:
-        raise UserError(
-            f"the LoRA was trained on single files: give them again, {flags}\n"
-            "and --vae, --text_encoder and --tokenizer, or the folder that has these as --pretrained_model_name_or_path"
-        )
-    return None if flags else metadata.get("base_model")
 
 
 def doubts(files: ModelFiles, is_given: bool) -> Iterator[str]:
@@ -192,6 +184,13 @@ def contradictions(transformers: Mapping[str, Path], family: Family) -> Iterator
         yield "note: the files of the two experts seem to be swapped"
 
 
+def surpluses(files: ModelFiles) -> Iterator[str]:
+    """A sentence for each file that is longer than its tensors: it may be one of several that were joined."""
+    for path in files.weights:
+        if count := surplus_bytes(path):
+            yield f"note: {path} has {counted(count, 'byte')} after its last tensor: read by its header, without them"
+
+
 def _telling_name(path: Path) -> str:
     """The name of a file without its ending, or that of its folder where all files of this kind have the same."""
     name = path.name.removesuffix(".safetensors").removesuffix(".pth")
@@ -209,6 +208,11 @@ def _present(opts: SingleFiles, name: str | None, is_default: bool) -> str | Non
     except CheckpointError:
         return None if opts.given_transformers else name
     return name
+
+
+def _own_name(path: str | Path) -> str:
+    """The name of a file or folder without those above it, also of "." and ".."."""
+    return os.path.basename(os.path.abspath(path)) or "model"
 
 
 def _missing_experts(files: ModelFiles) -> list[str]:

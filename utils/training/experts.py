@@ -19,13 +19,14 @@ from utils.common.errors import UserError
 from utils.common.options import option
 from utils.diffusion.flow import Predict
 from utils.encoding.conditioning import Cond, make_predict
+from utils.setup.base import BASE_HASH
 from utils.storage.load import Store
 from utils.storage.on_disk import OnDisk
 from utils.storage.streaming import Stream
 from utils.storage.weights import Storage
 from utils.training.checkpoint_plan import CheckpointPlan
 from utils.training.memory import Memory, prepare
-from wan.checkpoints import ModelFiles, Place, Progress, build_transformer, cast_to
+from wan.checkpoints import ModelFiles, Place, Progress, build_transformer, cast_to, transformer_fingerprint
 from wan.configs import Expert, Family
 from wan.modules.model import WanModel
 from wan.text2video import part_at
@@ -263,7 +264,8 @@ def plan_experts(roles: Sequence[Role[Opts]], files: ModelFiles) -> dict[str, Ad
     for name, transformer in files.transformers.items():
         layout = build_transformer(transformer)
         plan = plan_adapter if name in opts else plan_fusion
-        plans[name] = plan(opts.get(name, roles[0].opts), layout, name, names)
+        planned = plan(opts.get(name, roles[0].opts), layout, name, names)
+        plans[name] = replace(planned, facts={BASE_HASH: transformer_fingerprint(transformer), **planned.facts})
     if roles[0].opts.fuse_lora is not None:
         bare = [name for name, plan in plans.items() if plan.fusion is None]
         if set(opts) <= set(bare):

@@ -7,17 +7,21 @@ vae = load_vae(files)
 
 from wan.checkpoints.errors import CheckpointError, MissingPartsError, ModelNotFoundError
 from wan.checkpoints.families import TRANSFORMERS
+from wan.checkpoints.files import LOCAL_MODELS
 from wan.checkpoints.find import (
-    LOCAL_MODELS,
     PARTS,
-    TOKENIZER,
     ModelFiles,
     find_family,
     find_model,
     find_tokenizer,
     open_model,
 )
-from wan.checkpoints.fingerprints import text_encoder_fingerprint, vae_fingerprint, vision_fingerprint
+from wan.checkpoints.fingerprints import (
+    text_encoder_fingerprint,
+    transformer_fingerprint,
+    vae_fingerprint,
+    vision_fingerprint,
+)
 from wan.checkpoints.load import (
     Place,
     Progress,
@@ -32,6 +36,8 @@ from wan.checkpoints.load import (
 )
 from wan.checkpoints.parts import build_text_encoder, build_transformer
 from wan.checkpoints.stored import FP8, GROUPS, Quantised, Stored, decode, rotate_columns, rotation, values_of
+from wan.checkpoints.tensors import surplus_bytes
+from wan.checkpoints.tokenizer import TOKENIZER
 from wan.checkpoints.transformer import INDEX, TRANSFORMER, TransformerFiles
 from wan.checkpoints.weights import Weights, read_weights
 
@@ -72,7 +78,9 @@ __all__ = [
     "read_weights",
     "rotate_columns",
     "rotation",
+    "surplus_bytes",
     "text_encoder_fingerprint",
+    "transformer_fingerprint",
     "vae_fingerprint",
     "values_of",
     "vision_fingerprint",

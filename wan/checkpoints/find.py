@@ -8,7 +8,6 @@ diffusers folder       transformer/, transformer_2/ (the low-noise expert), vae/
 Single files           given by the names of the PARTS, beside a folder or instead of one, such as those for ComfyUI
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from wan.checkpoints.errors import CheckpointError, MissingPartsError, ModelNotFoundError, shown
 from wan.checkpoints.families import ALONE, EXPERTS, TRANSFORMERS, family_of, find_named, mismatch
+from wan.checkpoints.files import LOCAL_MODELS, broken_link, existing, is_named, read_json
 from wan.checkpoints.parts import (
     build_text_encoder,
     build_transformer,
@@ -24,20 +24,17 @@ from wan.checkpoints.parts import (
     check_vision,
     shape_of_vision,
 )
-from wan.checkpoints.tensors import existing
+from wan.checkpoints.tokenizer import check_tokenizer, find_tokenizer_folder
 from wan.checkpoints.transformer import CONFIG, Config, TransformerFiles, read_config, read_transformer
 from wan.checkpoints.variants import refuse_variant_by_config
 from wan.checkpoints.weights import Weights, read_weights
 from wan.configs import FAMILIES, Family, named_family
 from wan.modules.model import WanShape
-from wan.modules.tokenizers import vocabulary_size
 
-LOCAL_MODELS = Path("models")
-TOKENIZER = Path("google", "umt5-xxl")  # of every release; alone it is looked for below LOCAL_MODELS
 PARTS = (*TRANSFORMERS, "vae", "text_encoder", "clip", "tokenizer")
 _SECOND = f"{ALONE}_2"
+_INDEX_OF_DIFFUSERS = "model_index.json"
 _IN_DIFFUSERS = {"vae": "vae", "text_encoder": "text_encoder", "clip": "image_encoder", "tokenizer": "tokenizer"}
-SMALLEST_VOCABULARY = 100_000  # tokens, of a text encoder that is not a small one made for tests
 AnyPath = str | Path
 
 
@@ -58,6 +55,12 @@ class ModelFiles:
     def shape(self) -> WanShape:
         """That of the transformers."""
         return next(iter(self.transformers.values())).shape
+
+    @property
+    def weights(self) -> list[Path]:
+        """The files that hold the weights of all parts."""
+        parts = [*self.transformers.values(), self.vae, self.text_encoder, *([self.clip] if self.clip else [])]
+        return sorted({file for part in parts for file in part.files})
 
     @property
     def transformer(self) -> TransformerFiles:
@@ -116,6 +119,8 @@ def open_model(path: AnyPath | None = None, family: str = "", **files: AnyPath |
     """
     given, named = _given_files(files), find_named(family)
     folder = None if path is None else find_model(path)
+    if folder is not None and _is_of_diffusers(folder):
+        _need_subfolders(folder, given)
     found, transformers = _read_transformers(folder, _transformer_paths(folder, given, named), named)
     if "clip" in given and not found.clip:
         raise CheckpointError(f"{given['clip']} cannot be used: {found.name} reads no image tokens, leave clip out")
@@ -140,7 +145,7 @@ def find_tokenizer(path: AnyPath | None = None, **files: AnyPath | None) -> tupl
         folder = None if path is None else find_model(path)
     except ModelNotFoundError:
         folder = None
-    if (tokenizer := _find_tokenizer(given.get("tokenizer"), folder)) is None:
+    if (tokenizer := find_tokenizer_folder(given.get("tokenizer"), folder)) is None:
         return None
     transformers = {name: given[name] for name in TRANSFORMERS if name in given}
     configs = _configs(transformers or (_transformers_in(folder) if folder else {}))
@@ -183,6 +188,7 @@ def _transformer_paths(folder: Path | None, given: Mapping[str, Path], named: Fa
     if not own and not chosen:
         if folder is None:
             raise CheckpointError("no model is given: neither its folder nor its transformer")
+        _refuse_cache(folder)
         fault = f"{folder} is not a model: it has no transformer in the official layout or in that of diffusers"
         raise CheckpointError(f"{fault}\nsingle files, such as ComfyUI's, are given one by one: docs/models.md")
     if ALONE in chosen and len(own) > 1 and named is None:
@@ -199,12 +205,24 @@ def _transformers_in(folder: Path) -> dict[str, Path]:
         return {EXPERTS[0]: first, EXPERTS[1]: second} if _has_second(folder) else {ALONE: first}
     layouts = [{expert.name: folder / expert.folder for expert in family.experts} for family in FAMILIES.values()]
     for layout in layouts:
-        if all((path / CONFIG).exists() for path in layout.values()):
+        if all(is_named(path / CONFIG) for path in layout.values()):
             return layout
     for layout in layouts:  # of one that is there in part, what is missing is named
-        if any((path / CONFIG).exists() or (path != folder and path.exists()) for path in layout.values()):
+        if any(is_named(path / CONFIG) or (path != folder and is_named(path)) for path in layout.values()):
             return layout
-    return {ALONE: folder} if any(folder.glob("*.safetensors*")) else {}
+    if is_named(folder / _INDEX_OF_DIFFUSERS):
+        return {ALONE: folder / ALONE}
+    # What is no safetensors file is among them, so that it is refused by what it is.
+    return {ALONE: folder} if any(any(folder.glob(pattern)) for pattern in ("*.safetensors*", "*.gguf")) else {}
+
+
+def _refuse_cache(folder: Path) -> None:
+    """Raises CheckpointError for a folder of the hub's cache, in which models lie deeper, with where that is."""
+    for pattern in ("snapshots/*/", "models--*/snapshots/*/"):
+        if snapshots := sorted(folder.glob(pattern)):
+            fact = f"is a folder of the hub's cache, and the model is deeper in it: give {snapshots[0]}"
+            others = f", one of its {len(snapshots)} snapshots" if len(snapshots) > 1 else ""
+            raise CheckpointError(f"{folder} {fact}{others}")
 
 
 def _is_of_diffusers(folder: Path) -> bool:
@@ -215,8 +233,8 @@ def _has_second(folder: Path) -> bool:
     """Whether a diffusers folder has a second transformer, or should have: by its index, or as a release."""
     released = named_family(folder.absolute().name)
     try:
-        listed = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))[_SECOND]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        listed = read_json(folder / _INDEX_OF_DIFFUSERS).get(_SECOND)
+    except CheckpointError:
         listed = None
     says = isinstance(listed, list) and any(listed)
     return (folder / _SECOND).exists() or says or (released is not None and len(released.experts) > 1)
@@ -227,7 +245,7 @@ def _configs(paths: Mapping[str, Path]) -> dict[str, Config]:
     configs = {}
     for name, path in paths.items():
         folder = path if path.is_dir() else path.parent
-        if (folder / CONFIG).exists():
+        if is_named(folder / CONFIG):
             config = read_config(folder)
             if path.is_dir() or config.is_of_transformer:
                 configs[name] = config
@@ -283,14 +301,31 @@ def _part_paths(family: Family, given: Mapping[str, Path], folder: Path | None) 
         raise MissingPartsError(missing, f"{nothing}, and no model folder that has it")
     usual = folder / (_IN_DIFFUSERS[missing[0]] if _is_of_diffusers(folder) else getattr(family, missing[0]))
     usual = usual / "tokenizer.json" if missing[0] == "tokenizer" else usual
-    gone = ", a link to a file that is gone" if usual.is_symlink() else ""
-    raise MissingPartsError(missing, f"{usual} is missing{gone}, and {nothing} instead")
+    if broken_link(usual):
+        existing(usual)
+    raise MissingPartsError(missing, f"{usual} is missing, and {nothing} instead")
+
+
+def _need_subfolders(folder: Path, given: Mapping[str, Path]) -> None:
+    """Raises MissingPartsError with every part that a diffusers folder lacks. Which model it is, is not needed."""
+    lacking = [name for name in ("vae", "text_encoder") if name not in given and not _has_part(folder, name)]
+    if find_tokenizer_folder(given.get("tokenizer"), folder) is None:
+        lacking.append("tokenizer")
+    if lacking:
+        fact = f"is a diffusers folder without files of its {', '.join(lacking)}"
+        raise MissingPartsError(lacking, f"{folder} {fact}")
+
+
+def _has_part(folder: Path, name: str) -> bool:
+    """Whether a folder has something in the place of a part, in the layout of any family."""
+    found = [_part_in(folder, name, family) for family in FAMILIES.values()]
+    return any(not place.is_dir() or any(place.iterdir()) for place in found if place is not None)
 
 
 def _find_part(name: str, family: Family, given: Path | None, folder: Path | None) -> Path | None:
     """A part where it is given, or else in the model's folder; None where it is in neither."""
     if name == "tokenizer":
-        return _find_tokenizer(given, folder)
+        return find_tokenizer_folder(given, folder)
     if given is not None:
         return (_part_in(given, name, family) if given.is_dir() else None) or given
     return _part_in(folder, name, family) if folder else None
@@ -300,21 +335,8 @@ def _part_in(folder: Path, name: str, family: Family) -> Path | None:
     """A part in the folder of a model, whose layout says what it is called there; None where it is not."""
     official = folder / getattr(family, name)
     known = (official, official.with_suffix(".safetensors"), folder / _IN_DIFFUSERS[name])
-    return next((path for path in known if path.exists()), None)
-
-
-def _find_tokenizer(given: Path | None, folder: Path | None) -> Path | None:
-    """The folder of tokenizer.json: the given one, that of the given file, or below the folder of a model."""
-    if given is not None and given.name == "tokenizer.json":
-        return given.parent
-    if given is not None and given.is_file():
-        raise CheckpointError(f"{given} is a file: a tokenizer is a folder with tokenizer.json")
-    places = [given] if given else [*([folder] if folder else []), LOCAL_MODELS]
-    known = (place / below for place in places for below in ("", TOKENIZER, _IN_DIFFUSERS["tokenizer"]))
-    found = next((path for path in known if (path / "tokenizer.json").exists()), None)
-    if found is None and given is not None:
-        raise CheckpointError(f"{given / 'tokenizer.json'} is missing")
-    return found
+    there = (next(filter(is_there, known), None) for is_there in (Path.exists, is_named))
+    return next(filter(None, there), None)
 
 
 def _check_parts(files: ModelFiles) -> None:
@@ -329,7 +351,7 @@ def _check_parts(files: ModelFiles) -> None:
     check_module(vae, files.vae)
     encoder = build_text_encoder(files.text_encoder)
     check_module(encoder, files.text_encoder)
-    _check_tokenizer(files.tokenizer, encoder.token_embedding.num_embeddings)
+    check_tokenizer(files.tokenizer, encoder.token_embedding.num_embeddings)
     widths = [(files.text_encoder.path, encoder.token_embedding.embedding_dim, transformer.shape.text_dim)]
     if files.clip is not None:
         vision = shape_of_vision(files.clip)
@@ -338,15 +360,3 @@ def _check_parts(files: ModelFiles) -> None:
     for path, given, read in widths:
         if given != read:
             raise CheckpointError(f"{path} has the width {given}, but {transformer.path} reads {read}")
-
-
-def _check_tokenizer(folder: Path, rows: int) -> None:
-    """Raises CheckpointError for a tokenizer that is damaged, or is not that of a text encoder with so many tokens."""
-    try:
-        known = vocabulary_size(folder)
-    except ValueError as error:
-        raise CheckpointError(str(error).splitlines()[0]) from None
-    # UMT5's embedding has a few more rows than its tokenizer has tokens. T5's tokenizer has an eighth of them.
-    if known > rows or (rows >= SMALLEST_VOCABULARY and known < rows // 2):
-        facts = f"{folder} has {known} tokens, but the text encoder has {rows}"
-        raise CheckpointError(f"{facts}: it needs the tokenizer of UMT5")

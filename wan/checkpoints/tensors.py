@@ -7,34 +7,26 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wan.checkpoints.errors import CheckpointError, shown
+from wan.checkpoints.files import read_start, refuse_foreign
+from wan.checkpoints.header import DTYPES, LONGEST_HEADER, Cut, HeaderFile, read_by_header
 from wan.checkpoints.stored import FP8, Quantised, Stored, values_of
 
 Shape = tuple[int, ...]
 Read = Callable[[str], Tensor]
 ReadStored = Callable[[str], Stored]
 
-_LONGEST_HEADER = 100 * 10**6  # bytes, of a safetensors file
 LONGEST_NAME = 256  # characters
 _MOST_AXES = 8
-_DTYPES = {  # safetensors' names of the dtypes that a .pth file may hold
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-_FOREIGN = {  # how files begin that are something else, and what they are
-    b"GGUF": "a GGUF file, which is not read here: give the safetensors file of the same model",
-    b"version https://git-lfs": "a pointer of Git LFS, not the file itself: download the file, or run git lfs pull",
-    b"<": "a web page, not the file itself: download it again",
-}
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # what a .pth file may hold
+_DTYPES = {DTYPES[name]: name for name in _FLOATS}
+_OLD_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P"  # how torch.save began before it wrote zip files
 
 
 @dataclass(frozen=True)
@@ -63,18 +55,6 @@ class Entry:
 
     shape: Shape
     parts: tuple[Piece, ...]
-
-
-def existing(path: Path, why: str = "the layout of the model has it") -> Path:
-    """The path of a file or folder. Raises CheckpointError if there is none; `why` says why there should be one."""
-    try:
-        is_there = path.exists()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {shown(str(path))}: {error.strerror}") from None
-    if not is_there:
-        dangling = ": a link to a file that is gone" if path.is_symlink() else f"; {why}"
-        raise CheckpointError(f"{path} is missing{dangling}")
-    return path
 
 
 def read_header(path: Path) -> Header:
@@ -145,20 +125,16 @@ def _read_part(read: Read, part: Piece) -> Stored:
 
 def _is_pth(path: Path) -> bool:
     """Whether a file is to be read as torch.save writes one. Raises CheckpointError for what is neither of the two."""
-    existing(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(32)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    start = read_start(path)
     # First, because the length of a header may have the first byte of another kind of file.
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= _LONGEST_HEADER:
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LONGEST_HEADER:
         return False
-    for sign, kind in _FOREIGN.items():
-        if start.startswith(sign):
-            raise CheckpointError(f"{path} is {kind}")
+    refuse_foreign(path, start)
     if start.startswith(b"PK") and path.suffix == ".safetensors":  # some versions of torch go by the name
         raise CheckpointError(f"{path} was written by torch.save: rename it to {path.stem}.pth")
+    if start.startswith(_OLD_PICKLE):
+        fact = "in the format before torch 1.6, which is not read here"
+        raise CheckpointError(f"{path} was written by torch.save {fact}: give the safetensors file of the same part")
     return path.suffix != ".safetensors"
 
 
@@ -167,7 +143,9 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged one ends in almost any error, such as those of a wrong index or argument
-        reason = f"{_first_line(error)}\ndownload it again"
+        is_cut = read_start(path).startswith(b"PK") and not is_zipfile(path)
+        reason = "it is cut short" if is_cut else _first_line(error)
+        reason = f"{reason}\ndownload it again"
         raise CheckpointError(f"{path} is not a complete file of plain tensors: {reason}") from None
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
@@ -179,14 +157,32 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _open_safetensors(path: Path) -> safe_open:
+def _open_safetensors(path: Path) -> safe_open | HeaderFile:
     try:
         try:
             return safe_open(path, framework="pt")
         except RuntimeError:  # Linux may refuse to map a file larger than its memory; it can be read all the same
             return safe_open(path, framework="pt", backend="pread")
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise _incomplete(path, error) from None
+        fault = error
+    try:
+        file = read_by_header(path)
+    except Cut as cut:
+        raise _incomplete(path, cut) from None
+    except (OSError, ValueError):
+        raise _incomplete(path, fault) from None
+    # The library refuses a file with more bytes than its tensors have. What the header says is there all the same.
+    if file.surplus:
+        return file
+    raise _incomplete(path, fault)
+
+
+def surplus_bytes(path: Path) -> int:
+    """How many bytes follow the last tensor of a safetensors file; 0 for any other file. Reads the header alone."""
+    try:
+        return 0 if _is_pth(path) else read_by_header(path).surplus
+    except (OSError, ValueError):
+        return 0
 
 
 def _incomplete(path: Path, error: Exception) -> CheckpointError:

@@ -1,13 +1,13 @@
 """One transformer on disk, known by the names and shapes of its tensors and, where there is one, by its config.json."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from wan.checkpoints.errors import CheckpointError, shown
-from wan.checkpoints.tensors import Shape, existing
+from wan.checkpoints.files import read_json
+from wan.checkpoints.tensors import Shape
 from wan.checkpoints.variants import refuse_variant_by_tensors
 from wan.checkpoints.weights import Weights, count_blocks, read_weights, reading_widths
 from wan.configs import Traits
@@ -18,6 +18,7 @@ TRANSFORMER = "diffusion_pytorch_model.safetensors"
 INDEX = f"{TRANSFORMER}.index.json"
 WIDTHS = ("dim", "ffn_dim", "num_layers", "in_dim", "out_dim", "text_dim", "freq_dim", "patch_size")  # in the tensors
 _HEAD_DIM = 128  # channels of an attention head of every released Wan
+_SMALLEST_HEAD = 6  # channels: a pair for each axis of its rotated positions
 _LONGEST_TEXT = 2**16  # tokens; no Wan reads more than 512
 # What diffusers' config.json calls the same.
 _DIFFUSERS = {"in_channels": "in_dim", "out_channels": "out_dim", "num_attention_heads": "num_heads"}
@@ -30,6 +31,10 @@ class Config:
     path: Path
     values: Mapping[str, Any]
     is_official: bool = True
+
+    def term(self, name: str) -> str:
+        """What this config calls what is called `name` officially."""
+        return name if self.is_official else next((own for own, ours in _DIFFUSERS.items() if ours == name), name)
 
     @property
     def is_of_transformer(self) -> bool:
@@ -69,13 +74,8 @@ class TransformerFiles(Weights):
 
 def read_config(folder: Path) -> Config:
     """The config.json in the folder of a transformer. Raises CheckpointError if it is missing or not a JSON object."""
-    path = existing(folder / CONFIG)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a readable JSON file: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
+    path = folder / CONFIG
+    values = read_json(path)
     if "dim" in values or "model_type" in values:
         return Config(path, values)
     values = {_DIFFUSERS.get(name, name): value for name, value in values.items()}
@@ -125,7 +125,7 @@ def _disagreement(shape: WanShape, config: Config) -> str:
     for name in WIDTHS:
         ours, theirs = getattr(shape, name), config.values.get(name)
         if name in config.values and theirs not in (ours, list(ours) if isinstance(ours, tuple) else ours):
-            return f"says {name} {shown(theirs)}, but the weights have {ours}"
+            return f"says {config.term(name)} {shown(theirs)}, but the weights have {ours}"
     return ""
 
 
@@ -139,16 +139,22 @@ def _released(shape: WanShape, path: Path) -> WanShape:
 
 def _complete(shape: WanShape, config: Config) -> WanShape:
     """The shape with what no tensor tells: the number of heads, eps and the text length."""
+    heads = config.term("num_heads")
+    if "num_heads" not in config.values:
+        raise CheckpointError(f"{config.path} does not state {heads}, the number of heads, which no tensor tells")
     try:
         if isinstance(config.values["num_heads"], bool):
             raise TypeError
         num_heads, eps = int(config.values["num_heads"]), float(config.values.get("eps", 1e-6))
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise CheckpointError(f"{config.path} lacks a valid num_heads or eps") from None
+    except (TypeError, ValueError, OverflowError):
+        raise CheckpointError(f"{config.path} lacks a valid {heads} or eps") from None
     if num_heads < 1 or shape.dim % num_heads:
         raise CheckpointError(f"{config.path}: {shown(num_heads)} heads do not divide the width {shape.dim}")
+    if shape.dim // num_heads < _SMALLEST_HEAD or shape.dim // num_heads % 2:
+        fact = f"{shown(num_heads)} heads of the width {shape.dim} have {shape.dim // num_heads} channels"
+        raise CheckpointError(f"{config.path}: {fact}, where an even number of at least {_SMALLEST_HEAD} is needed")
     if not 0 < eps < 1:
-        raise CheckpointError(f"{config.path} lacks a valid num_heads or eps: eps is {eps}")
+        raise CheckpointError(f"{config.path} lacks a valid {heads} or eps: eps is {eps}")
     text_len = config.values.get("text_len", 512)
     if type(text_len) is not int or not 0 < text_len <= _LONGEST_TEXT:
         raise CheckpointError(f"{config.path}: text_len must be a positive whole number, not {shown(repr(text_len))}")

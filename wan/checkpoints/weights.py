@@ -1,17 +1,18 @@
 """The weights of one part of a model on disk: where they are, and which tensor of the module each of them is."""
 
-import json
+import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 from wan.checkpoints.errors import CheckpointError, shown
+from wan.checkpoints.files import existing, is_named, read_json
 from wan.checkpoints.quantised import find_scales, is_float
 from wan.checkpoints.spellings import Spelling, find_spelling, spellings_of
-from wan.checkpoints.tensors import LONGEST_NAME, Entry, Header, Piece, Shape, existing, open_file, read_header
+from wan.checkpoints.tensors import LONGEST_NAME, Entry, Header, Piece, Shape, open_file, read_header
 
 _STEMS = ("diffusion_pytorch_model", "model")  # of the files in a folder, in the official layout and in diffusers'
 DESCRIPTIONS = {
@@ -130,7 +131,7 @@ def _find_files(folder: Path, part: str) -> tuple[Path, list[Path]]:
         whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         if whole in files:
             return whole, [whole]
-        if index.exists():
+        if is_named(index):
             return index, _indexed(index)
     if shards := _unindexed(folder, files):
         return folder, shards
@@ -160,17 +161,18 @@ def _holds(file: Path, part: str, faults: list[CheckpointError]) -> bool:
 
 def _indexed(index: Path) -> list[Path]:
     """The shards that an index names. Raises CheckpointError for an index that is none, and for missing shards."""
+    values = read_json(index)
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(values["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name or name == ".."]
         if not all(name.isprintable() and len(name) <= LONGEST_NAME for name in names):
             raise ValueError
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{index} is not a valid index of safetensors shards") from None
     # A name from a file's content is never followed out of the folder.
     if outside:
         raise CheckpointError(f"{index} names a shard outside its folder: {shown(outside[0])}")
-    return [existing(index.parent / name) for name in names]
+    return _all_there([index.parent / name for name in names], f"{index.name} names")
 
 
 def _unindexed(folder: Path, files: Collection[Path]) -> list[Path]:
@@ -182,4 +184,12 @@ def _unindexed(folder: Path, files: Collection[Path]) -> list[Path]:
     if others:
         raise CheckpointError(f"{folder} has several sets of shards, such as {stem} and {others[0][0]}: remove one")
     names = [f"{stem}-{number + 1:05d}-of-{count}.safetensors" for number in range(int(count))]
-    return [existing(folder / name) for name in names]
+    return _all_there([folder / name for name in names], "by their names there are")
+
+
+def _all_there(shards: Sequence[Path], says: str) -> list[Path]:
+    """The shards. Raises CheckpointError for the first one that is missing, with how many are, and what `says` so."""
+    # Unlike Path.exists, this raises nothing for a name that is too long.
+    missing = sum(not os.path.exists(path) for path in shards)
+    why = f"{says} {len(shards)} shards, {missing} of which cannot be found: download the folder again"
+    return [existing(path, why) for path in shards]

@@ -19,9 +19,13 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def vocabulary_size(folder: Path) -> int:
-    """The number of tokens that the tokenizer in `folder` knows. Raises ValueError for a file that is none."""
-    return _read(folder).get_vocab_size()
+def probe(folder: Path) -> tuple[int, list[int]]:
+    """How many tokens the tokenizer in `folder` knows, and the ids of a short text: what tells whose tokenizer it is.
+
+    Raises ValueError for a file that is no tokenizer.
+    """
+    reader = _read(folder)
+    return reader.get_vocab_size(), reader.encode("a").ids
 
 
 def count_tokens(folder: Path, prompts: Sequence[str]) -> list[int]:
@@ -30,20 +34,24 @@ def count_tokens(folder: Path, prompts: Sequence[str]) -> list[int]:
     Raises ValueError for a file that is no tokenizer.
     """
     reader = _read(folder)
-    reader.no_truncation()
-    reader.no_padding()
     return [len(encoding.ids) for encoding in reader.encode_batch([clean_prompt(prompt) for prompt in prompts])]
 
 
 def _read(folder: Path) -> Any:
-    """The tokenizer in `folder`, of the library that transformers uses too, which takes longer to import."""
+    """The tokenizer in `folder`, without truncation and padding.
+
+    It is that of the library which transformers uses too, and which takes less time to import.
+    """
     from tokenizers import Tokenizer as Reader
 
     path = folder / "tokenizer.json"
     try:
-        return Reader.from_file(str(path))
+        reader = Reader.from_file(str(path))
     except Exception as error:  # the library raises nothing more specific
         raise ValueError(f"{path} is not a tokenizer file: {error}") from None
+    reader.no_truncation()
+    reader.no_padding()
+    return reader
 
 
 class Tokenizer:

@@ -21,6 +21,7 @@ from utils.adapters.lora import (
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
+from utils.adapters.provenance import fused_in
 from utils.common.errors import UserError
 from utils.media.controls import ControlSignal
 from utils.training.memory import Memory, prepare
@@ -215,7 +216,7 @@ def test_a_lora_of_a_sibling_is_fused_as_far_as_it_fits_and_the_plan_says_what_d
     (note,) = plan.notes
     assert note.startswith("6 of 26 modules of ") and "i2v.safetensors are not in this model" in note
     assert plan.fusion is not None and len(plan.fusion.targets) == 20
-    with pytest.raises(UserError, match="--init_lora adapts, unlike this run, .*6 such modules"):
+    with pytest.raises(UserError, match="it adapts .*6 such modules.*which this run does not"):
         plan_adapter(options(init_lora=tmp_path / "i2v.safetensors", lora_target=("all-linear",)), layout())
 
 
@@ -224,8 +225,11 @@ def test_a_lora_of_a_sibling_is_fused_as_far_as_it_fits_and_the_plan_says_what_d
     [
         ({"lora_target": ("attention",)}, "matches no layer"),
         ({"lora_blocks": "7"}, "the model has blocks 0 to 1"),
-        ({"lora_rank": 8, "lora_target": ("all-linear",), "init_lora": "lora.safetensors"}, "--init_lora has rank 4"),
-        ({"init_lora": "lora.safetensors"}, "--init_lora adapts, unlike this run,"),
+        (
+            {"lora_rank": 8, "lora_target": ("all-linear",), "init_lora": "lora.safetensors"},
+            "it has rank 4 and alpha 6, this",
+        ),
+        ({"init_lora": "lora.safetensors"}, "it adapts .*which this run does not"),
         ({"init_lora": "nowhere.safetensors"}, "nowhere.safetensors"),
         ({"fuse_lora": "deep.safetensors"}, "blocks.7.self_attn.q.weight, which this model does not have"),
     ],
@@ -323,5 +327,20 @@ def test_an_exported_adapter_holds_the_values_that_it_is_given_and_says_what_it_
     adapter.export(tmp_path / "lora.safetensors", ones, {"base_model": "model"})
     lora = read_lora(tmp_path / "lora.safetensors")
     assert all(pair.down.eq(1).all() and pair.up.eq(1).all() and pair.alpha == 2 for pair in lora.pairs.values())
-    assert lora.metadata == {"rank": "4", "alpha": "2", "targets": "attn", "base_model": "model"}
+    network = {"ss_network_dim": "4", "ss_network_alpha": "2"}
+    assert lora.metadata == {"rank": "4", "alpha": "2", "targets": "attn", "base_model": "model"} | network
     assert not any(parameter.eq(1).all() for parameter in adapter.parameters.values())
+
+
+def test_the_files_of_an_adapter_say_what_was_fused_into_its_base(tmp_path):
+    write_lora(tmp_path / "style.safetensors", constant(1.0))
+    plan = plan_adapter(options(fuse_lora=tmp_path / "style.safetensors", fuse_lora_weight=0.5), layout())
+    adapter = replace(plan, facts={**plan.facts, "base_model_hash": "00"}).attach(tiny_transformer())
+    adapter.export(tmp_path / "fox.safetensors", adapter.parameters, {"steps": "7"})
+    metadata = read_lora(tmp_path / "fox.safetensors").metadata
+    (fused,) = fused_in(metadata, tmp_path)
+    assert (fused.name, fused.weight) == ("style.safetensors", 0.5) and metadata["base_model_hash"] == "00"
+    # For the expert that it is not for, the LoRA says that nothing was.
+    write_lora(tmp_path / "half_low_noise.safetensors", constant(1.0))
+    other = plan_adapter(options(fuse_lora=tmp_path / "half_low_noise.safetensors"), layout(), "high_noise", TWO)
+    assert other.facts == {"fused_lora": "[]"} and plan_adapter(options(), layout()).facts == {}

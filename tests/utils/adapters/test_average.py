@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,22 +60,39 @@ def test_the_converter_writes_the_mean_under_a_name_of_its_own(run, capsys):
 
 def test_the_checkpoints_to_average_are_of_one_name_and_one_expert(tmp_path):
     for step in (1, 2, 3):
-        for name in ("fox", "fox_high_noise", "fox_low_noise", "wan-lora"):
-            write_lora(tmp_path / f"{name}-{step:08d}.safetensors", lora(float(step)))
-    for name in ("fox", "fox_high_noise", "fox_low_noise"):
-        found = [path.name for path in last_checkpoints(tmp_path / f"{name}-00000003.safetensors", 2)]
-        assert found == [f"{name}-00000002.safetensors", f"{name}-00000003.safetensors"]
+        for name in ("fox-{}", "fox-{}_high_noise", "fox-{}_low_noise", "fox-{}-ema_high_noise", "wan-lora-{}"):
+            write_lora(tmp_path / f"{name.format(f'{step:08d}')}.safetensors", lora(float(step)))
+    for expert in ("", "_high_noise", "_low_noise"):
+        found = [path.name for path in last_checkpoints(tmp_path / f"fox-00000003{expert}.safetensors", 2)]
+        assert found == [f"fox-00000002{expert}.safetensors", f"fox-00000003{expert}.safetensors"]
+
+
+def test_checkpoints_of_the_earlier_form_of_names_are_averaged_with_later_ones(tmp_path):
+    names = ["fox_low_noise-00000001", "fox_low_noise-00000002", "fox-00000003_low_noise", "fox-00000004_low_noise"]
+    for name in (*names, "fox_high_noise-00000002", "fox-00000004_high_noise", "fox_low_noise-00000002-ema"):
+        write_lora(tmp_path / f"{name}.safetensors", lora(1.0))
+    for last in (2, 4):
+        found = last_checkpoints(tmp_path / f"{names[last - 1]}.safetensors", last)
+        assert [path.stem for path in found] == names[:last]
+    write_lora(tmp_path / "fox_low_noise-00000004.safetensors", lora(1.0))
+    assert last_checkpoints(tmp_path / f"{names[3]}.safetensors", 1) == [tmp_path / f"{names[3]}.safetensors"]
+
+
+def test_the_mean_says_so_and_shows_no_picture_of_another():
+    shown = {"modelspec.title": "fox, step 6", "modelspec.thumbnail": "data:...", "steps": "6"}
+    mean = average([lora(1.0), replace(lora(2.0), metadata=shown)])
+    assert mean.metadata == {"modelspec.title": "fox, step 6, mean of 2 checkpoints", "steps": "6"}
 
 
 def test_the_mean_of_a_pair_is_that_of_each_expert_alone(tmp_path, capsys):
     for step in (1, 2, 6):
         for sign, expert in ((1, "high_noise"), (-1, "low_noise")):
-            write_lora(tmp_path / f"wan-lora_{expert}-{step:08d}.safetensors", lora(sign * float(step)))
+            write_lora(tmp_path / f"wan-lora-{step:08d}_{expert}.safetensors", lora(sign * float(step)))
     write_lora(tmp_path / "wan-lora-00000004.safetensors", lora(100.0))
-    (high,) = last_checkpoints(tmp_path / "wan-lora_high_noise-00000006.safetensors", 1)
-    assert high.name == "wan-lora_high_noise-00000006.safetensors"
+    (high,) = last_checkpoints(tmp_path / "wan-lora-00000006_high_noise.safetensors", 1)
+    assert high.name == "wan-lora-00000006_high_noise.safetensors"
     convert_lora_to_comfy.main(["--input_lora", str(tmp_path / "wan-lora-00000006.safetensors"), "--average", "3"])
     for mean, expert in ((3.0, "high_noise"), (-3.0, "low_noise")):
-        written = tmp_path / f"wan-lora_{expert}-00000006_average3_comfy.safetensors"
+        written = tmp_path / f"wan-lora-00000006_{expert}_average3_comfy.safetensors"
         assert torch.equal(read_lora(written).pairs["blocks.0.self_attn.q"].down, torch.full((2, 8), mean))
     assert capsys.readouterr().out.count("averaging") == 6

@@ -13,6 +13,7 @@ from utils.adapters.pairs import (
     remarks,
     resolve_also_loras,
     resolve_experts,
+    trained_for,
     with_expert,
 )
 from utils.common.errors import UserError
@@ -29,7 +30,7 @@ def lora(path: Path, expert: str | None = None) -> Path:
 def folder(tmp_path) -> Path:
     """Pairs as different trainers name them, a half of one, and files of no expert."""
     names = [f"wan-lora_{expert}-00000100.safetensors" for expert in TWO]
-    names += [f"wan-lora_{expert}-00000200.safetensors" for expert in TWO]
+    names += [f"wan-lora-00000200{average}_{expert}.safetensors" for expert in TWO for average in ("", "-ema")]
     names += ["high_noise_model.safetensors", "low_noise_model.safetensors"]
     names += ["style_HighNoise.safetensors", "style_LowNoise.safetensors", "half_high_noise.safetensors"]
     names += ["double_high.safetensors", "double-high.safetensors", "double_low.safetensors", "plain.safetensors"]
@@ -46,6 +47,8 @@ def folder(tmp_path) -> Path:
     [
         ("wan-lora_high_noise-00000100", HIGH),
         ("wan-lora_low_noise-00000100-ema", LOW),
+        ("wan-lora-00000100_high_noise", HIGH),
+        ("wan-lora-00000100-ema_low_noise", LOW),
         ("high_noise_model", HIGH),
         ("low_noise_model", LOW),
         ("wan2.2_t2v_A14b_high_noise_lora_rank64_lightx2v_4step", HIGH),
@@ -91,6 +94,8 @@ def test_metadata_counts_before_the_name_unless_it_names_no_expert():
     ("common", "high", "low"),
     [
         ("wan-lora-00000100", "wan-lora_high_noise-00000100", "wan-lora_low_noise-00000100"),
+        ("wan-lora-00000200", "wan-lora-00000200_high_noise", "wan-lora-00000200_low_noise"),
+        ("wan-lora-00000200-ema", "wan-lora-00000200-ema_high_noise", "wan-lora-00000200-ema_low_noise"),
         ("model", "high_noise_model", "low_noise_model"),
         ("style", "style_HighNoise", "style_LowNoise"),
     ],
@@ -163,6 +168,14 @@ def test_a_model_without_experts_takes_any_single_file(folder):
     assert resolve_experts([low], ONE) == {"transformer": low}
     (said,) = remarks({"transformer": low}, ONE)
     assert said == f"{low} was trained for the low_noise expert of a Wan 2.2; here it is used on all noise levels"
+
+
+def test_the_family_counts_before_the_name_where_it_has_no_experts(tmp_path):
+    for family, expert in (("wan2.1-t2v-1.3B", None), ("wan2.2-t2v-A14B", LOW), ("unheard of", LOW)):
+        path = written(tmp_path / "low_fox.safetensors", half(), {"family": family})
+        assert trained_for(path, {"family": family}) == expert
+        assert len(remarks(resolve_experts([path], ONE), ONE)) == (expert is not None)
+        assert resolve_experts([path], TWO) == {LOW: path}  # there its name decides
 
 
 @pytest.mark.parametrize(

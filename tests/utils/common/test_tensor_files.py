@@ -1,3 +1,5 @@
+import hashlib
+
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -56,6 +58,37 @@ def test_views_of_one_buffer_transposed_and_trained_tensors_are_written(tmp_path
     write_tensors(tmp_path / "file.safetensors", tensors)
     found = load_file(tmp_path / "file.safetensors")
     assert found.keys() == tensors.keys() and all(torch.equal(found[key], tensors[key]) for key in tensors)
+
+
+def content_hash(path) -> str:
+    data = path.read_bytes()
+    return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+
+
+def test_a_hash_of_the_content_is_that_of_the_bytes_after_the_header(tmp_path):
+    path = tmp_path / "file.safetensors"
+    said = {"modelspec.hash_sha256": "0xabc", "sshs_model_hash": "", "source": '"modelspec.hash_sha256":"0x00"'}
+    for tensors in (TENSORS, {**TENSORS, "c": torch.zeros((), dtype=torch.int64)}):
+        write_tensors(path, tensors, said)
+        found, metadata = read_tensors(path)
+        digest = content_hash(path)
+        assert metadata == said | {"modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
+        assert all(torch.equal(found[key], tensors[key]) for key in tensors)
+        assert not list(path.parent.glob(".*"))
+        assert has_same_content(path, tensors, said) and not has_same_content(path, tensors, said | {"source": "x"})
+    write_tensors(path, TENSORS, {"source": "here"})
+    assert read_tensors(path)[1] == {"source": "here"}  # none is added
+
+
+def test_a_hash_that_cannot_be_put_into_the_header_is_reported(tmp_path, monkeypatch):
+    def spaced(tensors, path, metadata) -> None:
+        header = b'{"__metadata__": {"modelspec.hash_sha256": "0x0"}}'
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+    monkeypatch.setattr(tensor_files, "save_file", spaced)
+    with pytest.raises(TensorFileError, match="modelspec.hash_sha256"):
+        write_tensors(tmp_path / "file.safetensors", TENSORS, {"modelspec.hash_sha256": ""})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])

@@ -132,6 +132,13 @@ def test_a_dataset_has_the_clips_of_all_folders_and_holds_out_the_first_validati
     assert "held out, ok" in said and "an epoch has 2 samples" in said and "no clips are held out" not in said
 
 
+def test_the_clips_of_a_dataset_are_counted_under_the_name_of_its_folder(tmp_path):
+    one, two = (source(tmp_path / place, "fox.mp4", Rules()) for place in ("a", "b"))
+    train = replace(one, folder=tmp_path / "owls" / "train")
+    data = Dataset([one, two, train], [one], [], tmp_path)
+    assert data.clips_by_folder == {"clips": 2, "owls": 1}
+
+
 def test_captions_include_the_empty_one_only_if_training_drops_captions(tmp_path):
     fox = source(tmp_path, "fox.mp4", Rules())
     dropping = replace(fox, rules=Rules(caption_dropout=0.1))

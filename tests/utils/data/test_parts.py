@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from utils.data.notices import format_notices
-from utils.data.parts import media_elsewhere, notices_of, split_folders
+from utils.data.parts import dataset_name, media_elsewhere, notices_of, split_folders
 
 
 def dataset(folder: Path, *names: str) -> Path:
@@ -17,6 +17,13 @@ def dataset(folder: Path, *names: str) -> Path:
 
 def lines(folder: Path, used: tuple[Path, ...] = ()) -> list[str]:
     return format_notices(notices_of(split_folders(folder), used))
+
+
+def test_a_dataset_has_the_name_of_its_folder_and_not_of_its_part(tmp_path, monkeypatch):
+    (tmp_path / "foxes" / "Train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "foxes")
+    for part in (tmp_path / "foxes", tmp_path / "foxes" / "Train", Path(), Path("Train")):
+        assert dataset_name(part) == "foxes"
 
 
 @pytest.mark.parametrize(

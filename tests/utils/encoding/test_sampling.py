@@ -15,10 +15,11 @@ from utils.adapters.lora import fuse_lora
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
+from utils.adapters.provenance import record, to_metadata
 from utils.common.errors import UserError
 from utils.encoding.conditioning import Cond, make_predict
-from utils.encoding.sampling import Chosen, Transformers, choose_loras, denoise
-from utils.storage.weights import hold_as
+from utils.encoding.sampling import Chosen, Transformers, choose_loras, denoise, find_underneath, further_loras
+from utils.storage.weights import Storage, hold_as
 from wan.checkpoints import ModelFiles, open_model
 from wan.configs import FAMILIES
 from wan.modules.model import WanModel
@@ -170,6 +171,60 @@ def test_a_transformer_that_is_in_memory_is_fused_where_it_is(folder, single, mo
     monkeypatch.setattr(utils.encoding.sampling, "build_transformer", None)
     transformers.fuse()
     assert not torch.allclose(transformers.predict(draw(), torch.tensor([500.0]), COND), before)
+
+
+@pytest.mark.parametrize("held", [hold_as("auto", CPU), Storage(CPU, torch.float32, num_streamed=1)])
+def test_what_loras_are_on_top_of_is_in_the_transformers_before_and_after_they_are(folder, experts, held):
+    """However weights are held, for they go through it while they are loaded."""
+    for expert in (HIGH, LOW):
+        below = record(folder / f"fox_{expert}.safetensors", 2.0)
+        lora = replace(make_lora(0.04, "blocks.0.self_attn.k"), metadata=to_metadata([below]))
+        write_lora(folder / f"top_{expert}.safetensors", lora)
+    top = [folder / "top.safetensors"]
+    underneath = find_underneath(top, [], False, experts)
+    said = ", on top of fox_high_noise.safetensors at 2 and fox_low_noise.safetensors at 2"
+    assert underneath.describe(False) == said and underneath.describe(True) == f"{said}, with and without the LoRA"
+    loras = choose_loras(top, 0.5, [], experts, underneath)
+    transformers = Transformers(experts, loras, held, underneath.fusions)
+    for strength in (0.0, 0.5):
+        for number, (name, timestep) in enumerate(((HIGH, 900.0), (LOW, 100.0))):
+            below, lora = (read_lora(folder / f"{stem}_{name}.safetensors") for stem in ("fox", "top"))
+            expected = answer(expert_model(number, (below, 2.0), (lora, strength)), timestep)
+            found = transformers.predict(draw(), torch.tensor([timestep]), COND)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            bare = answer(expert_model(number, (lora, strength)), timestep)
+            assert (found - bare).abs().max() > 1e-3
+        transformers.fuse()
+
+
+def test_a_lora_is_tried_on_the_model_that_a_fused_control_lora_has_widened(folder, single, monkeypatch):
+    channels = {"down": torch.ones(2, 32, 1, 2, 2), "up": torch.ones(TINY_SHAPE.dim, 2, 1, 1, 1)}
+    wide = {"patch_embedding": (TINY_SHAPE.dim, 32, 1, 2, 2)}
+    control = LoraFile({"patch_embedding": LoraPair(**channels, alpha=2.0)}, input_shapes=wide)
+    write_lora(folder / "control.safetensors", control)
+    narrow = LoraFile({"patch_embedding": LoraPair(channels["down"][:, :16], channels["up"], 2.0)})
+    top = replace(narrow, metadata=to_metadata([record(folder / "control.safetensors", 1.0)]))
+    write_lora(folder / "top.safetensors", top)
+    underneath = find_underneath([folder / "top.safetensors"], [], False, single)
+    assert underneath.reads_control
+    (chosen,) = choose_loras([folder / "top.safetensors"], 1.0, [], single, underneath)["transformer"]
+    assert chosen.lora.pairs["patch_embedding"].down.shape[1] == 32
+    changed = []
+    load = utils.encoding.sampling.Store.load
+    monkeypatch.setattr(utils.encoding.sampling.Store, "load", lambda *a: changed.append(a[4]) or load(*a))
+    transformers = Transformers(single, {"transformer": []}, hold_as("auto", CPU), underneath.fusions)
+    cond = replace(COND, channels=draw())
+    assert transformers.predict(draw(), torch.tensor([500.0]), cond).shape == draw().shape
+    assert changed == [{"patch_embedding.weight"}]  # what a file has quantised is not kept as it is stored there
+
+
+def test_a_further_lora_that_is_on_top_of_one_that_is_not_there_is_noted(folder, single, capsys):
+    below = record(folder / "fox_low_noise.safetensors", 1.0)
+    write_lora(folder / "speed.safetensors", replace(make_lora(0.1), metadata=to_metadata([below])))
+    further_loras([f"{folder}/speed.safetensors:0.5"], single)
+    assert "speed.safetensors was trained on top of fox_low_noise.safetensors (weight 1" in capsys.readouterr().out
+    further_loras([f"{folder}/speed.safetensors"], single, {"transformer": to_metadata([below])})
+    assert capsys.readouterr().out == ""
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling

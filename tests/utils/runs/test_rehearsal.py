@@ -15,7 +15,7 @@ from torch import Tensor
 
 import train_wan_lora
 from tests.checkout import copy_prompts
-from tests.runs import FACTS, SPEC, small_learner
+from tests.runs import CARD, FACTS, SPEC, small_learner
 from tests.tiny import write_clips, write_model
 from tests.trainees import SITUATIONS, inputs_of, loss_of, prepare_again, trainee
 from utils.common.decisions import Decisions
@@ -183,7 +183,7 @@ def test_the_room_of_compiled_blocks_that_had_to_keep_less_is_the_one_that_is_ke
 
 def test_a_checkpoint_is_written_and_removed(tmp_path, monkeypatch):
     folder, names = tmp_path / "new" / "outputs", []
-    settings = RunSettings(folder, 10, 1.0, "{}", FACTS, {})
+    settings = RunSettings(folder, 10, 1.0, "{}", FACTS, {}, CARD)
     write = rehearsal.write_checkpoint
 
     def written(where: Path, *args: object) -> list[Path]:

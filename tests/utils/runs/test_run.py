@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.model_lists import header_of, size_of
 from tests.runs import log, open_a_run, settings, small_learner, take_step
 from utils.adapters.lora_reader import read_lora
 from utils.common.checkpoint_names import EXPERTS
@@ -17,6 +18,7 @@ from utils.common.signals import Stop
 from utils.runs.ending import save_on_exit
 from utils.runs.run import RunOptions, open_run
 from utils.runs.state import read_state
+from wan.configs import FAMILIES
 
 NAMES = ["state-00000001.safetensors", "wan-lora-00000001.safetensors"]
 
@@ -124,12 +126,12 @@ def test_a_checkpoint_has_the_average_of_each_trainable_and_its_own_values(tmp_p
     with open_run(settings(tmp_path), learner) as run:
         run.save()
         names = {path.name for path in run.checkpoints.iterdir()}
-    kinds = {f"wan-lora_{name}-00000001{average}.safetensors" for name in EXPERTS for average in ("", "-ema")}
+    kinds = {f"wan-lora-00000001{average}_{name}.safetensors" for name in EXPERTS for average in ("", "-ema")}
     assert names == {*kinds, "state-00000001.safetensors"}
     for name, trainable in learner.trainables.items():
         values = {"": trainable.adapter.parameters, "-ema": trainable.ema.values}
         for average, expected in values.items():
-            (pair,) = read_lora(run.checkpoints / f"wan-lora_{name}-00000001{average}.safetensors").pairs.values()
+            (pair,) = read_lora(run.checkpoints / f"wan-lora-00000001{average}_{name}.safetensors").pairs.values()
             assert torch.equal(pair.down, expected["down"]) and torch.equal(pair.up, expected["up"])
         assert not torch.equal(trainable.ema.values["down"], trainable.adapter.parameters["down"])
 
@@ -143,18 +145,18 @@ def test_a_resumed_run_continues_the_means_of_the_saved_one(run):
 
 
 def test_the_pair_of_two_experts_is_one_checkpoint_and_each_file_says_which_it_is(tmp_path, capsys):
-    chosen = settings(tmp_path, output_name="fox")
+    chosen = settings(tmp_path, name="fox")
     learner = small_learner(EXPERTS, ema_decay=0.9)
     take_step(learner)
     with open_run(chosen, learner) as run:
         assert run.last_saved_files == []
         files = run.save()
-    assert files == [run.checkpoints / f"fox_{name}-00000001.safetensors" for name in EXPERTS]
-    assert f"step 1: saved {files[0]} and fox_low_noise-00000001.safetensors\n" in capsys.readouterr().out
+    assert files == [run.checkpoints / f"fox-00000001_{name}.safetensors" for name in EXPERTS]
+    assert f"step 1: saved {files[0]} and fox-00000001_low_noise.safetensors\n" in capsys.readouterr().out
     assert f"the last checkpoint is {files[0]} and {files[1].name}" in str(run.failure("no more"))
     for name in EXPERTS:
         for average in ("", "-ema"):
-            path = run.checkpoints / f"fox_{name}-00000001{average}.safetensors"
+            path = run.checkpoints / f"fox-00000001{average}_{name}.safetensors"
             assert read_lora(path).metadata["expert"] == name
     state = read_state(run.checkpoints / "state-00000001.safetensors")
     with open_run(chosen, small_learner(EXPERTS, ema_decay=0.9), state) as again:
@@ -167,13 +169,51 @@ def test_the_pair_of_two_experts_is_one_checkpoint_and_each_file_says_which_it_i
 def test_the_file_of_a_single_lora_says_nothing_of_experts(run):
     log(run, 1.0)
     (path,) = run.save()
-    assert {"steps", "base_model", "options"} <= read_lora(path).metadata.keys() and "expert" not in read_lora(
-        path
-    ).metadata
+    metadata = read_lora(path).metadata
+    assert {"steps", "base_model"} <= metadata.keys() and not {"expert", "modelspec.timestep_range"} & metadata.keys()
+
+
+def test_the_checkpoint_of_a_step_shows_its_first_preview_but_no_average_does(tmp_path):
+    learner = small_learner(EXPERTS, ema_decay=0.9)
+    video = torch.zeros(3, 3, 32, 48, dtype=torch.uint8)
+    with open_run(settings(tmp_path, name="fox"), learner) as run:
+        for step in (1, 2):
+            take_step(learner)
+            run.metrics.end_step(tokens=1)
+            if step == 1:
+                run.log_previews([("a fox", video), ("a wolf", video[:, :, :16])], fps=16)
+            run.save()
+        shown = {path.name: header_of(path)[0] for path in run.checkpoints.glob("fox-*")}
+    assert len(shown) == 8 and (run.folder / "samples" / "00000001-02.mp4").exists()
+    for name, metadata in shown.items():
+        is_shown = name.startswith("fox-00000001_")
+        assert size_of(metadata.get("modelspec.thumbnail", "")) == ((48, 32) if is_shown else None), name
+        assert metadata["modelspec.date"] == run.folder.name[:10]
+        assert ("moving average" in metadata["modelspec.title"]) == ("-ema_" in name)
+
+
+def test_a_run_of_the_earlier_form_of_names_continues(tmp_path):
+    with open_run(settings(tmp_path, name="fox"), small_learner(EXPERTS)) as run:
+        for _ in range(3):
+            log(run, 1.0)
+            for path in run.save():
+                step, _, expert = path.stem.removeprefix("fox-").partition("_")
+                path.rename(path.with_name(f"fox_{expert}-{step}.safetensors"))
+    state = read_state(run.checkpoints / "state-00000002.safetensors")
+    with open_run(settings(tmp_path, name="fox"), small_learner(EXPERTS), state) as again:
+        former = [run.checkpoints / f"fox_{expert}-00000002.safetensors" for expert in EXPERTS]
+        assert again.last_saved_files == former and not again.saving_is_due(1, minutes=0)
+        aside = {path.name for path in (run.checkpoints / "aside-1").glob("fox*")}
+        assert aside == {f"fox_{expert}-00000003.safetensors" for expert in EXPERTS}
+        log(again, 1.0)
+        again.save()
+        again.prune(2)
+    names = {path.name for path in again.checkpoints.glob("fox*")}
+    assert names == {path.name for path in former} | {f"fox-00000003_{expert}.safetensors" for expert in EXPERTS}
 
 
 def test_a_run_that_resumes_under_another_name_keeps_what_it_had_and_archives_later_files_of_both(tmp_path):
-    with open_run(settings(tmp_path, output_name="fox"), small_learner()) as run:
+    with open_run(settings(tmp_path, name="fox"), small_learner()) as run:
         for _ in range(3):
             log(run, 1.0)
             run.save()
@@ -181,7 +221,7 @@ def test_a_run_that_resumes_under_another_name_keeps_what_it_had_and_archives_la
     for name in others:
         (run.checkpoints / name).touch()
     state = read_state(run.checkpoints / "state-00000002.safetensors")
-    with open_run(settings(tmp_path, output_name="wolf"), small_learner(), state) as again:
+    with open_run(settings(tmp_path, name="wolf"), small_learner(), state) as again:
         log(again, 1.0)
         again.save()
         again.prune(1)
@@ -193,6 +233,13 @@ def test_a_run_that_resumes_under_another_name_keeps_what_it_had_and_archives_la
 
 
 def test_a_name_that_cannot_be_is_found_among_the_options():
-    assert parse_options(RunOptions, ["--output_name", "fox"]).output_name == "fox"
-    with pytest.raises(UserError, match="--output_name 'yellow' holds 'low'"):
-        parse_options(RunOptions, ["--output_name", "yellow"]).check_name()
+    assert parse_options(RunOptions, ["--name", "fox"]).name == "fox"
+    with pytest.raises(UserError, match="--name 'a/b' names files"):
+        parse_options(RunOptions, ["--name", "a/b"]).check_names()
+    yellow = parse_options(RunOptions, ["--name", "yellow"])
+    yellow.check_names()
+    yellow.check_name_for(FAMILIES["wan2.1-t2v-14B"])
+    with pytest.raises(UserError, match="--name 'yellow' holds 'low'.* Try --name yell0w"):
+        yellow.check_name_for(FAMILIES["wan2.2-t2v-A14B"])
+    with pytest.raises(UserError, match="--trigger is empty"):
+        parse_options(RunOptions, ["--trigger", " ,"]).check_names()

@@ -1,11 +1,21 @@
 """Known problems of a machine: each is reported where it exists, and only there."""
 
 import platform
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from tests.tiny import write_model
+from utils.common.errors import UserError
 from utils.setup import doctor
+from wan.checkpoints import CheckpointError, open_model
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "kept")
 
 
 def warnings(monkeypatch, gpu: bool = True, cudnn: int = 91900, decord: bool = True, **versions: str) -> str:
@@ -23,14 +33,24 @@ def test_a_machine_with_the_newest_versions_has_no_known_problem(monkeypatch):
     assert warnings(monkeypatch) == ""
 
 
-def test_the_findings_are_a_table_and_the_problems(monkeypatch, capsys):
+def test_the_findings_are_a_table_and_the_problems(kept, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "_warnings", lambda: iter(["the sky is falling"]))
-    doctor.print_findings()
+    doctor.print_findings(lambda: open_model(kept))
     said = capsys.readouterr().out
     assert said.startswith("what ") and said.endswith("\n\n- the sky is falling\n")
+    assert f"{kept}: wan2.1-t2v-1.3B, with all its parts" in said
     monkeypatch.setattr(doctor, "_warnings", lambda: iter(()))
-    doctor.print_findings()
+    doctor.print_findings(lambda: open_model(kept))
     assert capsys.readouterr().out.endswith("\n\nno known problems\n")
+
+
+@pytest.mark.parametrize("error", [UserError, CheckpointError])
+def test_a_model_that_cannot_be_used_is_a_problem_and_no_end(monkeypatch, capsys, error):
+    monkeypatch.setattr(doctor, "_warnings", lambda: iter(["the sky is falling"]))
+    doctor.print_findings(Mock(side_effect=error("a.safetensors is a web page\ndownload it again")))
+    said = capsys.readouterr().out
+    assert "cannot be used: see below" in said
+    assert said.endswith("\n- the sky is falling\n- a.safetensors is a web page\n  download it again\n")
 
 
 @pytest.mark.parametrize(

@@ -320,8 +320,8 @@ def test_sizes_are_in_powers_of_ten():
     ("flags", "done"),
     [
         ({}, []),
-        ({"doctor": True}, ["doctor"]),
-        ({"doctor": True, "download_model": True}, ["doctor"]),
+        ({"doctor": True}, ["doctor of model"]),
+        ({"doctor": True, "download_model": True}, ["doctor of model"]),
         ({"download_model": True}, [NAME]),
         ({"download_tokenizer": True}, ["tokenizer"]),
         ({"download_model": True, "download_tokenizer": True}, [NAME, "tokenizer"]),
@@ -330,8 +330,8 @@ def test_sizes_are_in_powers_of_ten():
 )
 def test_what_is_asked_for_instead_of_a_run_is_done_and_said(flags, done, monkeypatch):
     order: list[str] = []
-    monkeypatch.setattr(download, "print_findings", lambda: order.append("doctor"))
+    monkeypatch.setattr(download, "print_findings", lambda open_model: order.append(f"doctor of {open_model()}"))
     monkeypatch.setattr(download, "download_model", order.append)
     monkeypatch.setattr(download, "download_tokenizer", lambda: order.append("tokenizer"))
-    assert set_up(SetupOptions(**flags)) == bool(done)
+    assert set_up(SetupOptions(**flags), lambda: "model") == bool(done)
     assert order == done

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.tiny import FAMILY, TINY_SHAPE, write_model
 from utils.common.errors import UserError
@@ -13,7 +15,6 @@ from utils.common.options import parse_options
 from utils.setup import model
 from utils.setup.model import (
     SingleFiles,
-    base_of,
     contradictions,
     doubts,
     find_given_family,
@@ -104,6 +105,19 @@ def test_the_default_folder_has_the_other_parts_where_it_is_there(files, kept):
     assert found.source == DEFAULT
 
 
+def test_bytes_after_the_last_tensor_of_any_part_are_said_in_one_line_each(kept, tmp_path, capsys):
+    folder = Path(shutil.copytree(kept, tmp_path / "long"))
+    vae = (folder / FAMILY.vae).with_suffix(".safetensors")
+    save_file(torch.load(folder / FAMILY.vae, weights_only=True), vae)
+    (folder / FAMILY.vae).unlink()
+    for path, more in ((folder / TRANSFORMER, b"x"), (vae, b"more")):
+        path.write_bytes(path.read_bytes() + more)
+    open_given(SingleFiles(), str(folder))
+    what = "after its last tensor: read by its header, without them"
+    said = [f"note: {vae} has 4 bytes {what}", f"note: {folder / TRANSFORMER} has 1 byte {what}"]
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(said)
+
+
 def test_of_a_folder_alone_nothing_is_printed(kept, capsys):
     assert open_given(SingleFiles(), str(kept)).source == str(kept)
     assert capsys.readouterr().out == ""
@@ -180,20 +194,23 @@ def test_the_experts_that_are_trained_or_sampled_with_have_to_be_given():
         need_experts(alone, ["low_noise"], with_others=True)
 
 
-def test_a_lora_names_its_base_by_the_folder_or_by_the_files(files):
+def test_a_lora_names_its_base_by_the_folder_or_by_the_files():
     assert SingleFiles(vae=Path("a/vae.safetensors")).base(DEFAULT) == {"base_model": DEFAULT}
     one = SingleFiles(transformer=Path("a/transformer"))
     assert one.base(DEFAULT) == {"base_model": "transformer", "base_files": "--transformer transformer"}
     both = SingleFiles(high_noise=Path("x/h.safetensors"), low_noise=Path("x/l.safetensors"))
     flags = "--high_noise h.safetensors --low_noise l.safetensors"
     assert both.base(DEFAULT) == {"base_model": "h.safetensors + l.safetensors", "base_files": flags}
-    for options in (SingleFiles(), SingleFiles(vae=files.vae)):
-        with pytest.raises(UserError, match=f"give them again, {flags}\nand --vae, --text_encoder and --tokenizer"):
-            base_of(options, both.base(DEFAULT))
-    # Not even where a folder has the name of the file.
-    assert base_of(both, both.base(DEFAULT)) is None
-    assert base_of(SingleFiles(), {"base_model": DEFAULT}) == base_of(both, {"base_model": DEFAULT}) == DEFAULT
-    assert base_of(SingleFiles(), {}) is None
+
+
+def test_a_lora_names_a_local_base_without_the_folders_above_it(tmp_path, monkeypatch):
+    folder = tmp_path / "private" / "wan-fox"
+    (folder / "inner").mkdir(parents=True)
+    for name in (folder, f"{folder}/", folder / "inner" / ".."):
+        assert SingleFiles().base(str(name)) == {"base_model": "wan-fox"}
+    monkeypatch.chdir(folder)
+    assert SingleFiles().base(".") == {"base_model": "wan-fox"}
+    assert SingleFiles().base("Wan-AI/Wan2.1-T2V-1.3B") == {"base_model": "Wan-AI/Wan2.1-T2V-1.3B"}
 
 
 # ------------------------------------------------------------------------------------------- what tensors do not tell

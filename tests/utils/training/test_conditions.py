@@ -195,7 +195,7 @@ def test_a_run_gives_the_same_loras_bit_for_bit_with_and_without_the_check(work,
     assert len(asked) == 2 and asked[0].model is not asked[1].model
     monkeypatch.setattr(train_wan_lora, "check_conditions", lambda *_: None)
     plain = train("wan2.2-i2v-A14B", flags)
-    names = [f"wan-lora_{side}_noise-00000002.safetensors" for side in ("high", "low")]
+    names = [f"wan-lora-00000002_{side}_noise.safetensors" for side in ("high", "low")]
     assert [path.name for path in plain] == [path.name for path in checked] == names
     for one, other in zip(plain, checked, strict=True):
         (found, _), (expected, _) = read_tensors(one), read_tensors(other)

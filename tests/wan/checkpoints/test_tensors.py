@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -15,10 +16,10 @@ from tests.damage import edit_pth, refused
 from tests.tiny import FAMILY
 from wan.checkpoints import TRANSFORMER, CheckpointError, tensors
 from wan.checkpoints.stored import Quantised
-from wan.checkpoints.tensors import Entry, Piece, existing, open_file, open_tensors, read_header
+from wan.checkpoints.tensors import Entry, Piece, open_file, open_tensors, read_header, surplus_bytes
 
 VAE, TEXT_ENCODER = FAMILY.vae, FAMILY.text_encoder
-FP32, BF16, FP8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn
+FP32, BF16, FP8, U8 = torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.uint8
 
 
 def entry(path: Path, name: str, shape: tuple[int, ...], scale: str | None = None) -> Entry:
@@ -106,26 +107,63 @@ def test_an_error_of_the_one_who_reads_is_not_blamed_on_the_file(tmp_path):
         raise OSError("a disk is full")
 
 
+@pytest.mark.parametrize("more", [b"\0", b"GGUF", bytes(99)])
+def test_bytes_after_the_last_tensor_are_not_read_and_the_tensors_before_them_are(tmp_path, more):
+    content = {
+        "w": torch.randn(3, 5),
+        "b": torch.randn(3).bfloat16(),
+        "q": torch.randn(2, 3).to(FP8),
+        "n": torch.arange(3),
+    }
+    path, long = tmp_path / "a.safetensors", tmp_path / "long.safetensors"
+    save_file(content, path, {"format": "pt"})
+    long.write_bytes(path.read_bytes() + more)
+    assert replace(read_header(long), path=path) == read_header(path)
+    assert list(read_header(long).shapes) == list(read_header(path).shapes)
+    with open_file(long) as read, open_file(path) as expected:
+        for name in content:
+            one, other = read(name), expected(name)
+            assert one.dtype == other.dtype and torch.equal(one.flatten().view(U8), other.flatten().view(U8))
+            assert one.shape == other.shape
+    assert (surplus_bytes(long), surplus_bytes(path)) == (len(more), 0)
+
+
+def test_a_pth_file_has_no_surplus(folder):
+    assert surplus_bytes(folder / VAE) == 0
+
+
+def test_a_file_that_has_become_shorter_while_it_was_open_is_named(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(100)}, path)
+    path.write_bytes(path.read_bytes() + b"more")
+    with open_file(path) as read:
+        path.write_bytes(path.read_bytes()[:-10])
+        refused("a.safetensors is not a complete safetensors file: a is cut short", read, "a")
+
+
 # ---------------------------------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("kept", [0, 4, 100, -1])
-def test_a_truncated_safetensors_file_is_named(folder, kept):
+@pytest.mark.parametrize(
+    ("kept", "where"),
+    [(4, " within its header, after 4 bytes"), (100, " within its header"), (-1, r", with \d+ of the")],
+)
+def test_a_truncated_safetensors_file_is_named_with_what_is_left_of_it(folder, kept, where):
     path = folder / TRANSFORMER
     path.write_bytes(path.read_bytes()[:kept])
-    message = f"{path} is not a complete safetensors file: .*\ndownload it again"
+    message = f"{path} is not a complete safetensors file: it is cut short{where}.*\ndownload it again"
     refused(message, read_header, path)
     with open_tensors({}, FP32):
         pass
     refused(message, open_tensors({"a": entry(path, "a", (1,))}, FP32).__enter__)
 
 
-@pytest.mark.parametrize("kept", [0, 4, 1000, -1])
+@pytest.mark.parametrize("kept", [4, 1000, -1])
 @pytest.mark.parametrize("file", [VAE, TEXT_ENCODER])
 def test_a_truncated_pth_file_is_named(folder, file, kept):
     path = folder / file
     path.write_bytes(path.read_bytes()[:kept])
-    refused(f"{path} is not a complete file of plain tensors: .*\ndownload it again", read_header, path)
+    refused(f"{path} is not a complete file of plain tensors: it is cut short\ndownload it again", read_header, path)
 
 
 def test_a_pth_file_must_hold_a_flat_dictionary(folder):
@@ -203,8 +241,10 @@ def test_a_file_that_cannot_be_mapped_is_read_without_a_map_and_a_damaged_one_is
     save_file({"a": torch.ones(3)}, path)
     with open_file(path) as read:
         assert read_header(path).shapes == {"a": (3,)} and torch.equal(read("a"), torch.ones(3))
-    path.write_bytes(path.read_bytes()[:-1])
-    refused("is not a complete safetensors file", read_header, path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    refused("is not a complete safetensors file: it is cut short", read_header, path)
+    path.write_bytes(content)
     monkeypatch.setattr(tensors, "safe_open", Mock(side_effect=RuntimeError("out of memory")))
     refused("is not a complete safetensors file: out of memory", read_header, path)
 
@@ -225,8 +265,8 @@ FOREIGN = {
     b"GGUF\3\0\0\0": "is a GGUF file, which is not read here: give the safetensors file",
     b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "is a pointer of Git LFS, not the file itself",
     b"<!DOCTYPE html><html>": "is a web page, not the file itself",
-    b"": "is not a complete",
-    b"{}": "is not a complete",
+    b"": "is an empty file",
+    b"{}": "is a text, not the file itself: it begins with {}",
     b"\x89PNG\r\n": "is not a complete",
 }
 
@@ -247,9 +287,6 @@ def test_what_torch_saved_as_safetensors_is_to_be_renamed(tmp_path):
 def test_what_is_no_file_is_named(tmp_path):
     refused(f"cannot read {tmp_path}: Is a directory", read_header, tmp_path)
     refused(f"{tmp_path}/a is missing; the layout", read_header, tmp_path / "a")
-    (tmp_path / "link").symlink_to(tmp_path / "gone")
-    refused(f"{tmp_path}/link is missing: a link to a file that is gone", existing, tmp_path / "link")
-    assert len(refused("cannot read .+: File name too long", existing, tmp_path / ("a" * 5000))) < 300
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -280,7 +317,8 @@ class Trap:
 def test_a_pickled_object_is_refused_and_never_run(folder, monkeypatch, file, zipped):
     monkeypatch.chdir(folder)
     torch.save({"conv2.weight": Trap()}, folder / file, _use_new_zipfile_serialization=zipped)
-    refused("is not a complete file of plain tensors", read_header, folder / file)
+    message = "is not a complete file of plain tensors" if zipped else "in the format before torch 1.6"
+    refused(message, read_header, folder / file)
     assert not (folder / "sprung").exists()
     torch.load(folder / file, weights_only=False)
     assert (folder / "sprung").exists()  # the trap works where it is let

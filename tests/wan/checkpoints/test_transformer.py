@@ -93,7 +93,9 @@ def test_tensors_that_have_no_widths_are_named(folder, edit, message):
         ({"patch_size": [1, 4, 4]}, "patch_size"),
         ({"num_heads": 5}, "5 heads do not divide the width 48"),
         ({"num_heads": 0}, "0 heads do not divide"),
-        ({"num_heads": None}, "lacks a valid num_heads"),
+        ({"num_heads": None}, "config.json does not state num_heads, the number of heads"),
+        ({"num_heads": 16}, "16 heads of the width 48 have 3 channels, where an even number"),
+        ({"num_heads": 12}, "12 heads of the width 48 have 4 channels, where an even number of at least 6"),
         ({"num_heads": float("inf")}, "lacks a valid num_heads"),
         ({"eps": "small"}, "lacks a valid num_heads or eps"),
         ({"eps": float("nan")}, "lacks a valid num_heads or eps: eps is nan"),
@@ -109,10 +111,18 @@ def test_a_config_that_disagrees_is_refused(folder, changes, message):
     assert str(folder) in refused(message, read, folder)
 
 
+def test_heads_of_an_odd_number_of_channels_are_refused(tmp_path):
+    folder = tmp_path / "odd"
+    write_transformer(folder, tiny_transformer(replace(TINY_SHAPE, dim=54, num_heads=3)))
+    assert read(folder).shape.num_heads == 3
+    edit_config(folder, num_heads=6)
+    refused("6 heads of the width 54 have 9 channels, where an even number of at least 6 is needed", read, folder)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
 def test_a_config_that_is_no_json_object_is_refused(folder, content):
     (folder / "config.json").write_bytes(content)
-    assert "config.json" in refused("not a readable JSON file|not hold a JSON object", read_config, folder)
+    assert "config.json" in refused("is an empty file|is not valid JSON|not hold a JSON object", read_config, folder)
 
 
 @pytest.mark.parametrize("name", ["../evil.safetensors", "/evil.safetensors", "sub/evil.safetensors", "..", "."])
@@ -126,13 +136,23 @@ def test_an_index_never_leads_out_of_its_folder(folder, name):
 
 
 @pytest.mark.parametrize(
-    "content",
-    ["", "{}", "[]", "[" * 100_000, '{"weight_map": ["a"]}', '{"weight_map": {"a": 7}}', '{"weight_map": {"a": []}}'],
+    ("content", "message"),
+    [
+        ("", "is an empty file"),
+        ("<html>", "is a web page"),
+        ("version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS"),
+        ("[" * 100_000, "is damaged, it is not valid JSON"),
+        ("[]", "does not hold a JSON object"),
+        ("{}", "is not a valid index of safetensors shards"),
+        ('{"weight_map": ["a"]}', "is not a valid index of safetensors shards"),
+        ('{"weight_map": {"a": 7}}', "is not a valid index of safetensors shards"),
+        ('{"weight_map": {"a": []}}', "is not a valid index of safetensors shards"),
+    ],
 )
-def test_an_index_that_is_none_is_refused(folder, content):
+def test_an_index_that_is_none_is_refused(folder, content, message):
     (folder / TRANSFORMER).unlink()
     (folder / INDEX).write_text(content)
-    refused(f"{INDEX} is not a valid index of safetensors shards", read, folder)
+    refused(f"{INDEX} {message}", read, folder)
 
 
 @pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "a\n\n\nb", "", "\ud800"])
@@ -201,9 +221,9 @@ def test_the_config_of_diffusers_says_the_same_in_other_words(folder):
     ("changes", "message"),
     [
         ({"num_attention_heads": 3}, "config.json says dim 72, but the weights have 48"),
-        ({"in_channels": 36}, "config.json says in_dim 36, but the weights have 16"),
+        ({"in_channels": 36}, "config.json says in_channels 36, but the weights have 16"),
         ({"num_attention_heads": "2"}, None),
-        ({"num_attention_heads": None}, "lacks a valid num_heads"),
+        ({"num_attention_heads": None}, "config.json does not state num_attention_heads, the number of heads"),
     ],
 )
 def test_a_config_of_diffusers_that_disagrees_is_refused(folder, changes, message):

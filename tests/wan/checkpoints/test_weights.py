@@ -226,7 +226,8 @@ def test_a_shard_that_is_missing_is_named_even_without_an_index(tmp_path, number
     (tmp_path / f"{MODEL}.safetensors.index.json").unlink()
     missing = tmp_path / f"{MODEL}-0000{number}-of-00003.safetensors"
     missing.unlink()
-    refused(f"{missing} is missing", read_weights, tmp_path, "vae")
+    message = f"{missing} is missing; by their names there are 3 shards, 1 of which cannot be found"
+    refused(message, read_weights, tmp_path, "vae")
 
 
 @pytest.mark.parametrize(
@@ -235,9 +236,9 @@ def test_a_shard_that_is_missing_is_named_even_without_an_index(tmp_path, number
         ("x.gguf", b"GGUF\3", "x.gguf is a GGUF file, which is not read here"),
         ("x.safetensors", b"version https://git-lfs.github.com/spec/v1", "x.safetensors is a pointer of Git LFS"),
         ("model.safetensors", b"version https://git-lfs.github.com/spec/v1", "model.safetensors is a pointer of"),
-        ("model.safetensors", b"", "model.safetensors is not a complete safetensors file"),
-        ("model-00001-of-00001.safetensors", b"", "is not a complete safetensors file"),
-        ("model-00001-of-00000.safetensors", b"", "is not a complete safetensors file"),
+        ("model.safetensors", b"", "model.safetensors is an empty file"),
+        ("model-00001-of-00001.safetensors", b"", "is an empty file"),
+        ("model-00001-of-00000.safetensors", b"", "is an empty file"),
         ("model-00001-of-99999.safetensors", b"", "model-00002-of-99999.safetensors is missing"),
         ("x.pth", b"", "has no file of a Wan VAE, such as diffusion_pytorch_model.safetensors"),
         ("config.json", b"{}", "has no file of a Wan VAE"),

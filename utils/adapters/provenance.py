@@ -1,0 +1,262 @@
+"""What a LoRA was trained on top of: LoRAs that were fused into its base model. Their record, and their files again.
+
+The metadata of a LoRA records them in the order in which they were fused:
+
+    fused_lora    a JSON list of {"name": file name, "sha256": of its content, "weight": number, "bytes": its size}
+
+A file is found by its content. Names are shown and never opened, since a file must not choose a path. `bytes` spares
+hashing files of other sizes and may be missing. Versions before recorded options only, and so no content.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+
+from tqdm import tqdm
+
+from utils.adapters.lora_file import FP32_MAX, LoraError, shown
+from utils.adapters.pairs import EXPERT_KEY, expert_of, find_pair, lora_of
+from utils.common.digests import hash_file
+from utils.common.errors import UserError
+from utils.common.tensor_files import file_metadata
+
+FUSED_KEY = "fused_lora"
+COMMAND_ARGS = "command_args*.json"  # in the folder of a run: its options, and those of each time that it was resumed
+LARGEST = 2**33  # bytes of a file that may be a LoRA
+_PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")  # what a folder of PEFT is taken for
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_FOLDERS_ABOVE = 3  # RUN/x.safetensors, RUN/checkpoints/x.safetensors, RUN/checkpoints/aside-1/x.safetensors
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A LoRA that another was trained on top of, as its metadata records it."""
+
+    name: str  # of its file when it was fused
+    sha256: str | None  # None in files of versions that did not record it
+    weight: float
+    size: int | None = None  # bytes
+
+    def __str__(self) -> str:
+        return f"{shown(self.name)} (weight {self.weight:g}, SHA-256 {self.sha256 or 'not recorded'})"
+
+
+@dataclass(frozen=True)
+class FusedFile:
+    """A LoRA to fuse: where it is, and what is recorded of it."""
+
+    path: Path
+    record: Fused
+
+    def __str__(self) -> str:
+        return f"{self.path.name} at {self.record.weight:g}"
+
+
+def record(path: Path, weight: float) -> FusedFile:
+    """A LoRA that is to be fused at this weight. Raises UserError for a file that cannot be read."""
+    return FusedFile(path, Fused(path.absolute().name, content_hash(path), weight, content_size(path)))
+
+
+def to_metadata(fused: Sequence[FusedFile]) -> dict[str, str]:
+    """What the metadata of a LoRA that is trained on top of these says of them."""
+    rows = [(file.record.name, file.record.sha256, file.record.weight, file.record.size) for file in fused]
+    return {FUSED_KEY: json.dumps([dict(zip(("name", "sha256", "weight", "bytes"), row, strict=True)) for row in rows])}
+
+
+def fused_in(metadata: Mapping[str, str], source: Path) -> list[Fused]:
+    """What the metadata of a LoRA records. Raises LoraError, with the file's name `source`, for a damaged record."""
+    if FUSED_KEY not in metadata:
+        return _fused_by_options(metadata)
+    try:
+        rows = json.loads(metadata[FUSED_KEY])
+        if not isinstance(rows, list):
+            raise ValueError(f"it is {shown(rows)}, not a list")
+        return [_read_row(row) for row in rows]
+    except (ValueError, RecursionError) as error:
+        raise LoraError(f"{source}: the metadata {FUSED_KEY} does not say what it was trained on: {error}.") from None
+
+
+def content_hash(path: Path) -> str:
+    """The SHA-256 of a LoRA file; of a folder of PEFT that of the digests of its two files.
+
+    Raises UserError for a file that cannot be read.
+    """
+    try:
+        if path.is_dir():
+            digests = "".join(hash_file(path / name) for name in _PEFT_FILES)
+            return hashlib.sha256(digests.encode()).hexdigest()
+        return hash_file(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def content_size(path: Path) -> int:
+    """The bytes that `content_hash` reads; 0 where there is nothing to read."""
+    try:
+        return sum(file.stat().st_size for file in ([path / name for name in _PEFT_FILES] if path.is_dir() else [path]))
+    except OSError:
+        return 0
+
+
+def run_options(lora: Path) -> list[dict[str, object]]:
+    """The options of the run in whose folder a LoRA lies, the newest first; none where it lies in no run.
+
+    These are the user's own files. Nothing is known of the types of the values.
+    """
+    for folder in lora.absolute().parents[:_FOLDERS_ABOVE]:
+        files = sorted(folder.glob(COMMAND_ARGS), key=lambda file: file.stem, reverse=True)
+        found = []
+        for file in files:
+            with suppress(OSError, ValueError, RecursionError):
+                found.append(json.loads(file.read_text(encoding="utf-8")))
+        if files:
+            return [options for options in found if isinstance(options, dict)]
+    return []
+
+
+def find_fused(lora: Path, advice: str, given: Sequence[Path] = ()) -> list[FusedFile]:
+    """The LoRAs that this one was trained on top of, in their order; none for most LoRAs.
+
+    Looked at are the `given` files, what the options of its run name, and the files beside it and beside those, each
+    by its content. Where a LoRA records no content, the given file that is no other's is taken, or that of the run.
+    Raises LoraError for a damaged record, and UserError, ending in the `advice`, for a LoRA that is nowhere.
+    """
+    wanted = fused_in(file_metadata(lora), lora)
+    if not wanted:
+        return []
+    named = [*given, *_named_by_run(lora)]
+    found = _by_content(wanted, lora, named)
+    expert = expert_of(lora, file_metadata(lora))
+    unrecorded = [path for path in named if path not in found.values()]
+    unrecorded = [path for path in unrecorded if _may_share_an_expert(expert_of(path, file_metadata(path)), expert)]
+    files = []
+    for fused in wanted:
+        if fused.sha256 is None and unrecorded:
+            files.append(FusedFile(unrecorded[0], fused))
+        elif fused.sha256 in found:
+            files.append(FusedFile(found[fused.sha256], fused))
+        else:
+            raise UserError(
+                f"{lora} was trained on top of {fused}, and no such file is beside it or where its run had it\n{advice}"
+            )
+    return files
+
+
+def find_for_experts(
+    own: Mapping[str, Path], experts: Sequence[str], given: Sequence[Path], advice: str
+) -> dict[str, list[FusedFile]]:
+    """For each transformer what its LoRA was trained on top of; `own` are the LoRAs, by the names of some `experts`.
+
+    Each given file must be one that a LoRA records, or that of an expert without a LoRA, which records nothing: it gets
+    the half of a pair whose other half is recorded. Raises UserError for other files, and as `find_fused` does.
+    """
+    records = {name: fused_in(file_metadata(path), path) for name, path in own.items()}
+    recorded = list(dict.fromkeys(fused for fused_here in records.values() for fused in fused_here))
+    files = [file for path in given for file in files_of(path)]
+    if files and not recorded:
+        loras = " and ".join(str(path) for path in dict.fromkeys(own.values()))
+        raise UserError(f"--fuse_lora {given[0]}: {loras} was trained on top of no LoRA. Add others with --also_lora.")
+    hashes = {file: content_hash(file) for file in files}
+    whole: dict[Path, Fused] = {}  # what is recorded of a given name: of a pair, of one of its halves
+    for path in given:
+        known = [fused for fused in recorded for file in files_of(path) if fused.sha256 in (None, hashes[file])]
+        if not known:
+            listed = " and ".join(f"{file} has the SHA-256 {hashes[file]}" for file in files_of(path))
+            raise UserError(
+                f"--fuse_lora: {listed}.\nThe LoRA was trained on top of {' and '.join(map(str, recorded))}."
+            )
+        whole[path] = known[0]
+    found = {name: find_fused(path, advice, files) for name, path in own.items()}
+    for name in experts:
+        if name not in own:
+            halves = {path: lora_of(path, name, experts) for path in given}
+            found[name] = [FusedFile(half, whole[path]) for path, half in halves.items() if half is not None]
+    return {name: found[name] for name in experts}
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that a name means: the two of a pair, or itself."""
+    return [*find_pair(path).values()] or [path]
+
+
+def _read_row(row: object) -> Fused:
+    match row:
+        case {"name": str(name), "sha256": str(digest), "weight": weight, **others} if _DIGEST.fullmatch(digest):
+            size, number = others.get("bytes"), _finite(weight)
+            if number is not None and (size is None or type(size) is int):
+                return Fused(name, digest, number, size)
+    raise ValueError(f"{shown(row)} is not a name, a SHA-256 and a weight")
+
+
+def _finite(value: object) -> float | None:
+    """A JSON number as a float; None for anything else, and for one that fp32 cannot hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= FP32_MAX:
+        return None
+    return float(value)
+
+
+def _fused_by_options(metadata: Mapping[str, str]) -> list[Fused]:
+    """What a LoRA says that records no more than the options of its run."""
+    try:
+        options = json.loads(metadata.get("options", "{}"))
+    except (ValueError, RecursionError):
+        return []
+    match options:
+        case {"fuse_lora": str(path)}:
+            name, weight = PureWindowsPath(path).name, _finite(options.get("fuse_lora_weight"))
+            if _may_share_an_expert(expert_of(Path(name), {}), metadata.get(EXPERT_KEY)):
+                return [Fused(name, None, 1.0 if weight is None else weight)]
+    return []
+
+
+def _may_share_an_expert(one: str | None, other: str | None) -> bool:
+    return one is None or other is None or one == other
+
+
+def _named_by_run(lora: Path) -> list[Path]:
+    """The files that a LoRA's run has fused, as far as they are still there."""
+    texts = (options.get("fuse_lora") for options in run_options(lora))
+    files = list[Path]()
+    for text in dict.fromkeys(text for text in texts if isinstance(text, str)):
+        with suppress(OSError):  # a name that the system does not take
+            files += files_of(Path(text))
+    return [file for file in files if os.path.exists(file)]
+
+
+def _by_content(wanted: Sequence[Fused], lora: Path, named: Sequence[Path]) -> dict[str, Path]:
+    """The file of each recorded content that is found. Of files beside the LoRA those of the same name come first."""
+    missing = {fused.sha256 for fused in wanted if fused.sha256 is not None}
+    names = {fused.name for fused in wanted}
+    folders = dict.fromkeys(path.parent for path in (lora, *named))
+    beside = sorted(_loras_in(folders), key=lambda path: path.name not in names)
+    others = [path for path in dict.fromkeys((*named, *beside)) if not _is_same(path, lora)]
+    sizes = {fused.size for fused in wanted}
+    plausible = [
+        path for path in others if 0 < (size := content_size(path)) <= LARGEST and (None in sizes or size in sizes)
+    ]
+    found: dict[str, Path] = {}
+    for path in tqdm(plausible, "looking for the fused LoRA", unit="file", leave=False):
+        if missing <= found.keys():
+            break
+        with suppress(UserError):
+            found.setdefault(content_hash(path), path)
+    return {digest: path for digest, path in found.items() if digest in missing}
+
+
+def _loras_in(folders: Iterable[Path]) -> Iterator[Path]:
+    for folder in folders:
+        with suppress(OSError):
+            for path in sorted(folder.iterdir()):
+                if path.suffix.lower() == ".safetensors" or os.path.isfile(path / _PEFT_FILES[0]):
+                    yield path
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    with suppress(OSError):
+        return path.samefile(other)
+    return False
