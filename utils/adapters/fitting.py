@@ -65,9 +65,13 @@ def _leave_out(lora: LoraFile, model: WanModel, source: Path) -> tuple[LoraFile,
 
 
 def _fit_inputs(lora: LoraFile, model: WanModel, source: Path) -> tuple[LoraFile, list[str]]:
-    """A change of the patch embedding for the inputs that the model has: the later ones are cut off, or unchanged."""
-    weight, diff = model.patch_embedding.weight, lora.diffs.get(f"{PATCH}.diff")
-    pair = None if PATCH in lora.input_shapes else lora.pairs.get(PATCH)
+    """A change of the patch embedding for the inputs that the model has: the later ones are cut off, or unchanged.
+
+    A control LoRA states the inputs that it needs, and they become the model's.
+    """
+    if PATCH in lora.input_shapes:
+        return lora, []
+    weight, diff, pair = model.patch_embedding.weight, lora.diffs.get(f"{PATCH}.diff"), lora.pairs.get(PATCH)
     if PATCH in lora.lycoris:
         diff = delta(lora.lycoris[PATCH])  # in full, which is small: its factors cannot be cut
     stored = diff if pair is None else pair.down

@@ -209,6 +209,18 @@ def test_layers_of_every_kind_that_the_model_lacks_are_left_out_with_all_that_th
     assert said[0] == "a note of the file" and "cross_attn.k_img): left out" in said[1]
 
 
+@pytest.mark.parametrize("shape", [(48, 32, 1, 2, 2), (48, 128)])
+def test_a_control_lora_of_a_full_change_keeps_the_channels_of_its_control(shape):
+    diff = torch.randn(shape)
+    lora = LoraFile({}, {"patch_embedding.diff": diff}, {"patch_embedding": (48, 32, 1, 2, 2)})
+    model, before = tiny_transformer(T2V), tiny_transformer(T2V)
+    fitted, said = fitting(lora, model, SOURCE)
+    fuse_lora(model, fitted, 0.5)
+    expected = 0.5 * diff.reshape(48, 32, 1, 2, 2)
+    expected[:, :16] += before.patch_embedding.weight
+    assert not said and torch.allclose(model.patch_embedding.weight, expected, atol=1e-6)
+
+
 def test_a_flattened_control_lora_widens_the_input():
     pair = make_pair((48, 128))
     lora = LoraFile({"patch_embedding": pair}, input_shapes={"patch_embedding": (48, 32, 1, 2, 2)})

@@ -1,5 +1,7 @@
 """LoHa and LoKr change weights as their formulas say, in every form in which tools store them."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -74,6 +76,16 @@ def test_alpha_has_no_meaning_where_both_factors_are_whole():
     )
 
 
+def test_alpha_is_divided_by_the_rank_of_the_second_factor_where_both_have_one():
+    """As ComfyUI does, whatever tool may give them different ranks."""
+    first, second = make_lokr(LINEAR, "both", 1).factors, make_lokr(LINEAR, "second", 2).factors
+    factors = {**{n: f for n, f in first.items() if "w1" in n}, **{n: f for n, f in second.items() if "w2" in n}}
+    lycoris, base = Lycoris(factors, 3.0), torch.randn(LINEAR)
+    merged, left = comfy_merge({f"{Q}.weight": base}, tensors_of(lycoris, f"diffusion_model.{Q}"), 1.0)
+    assert lycoris.scale == 1.5 and not left
+    torch.testing.assert_close(base + delta(lycoris), merged[f"{Q}.weight"])
+
+
 # ------------------------------------------------------------------------------------------------------------- files
 
 
@@ -134,6 +146,23 @@ def spoiled(number: float) -> dict[str, torch.Tensor]:
     tensors = tensors_of(make_loha(), Q)
     tensors[f"{Q}.hada_w2_b"][0, 0] = number
     return tensors
+
+
+def test_reading_makes_no_change_in_full(tmp_path, monkeypatch):
+    tensors = tensors_of(make_loha(), Q) | tensors_of(make_lokr(), "blocks.0.ffn.0")
+    made = []
+    monkeypatch.setattr(Lycoris, "product", lambda self: (made.append(self), torch.empty(6, 8, device="meta"))[1])
+    assert len(read_lora(written(tmp_path / "l.safetensors", tensors)).lycoris) == 2
+    assert all(factor.is_meta for each in made for factor in each.factors.values())
+
+
+@pytest.mark.parametrize("alpha", [None, 0.5, -7.0])
+@every_kernel
+def test_no_number_of_a_change_exceeds_its_bound(form, alpha):
+    lycoris = made(form, KERNEL, alpha)
+    assert 0 < delta(lycoris).abs().max() <= lycoris.bound * (1 + 1e-6)
+    assert lycoris.product().abs().max() <= lycoris.bound * (1 + 1e-6)
+    assert math.isnan(lycoris.map(lambda factor: factor * torch.nan).bound)
 
 
 BAD = {
