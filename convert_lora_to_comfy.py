@@ -30,7 +30,7 @@ from utils.common.errors import UserError
 from utils.common.formatting import counted, readable_size
 from utils.common.options import option, parse_options, run_script
 from utils.common.tensor_files import has_same_content
-from wan.checkpoints import cast_to, read_some, read_weights
+from wan.checkpoints import CheckpointError, Weights, cast_to, read_some, read_weights
 
 # The short names are ours. The long ones are those of WanTraining's converter, which people still type.
 DTYPES = {
@@ -166,7 +166,13 @@ def convert(lora: LoraFile, file: Path, expert: str, part: str, opts: ConvertOpt
         output = with_expert(output, part or expert)
     if opts.to != PEFT_LAYOUT:
         return Conversion(file, output, tensors, metadata)
-    return Conversion(file, output.with_suffix(""), tensors, metadata, config_text(to_config(lora)))
+    return Conversion(
+        file,
+        output.with_name(output.name.removesuffix(".safetensors")),
+        tensors,
+        metadata,
+        config_text(to_config(lora)),
+    )
 
 
 def folded(lora: LoraFile, rank: int, base: Path | None) -> LoraFile:
@@ -183,17 +189,17 @@ def folded(lora: LoraFile, rank: int, base: Path | None) -> LoraFile:
 
 def read_base(path: Path) -> Read:
     """Reads weights of a transformer in any layout, one after another. Raises CheckpointError."""
-    weights = read_weights(path, "transformer")
+    return partial(weights_of, read_weights(path, "transformer"))
 
-    def read(modules: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-        if missing := [name for name in modules if f"{name}.weight" not in weights.tensors]:
-            raise UserError(f"{path} has no {missing[0]}, which the LoRA adapts. Was it made for another Wan?")
-        progress = partial(tqdm, desc="folding", unit="module", leave=False)
-        names = [f"{name}.weight" for name in modules]
-        for name, weight in read_some(weights, names, cast_to(torch.float32), progress):
-            yield name.removesuffix(".weight"), weight
 
-    return read
+def weights_of(base: Weights, modules: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Each of these modules with its weight, in fp32. Raises UserError for one that the base lacks."""
+    if missing := [name for name in modules if f"{name}.weight" not in base.tensors]:
+        raise UserError(f"{base.path} has no {missing[0]}, which the LoRA adapts. Was it made for another Wan?")
+    progress = partial(tqdm, desc="folding", unit="module", leave=False)
+    names = [f"{name}.weight" for name in modules]
+    for name, weight in read_some(base, names, cast_to(torch.float32), progress):
+        yield name.removesuffix(".weight"), weight
 
 
 def applicable(lora: LoraFile, layout: str, drop: bool) -> LoraFile:
@@ -203,13 +209,16 @@ def applicable(lora: LoraFile, layout: str, drop: bool) -> LoraFile:
     left = unsupported(lora, target)
     if not left:
         return lora
+    rest = lora.part(lambda key: key not in left)
+    if not rest.modules:
+        raise UserError(f"{target.program} can apply nothing of this LoRA ({kinds(set(left))})")
     part = share(lora, left)
     what = f"{target.program} cannot apply {counted(len(left), 'change')} of this LoRA ({kinds(set(left))})"
     what += "." if part is None else f". They are {part:.2%} of the squared change of all weights."
     if not drop:
         raise UserError(f"{what}\nLeave them out with --drop_unsupported.")
     print(f"left out: {what}")
-    return lora.part(lambda key: key not in left)
+    return rest
 
 
 def fill_in_alpha(lora: LoraFile, alpha: float | None, source: Path) -> LoraFile:
@@ -264,4 +273,4 @@ def size_of(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(run_script(main, bad_input=(CheckpointError,)))

@@ -46,9 +46,11 @@ def average(loras: Sequence[LoraFile]) -> LoraFile:
     Raises UserError if they are not from one run.
     """
     first = loras[0]
+    if any(lora.lycoris or lora.magnitudes for lora in loras):
+        raise UserError("only plain LoRAs can be averaged: fold LoHa, LoKr and DoRA first, with --fold RANK")
     for other in loras[1:]:
-        same = other.pairs.keys() == first.pairs.keys() and other.diffs.keys() == first.diffs.keys()
-        if not same or any(other.pairs[name].alpha != pair.alpha for name, pair in first.pairs.items()):
+        same = other.factors.keys() == first.factors.keys() and other.diffs.keys() == first.diffs.keys()
+        if not same or any(other.factors[name].alpha != each.alpha for name, each in first.factors.items()):
             raise UserError("the checkpoints to average belong to different LoRAs: modules and alpha must agree")
     pairs = {}
     for name, pair in loras[-1].pairs.items():

@@ -22,7 +22,10 @@ PEFT, COMFY = "PEFT", "ComfyUI"
 
 @dataclass(frozen=True)
 class Magnitude:
-    """The lengths of one module: `values` as stored, one for each output, or (1, in) for each input; whose rule."""
+    """The lengths of one module: `values` as stored, one for each output, or (1, in) for each input; whose rule.
+
+    For a convolution PEFT stores those of the outputs as (1, out, 1, ...).
+    """
 
     values: Tensor
     rule: str
@@ -30,6 +33,8 @@ class Magnitude:
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether there is one length for each row of a weight (out, in, ...), or, in ComfyUI, for each column."""
         per_column = self.rule == COMFY and self.values.shape[:2] == (1, shape[1])
+        if self.rule == PEFT and self.values.ndim > 1 and self.values.shape[:2] != (1, shape[0]):
+            return False
         return self.values.numel() == (shape[1] if per_column else shape[0]) and (per_column or self._is_per_row(shape))
 
     def factor(self, weight: Tensor, change: Tensor) -> Tensor:
@@ -45,7 +50,7 @@ class Magnitude:
         return (values / norm).reshape(-1, 1, *ones)
 
     def _is_per_row(self, shape: tuple[int, ...]) -> bool:
-        return self.values.shape[0] == shape[0]
+        return self.rule == PEFT or self.values.shape[0] == shape[0]
 
 
 def decomposed_change(weight: Tensor, change: Tensor, magnitude: Magnitude) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from utils.adapters.lora import diff_target, pad_inputs
-from utils.adapters.lora_file import LoraFile
+from utils.adapters.lora_file import LoraFile, delta
 from utils.common.errors import UserError
 from wan.configs import FAMILIES
 from wan.modules.model import WanModel
@@ -65,9 +65,15 @@ def _leave_out(lora: LoraFile, model: WanModel, source: Path) -> tuple[LoraFile,
 
 
 def _fit_inputs(lora: LoraFile, model: WanModel, source: Path) -> tuple[LoraFile, list[str]]:
-    """A change of the patch embedding for the inputs that the model has: the later ones are cut off, or unchanged."""
-    weight, diff = model.patch_embedding.weight, lora.diffs.get(f"{PATCH}.diff")
-    pair = None if PATCH in lora.input_shapes else lora.pairs.get(PATCH)
+    """A change of the patch embedding for the inputs that the model has: the later ones are cut off, or unchanged.
+
+    A control LoRA states the inputs that it needs, and they become the model's.
+    """
+    if PATCH in lora.input_shapes:
+        return lora, []
+    weight, diff, pair = model.patch_embedding.weight, lora.diffs.get(f"{PATCH}.diff"), lora.pairs.get(PATCH)
+    if PATCH in lora.lycoris:
+        diff = delta(lora.lycoris[PATCH])  # in full, which is small: its factors cannot be cut
     stored = diff if pair is None else pair.down
     if stored is None:
         return lora, []
@@ -75,11 +81,17 @@ def _fit_inputs(lora: LoraFile, model: WanModel, source: Path) -> tuple[LoraFile
     own, rest = divmod(stored.shape[1:].numel(), kernel.numel())  # convolutions come flattened too
     if rest or own == in_dim:
         return lora, []
+    if PATCH in lora.magnitudes:
+        raise UserError(
+            f"{source} is a DoRA for a patch embedding of {own} input channels, and this model has {in_dim}.\n"
+            "A DoRA depends on all inputs of a layer: use it on the Wan that it was made for."
+        )
     fitted = pad_inputs(stored.reshape(len(stored), own, *kernel)[:, :in_dim], in_dim)
     shared = f"the first {min(own, in_dim)} are changed"
     note = f"{source} was made for {own} input channels, and this model has {in_dim}: {shared}"
     if pair is None:
-        return replace(lora, diffs=lora.diffs | {f"{PATCH}.diff": fitted}), [note]
+        lycoris = {name: each for name, each in lora.lycoris.items() if name != PATCH}
+        return replace(lora, diffs=lora.diffs | {f"{PATCH}.diff": fitted}, lycoris=lycoris), [note]
     return replace(lora, pairs=lora.pairs | {PATCH: replace(pair, down=fitted)}), [note]
 
 

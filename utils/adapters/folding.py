@@ -5,6 +5,7 @@ one: a LoHa is a pair whose rank is the product of its two (the rows of one side
 its factors), and the singular values of a Kronecker product are the products of those of its factors.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from utils.adapters.dora import decomposed_change
-from utils.adapters.lora_file import LoraFile, LoraPair, delta
+from utils.adapters.lora import pad_inputs
+from utils.adapters.lora_file import LoraError, LoraFile, LoraPair, delta
 from utils.adapters.lycoris import LOHA, Lycoris
 
 Read = Callable[[Sequence[str]], Iterable[tuple[str, Tensor]]]  # modules -> each with its weight in the base model
@@ -49,7 +51,8 @@ def needs_base(lora: LoraFile) -> list[str]:
 def fold(lora: LoraFile, rank: int, read: Read | None) -> tuple[LoraFile, Loss]:
     """The LoRA with a plain pair of this rank, or less, in place of every LoHa, LoKr and DoRA; plain pairs stay.
 
-    `read` gives the base weights of `needs_base`. The pairs are fp32 and their alpha is their rank.
+    `read` gives the base weights of `needs_base`. The pairs are fp32 and their alpha is their rank. Raises LoraError
+    for a base of other shapes.
     """
     pairs, whole, lost = dict(lora.pairs), {}, {}
     for name, lycoris in lora.lycoris.items():
@@ -58,6 +61,11 @@ def fold(lora: LoraFile, rank: int, read: Read | None) -> tuple[LoraFile, Loss]:
     decomposed = needs_base(lora)
     for name, weight in read(decomposed) if read is not None else ():
         factors = lora.factors[name]
+        if name in lora.input_shapes:
+            weight = pad_inputs(weight, lora.input_shapes[name][1])
+        if (len(weight), weight[0].numel()) != (factors.weight_shape[0], math.prod(factors.weight_shape[1:])):
+            shapes = f"{factors.weight_shape} at {name}, the base model {tuple(weight.shape)}"
+            raise LoraError(f"the LoRA has {shapes}: is it for another Wan?")
         change = decomposed_change(weight, delta(factors).view_as(weight), lora.magnitudes[name])
         pairs[name], whole[name], lost[name] = _truncated(_dense(change.flatten(1), rank), rank, tuple(weight.shape))
         # Of an iteration only the first singular values are known: the rest is what is left of the change.
@@ -80,16 +88,12 @@ def _truncated(svd: Svd, rank: int, shape: tuple[int, ...]) -> tuple[LoraPair, f
 
 def _decompose(factors: Lycoris) -> Svd:
     """All singular values of a LoHa or LoKr, from those of its small factors where it has them."""
-    if any(name in factors.factors for name in ("hada_t1", "lokr_t2")):
-        return _full(delta(factors).flatten(1))
     if factors.kind == LOHA:
-        (a1, b1), (a2, b2) = (
-            (factors.factors[f"hada_w{n}_a"].float(), factors.factors[f"hada_w{n}_b"].float()) for n in (1, 2)
-        )
+        (a1, b1), (a2, b2) = (factors.sides(f"hada_w{n}", f"hada_t{n}") for n in (1, 2))
         up = torch.einsum("or,os->ors", a1, a2).flatten(1) * factors.scale
         down = torch.einsum("ri,si->rsi", b1, b2).flatten(0, 1)
         return _of_product(up, down) if len(down) < min(len(up), down.shape[1]) else _full(up @ down)
-    (u1, s1, v1), (u2, s2, v2) = (_full(factors.whole(f"lokr_w{n}")) for n in (1, 2))
+    (u1, s1, v1), (u2, s2, v2) = (_full(factors.whole(f"lokr_w{n}", f"lokr_t{n}")) for n in (1, 2))
     return torch.kron(u1, u2), torch.kron(s1, s2) * abs(factors.scale), torch.kron(v1, v2) * _sign(factors.scale)
 
 

@@ -14,11 +14,12 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.adapters.lora_file import FP32_MAX, MAX_DIMENSIONS, LoraError, LoraFile, LoraPair, shown
+from utils.adapters.pairs import EXPERT_KEY, LOW
 from wan.names import diffusers_name
 
 DIFFUSERS_KEY = "lora_adapter_metadata"
@@ -49,7 +50,7 @@ def read_statements(metadata: Mapping[str, str], ranks: Mapping[str, int], where
         if key in metadata:
             try:
                 content = _table(json.loads(metadata[key]), "its content")
-                alphas = _own_alphas(content) if key == OWN_KEY else peft_alphas(_of_transformer(content), ranks)
+                alphas = _own_alphas(content) if key == OWN_KEY else _diffusers_alphas(content, metadata, ranks)
             except (ValueError, RecursionError) as error:
                 raise LoraError(f"{where}: the metadata {key} gives no usable alpha: {error}.") from error
             statements.append(Statement(f"the metadata {key}", alphas))
@@ -120,7 +121,9 @@ def diffusers_metadata(lora: LoraFile) -> dict[str, str]:
     pairs = {diffusers_name(name): pair for name, pair in sorted(lora.pairs.items())}
     if all(pair.alpha is None for pair in pairs.values()) and len({pair.rank for pair in pairs.values()}) == 1:
         return {}
-    config = {f"transformer.{key}": value for key, value in peft_scales(pairs).items()}
+    # diffusers looks for biases by itself only where there is no such key.
+    biased = {"lora_bias": True} if any(key.endswith(".diff_b") for key in lora.diffs) else {}
+    config = {f"transformer.{key}": value for key, value in {**peft_scales(pairs), **biased}.items()}
     return {DIFFUSERS_KEY: json.dumps(config, sort_keys=True)}
 
 
@@ -146,13 +149,20 @@ def _own_alphas(content: Mapping[str, object]) -> dict[str, float]:
     return {name: _number(alpha, f"alpha of {shown(name)}") for name, alpha in alphas.items()}
 
 
-def _of_transformer(content: Mapping[str, object]) -> dict[str, object]:
+def _diffusers_alphas(
+    content: Mapping[str, object], metadata: Mapping[str, str], ranks: Mapping[str, int]
+) -> dict[str, float]:
+    return peft_alphas(_of_transformer(content, metadata.get(EXPERT_KEY)), ranks)
+
+
+def _of_transformer(content: Mapping[str, object], expert: str | None) -> dict[str, object]:
     """diffusers' fields without the name of the model before them: a second expert's are "transformer_2."."""
-    first = {key.removeprefix("transformer."): value for key, value in content.items()}
     second = {
         key.removeprefix("transformer_2."): value for key, value in content.items() if key.startswith("transformer_2.")
     }
-    return second if second and not any(key.startswith("transformer.") for key in content) else first
+    if second and (expert == LOW or not any(key.startswith("transformer.") for key in content)):
+        return second
+    return {key.removeprefix("transformer."): value for key, value in content.items()}
 
 
 def peft_alphas(config: Mapping[str, object], ranks: Mapping[str, int]) -> dict[str, float]:
@@ -164,15 +174,25 @@ def peft_alphas(config: Mapping[str, object], ranks: Mapping[str, int]) -> dict[
     stabilised = config.get("use_rslora", False)
     if not isinstance(stabilised, bool):
         raise ValueError(f"use_rslora is {shown(stabilised)}, not true or false")
-    patterns: dict[str, tuple[int, float]] = {}  # in their canonical form, with their place in the file
-    for pattern, alpha in _table(config.get("alpha_pattern", {}), "alpha_pattern").items():
-        patterns.setdefault(_canonical(pattern), (len(patterns), _number(alpha, f"alpha of {shown(pattern)}")))
-    alphas = dict.fromkeys(ranks, _number(config["lora_alpha"], "lora_alpha")) if "lora_alpha" in config else {}
-    for name in ranks:
-        if found := [patterns[pattern] for pattern in _patterns_of(name) if pattern in patterns]:
-            alphas[name] = min(found)[1]
+    alphas = by_pattern(config, "lora_alpha", "alpha_pattern", ranks)
     # rsLoRA scales by alpha / sqrt(rank) (Kalajdzievski 2023), while a file can only state alpha / rank.
     return {name: alpha * math.sqrt(ranks[name]) if stabilised else alpha for name, alpha in alphas.items()}
+
+
+def by_pattern(config: Mapping[str, object], default: str, patterns: str, names: Iterable[str]) -> dict[str, float]:
+    """What a field of a LoraConfig and the patterns that go before it give each module, where they give anything.
+
+    Raises ValueError for fields of another type.
+    """
+    table: dict[str, tuple[int, float]] = {}  # patterns in their canonical form, with their place in the file
+    for pattern, number in _table(config.get(patterns, {}), patterns).items():
+        place = len(table), _number(number, f"the number of {shown(pattern)} in {patterns}")
+        table.setdefault(_canonical(pattern, patterns), place)
+    numbers = dict.fromkeys(names, _number(config[default], default)) if default in config else {}
+    for name in names:
+        if found := [table[pattern] for pattern in _patterns_of(name) if pattern in table]:
+            numbers[name] = min(found)[1]
+    return numbers
 
 
 def _plain_number(text: str) -> float | None:
@@ -197,12 +217,12 @@ def _patterns_of(name: str) -> Iterator[str]:
         yield from (f".*{known[start:]}" for start in range(len(known)))
 
 
-def _canonical(pattern: str) -> str:
+def _canonical(pattern: str, field: str) -> str:
     """A pattern with its dots unescaped. Raises ValueError for one that is more than a name."""
     plain = pattern.replace(r"\.", ".").removesuffix("$")
     if not _PATTERN.fullmatch(plain):
         raise ValueError(
-            f"alpha_pattern has {shown(pattern)}, a regular expression; name modules, such as ^blocks.0.attn1.to_q"
+            f"{field} has {shown(pattern)}, a regular expression; name modules, such as ^blocks.0.attn1.to_q"
         )
     return plain
 

@@ -32,6 +32,7 @@ RELEASED_CHANNELS = {family.in_dim for family in FAMILIES.values()}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 
 PATCH = "patch_embedding"
+KERNEL = 4  # numbers of its weight for an input channel, 1 x 2 x 2
 
 
 @dataclass
@@ -238,7 +239,7 @@ def _lycoris(module: _Module, alpha: float | None, key: str) -> Lycoris:
 
 def _scale_whole_factors(lycoris: Mapping[str, Lycoris], config: PeftConfig) -> dict[str, Lycoris]:
     """PEFT scales a LoKr of two whole factors by alpha / r, LyCORIS and ComfyUI do not: here it is in the first one."""
-    ranks = config.ranks(dict.fromkeys(lycoris, 1))
+    ranks = config.ranks(list(lycoris))
     scaled = {}
     for name, each in lycoris.items():
         if not each.rank and each.alpha is not None:
@@ -291,8 +292,11 @@ def _stated_shapes(
         # holds for a file whose keys somebody has renamed, too: no Wan that it trains has this number of channels.
         bare = not embedding.key.prefix and PATCH in pairs
         channels = matrix.shape[1] if matrix.ndim == 5 else 0
+        if matrix.ndim == 2 and matrix.shape[1] == CONTROL_CHANNELS * KERNEL:  # flattened
+            channels = CONTROL_CHANNELS
         if channels == CONTROL_CHANNELS or (bare and channels and channels not in RELEASED_CHANNELS):
-            shapes.setdefault(PATCH, pairs[PATCH].weight_shape if PATCH in pairs else tuple(matrix.shape))
+            made = pairs[PATCH].weight_shape if PATCH in pairs else tuple(matrix.shape)
+            shapes.setdefault(PATCH, made if matrix.ndim == 5 else (made[0], channels, 1, 2, 2))
     return shapes
 
 

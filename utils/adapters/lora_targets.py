@@ -10,19 +10,21 @@ Sources: `ModelPatcher._load_list`, `model_lora_keys_unet` and the weight adapte
 diffusers 0.42, LoraConfig of PEFT 0.21.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from utils.adapters.dora import COMFY, PEFT
+from utils.adapters.dora import COMFY, PEFT, Magnitude
 from utils.adapters.lora_file import Factors, LoraError, LoraFile, LoraPair
 from utils.adapters.lycoris import LOKR
 from wan.names import is_parameter
 
 PATCH = "patch_embedding"
 KERNEL = (1, 2, 2)  # of the patch embedding, in every Wan
+KERNELS = (PATCH, "vace_patch_embedding")  # the convolutions
 
 
 @dataclass(frozen=True)
@@ -67,17 +69,22 @@ def adapt(lora: LoraFile, target: Target) -> LoraFile:
     """The same change in the form that the target can apply, as far as there is one.
 
     ComfyUI widens a layer for a pair alone, and PEFT and WanTraining have pairs alone: there a full change of a matrix
-    becomes a pair of full rank, which is exact. PEFT's matrices of a convolution have its axes.
+    becomes a pair of full rank, which is exact. PEFT's matrices of a convolution have its axes. ComfyUI adds a full
+    change only if it has the shape of the weight, and knows no kernels of three dimensions in LoHa and LoKr: it would
+    take them for another change.
     """
-    pairs, diffs, shapes = dict(lora.pairs), dict(lora.diffs), dict(lora.input_shapes)
+    pairs, shapes = dict(lora.pairs), dict(lora.input_shapes)
+    diffs = {key: _shaped(key, diff) for key, diff in lora.diffs.items()}
+    lycoris = {name: each.flattened() if name in KERNELS else each for name, each in lora.lycoris.items()}
+    magnitudes = {name: _aligned(name, each) for name, each in lora.magnitudes.items()}
     for key, diff in lora.diffs.items():
         name, _, role = key.rpartition(".")
         is_matrix = role == "diff" and not is_parameter(name) and diff.ndim > 1 and diff[0].numel() > 1
         if is_matrix and (not target.layers or name in shapes):
             pairs[name] = _exact_pair(diffs.pop(key))
-    if not target.layers and PATCH in pairs:
-        pairs[PATCH] = _unflattened(pairs[PATCH])
-    return replace(lora, pairs=pairs, diffs=diffs, input_shapes=shapes)
+    if not target.layers:
+        pairs |= {name: _unflattened(pairs[name]) for name in KERNELS if name in pairs}
+    return replace(lora, pairs=pairs, diffs=diffs, input_shapes=shapes, lycoris=lycoris, magnitudes=magnitudes)
 
 
 def unsupported(lora: LoraFile, target: Target) -> list[str]:
@@ -133,7 +140,30 @@ def _identity(size: int, like: Tensor) -> Tensor:
 
 
 def _unflattened(pair: LoraPair) -> LoraPair:
-    if pair.down.ndim != 2:
-        return pair
-    down = pair.down.reshape(pair.rank, -1, *KERNEL)
-    return replace(pair, down=down, up=pair.up.reshape(len(pair.up), pair.rank, 1, 1, 1))
+    return replace(pair, down=_as_kernels(pair.down), up=pair.up.reshape(len(pair.up), pair.rank, 1, 1, 1))
+
+
+def _as_kernels(matrix: Tensor) -> Tensor:
+    """(rows, in * ...) as (rows, in, *KERNEL)."""
+    if matrix[0].numel() % math.prod(KERNEL):
+        raise LoraError(f"a change of {PATCH} has {matrix[0].numel()} numbers for an output, so it is of no Wan.")
+    return matrix.reshape(len(matrix), -1, *KERNEL)
+
+
+def _shaped(key: str, diff: Tensor) -> Tensor:
+    """A full change in the shape of what it changes: vectors and kernels may come with other axes."""
+    name, _, role = key.rpartition(".")
+    if is_parameter(name):
+        return diff
+    if role == "diff_b" or diff[0].numel() == 1:
+        return diff.flatten()
+    return _as_kernels(diff) if name in KERNELS else diff
+
+
+def _aligned(name: str, magnitude: Magnitude) -> Magnitude:
+    """ComfyUI multiplies by its magnitudes as they are shaped, PEFT wants its own: with the axes of the weight."""
+    ones, values = [1] * len(KERNEL) if name in KERNELS else [], magnitude.values
+    if magnitude.rule == PEFT:
+        return replace(magnitude, values=values.reshape(1, -1, *ones) if ones else values.flatten())
+    shape = (1, -1) if len(values) == 1 else (-1, 1)  # for each input, or for each output
+    return replace(magnitude, values=values.reshape(*shape, *ones))

@@ -95,7 +95,7 @@ def write_lora(path: str | Path, lora: LoraFile, layout: str = "comfy", dtype: t
     """Writes what `to_state_dict` returns; PEFT's layout as a folder. Raises LoraError as it and the writing do."""
     path, content = Path(path), to_state_dict(lora, layout, dtype)
     if layout == PEFT_LAYOUT:
-        write_config(path, config_text(to_config(lora)))
+        write_config(path, config_text(to_config(adapt(lora, TARGETS[layout]))))
         path = path / WEIGHTS
     write_state_dict(path, *content)
 

@@ -7,6 +7,7 @@ For convolutions a core t stands between a and b (Tucker). Sources: the LoHa and
 adapters of ComfyUI v0.3.77, which read the files of LyCORIS by these rules.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -56,9 +57,16 @@ class Lycoris:
 
     @property
     def bound(self) -> float:
-        """The largest magnitude in the change, and in the product before it is scaled; NaN where one is none."""
-        low, high = self.product().aminmax()
-        return max(1.0, abs(self.scale)) * max(-low.item(), high.item())
+        """No number in the change, or in the product before it is scaled, exceeds this; NaN where one is none.
+
+        It is found from the factors: in full the changes of a large model take minutes.
+        """
+        if self.kind == LOHA:
+            sides = [self.sides(f"hada_w{n}", f"hada_t{n}") for n in (1, 2)]
+            largest = math.prod(len(b) * _largest(a) * _largest(b) for a, b in sides)
+        else:
+            largest = _largest(self.whole("lokr_w1")) * _largest(self.whole("lokr_w2", "lokr_t2"))
+        return max(1.0, abs(self.scale)) * largest
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Lycoris":
         """With another tensor for each factor."""
@@ -74,10 +82,27 @@ class Lycoris:
         """One of the two factors as a matrix in fp32, (out, in * ...)."""
         if name in self.factors:
             return self.factors[name].float().flatten(1)
+        a, b = self.sides(name, core)
+        return a @ b
+
+    def sides(self, name: str, core: str = "") -> tuple[Tensor, Tensor]:
+        """The two matrices in fp32 whose product is one of the factors, (out, r) and (r, in * ...)."""
         a, b = self.factors[f"{name}_a"].float(), self.factors[f"{name}_b"].float()
         if core in self.factors:
-            return torch.einsum("ij...,jr,ip->pr...", self.factors[core].float(), b, a).flatten(1)
-        return a @ b
+            return a.T, torch.einsum("ij...,jr->ir...", self.factors[core].float(), b).flatten(1)
+        return a, b.flatten(1)
+
+    def flattened(self) -> "Lycoris":
+        """The same change in matrices alone: kernels flattened, and a core multiplied into the second of its sides."""
+        factors = {}
+        for name, factor in self.factors.items():
+            side, core = name.removesuffix("_a").removesuffix("_b"), f"{name[:4]}_t{name[6:7]}"
+            if core in self.factors and side != name:
+                factors[name] = self.sides(side, core)[1] if name.endswith("_b") else factor.T
+            elif name[5] == "w":
+                factors[name] = factor.flatten(1)
+        flat = replace(self, factors=factors)
+        return flat if flat.rank == self.rank else replace(flat, alpha=self.scale * flat.rank)
 
     def _side(self, name: str, core: str = "") -> tuple[int, ...]:
         """The shape of one factor."""
@@ -86,7 +111,12 @@ class Lycoris:
         a, b = self.factors[f"{name}_a"], self.factors[f"{name}_b"]
         if core in self.factors:
             return a.shape[1], b.shape[1], *self.factors[core].shape[2:]
-        return a.shape[0], b.shape[1]
+        return a.shape[0], *b.shape[1:]
+
+
+def _largest(tensor: Tensor) -> float:
+    low, high = tensor.aminmax()
+    return max(-low.item(), high.item())
 
 
 def kind_of(role: str) -> str:
@@ -105,7 +135,7 @@ def check_factors(factors: Mapping[str, Tensor]) -> None:
     missing = [side for side in sides if side not in factors and not {f"{side}_a", f"{side}_b"} <= factors.keys()]
     if missing or ("hada_t1" in factors) != ("hada_t2" in factors):
         raise ValueError(f"has only a part of a {kinds[0]}: {', '.join(sorted(factors))}")
-    lycoris = Lycoris(factors, None)
+    lycoris = Lycoris({name: factor.to("meta") for name, factor in factors.items()}, None)  # shapes alone
     try:
         fits = lycoris.product().numel() == torch.Size(lycoris.weight_shape).numel()
     except (RuntimeError, IndexError):

@@ -7,13 +7,13 @@ Sources: `PeftModel.save_pretrained`, LoraConfig, LoHaConfig and LoKrConfig of P
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from utils.adapters.lora_file import LoraError, LoraFile, shown
-from utils.adapters.lora_metadata import Statement, peft_alphas, peft_scales
+from utils.adapters.lora_metadata import Statement, by_pattern, peft_alphas, peft_scales
 from utils.common.files import replacing
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -26,7 +26,13 @@ _OTHERWISE = (
     *("fan_in_fan_out", "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config"),
     *("monteclora_config", "velora_config", "layer_replication"),
 )
-_ON_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq")  # ways to begin that subtract something from the base
+_ON_ANOTHER_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # ways to begin that subtract something from the base
 
 
 @dataclass(frozen=True)
@@ -44,18 +50,21 @@ class PeftConfig:
     def statement(self, ranks: Mapping[str, int]) -> Statement:
         """The alphas that it states for modules of these ranks. Raises LoraError."""
         alpha = self.fields.get(KINDS[self.kind], DEFAULT)
-        return Statement(CONFIG, self._by_module({**self.fields, "lora_alpha": alpha}, ranks))
-
-    def ranks(self, names: Mapping[str, int]) -> dict[str, float]:
-        """The rank that it states for each of these modules: what PEFT divides alpha by. Raises LoraError."""
-        fields = {"lora_alpha": self.fields.get("r", DEFAULT), "alpha_pattern": self.fields.get("rank_pattern")}
-        return self._by_module(fields, names)
-
-    def _by_module(self, fields: Mapping[str, Any], names: Mapping[str, int]) -> dict[str, float]:
         try:
-            return peft_alphas(fields, names)
+            return Statement(CONFIG, peft_alphas({**self.fields, "lora_alpha": alpha}, ranks))
         except ValueError as error:
             raise LoraError(f"{self.path} gives no usable alpha: {error}.") from error
+
+    def ranks(self, names: Iterable[str]) -> dict[str, float]:
+        """The rank that it states for each of these modules: what PEFT divides alpha by. Raises LoraError."""
+        stated = {"r": DEFAULT} | {name: value for name, value in self.fields.items() if value is not None}
+        try:
+            ranks = by_pattern(stated, "r", "rank_pattern", names)
+        except ValueError as error:
+            raise LoraError(f"{self.path} gives no usable rank: {error}.") from error
+        if wrong := [name for name, rank in ranks.items() if rank <= 0]:
+            raise LoraError(f"{self.path} gives no usable rank: that of {wrong[0]} is {ranks[wrong[0]]:g}.")
+        return ranks
 
 
 def find_weights(path: Path) -> tuple[Path, PeftConfig | None]:
@@ -141,7 +150,7 @@ def _read(path: Path) -> PeftConfig:
         if fields.get(name):
             raise LoraError(f"{path}: {name} is set, so the change is not that of the matrices alone.")
     start = fields.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_ON_ANOTHER_BASE):
+    if isinstance(start, str) and start.lower().startswith(_ON_ANOTHER_BASE):
         raise LoraError(
             f"{path}: init_lora_weights is {shown(start)}, which changes the base model too. Convert the adapter to a "
             "plain LoRA with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from tests.adapted import ALPHA, RANK, fill
+from tests.loras import change_of, make_loha, make_lokr, make_pair
 from tests.tiny import TINY_SHAPE, tiny_transformer
+from utils.adapters.dora import PEFT, Magnitude
 from utils.adapters.fitting import fitting
 from utils.adapters.lora import add_lora, extract_lora, fuse_lora, select_modules, widen_patch_embedding
 from utils.adapters.lora_file import LoraFile, LoraPair, delta
@@ -170,3 +172,60 @@ def test_a_change_of_the_input_in_no_shape_of_a_kernel_is_refused():
     assert notes == []
     with pytest.raises(UserError, match="patch_embedding"):
         fuse_lora(model, fitted)
+
+
+@pytest.mark.parametrize("form", ["loha", "lokr", "core"])
+@pytest.mark.parametrize(("trained", "used"), [(T2V, I2V_A14B), (I2V_A14B, T2V)])
+def test_a_loha_or_lokr_of_the_input_reaches_the_channels_that_both_models_have(form, trained, used):
+    shape = (48, trained.in_dim, 1, 2, 2)
+    lycoris = make_loha(shape) if form == "loha" else make_lokr(shape, "core" if form == "core" else "whole", 2)
+    model, before = tiny_transformer(used), tiny_transformer(used)
+    lora, (note,) = fitting(LoraFile({}, lycoris={"patch_embedding": lycoris, Q: make_loha((48, 48))}), model, SOURCE)
+    assert "the first 16 are changed" in note and lora.lycoris.keys() == {Q}
+    fuse_lora(model, lora, 0.5)
+    change = model.patch_embedding.weight - before.patch_embedding.weight
+    expected = 0.5 * change_of(lycoris, shape)[:, :16]
+    assert (change[:, :16] - expected).abs().max() <= 1e-5 * expected.abs().max() and change[:, 16:].eq(0).all()
+
+
+def test_a_dora_of_another_input_is_refused_because_it_depends_on_all_of_it():
+    pair = make_pair((48, 36, 1, 2, 2))
+    lora = LoraFile({"patch_embedding": pair}, magnitudes={"patch_embedding": Magnitude(torch.ones(48), PEFT)})
+    with pytest.raises(UserError, match="DoRA for a patch embedding of 36 input channels, and this model has 16"):
+        fitting(lora, tiny_transformer(T2V), SOURCE)
+    assert fitting(lora, tiny_transformer(I2V_A14B), SOURCE) == (lora, [])
+
+
+def test_layers_of_every_kind_that_the_model_lacks_are_left_out_with_all_that_they_have():
+    k_img = "blocks.0.cross_attn.k_img"
+    lora = LoraFile(
+        {Q: make_pair((48, 48))},
+        lycoris={k_img: make_loha((48, 48))},
+        magnitudes={name: Magnitude(torch.ones(48), PEFT) for name in (Q, k_img)},
+        notes=("a note of the file",),
+    )
+    fitted, said = fitting(lora, tiny_transformer(T2V), SOURCE)
+    assert fitted.modules == fitted.magnitudes.keys() == {Q} and not fitted.lycoris
+    assert said[0] == "a note of the file" and "cross_attn.k_img): left out" in said[1]
+
+
+@pytest.mark.parametrize("shape", [(48, 32, 1, 2, 2), (48, 128)])
+def test_a_control_lora_of_a_full_change_keeps_the_channels_of_its_control(shape):
+    diff = torch.randn(shape)
+    lora = LoraFile({}, {"patch_embedding.diff": diff}, {"patch_embedding": (48, 32, 1, 2, 2)})
+    model, before = tiny_transformer(T2V), tiny_transformer(T2V)
+    fitted, said = fitting(lora, model, SOURCE)
+    fuse_lora(model, fitted, 0.5)
+    expected = 0.5 * diff.reshape(48, 32, 1, 2, 2)
+    expected[:, :16] += before.patch_embedding.weight
+    assert not said and torch.allclose(model.patch_embedding.weight, expected, atol=1e-6)
+
+
+def test_a_flattened_control_lora_widens_the_input():
+    pair = make_pair((48, 128))
+    lora = LoraFile({"patch_embedding": pair}, input_shapes={"patch_embedding": (48, 32, 1, 2, 2)})
+    model, before = tiny_transformer(T2V), tiny_transformer(T2V)
+    fuse_lora(model, fitting(lora, model, SOURCE)[0])
+    expected = change_of(pair, (48, 32, 1, 2, 2)).float()
+    expected[:, :16] += before.patch_embedding.weight
+    torch.testing.assert_close(model.patch_embedding.weight.data, expected, rtol=1e-5, atol=1e-5)

@@ -3,11 +3,12 @@ import json
 import pytest
 import torch
 from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
 
 from tests.loras import half, make_pair, metadata_of, written
 from utils.adapters.lora_file import LoraError, LoraFile
 from utils.adapters.lora_reader import read_lora
-from utils.adapters.lora_writer import write_lora
+from utils.adapters.lora_writer import LAYOUTS, write_lora
 
 
 def test_alpha_comes_from_the_metadata_of_diffusers_where_no_tensor_states_it(tmp_path):
@@ -100,6 +101,94 @@ def test_every_value_in_the_metadata_is_checked_before_it_is_used(tmp_path, key,
     with pytest.raises(LoraError, match=f"the metadata {key} gives no usable ") as caught:
         read_lora(path)
     assert str(path) in str(caught.value) and len(str(caught.value)) < 400 + len(str(path))
+
+
+# ---------------------------------------------------------------------------------------------- which statement counts
+
+RANKED = half("diffusion_model.blocks.0.self_attn.q", (4, 5), (6, 4)) | half(
+    "diffusion_model.head.head", (2, 5), (6, 2)
+)
+OUTSIDE = {
+    "lora_adapter_metadata": '{"transformer.lora_alpha": %s}',
+    "wan_lora_scaling": '{"alpha": {"blocks.0.self_attn.q": %s, "head.head": %s}, "shapes": {}}',
+    "lora_alpha": "%s",
+    "network_alpha": "%s",
+    "ss_network_alpha": "%s",
+}
+
+
+def said(key, alpha):
+    return {key: OUTSIDE[key].replace("%s", str(alpha))}
+
+
+def alphas(lora):
+    return [lora.pairs[name].alpha for name in ("blocks.0.self_attn.q", "head.head")]
+
+
+@pytest.mark.parametrize("key", OUTSIDE)
+def test_an_alpha_that_is_stated_outside_of_the_tensors_alone_counts_and_is_written(tmp_path, key):
+    lora = read_lora(written(tmp_path / "l.safetensors", RANKED, said(key, 16)))
+    assert alphas(lora) == [16.0, 16.0] and lora.notes == ()
+    assert [pair.scale for pair in lora.pairs.values()] == [4.0, 8.0]
+    for layout in LAYOUTS:
+        path = tmp_path / ("folder" if layout == "peft" else "out.safetensors")
+        write_lora(path, lora, layout)
+        again = read_lora(path)
+        assert alphas(again) == [16.0, 16.0] and again.notes == ()
+
+
+@pytest.mark.parametrize("key", OUTSIDE)
+def test_a_tensor_counts_before_what_the_metadata_say_with_one_note(tmp_path, key):
+    """A resized file keeps the metadata of the file that it was made from."""
+    tensors = RANKED | {"diffusion_model.blocks.0.self_attn.q.alpha": torch.tensor(2.0)}
+    lora = read_lora(written(tmp_path / "l.safetensors", tensors, said(key, 16)))
+    assert alphas(lora) == [2.0, 16.0]
+    (note,) = lora.notes
+    assert f"{key} says alpha 16, the tensors 2 (blocks.0.self_attn.q): these count" in note
+    agreeing = tensors | {"diffusion_model.blocks.0.self_attn.q.alpha": torch.tensor(16.03).bfloat16()}
+    assert read_lora(written(tmp_path / "l.safetensors", agreeing, said(key, 16))).notes == ()
+
+
+def test_a_note_names_the_first_module_and_counts_the_others(tmp_path):
+    stems = ("diffusion_model.blocks.0.self_attn.q", "diffusion_model.head.head")
+    tensors = RANKED | {f"{stem}.alpha": torch.tensor(2.0) for stem in stems}
+    (note,) = read_lora(written(tmp_path / "l.safetensors", tensors, {"network_alpha": "8"})).notes
+    assert "says alpha 8, the tensors 2 (blocks.0.self_attn.q and 1 more): these count" in note
+
+
+@pytest.mark.parametrize("first", OUTSIDE)
+@pytest.mark.parametrize("other", OUTSIDE)
+def test_two_statements_outside_of_the_tensors_that_disagree_are_an_error_with_both(tmp_path, first, other):
+    if first == other:
+        return
+    path = written(tmp_path / "l.safetensors", RANKED, said(first, 8) | said(other, 4))
+    with pytest.raises(LoraError, match="the alpha of blocks.0.self_attn.q is stated twice, and differently") as caught:
+        read_lora(path)
+    assert f"metadata {first} says 8" in str(caught.value) and f"metadata {other} says 4" in str(caught.value)
+    assert alphas(read_lora(written(tmp_path / "l.safetensors", RANKED, said(first, 8) | said(other, 8.0)))) == [8, 8]
+    tensors = RANKED | {
+        "diffusion_model.blocks.0.self_attn.q.alpha": torch.tensor(2.0),
+        "diffusion_model.head.head.alpha": torch.tensor(8.0),
+    }
+    lora = read_lora(written(tmp_path / "l.safetensors", tensors, said(first, 8) | said(other, 4)))
+    assert alphas(lora) == [2.0, 8.0] and len(lora.notes) == 2
+
+
+@pytest.mark.parametrize("text", ["Dynamic", "None", "", "nan", "inf", "1e39", "half"])
+@pytest.mark.parametrize("key", ["ss_network_alpha", "network_alpha", "lora_alpha"])
+def test_words_in_place_of_a_number_state_nothing_and_nothing_is_written(tmp_path, key, text):
+    lora = read_lora(written(tmp_path / "l.safetensors", RANKED, {key: text}))
+    assert alphas(lora) == [None, None] and "states no alpha: it is taken to be the rank" in lora.notes[0]
+    for layout in ("comfy", "kohya", "wantraining"):
+        write_lora(tmp_path / "out.safetensors", lora, layout)
+        assert alphas(read_lora(tmp_path / "out.safetensors")) == [None, None]
+        assert not any("alpha" in name for name in load_file(tmp_path / "out.safetensors"))
+
+
+def test_what_states_alphas_in_one_way_is_not_copied_into_a_file_that_states_them_in_another(tmp_path):
+    metadata = {key: value for name in OUTSIDE for key, value in said(name, 8).items()} | {"author": "me"}
+    lora = read_lora(written(tmp_path / "l.safetensors", RANKED, metadata))
+    assert lora.metadata == {"author": "me", "ss_network_alpha": "8"}
 
 
 # ------------------------------------------------------------------------------------------- patterns in a LoraConfig

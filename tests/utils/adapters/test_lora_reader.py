@@ -170,6 +170,7 @@ UNSAFE = {
     "a product beyond fp32": ({key: tensor * 1e20 for key, tensor in half().items()}, f"{Q}: the change of the weight"),
     "an alpha that makes it so": (spoiled(1e20) | {f"{Q}.alpha": torch.tensor(1e20)}, f"{Q}: the change of the weight"),
     "NaN in a diff": ({f"{NORM}.diff": NAN.repeat(6)}, f"{NORM}.diff: holds NaN"),
+    "NaN in the bias of a pair": (half() | {f"{Q}.lora_B.bias": NAN.repeat(6)}, f"{Q}.lora_B.bias: holds NaN"),
     "infinity in the diff of a bias": ({f"{NORM}.diff_b": INFINITE.repeat(6)}, f"{NORM}.diff_b: holds NaN"),
     "an infinite alpha": (half() | {f"{Q}.alpha": INFINITE}, f"{Q}.alpha: must be one finite number"),
     "an alpha beyond fp32": (half() | {f"{Q}.alpha": torch.tensor(1e39, dtype=torch.float64)}, f"{Q}.alpha: must be"),
@@ -289,6 +290,28 @@ def test_a_file_that_is_not_safetensors_is_refused(tmp_path):
         read_lora(tmp_path / "folder")
     with pytest.raises(LoraError, match="holds no tensors"):
         read_lora(written(tmp_path / "void.safetensors", {}))
+
+
+MISTAKEN = {
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a Git LFS pointer"),
+    "a page": (b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>", "is a web page"),
+    "a page in small letters": (b"\n  <!doctype html>", "is a web page"),
+    "a page without a type": (b"<html lang=en><body>" + b" " * 400, "is a web page"),
+    "GGUF": (b"GGUF\3\0\0\0" + bytes(64), "is a GGUF file, which holds a whole model"),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKEN)
+def test_what_is_found_in_place_of_a_lora_is_named(tmp_path, what):
+    content, message = MISTAKEN[what]
+    (tmp_path / "l.safetensors").write_bytes(content)
+    with pytest.raises(LoraError, match=f"l.safetensors: {message}") as caught:
+        read_lora(tmp_path / "l.safetensors")
+    assert len(str(caught.value).splitlines()) == 1
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(LoraError, match=f"adapter_model.safetensors: {message}"):
+        read_lora(tmp_path / "folder")
 
 
 class Trap:
