@@ -145,7 +145,7 @@ def test_a_lora_file_says_what_it_was_trained_on_and_names_no_place(work):
     command = json.loads(Path("runs/one/command_args.json").read_text())
     assert command["pretrained_model_name_or_path"] == "private/wan"
     for expert, transformer in open_model("private/pair").transformers.items():
-        metadata = metadata_of(Path(f"runs/two/checkpoints/wan-lora_{expert}-00000004.safetensors"))
+        metadata = metadata_of(Path(f"runs/two/checkpoints/wan-lora-00000004_{expert}.safetensors"))
         assert metadata["base_model_hash"] == transformer_fingerprint(transformer)
         (row,) = json.loads(metadata["fused_lora"])
         assert row["name"] == f"pair_{expert}.safetensors"
@@ -215,7 +215,7 @@ def test_another_base_than_it_was_trained_on_is_said_and_used(work, sample, caps
 
 
 def test_of_a_pair_each_expert_is_on_top_of_its_own(work, sample, capsys):
-    halves = [Path(f"runs/two/checkpoints/wan-lora_{expert}-00000004.safetensors") for expert in EXPERTS]
+    halves = [Path(f"runs/two/checkpoints/wan-lora-00000004_{expert}.safetensors") for expert in EXPERTS]
     found = sample(f"--lora_path {halves[0]} {halves[1]}")
     fused = [(expert, work / "loras" / f"pair_{expert}.safetensors", 1.0) for expert in EXPERTS]
     base = by_hand(work / "private" / "pair", work / "by_hand", *fused, family=TWO)
@@ -229,7 +229,7 @@ def test_of_a_pair_each_expert_is_on_top_of_its_own(work, sample, capsys):
         sample(moved)
     assert_same(sample(f"{moved} --fuse_lora loras/moved.safetensors"), found)
     alone = sample(f"--lora_path {halves[1].name} --pretrained_model_name_or_path private/pair --without_fused")
-    assert "wan-lora_low_noise-00000004_without_fused_seed42" in alone
+    assert "wan-lora-00000004_low_noise_without_fused_seed42" in alone
 
 
 def test_training_on_top_of_a_lora_that_is_on_top_of_another_fuses_and_records_both(work, sample, capsys):
