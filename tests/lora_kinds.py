@@ -110,7 +110,7 @@ def make_kinds(model: WanModel) -> list[Kind]:
     stated = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 1})}
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 1, "target_modules": ["q"]}
     diffusers = make.pairs(lambda name: f"transformer.{diffusers_name(name)}")
-    both = diffusers | {key.replace("transformer.", "transformer_2."): tensor for key, tensor in diffusers.items()}
+    both = diffusers | {key.replace("transformer.", "transformer_2."): -tensor for key, tensor in diffusers.items()}
     own = make.pairs(comfy, alpha=1.0)
     wrapped = make.pairs(lambda name: comfy(f"_orig_mod.{name}"), alpha=1.0)
     musubi = make.pairs(lambda name: f"lora_unet_{flat(name)}", down_up, 1.0)
