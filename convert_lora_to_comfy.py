@@ -25,7 +25,7 @@ from utils.adapters.lora_reader import read_experts, read_lora
 from utils.adapters.lora_targets import TARGETS, adapt, share, unsupported
 from utils.adapters.lora_writer import LAYOUTS, PEFT_LAYOUT, to_state_dict, write_state_dict
 from utils.adapters.pairs import find_pair, trained_for, with_expert
-from utils.adapters.peft_folder import WEIGHTS, config_text, find_weights, has_config, to_config, write_config
+from utils.adapters.peft_folder import WEIGHTS, config_text, find_weights, has_config, to_config, write_folder
 from utils.common.errors import UserError
 from utils.common.formatting import counted, readable_size
 from utils.common.options import option, parse_options, run_script
@@ -86,9 +86,10 @@ class Conversion:
 
     def write(self) -> None:
         """Raises LoraError for a path that cannot be written."""
-        if self.config is not None:
-            write_config(self.output, self.config)
-        write_state_dict(self.weights, self.tensors, self.metadata)
+        if self.config is None:
+            write_state_dict(self.output, self.tensors, self.metadata)
+        else:
+            write_folder(self.output, self.tensors, self.metadata, self.config)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -181,9 +182,11 @@ def folded(lora: LoraFile, rank: int, base: Path | None) -> LoraFile:
         return lora
     if base is None and needs_base(lora):
         raise UserError("DoRA depends on the weights of the base model: give its transformer with --base FILE")
-    lora, loss = fold(lora, rank, None if base is None else read_base(base))
+    progress = partial(tqdm, desc="folding", unit="module", leave=False)
+    lora, loss = fold(lora, rank, None if base is None else read_base(base), progress)
     name, worst = loss.worst
-    print(f"folded    {len(loss.whole)} modules to rank {rank}; lost {loss.residual:.2%}, most of {name}: {worst:.2%}")
+    residual = f"relative residual {loss.residual:.2%}, at most {worst:.2%} ({name})"
+    print(f"folded    {counted(len(loss.whole), 'module')} to rank {rank}: {residual}")
     return lora
 
 
@@ -196,9 +199,8 @@ def weights_of(base: Weights, modules: Sequence[str]) -> Iterator[tuple[str, Ten
     """Each of these modules with its weight, in fp32. Raises UserError for one that the base lacks."""
     if missing := [name for name in modules if f"{name}.weight" not in base.tensors]:
         raise UserError(f"{base.path} has no {missing[0]}, which the LoRA adapts. Was it made for another Wan?")
-    progress = partial(tqdm, desc="folding", unit="module", leave=False)
     names = [f"{name}.weight" for name in modules]
-    for name, weight in read_some(base, names, cast_to(torch.float32), progress):
+    for name, weight in read_some(base, names, cast_to(torch.float32)):
         yield name.removesuffix(".weight"), weight
 
 
@@ -249,14 +251,15 @@ def describe(lora: LoraFile, source: Path) -> str:
     stored = [tensor for each in factors for tensor in each.tensors.values()] + list(lora.diffs.values())
     widened = ", ".join(f"{name} becomes {shape}" for name, shape in lora.input_shapes.items())
     special = {each.kind for each in lora.lycoris.values()} | {f"DoRA of {m.rule}" for m in lora.magnitudes.values()}
+    unstated = "not stated, so the scale is 1"
     lines = {
         "file": f"{source} ({size_of(find_weights(source)[0])})",
         "format": lora.key_format,
         "expert": trained_for(source, lora.metadata) or "",
         "kind": ", ".join(sorted(special)),
-        "modules": f"{len(factors)}" + (f", and {len(lora.diffs)} diffs" if lora.diffs else ""),
+        "modules": f"{len(factors)}" + (f", and {counted(len(lora.diffs), 'full change')}" if lora.diffs else ""),
         "rank": listed(each.rank for each in factors if each.rank),
-        "alpha": listed("not stated, so the scale is 1" if each.alpha is None else each.alpha for each in factors),
+        "alpha": listed(unstated if each.alpha is None else each.alpha for each in factors if each.rank),
         "dtype": listed(str(tensor.dtype).removeprefix("torch.") for tensor in stored),
         "control": f"yes, {widened}" if widened else "no",
     }

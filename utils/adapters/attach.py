@@ -188,7 +188,7 @@ def plan_adapter(
     if init is not None:
         lora = read_lora(init)
         _check_init(opts, lora, layout, expert, experts)
-        plan = replace(plan, init=lora, notes=(*plan.notes, *_left_behind(lora, init, plan)))
+        plan = replace(plan, init=lora, notes=(*plan.notes, *lora.remarks(init), *_left_behind(lora, init, plan)))
     plan.widen(layout)
     plan.attach(layout)
     return plan

@@ -28,7 +28,7 @@ def fitting(lora: LoraFile, model: WanModel, source: Path) -> tuple[LoraFile, li
     lora = _check_control(lora, model, source)
     lora, left_out = _leave_out(lora, model, source)
     lora, resized = _fit_inputs(lora, model, source)
-    return lora, [*lora.notes, *left_out, *resized]
+    return lora, [*lora.remarks(source), *left_out, *resized]
 
 
 def _check_control(lora: LoraFile, model: WanModel, source: Path) -> LoraFile:

@@ -110,6 +110,14 @@ class LoraFile:
         """All modules, and bare parameters, that it changes."""
         return {*self.pairs, *self.lycoris, *(key.rpartition(".")[0] for key in self.diffs)}
 
+    def remarks(self, source: object) -> list[str]:
+        """Its notes, and that an alpha is taken for granted where that is so, for a program that uses it."""
+        scaled = [each.alpha for each in self.factors.values() if each.rank]
+        if None not in scaled:
+            return [*self.notes]
+        some = " of some modules" if set(scaled) != {None} else ""
+        return [*self.notes, f"{source} states no alpha{some}: it is taken to be the rank, so the scale is 1"]
+
     def part(self, keep: Callable[[str], bool]) -> "LoraFile":
         """What it says of some modules: `keep` is asked with the name of a module, and with the key of a diff."""
 

@@ -34,10 +34,11 @@ _PATTERN = re.compile(r"(?:\^|\.\*)?[A-Za-z0-9_.-]+")
 
 @dataclass(frozen=True)
 class Statement:
-    """Where a file states alphas, for people, and the alphas by official module name."""
+    """Where a file states alphas, for people, and the alphas by official module name; whether by one number for all."""
 
     source: str
     alphas: Mapping[str, float]
+    is_of_all: bool = False
 
 
 def read_statements(metadata: Mapping[str, str], ranks: Mapping[str, int], where: str) -> list[Statement]:
@@ -56,7 +57,7 @@ def read_statements(metadata: Mapping[str, str], ranks: Mapping[str, int], where
             statements.append(Statement(f"the metadata {key}", alphas))
     for key in NUMBER_KEYS:
         if (alpha := _plain_number(metadata.get(key, ""))) is not None:
-            statements.append(Statement(f"the metadata {key}", dict.fromkeys(ranks, alpha)))
+            statements.append(Statement(f"the metadata {key}", dict.fromkeys(ranks, alpha), is_of_all=True))
     return statements
 
 
@@ -76,11 +77,12 @@ def reconcile(
 ) -> tuple[dict[str, float], list[str]]:
     """The alphas of the modules of these names, and a sentence for what is not as the file's metadata says.
 
-    Alphas in tensors count first: ComfyUI reads no others, and files that were resized keep their old metadata. A
-    module of which nothing is stated gets none. Raises LoraError where statements outside of the tensors disagree
-    about a module that has no alpha among them.
+    Alphas in tensors count first: ComfyUI reads no others, and files that were resized keep their old metadata. One
+    number for all modules that is not that of some is not taken for the others either. A module of which nothing is
+    stated gets none. Raises LoraError where statements outside of the tensors disagree about a module that has no alpha
+    among them.
     """
-    alphas, notes = dict(tensors), []
+    alphas, notes, trusted = dict(tensors), [], []
     for statement in statements:
         differing = [name for name in names if name in tensors and _differ(tensors, statement.alphas, name)]
         if differing:
@@ -89,10 +91,12 @@ def reconcile(
             notes.append(
                 f"{path}: {statement.source} says alpha {said:g}, the tensors {counted:g} ({where}): these count"
             )
+        if not (differing and statement.is_of_all):
+            trusted.append(statement)
     for name in names:
         if name in tensors:
             continue
-        stating = [statement for statement in statements if name in statement.alphas]
+        stating = [statement for statement in trusted if name in statement.alphas]
         for other in stating[1:]:
             if _differ(stating[0].alphas, other.alphas, name):
                 first = f"{stating[0].source} says {stating[0].alphas[name]:g}"
@@ -108,6 +112,21 @@ def reconcile(
 def _differ(first: Mapping[str, float], other: Mapping[str, float], name: str) -> bool:
     """Whether both state an alpha, and not the same: to the precision of bf16, in which some tools store it."""
     return name in first and name in other and not math.isclose(first[name], other[name], rel_tol=2**-8)
+
+
+def restated(lora: LoraFile) -> dict[str, str]:
+    """A LoRA's metadata, in which kohya's rank and alpha, where they are stated, are those that it has.
+
+    Programs that resize LoRAs write "Dynamic" for ranks that differ from module to module.
+    """
+    scaled = [each for each in lora.factors.values() if each.rank]
+    found: dict[str, set[float | None]] = {"ss_network_dim": {each.rank for each in scaled}}
+    found["ss_network_alpha"] = {each.alpha for each in scaled}
+    metadata = dict(lora.metadata)
+    for key in found.keys() & metadata.keys():
+        first, *others = found[key]
+        metadata[key] = "Dynamic" if others else "" if first is None else f"{first:g}"
+    return {key: value for key, value in metadata.items() if value or key not in found}
 
 
 def own_metadata(lora: LoraFile) -> dict[str, str]:

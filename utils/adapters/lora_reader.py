@@ -170,10 +170,6 @@ def _assemble(
             magnitudes[name] = _magnitude(found, factors, key)
     if config is not None and config.kind == "LOKR":
         lycoris = _scale_whole_factors(lycoris, config)
-    changes: list[Factors] = [*pairs.values(), *lycoris.values()]
-    if any(each.alpha is None and each.rank for each in changes):
-        some = " of some modules" if alphas else ""
-        notes.append(f"{path} states no alpha{some}: it is taken to be the rank, so the scale is 1")
     own = read_shapes(metadata, path)
     shapes = _stated_shapes(modules, pairs, path) if own is None else own
     return LoraFile(

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from utils.adapters.lora_file import FP32_MAX, LoraError, LoraFile, largest
-from utils.adapters.lora_metadata import diffusers_metadata, own_metadata
+from utils.adapters.lora_metadata import diffusers_metadata, own_metadata, restated
 from utils.adapters.lora_targets import TARGETS, adapt, check_kinds, unsupported
-from utils.adapters.peft_folder import WEIGHTS, config_text, to_config, write_config
+from utils.adapters.peft_folder import config_text, to_config, write_folder
 from utils.common.tensor_files import TensorFileError, write_tensors
 from wan.names import diffusers_name, is_parameter, official_name
 
@@ -88,16 +88,16 @@ def to_state_dict(
         tensors |= {f"{row.stem(name)}.alpha": torch.tensor(alphas[name]) for name in alphas.keys() - unscaled}
         tensors |= {f"{row.stem(name)}.reshape_weight": shape for name, shape in shapes.items()}
     tensors = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
-    return tensors, {**lora.metadata, **row.metadata(lora)}
+    return tensors, {**restated(lora), **row.metadata(lora)}
 
 
 def write_lora(path: str | Path, lora: LoraFile, layout: str = "comfy", dtype: torch.dtype | None = None) -> None:
     """Writes what `to_state_dict` returns; PEFT's layout as a folder. Raises LoraError as it and the writing do."""
     path, content = Path(path), to_state_dict(lora, layout, dtype)
     if layout == PEFT_LAYOUT:
-        write_config(path, config_text(to_config(adapt(lora, TARGETS[layout]))))
-        path = path / WEIGHTS
-    write_state_dict(path, *content)
+        write_folder(path, *content, config_text(to_config(adapt(lora, TARGETS[layout]))))
+    else:
+        write_state_dict(path, *content)
 
 
 def write_state_dict(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from utils.adapters.lora_file import LoraError, LoraFile, shown
 from utils.adapters.lora_metadata import Statement, by_pattern, peft_alphas, peft_scales
 from utils.common.files import replacing
+from utils.common.tensor_files import TensorFileError, write_tensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG = 2**24  # bytes
@@ -116,14 +119,17 @@ def config_text(config: Mapping[str, Any]) -> str:
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
-def write_config(folder: Path, text: str) -> None:
-    """Writes adapter_config.json, whole or not at all, and makes the folder for it. Raises LoraError."""
+def write_folder(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: str) -> None:
+    """Writes both files of an adapter. A write that fails leaves those that were there. Raises LoraError."""
     try:
         folder.mkdir(exist_ok=True)
         with replacing(folder / CONFIG) as unfinished:
-            unfinished.write_text(text, encoding="utf-8")
+            unfinished.write_text(config, encoding="utf-8")
+            write_tensors(folder / WEIGHTS, tensors, metadata)
     except OSError as error:
-        raise LoraError(f"{folder / CONFIG}: could not be written ({error.strerror}).") from error
+        raise LoraError(f"{folder}: could not be written ({error.strerror}).") from error
+    except TensorFileError as error:
+        raise LoraError(f"{folder}: could not be written ({error}).") from error
 
 
 def has_config(folder: Path, text: str) -> bool:

@@ -154,7 +154,8 @@ def test_a_folded_file_is_written_in_every_layout_and_the_loss_is_said(tmp_path,
     assert run("--input_lora", source, "--to", layout, "--fold", 2, "--output_lora", out) == 0
     expected = change_of(lora.lycoris[Q], LINEAR)
     share = (rest(expected, 2) ** 0.5) / expected.norm().item()
-    assert f"folded    1 modules to rank 2; lost {share:.2%}, most of {Q}: {share:.2%}" in capsys.readouterr().out
+    residual = f"relative residual {share:.2%}, at most {share:.2%} ({Q})"
+    assert f"folded    1 module to rank 2: {residual}" in capsys.readouterr().out
     found = delta(read_lora(out).pairs[Q]).double()
     assert (found - expected).norm().item() == pytest.approx(rest(expected, 2) ** 0.5, rel=1e-4)
 

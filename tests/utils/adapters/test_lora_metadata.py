@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 
 from tests.loras import half, make_pair, metadata_of, written
 from utils.adapters.lora_file import LoraError, LoraFile
+from utils.adapters.lora_metadata import NUMBER_KEYS
 from utils.adapters.lora_reader import read_lora
-from utils.adapters.lora_writer import LAYOUTS, write_lora
+from utils.adapters.lora_writer import LAYOUTS, to_state_dict, write_lora
 
 
 def test_alpha_comes_from_the_metadata_of_diffusers_where_no_tensor_states_it(tmp_path):
@@ -117,6 +118,9 @@ OUTSIDE = {
 }
 
 
+UNSTATED = "states no alpha: it is taken to be the rank, so the scale is 1"
+
+
 def said(key, alpha):
     return {key: OUTSIDE[key].replace("%s", str(alpha))}
 
@@ -142,7 +146,8 @@ def test_a_tensor_counts_before_what_the_metadata_say_with_one_note(tmp_path, ke
     """A resized file keeps the metadata of the file that it was made from."""
     tensors = RANKED | {"diffusion_model.blocks.0.self_attn.q.alpha": torch.tensor(2.0)}
     lora = read_lora(written(tmp_path / "l.safetensors", tensors, said(key, 16)))
-    assert alphas(lora) == [2.0, 16.0]
+    of_all = key in NUMBER_KEYS  # what is not the number of all modules is not taken for any
+    assert alphas(lora) == [2.0, None if of_all else 16.0] and len(lora.remarks("l")) == 1 + of_all
     (note,) = lora.notes
     assert f"{key} says alpha 16, the tensors 2 (blocks.0.self_attn.q): these count" in note
     agreeing = tensors | {"diffusion_model.blocks.0.self_attn.q.alpha": torch.tensor(0.1).bfloat16()}
@@ -178,7 +183,7 @@ def test_two_statements_outside_of_the_tensors_that_disagree_are_an_error_with_b
 @pytest.mark.parametrize("key", ["ss_network_alpha", "network_alpha", "lora_alpha"])
 def test_words_in_place_of_a_number_state_nothing_and_nothing_is_written(tmp_path, key, text):
     lora = read_lora(written(tmp_path / "l.safetensors", RANKED, {key: text}))
-    assert alphas(lora) == [None, None] and "states no alpha: it is taken to be the rank" in lora.notes[0]
+    assert alphas(lora) == [None, None] and lora.remarks("l") == [f"l {UNSTATED}"]
     for layout in ("comfy", "kohya", "wantraining"):
         write_lora(tmp_path / "out.safetensors", lora, layout)
         assert alphas(read_lora(tmp_path / "out.safetensors")) == [None, None]
@@ -264,3 +269,20 @@ def test_metadata_that_version_0_1_wrote_is_read_and_written_unchanged(tmp_path)
         assert metadata_of(tmp_path / "lora.safetensors") == metadata
         found = read_lora(tmp_path / "lora.safetensors").pairs
         assert {name: pair.alpha for name, pair in found.items()} == {n: pair.alpha for n, pair in lora.pairs.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_written_file_states_the_rank_and_alpha_that_it_has(tmp_path, layout):
+    """What its source said of them may be old, and would contradict what the layout says."""
+    stale = {"ss_network_dim": "128", "ss_network_alpha": "16", "ss_network_module": "networks.lora_wan"}
+    lora = LoraFile({"head.head": make_pair(rank=2, alpha=2.0), "img_emb.proj.1": make_pair(alpha=2.0)}, metadata=stale)
+    path = tmp_path / ("folder" if layout == "peft" else "out.safetensors")
+    write_lora(path, lora, layout)
+    again = read_lora(path)
+    assert again.notes == () and {pair.scale for pair in again.pairs.values()} == {1.0}
+    assert (again.metadata["ss_network_dim"], again.metadata["ss_network_alpha"]) == ("2", "2")
+    mixed = LoraFile({"head.head": make_pair(rank=2, alpha=2.0), "blocks.0.ffn.0": make_pair(rank=4)}, metadata=stale)
+    _, metadata = to_state_dict(mixed, layout)
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("Dynamic", "Dynamic")
+    unknown = LoraFile({"head.head": make_pair(alpha=None)}, metadata=stale)
+    assert "ss_network_alpha" not in to_state_dict(unknown, layout)[1]

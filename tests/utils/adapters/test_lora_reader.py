@@ -293,11 +293,11 @@ def test_a_file_that_is_not_safetensors_is_refused(tmp_path):
 
 
 MISTAKEN = {
-    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a Git LFS pointer"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n", "is a pointer of Git LFS"),
     "a page": (b"<!DOCTYPE html><html><head><title>Sign in</title></head></html>", "is a web page"),
     "a page in small letters": (b"\n  <!doctype html>", "is a web page"),
     "a page without a type": (b"<html lang=en><body>" + b" " * 400, "is a web page"),
-    "GGUF": (b"GGUF\3\0\0\0" + bytes(64), "is a GGUF file, which holds a whole model"),
+    "GGUF": (b"GGUF\3\0\0\0" + bytes(64), "is a GGUF file, which is not read here"),
 }
 
 
@@ -305,7 +305,7 @@ MISTAKEN = {
 def test_what_is_found_in_place_of_a_lora_is_named(tmp_path, what):
     content, message = MISTAKEN[what]
     (tmp_path / "l.safetensors").write_bytes(content)
-    with pytest.raises(LoraError, match=f"l.safetensors: {message}") as caught:
+    with pytest.raises(LoraError, match=f"l.safetensors {message}") as caught:
         read_lora(tmp_path / "l.safetensors")
     assert len(str(caught.value).splitlines()) == 1
     (tmp_path / "folder").mkdir()

@@ -109,3 +109,13 @@ def test_a_header_that_is_no_json_or_has_a_false_length_is_not_valid(tmp_path, h
     (tmp_path / "a").write_bytes(size.to_bytes(8, "little") + header)
     with pytest.raises(ValueError):
         read_by_header(tmp_path / "a")
+
+
+@pytest.mark.parametrize("start", [0, 2, 6])
+def test_tensors_that_overlap_or_leave_a_gap_are_refused(tmp_path, start):
+    """A small file could otherwise name the same bytes a million times, and fill the memory."""
+    table = {
+        name: {"dtype": "F32", "shape": [1], "data_offsets": [at, at + 4]} for name, at in (("a", 0), ("b", start))
+    }
+    with pytest.raises(ValueError, match="b does not begin where the tensor before it ends"):
+        read_by_header(write(tmp_path / "a", table, bytes(16)))
