@@ -235,13 +235,13 @@ def fill_in_alpha(lora: LoraFile, alpha: float | None, source: Path) -> LoraFile
     if not (math.isfinite(alpha) and alpha > 0):
         raise UserError(f"alpha must be a positive number, not {alpha}")
     for name, factors in lora.factors.items():
-        if factors.alpha is not None and not math.isclose(factors.alpha, alpha, rel_tol=1e-6):
+        if factors.rank and factors.alpha is not None and not math.isclose(factors.alpha, alpha, rel_tol=1e-6):
             raise UserError(
                 f"{source}: {name} has the alpha {factors.alpha:g}, but --alpha is {alpha:g}.\n"
                 "Leave --alpha out to keep that of the file."
             )
     pairs = {name: replace(pair, alpha=alpha) for name, pair in lora.pairs.items()}
-    lycoris = {name: replace(each, alpha=alpha) for name, each in lora.lycoris.items()}
+    lycoris = {name: replace(each, alpha=alpha) if each.rank else each for name, each in lora.lycoris.items()}
     return replace(lora, pairs=pairs, lycoris=lycoris)
 
 

@@ -13,6 +13,8 @@ from wan.names import diffusers_name
 
 ATTENTION = [f"{part}.{x}" for part in ("self_attn", "cross_attn") for x in "qkvo"]
 RANK = 2
+DOWN_UP = ("lora_down.weight", "lora_up.weight")
+CONFIG = {"peft_type": "LORA", "r": RANK, "lora_alpha": 1, "target_modules": ["q"]}
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,38 @@ def lokr(out: int, width: int) -> dict[str, tuple[int, int]]:
 def make_kinds(model: WanModel) -> list[Kind]:
     """The rows of docs/lora_formats.md, in their order."""
     make = Maker(model)
-    down_up = ("lora_down.weight", "lora_up.weight")
+    diffusers = make.pairs(lambda name: f"transformer.{diffusers_name(name)}")
+    return [*_plain_pairs(make, diffusers), *_more_than_pairs(make), *_widened(make, diffusers)]
+
+
+def _plain_pairs(make: Maker, diffusers: dict[str, Tensor]) -> list[Kind]:
+    stated = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 1})}
+    stated_second = {key: text.replace("transformer.", "transformer_2.") for key, text in stated.items()}
+    second = {key.replace("transformer.", "transformer_2."): tensor for key, tensor in diffusers.items()}
+    biases = {f"transformer.{diffusers_name(name)}.lora_B.bias": make.like(f"{name}.bias") for name in make.linear}
+    own = make.pairs(comfy, alpha=1.0)
+    wrapped = make.pairs(lambda name: comfy(f"_orig_mod.{name}"), alpha=1.0)
+    musubi = make.pairs(lambda name: f"lora_unet_{flat(name)}", DOWN_UP, 1.0)
+    fun = make.pairs(lambda name: f"lora_unet__{flat(name)}", DOWN_UP, 1.0)
+    onetrainer = make.pairs(lambda name: f"lora_transformer_{flat(name)}", DOWN_UP, 1.0)
+    diffsynth = make.pairs(lambda name: name, ("lora_A.default.weight", "lora_B.default.weight"))
+    return [
+        Kind("`diffusion_model.` `lora_A`/`lora_B`", "this trainer, diffusion-pipe, ai-toolkit", own),
+        Kind("`lora_unet_` `lora_down`/`lora_up`", "musubi-tuner", musubi),
+        Kind("`lora_unet__`", "VideoX-Fun", fun),
+        Kind("`lora_transformer_`", "OneTrainer", onetrainer),
+        Kind("`transformer.`, names of diffusers", "diffusers, finetrainers", diffusers, stated),
+        Kind("the same with `lora_B.bias`", "diffusers", diffusers | biases),
+        Kind("`transformer_2.` alone", "diffusers, low noise", second, stated_second),
+        Kind("alpha in the metadata `lora_alpha` alone", "some tools", make.pairs(comfy), {"lora_alpha": "1"}),
+        Kind("no prefix, `lora_A.default`", "DiffSynth-Studio", diffsynth),
+        Kind("no prefix", "WanTraining", make.pairs(lambda name: name)),
+        Kind("folder of PEFT", "PEFT", make.pairs(peft), config=CONFIG),
+        Kind("`_orig_mod.`, `module.` in names", "compiled, parallel", wrapped),
+    ]
+
+
+def _more_than_pairs(make: Maker) -> list[Kind]:
     biases = {f"{comfy(name)}.diff_b": make.like(f"{name}.bias") for name in make.linear}
     normed = ("blocks.0.norm3", "blocks.0.self_attn.norm_q")
     norms = {f"{comfy(name)}.diff": make.like(f"{name}.weight") for name in normed}
@@ -101,44 +134,34 @@ def make_kinds(model: WanModel) -> list[Kind]:
     head |= {f"{comfy('head.head')}.diff_b": make.like("head.head.bias")}
     modulation = {comfy("blocks.0.diff_m"): make.like("blocks.0.modulation")}
     full = {f"{comfy(name)}.diff": make.like(f"{name}.weight") for name in make.linear}
-    dim = model.shape.dim
-    wide = make.pairs(comfy, alpha=1.0) | {
-        comfy("patch_embedding.lora_A.weight"): make.draw(RANK, 32, 1, 2, 2),
-        comfy("patch_embedding.lora_B.weight"): make.draw(dim, RANK, 1, 1, 1),
-        comfy("patch_embedding.reshape_weight"): torch.tensor([dim, 32, 1, 2, 2]),
-    }
-    stated = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 1})}
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 1, "target_modules": ["q"]}
-    diffusers = make.pairs(lambda name: f"transformer.{diffusers_name(name)}")
-    both = diffusers | {key.replace("transformer.", "transformer_2."): -tensor for key, tensor in diffusers.items()}
-    own = make.pairs(comfy, alpha=1.0)
-    wrapped = make.pairs(lambda name: comfy(f"_orig_mod.{name}"), alpha=1.0)
-    musubi = make.pairs(lambda name: f"lora_unet_{flat(name)}", down_up, 1.0)
-    fun = make.pairs(lambda name: f"lora_unet__{flat(name)}", down_up, 1.0)
-    onetrainer = make.pairs(lambda name: f"lora_transformer_{flat(name)}", down_up, 1.0)
-    diffsynth = make.pairs(lambda name: name, ("lora_A.default.weight", "lora_B.default.weight"))
     musubi_loha = make.factors(lambda name: f"lora_unet_{flat(name)}", loha)
     simpletuner = make.factors(lambda name: f"lycoris_{flat(diffusers_name(name))}", lokr)
-    kohya_dora = make.pairs(comfy, down_up, 1.0) | make.magnitudes(comfy, "dora_scale")
+    kohya_dora = make.pairs(comfy, DOWN_UP, 1.0) | make.magnitudes(comfy, "dora_scale")
     peft_dora = make.pairs(peft) | make.magnitudes(peft, "lora_magnitude_vector")
     return [
-        Kind("`diffusion_model.` `lora_A`/`lora_B`", "this trainer, diffusion-pipe, ai-toolkit", own),
-        Kind("`lora_unet_` `lora_down`/`lora_up`", "musubi-tuner", musubi),
-        Kind("`lora_unet__`", "VideoX-Fun", fun),
-        Kind("`lora_transformer_`", "OneTrainer", onetrainer),
-        Kind("`transformer.`, names of diffusers", "diffusers, finetrainers", diffusers, stated),
-        Kind("no prefix, `lora_A.default`", "DiffSynth-Studio", diffsynth),
-        Kind("no prefix", "WanTraining", make.pairs(lambda name: name)),
-        Kind("folder of PEFT", "PEFT", make.pairs(peft), config=config),
-        Kind("`_orig_mod.`, `module.` in names", "compiled, parallel", wrapped),
-        Kind("pairs with `.diff_b` and `.diff`", "LightX2V", make.pairs(comfy, down_up) | biases | norms | head),
-        Kind("the same with `diff_m`", "LightX2V", make.pairs(comfy, down_up) | biases | modulation),
+        Kind("pairs with `.diff_b` and `.diff`", "LightX2V", make.pairs(comfy, DOWN_UP) | biases | norms | head),
+        Kind("the same with `diff_m`", "LightX2V", make.pairs(comfy, DOWN_UP) | biases | modulation),
         Kind("`.diff` alone", "extracted", full),
         Kind("LoHa", "musubi-tuner, LyCORIS", musubi_loha),
         Kind("LoKr", "ai-toolkit", make.factors(comfy, lokr)),
         Kind("LoKr, `lycoris_`", "SimpleTuner", simpletuner),
         Kind("DoRA, `dora_scale`", "LyCORIS", kohya_dora),
-        Kind("DoRA, `lora_magnitude_vector`", "PEFT", peft_dora, config=config | {"use_dora": True}),
+        Kind("DoRA, `lora_magnitude_vector`", "PEFT", peft_dora, config=CONFIG | {"use_dora": True}),
+    ]
+
+
+def _widened(make: Maker, diffusers: dict[str, Tensor]) -> list[Kind]:
+    dim = len(make.parameters["patch_embedding.weight"])
+    wide = make.pairs(comfy, alpha=1.0) | {
+        comfy("patch_embedding.lora_A.weight"): make.draw(RANK, 32, 1, 2, 2),
+        comfy("patch_embedding.lora_B.weight"): make.draw(dim, RANK, 1, 1, 1),
+        comfy("patch_embedding.alpha"): torch.tensor(1.0),
+        comfy("patch_embedding.reshape_weight"): torch.tensor([dim, 32, 1, 2, 2]),
+    }
+    full = make.pairs(comfy, alpha=1.0) | {comfy("patch_embedding.diff"): make.draw(dim, 32, 1, 2, 2)}
+    both = diffusers | {key.replace("transformer.", "transformer_2."): -tensor for key, tensor in diffusers.items()}
+    return [
         Kind("control LoRA, `reshape_weight`", "this trainer", wide),
+        Kind("control LoRA, `patch_embedding.diff`", "fully trained", full),
         Kind("`transformer.` and `transformer_2.`", "diffusers, both experts", both),
     ]

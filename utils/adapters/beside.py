@@ -7,14 +7,14 @@ would be added to them acts on the outputs. Vectors and bare parameters are repl
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.adapters.dora import Magnitude, decomposed_change
+from utils.adapters.dora import decomposed_change
 from utils.adapters.fitting import PATCH
 from utils.adapters.lora import diff_target
 from utils.adapters.lora_file import Factors, LoraFile, LoraPair, delta
@@ -42,13 +42,13 @@ def beside(model: WanModel, loras: Sequence[Chosen], device: torch.device) -> It
     model's parameters must not be moved inside, but weights that are in a stream come and go.
     """
     with ExitStack() as undo:
-        for chosen in loras:
-            _put_on(model, chosen, device, undo)
+        for number, chosen in enumerate(loras):
+            _put_on(model, chosen, loras[:number], device, undo)
         yield
 
 
-def _put_on(model: WanModel, chosen: Chosen, device: torch.device, undo: ExitStack) -> None:
-    """Puts one LoRA beside the model, until `undo` is closed."""
+def _put_on(model: WanModel, chosen: Chosen, earlier: Sequence[Chosen], device: torch.device, undo: ExitStack) -> None:
+    """Puts one LoRA beside the model, on top of the earlier ones, until `undo` is closed."""
     factors, magnitudes, strength = chosen.lora.factors, chosen.lora.magnitudes, chosen.strength
     parameters = {name.replace(".base_layer", ""): value for name, value in model.named_parameters()}
     changes = {diff_target(key, parameters): diff for key, diff in chosen.lora.diffs.items()}
@@ -56,14 +56,16 @@ def _put_on(model: WanModel, chosen: Chosen, device: torch.device, undo: ExitSta
         change = delta(factors.pop(name))  # small: it acts as a whole
         if name in magnitudes:
             change = change.reshape(len(change), -1, *model.shape.patch_size)
-            weight = parameters[f"{name}.weight"][:, : change.shape[1]].cpu()
-            change = decomposed_change(weight, change, magnitudes[name])
+            weight = parameters[f"{name}.weight"][:, : change.shape[1]].cpu().float()
+            for other in earlier:
+                weight = weight + _change(other, name, weight)
+            change = _change(replace(chosen, strength=1.0), name, weight)
         changes[f"{name}.weight"] = change
 
     for name, each in factors.items():
         layer, moved = model.get_submodule(name), each.map(lambda matrix: matrix.to(device))
         if name in magnitudes:
-            undo.enter_context(_adding(layer, _Decomposed(_base_of(layer), moved, magnitudes[name], strength)))
+            undo.enter_context(_adding(layer, _Decomposed(name, _base_of(layer), chosen, earlier)))
         elif isinstance(moved, LoraPair):
             down, up = moved.down.flatten(1), moved.up.flatten(1)
             undo.enter_context(_adding(layer, partial(_add_pair, down, up, strength * moved.scale)))
@@ -109,17 +111,34 @@ def _add_factors(factors: Factors, strength: float, result: Tensor, x: Tensor) -
 
 @dataclass
 class _Decomposed:
-    """DoRA beside a layer, whose weight is looked at when it is there: result + strength (W' - W) x."""
+    """DoRA beside a layer, whose weight is looked at when it is there: result + strength (W' - W) x.
 
+    W is the weight with the earlier LoRAs, as if these were fused.
+    """
+
+    name: str
     base: nn.Linear
-    factors: Factors
-    magnitude: Magnitude
-    strength: float
+    chosen: Chosen
+    earlier: Sequence[Chosen]
 
     def __call__(self, result: Tensor, x: Tensor) -> Tensor:
-        weight = self.base.values(torch.float32) if isinstance(self.base, QuantisedLinear) else self.base.weight
-        change = decomposed_change(weight, delta(self.factors).flatten(1), self.magnitude)
-        return _add_product(change * self.strength, result, x)
+        base = self.base
+        weight = base.values(torch.float32) if isinstance(base, QuantisedLinear) else base.weight.float()
+        for chosen in self.earlier:
+            weight = weight + _change(chosen, self.name, weight)
+        return _add_product(_change(self.chosen, self.name, weight), result, x)
+
+
+def _change(chosen: Chosen, name: str, weight: Tensor) -> Tensor:
+    """What a LoRA changes of the weight (out, in) of a layer, at its strength."""
+    lora, change = chosen.lora, torch.zeros_like(weight)
+    if (factors := lora.factors.get(name)) is not None:
+        change = delta(factors.map(lambda matrix: matrix.to(weight.device))).view_as(weight)
+        if name in lora.magnitudes:
+            change = decomposed_change(weight, change, lora.magnitudes[name])
+    if (diff := lora.diffs.get(f"{name}.diff")) is not None:
+        change = change + diff.to(weight.device).float().view_as(weight)
+    return change * chosen.strength
 
 
 def _base_of(layer: nn.Module) -> nn.Linear:

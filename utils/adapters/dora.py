@@ -46,7 +46,8 @@ class Magnitude:
             columns = (weight + change).transpose(0, 1).flatten(1)
             return (values / (columns.norm(dim=1) + eps)).reshape(1, -1, *ones)
         norm = (weight + change if self.rule == PEFT else weight).flatten(1).norm(dim=1)
-        norm = norm if self.rule == PEFT else norm + eps
+        # PEFT divides by zero for a row of zeros, which has no direction: here it stays one.
+        norm = norm.clamp(min=torch.finfo(torch.float32).tiny) if self.rule == PEFT else norm + eps
         return (values / norm).reshape(-1, 1, *ones)
 
     def _is_per_row(self, shape: tuple[int, ...]) -> bool:

@@ -43,7 +43,10 @@ def compare(lora: LoraFile, model: WanModel, modules: Collection[str], rank: int
     ranks = sorted({pair.rank for pair in lora.pairs.values()})
     alphas = sorted({pair.effective_alpha for pair in lora.pairs.values()})
     # Files hold alpha as fp32.
-    if ranks and (ranks != [rank] or not all(math.isclose(each, alpha, rel_tol=1e-6) for each in alphas)):
+    is_scaled_otherwise = ranks and not (
+        ranks == [rank] and all(math.isclose(each, alpha, rel_tol=1e-6) for each in alphas)
+    )
+    if is_scaled_otherwise:
         own = [str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"]
         own += [f"{alphas[0]:g}" if len(alphas) == 1 else f"{alphas[0]:g} to {alphas[-1]:g}"]
         faults.append(f"it has rank {own[0]} and alpha {own[1]}, this run {rank} and {alpha:g}")
@@ -53,7 +56,7 @@ def compare(lora: LoraFile, model: WanModel, modules: Collection[str], rank: int
     if not uniform or alphas[0] < _SMALLEST_ALPHA or (PATCH in modules and PATCH not in lora.pairs):
         return Misfit(faults, None)
     options: dict[str, Any] = {}
-    if any("rank" in fault for fault in faults):
+    if is_scaled_otherwise:
         options = {"lora_rank": ranks[0], "lora_alpha": _readable(alphas[0])}
     if other or lacking:
         inner = [name for name in lora.pairs if name != PATCH]

@@ -29,6 +29,7 @@ NUMBER_KEYS = ("lora_alpha", "network_alpha", "ss_network_alpha")
 # A converted file states its alphas in its own way: diffusers applies its key on top of alpha tensors, for instance.
 SCALING_KEYS = (DIFFUSERS_KEY, OWN_KEY, "lora_alpha", "network_alpha")
 
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _PATTERN = re.compile(r"(?:\^|\.\*)?[A-Za-z0-9_.-]+")
 
 
@@ -216,10 +217,7 @@ def by_pattern(config: Mapping[str, object], default: str, patterns: str, names:
 
 def _plain_number(text: str) -> float | None:
     """A number that metadata hold as text; None for what is none, such as the "Dynamic" of resized files."""
-    try:
-        number = float(text)
-    except ValueError:
-        return None
+    number = float(text) if _NUMBER.fullmatch(text.strip()) else math.nan
     return number if abs(number) <= FP32_MAX else None
 
 

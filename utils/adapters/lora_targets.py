@@ -52,7 +52,9 @@ def check_kinds(lora: LoraFile, target: Target) -> None:
     """Raises LoraError for kinds of changes that the target has no way to hold, with what can be done."""
     if lora.lycoris and not target.lycoris:
         kinds = " and ".join(sorted({each.kind for each in lora.lycoris.values()}))
-        raise LoraError(f"{target.program} cannot load a {kinds} of Wan. Fold it into plain LoRA: --fold RANK.")
+        raise LoraError(
+            f"the layout that {target.program} reads holds no {kinds}. Fold it into plain LoRA: --fold RANK."
+        )
     others = {magnitude.rule for magnitude in lora.magnitudes.values()} - {target.dora}
     if others:
         differs = "PEFT divides by the length of the changed weight, ComfyUI by that of the unchanged one"

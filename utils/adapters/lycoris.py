@@ -137,7 +137,8 @@ def check_factors(factors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"has only a part of a {kinds[0]}: {', '.join(sorted(factors))}")
     lycoris = Lycoris({name: factor.to("meta") for name, factor in factors.items()}, None)  # shapes alone
     try:
-        fits = lycoris.product().numel() == torch.Size(lycoris.weight_shape).numel()
+        same = kinds == [LOKR] or lycoris.whole("hada_w1", "hada_t1").shape == lycoris.whole("hada_w2", "hada_t2").shape
+        fits = same and lycoris.product().numel() == torch.Size(lycoris.weight_shape).numel()
     except (RuntimeError, IndexError):
         fits = False
     if not fits:

@@ -35,7 +35,7 @@ class Cut(ValueError):
     """A file that is shorter than its header says; the message says by how much."""
 
 
-class Place(NamedTuple):
+class Span(NamedTuple):
     """A tensor in a file."""
 
     dtype: str
@@ -57,7 +57,7 @@ class HeaderFile:
     """A safetensors file that is read from its header, with what is used here of the library's `safe_open`."""
 
     path: Path
-    places: Mapping[str, Place]  # in the order of the file
+    places: Mapping[str, Span]  # in the order of the file
     notes: Mapping[str, str]
     surplus: int  # bytes after the last tensor
 
@@ -75,7 +75,7 @@ class HeaderFile:
         """What the header says besides."""
         return self.notes
 
-    def get_slice(self, name: str) -> Place:
+    def get_slice(self, name: str) -> Span:
         """The dtype and the shape of a tensor."""
         return self.places[name]
 
@@ -117,11 +117,11 @@ def read_by_header(path: Path) -> HeaderFile:
     return HeaderFile(path, places, notes, size - end)
 
 
-def _place(entry: Mapping[str, Any], begin: int) -> Place:
+def _place(entry: Mapping[str, Any], begin: int) -> Span:
     """Where a tensor is. Raises ValueError, KeyError or TypeError for an entry that is not valid."""
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
         raise ValueError("numbers")
     if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError("data_offsets")
-    return Place(dtype, tuple(shape), begin + start, end - start)
+    return Span(dtype, tuple(shape), begin + start, end - start)

@@ -134,10 +134,14 @@ def test_it_acts_on_layers_whose_weights_are_codes(tmp_path, kind, stored_in):
     assert torch.equal(model(*inputs()), plain)
 
 
-def test_several_of_different_kinds_are_added_where_none_depends_on_the_weights():
-    model, kinds = tiny_transformer(), [KINDS["LoHa"](), KINDS["LoKr of whole factors"]()]
-    expected = fused(fused(model, kinds[0], 0.5), kinds[1], -0.3)
-    with beside(model, [Chosen(kinds[0], 0.5), Chosen(kinds[1], -0.3)], CPU):
+SEVERAL = [("LoHa", "LoKr of whole factors"), ("LoHa", "DoRA of PEFT"), ("DoRA of ComfyUI", "DoRA of ComfyUI")]
+
+
+@pytest.mark.parametrize("kinds", SEVERAL)
+def test_several_act_as_if_they_were_fused_one_after_another(kinds):
+    model, (first, second) = tiny_transformer(), (KINDS[kind]() for kind in kinds)
+    expected = fused(fused(model, first, 0.5), second, -0.3)
+    with beside(model, [Chosen(first, 0.5), Chosen(second, -0.3)], CPU):
         assert off(model(*inputs()), expected(*inputs())) < 1e-5
 
 

@@ -310,7 +310,7 @@ def test_what_is_found_in_place_of_a_lora_is_named(tmp_path, what):
     assert len(str(caught.value).splitlines()) == 1
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/adapter_model.safetensors").write_bytes(content)
-    with pytest.raises(LoraError, match=f"adapter_model.safetensors: {message}"):
+    with pytest.raises(LoraError, match=f"adapter_model.safetensors {message}"):
         read_lora(tmp_path / "folder")
 
 

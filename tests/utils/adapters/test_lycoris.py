@@ -138,7 +138,7 @@ def test_comfyui_which_knows_no_kernels_of_three_dimensions_makes_the_same_weigh
 @pytest.mark.parametrize("layout", ["wantraining", "diffusers", "peft"])
 @pytest.mark.parametrize(("lycoris", "kind"), [(make_loha(), "LoHa"), (make_lokr(), "LoKr")])
 def test_other_programs_cannot_load_them_and_the_way_out_is_named(layout, lycoris, kind):
-    with pytest.raises(LoraError, match=f"cannot load a {kind} of Wan. Fold it into plain LoRA: --fold RANK"):
+    with pytest.raises(LoraError, match=f"holds no {kind}. Fold it into plain LoRA: --fold RANK"):
         to_state_dict(LoraFile({}, lycoris={Q: lycoris}), layout)
 
 
