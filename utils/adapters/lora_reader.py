@@ -15,10 +15,10 @@ from torch import Tensor
 
 from utils.adapters.dora import COMFY, PEFT, Magnitude
 from utils.adapters.lora_file import FP32_MAX, MAX_DIMENSIONS, Factors, LoraError, LoraFile, LoraPair, largest, shown
+from utils.adapters.lora_header import EXPERT_KEY
 from utils.adapters.lora_keys import HIGH, Key, names_wan, parse_key, refusal
 from utils.adapters.lora_metadata import SCALING_KEYS, read_shapes, read_statements, reconcile
 from utils.adapters.lycoris import Lycoris, check_factors, kind_of
-from utils.adapters.pairs import EXPERT_KEY
 from utils.adapters.peft_folder import PeftConfig, find_weights
 from utils.common.tensor_files import TensorFileError, read_tensors
 from wan.checkpoints import CheckpointError

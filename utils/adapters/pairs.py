@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from utils.adapters.lora_file import LoraError
+from utils.adapters.lora_header import EXPERT_KEY, lora_metadata_of
 from utils.common.checkpoint_names import EXPERTS
 from utils.common.errors import UserError
-from utils.common.tensor_files import file_metadata
 from wan.configs import FAMILIES
 
 HIGH, LOW = EXPERTS
-EXPERT_KEY, FAMILY_KEY = "expert", "family"  # of a LoRA file's metadata
+FAMILY_KEY = "family"  # of a LoRA file's metadata
 DEFAULT_STRENGTH = 1.0
 
 # Where a word begins: after anything but a letter, or at the capital of StyleHighNoise. So neither "flow" nor "thigh".
@@ -95,7 +95,7 @@ def remarks(files: Mapping[str, Path], experts: Sequence[str]) -> list[str]:
     """What people should know of a choice of `resolve_experts`: one sentence for each expert that it leaves out."""
     if len(experts) > 1:
         return [f"no LoRA for the {expert} expert: it runs as the base" for expert in experts if expert not in files]
-    stated = {path: trained_for(path, file_metadata(path)) for path in files.values()}
+    stated = {path: trained_for(path, lora_metadata_of(path)) for path in files.values()}
     made_for = {path: f"{path} was trained for the {expert} expert of a Wan 2.2" for path, expert in stated.items()}
     return [f"{made_for[path]}; here it is used on all noise levels" for path, expert in stated.items() if expert]
 
@@ -165,7 +165,7 @@ def _stated_expert(path: Path) -> str | None:
     """What `expert_of` says of a file. Raises LoraError if there is none."""
     if not path.exists():
         raise LoraError(f"{path}: there is no such file, and no pair of files that this is the common name of.")
-    return expert_of(path, file_metadata(path))
+    return expert_of(path, lora_metadata_of(path))
 
 
 def _named_expert(path: Path) -> str | None:

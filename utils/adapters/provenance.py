@@ -20,10 +20,10 @@ from pathlib import Path, PureWindowsPath
 from tqdm import tqdm
 
 from utils.adapters.lora_file import FP32_MAX, LoraError, shown
-from utils.adapters.pairs import EXPERT_KEY, expert_of, find_pair, lora_of
+from utils.adapters.lora_header import EXPERT_KEY, lora_metadata_of
+from utils.adapters.pairs import expert_of, find_pair, lora_of
 from utils.common.digests import hash_file
 from utils.common.errors import UserError
-from utils.common.tensor_files import file_metadata
 
 FUSED_KEY = "fused_lora"
 COMMAND_ARGS = "command_args*.json"  # in the folder of a run: its options, and those of each time that it was resumed
@@ -126,14 +126,14 @@ def find_fused(lora: Path, advice: str, given: Sequence[Path] = ()) -> list[Fuse
     by its content. Where a LoRA records no content, the given file that is no other's is taken, or that of the run.
     Raises LoraError for a damaged record, and UserError, ending in the `advice`, for a LoRA that is nowhere.
     """
-    wanted = fused_in(file_metadata(lora), lora)
+    wanted = fused_in(lora_metadata_of(lora), lora)
     if not wanted:
         return []
     named = [*given, *_named_by_run(lora)]
     found = _by_content(wanted, lora, named)
-    expert = expert_of(lora, file_metadata(lora))
+    expert = expert_of(lora, lora_metadata_of(lora))
     unrecorded = [path for path in named if path not in found.values()]
-    unrecorded = [path for path in unrecorded if _may_share_an_expert(expert_of(path, file_metadata(path)), expert)]
+    unrecorded = [path for path in unrecorded if _may_share_an_expert(expert_of(path, lora_metadata_of(path)), expert)]
     files = []
     for fused in wanted:
         if fused.sha256 is None and unrecorded:
@@ -155,7 +155,7 @@ def find_for_experts(
     Each given file must be one that a LoRA records, or that of an expert without a LoRA, which records nothing: it gets
     the half of a pair whose other half is recorded. Raises UserError for other files, and as `find_fused` does.
     """
-    records = {name: fused_in(file_metadata(path), path) for name, path in own.items()}
+    records = {name: fused_in(lora_metadata_of(path), path) for name, path in own.items()}
     recorded = list(dict.fromkeys(fused for fused_here in records.values() for fused in fused_here))
     files = [file for path in given for file in files_of(path)]
     if files and not recorded:

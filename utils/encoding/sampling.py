@@ -17,12 +17,12 @@ from utils.adapters.fitting import fitting
 from utils.adapters.fusion import Fusion, fuse_on
 from utils.adapters.lora import fuse_lora
 from utils.adapters.lora_file import shown
+from utils.adapters.lora_header import lora_metadata_of
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.pairs import remarks, resolve_also_loras, resolve_experts
 from utils.adapters.provenance import Fused, FusedFile, find_for_experts, fused_in
 from utils.common.console import say
 from utils.common.errors import UserError
-from utils.common.tensor_files import file_metadata
 from utils.diffusion.flow import Predict
 from utils.encoding.conditioning import Cond, make_predict, replace_text
 from utils.storage.load import Store
@@ -68,7 +68,7 @@ def find_underneath(paths: Sequence[Path], given: Sequence[Path], is_left_out: b
     if is_left_out:
         if given:
             raise UserError("--fuse_lora and --without_fused exclude each other: give one of them")
-        recorded = {name: fused_in(file_metadata(path), path) for name, path in own.items()}
+        recorded = {name: fused_in(lora_metadata_of(path), path) for name, path in own.items()}
         if not any(recorded.values()):
             raise UserError(f"--without_fused: {paths[0]} was trained on top of no LoRA, leave it out")
         return Underneath(
@@ -134,7 +134,7 @@ def _notes_on(further: Mapping[str, Sequence[tuple[Path, float]]], there: Mappin
     for name, loras in further.items():
         known = {fused.sha256 for fused in there.get(name, ())}
         for path, _ in loras:
-            absent = [fused for fused in fused_in(file_metadata(path), path) if fused.sha256 not in known]
+            absent = [fused for fused in fused_in(lora_metadata_of(path), path) if fused.sha256 not in known]
             if absent:
                 was = " and ".join(map(str, absent))
                 notes.append(f"note: --also_lora {path} was trained on top of {was}, which is not added with it")

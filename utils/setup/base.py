@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.adapters.lora_file import shown
+from utils.adapters.lora_header import lora_metadata_of
 from utils.adapters.pairs import resolve_experts
 from utils.adapters.provenance import run_options
 from utils.common.errors import UserError
-from utils.common.tensor_files import file_metadata
 from utils.setup.model import BASE_FILES, BASE_MODEL, SingleFiles
 from wan.checkpoints import (
     TRANSFORMERS,
@@ -70,7 +70,7 @@ def find_base(opts: SingleFiles, lora: Path, metadata: Mapping[str, str]) -> dic
 def base_remarks(files: ModelFiles, loras: Sequence[Path]) -> Iterator[str]:
     """A sentence for each LoRA that was trained on other files than the model has. Raises as `resolve_experts` does."""
     for part, path in resolve_experts(loras, [expert.name for expert in files.family.experts]).items():
-        metadata = file_metadata(path)
+        metadata = lora_metadata_of(path)
         trained, transformer = metadata.get(BASE_HASH), files.transformers.get(part)
         if trained and transformer and trained != (here := transformer_fingerprint(transformer)):
             whose = f"{shown(metadata.get(BASE_MODEL, 'a model'))}, hash {shown(trained)}"
