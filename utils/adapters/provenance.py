@@ -20,7 +20,7 @@ from pathlib import Path, PureWindowsPath
 from tqdm import tqdm
 
 from utils.adapters.lora_file import FP32_MAX, LoraError, shown
-from utils.adapters.lora_header import EXPERT_KEY, lora_metadata_of
+from utils.adapters.lora_header import CONFIG, EXPERT_KEY, files_of_lora, lora_metadata_of
 from utils.adapters.pairs import expert_of, find_pair, lora_of
 from utils.common.digests import hash_file
 from utils.common.errors import UserError
@@ -28,7 +28,6 @@ from utils.common.errors import UserError
 FUSED_KEY = "fused_lora"
 COMMAND_ARGS = "command_args*.json"  # in the folder of a run: its options, and those of each time that it was resumed
 LARGEST = 2**33  # bytes of a file that may be a LoRA
-_PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")  # what a folder of PEFT is taken for
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FOLDERS_ABOVE = 3  # RUN/x.safetensors, RUN/checkpoints/x.safetensors, RUN/checkpoints/aside-1/x.safetensors
 
@@ -82,24 +81,22 @@ def fused_in(metadata: Mapping[str, str], source: Path) -> list[Fused]:
 
 
 def content_hash(path: Path) -> str:
-    """The SHA-256 of a LoRA file; of a folder of PEFT that of the digests of its two files.
+    """The SHA-256 of a LoRA file; where an adapter_config.json belongs to it, that of the digests of both.
 
-    Raises UserError for a file that cannot be read.
+    A folder has that of the file that it means. Raises UserError for a file that cannot be read.
     """
     try:
-        if path.is_dir():
-            digests = "".join(hash_file(path / name) for name in _PEFT_FILES)
-            return hashlib.sha256(digests.encode()).hexdigest()
-        return hash_file(path)
+        *config, weights = [hash_file(file) for file in _contents(path)]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return hashlib.sha256("".join([*config, weights]).encode()).hexdigest() if config else weights
 
 
 def content_size(path: Path) -> int:
     """The bytes that `content_hash` reads; 0 where there is nothing to read."""
     try:
-        return sum(file.stat().st_size for file in ([path / name for name in _PEFT_FILES] if path.is_dir() else [path]))
-    except OSError:
+        return sum(file.stat().st_size for file in _contents(path))
+    except (OSError, LoraError):
         return 0
 
 
@@ -248,11 +245,17 @@ def _by_content(wanted: Sequence[Fused], lora: Path, named: Sequence[Path]) -> d
     return {digest: path for digest, path in found.items() if digest in missing}
 
 
+def _contents(path: Path) -> list[Path]:
+    """What decides a LoRA's change: adapter_config.json where one belongs to it, and its file. Raises LoraError."""
+    weights, config = files_of_lora(path)
+    return [config, weights] if config else [weights]
+
+
 def _loras_in(folders: Iterable[Path]) -> Iterator[Path]:
     for folder in folders:
         with suppress(OSError):
             for path in sorted(folder.iterdir()):
-                if path.suffix.lower() == ".safetensors" or os.path.isfile(path / _PEFT_FILES[0]):
+                if path.suffix.lower() == ".safetensors" or os.path.isfile(path / CONFIG):
                     yield path
 
 
