@@ -112,7 +112,7 @@ def read_state(path: Path) -> State:
         state = State(path, step, facts, content["metrics"], content["learner"])
         if not all(_is_count(count) for count in state.steps_taken.values()):
             raise ValueError("step_count")
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"missing or invalid {error}" if str(error) else type(error).__name__
         raise UserError(f"{path} is not a training state ({STATES}): {reason}") from None
     return state
@@ -148,7 +148,7 @@ def _from_last_to_first(runs: Iterable[Iterable[Path]]) -> Iterator[Path]:
     A run is dated by that state and not by its folder's name, because it may have been resumed later.
     """
     ordered = [sorted(paths, key=_place_in_run, reverse=True) for paths in runs]
-    dated = [(_time(paths[0]), str(paths[0]), paths) for paths in ordered if paths]
+    dated = [(next(filter(None, map(_time, paths)), 0), str(paths[0]), paths) for paths in ordered if paths]
     for *_, paths in sorted(dated, reverse=True):
         yield from paths
 
@@ -159,15 +159,18 @@ def _place_in_run(path: Path) -> tuple[int, bool, int]:
     try:
         content = json.loads(file_metadata(path)[FACTS])
         step = int(content["learner"]["step"] if content.get("learner") else content["step"])
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
         # A damaged one is tried, and reported, in the place that its name claims.
         step = named.step if named else -1
     return step, named is not None, _time(path)
 
 
 def _time(path: Path) -> int:
-    """When a file was written, in ns."""
-    return path.stat().st_mtime_ns
+    """When a file was written, in ns; 0 for a link to nothing, and for a file that has just been removed."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def decisions_of(state: State | None, device: torch.device, changes_allowed: bool) -> Decisions:
@@ -293,7 +296,7 @@ def _check_facts(content: Mapping[str, Any], step: object) -> None:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _is_finite(value: object) -> bool:
