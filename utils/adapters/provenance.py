@@ -80,6 +80,14 @@ def fused_in(metadata: Mapping[str, str], source: Path) -> list[Fused]:
         raise LoraError(f"{source}: the metadata {FUSED_KEY} does not say what it was trained on: {error}.") from None
 
 
+def fused_as_said(metadata: Mapping[str, str], source: Path) -> tuple[list[Fused], list[str]]:
+    """As `fused_in` where nothing of it is fused: none for a damaged record, and a note of that."""
+    try:
+        return fused_in(metadata, source), []
+    except LoraError as error:
+        return [], [f"note: {error}"]
+
+
 def content_hash(path: Path) -> str:
     """The SHA-256 of a LoRA file; where an adapter_config.json belongs to it, that of the digests of both.
 
