@@ -3,6 +3,7 @@
 A folder of PEFT, or a file in one, is two files: adapter_config.json decides the scale of the other's matrices.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def files_of_lora(path: Path) -> tuple[Path, Path | None]:
     A folder means its adapter_model.safetensors, or the only .safetensors file in it. A file belongs to the
     configuration beside it where it has PEFT's name, or no other .safetensors file is there. Raises LoraError.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir it raises nothing for a name that is too long
         files = sorted(path.glob("*.safetensors"))
         named = [file for file in files if file.name == WEIGHTS]
         if len(named or files) != 1:
@@ -29,7 +30,7 @@ def files_of_lora(path: Path) -> tuple[Path, Path | None]:
             raise LoraError(f"{path}: the folder has {has}. Give a file in it.")
         (path,) = named or files
     config = path.parent / CONFIG
-    if path.suffix != ".safetensors" or not config.is_file():
+    if path.suffix != ".safetensors" or not os.path.isfile(config):
         return path, None
     if path.name != WEIGHTS and len(list(path.parent.glob("*.safetensors"))) > 1:
         return path, None

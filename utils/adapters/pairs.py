@@ -5,6 +5,7 @@ Their common name, style.safetensors, means both.
 """
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def find_pair(path: Path) -> dict[str, Path]:
 
     Empty where there are not exactly two, one for each expert, and where the name is that of an existing file.
     """
-    if path.exists() or not path.parent.is_dir():
+    if os.path.exists(path) or not os.path.isdir(path.parent):  # a name may be too long for Path.exists
         return {}
     halves = [file for file in sorted(path.parent.iterdir()) if _common_name(file) == path.name]
     found = {_named_expert(file): file for file in halves}
@@ -163,7 +164,7 @@ def _resolve_two(first: Path, second: Path) -> dict[str, Path]:
 
 def _stated_expert(path: Path) -> str | None:
     """What `expert_of` says of a file. Raises LoraError if there is none."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise LoraError(f"{path}: there is no such file, and no pair of files that this is the common name of.")
     return expert_of(path, lora_metadata_of(path))
 

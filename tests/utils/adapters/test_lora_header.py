@@ -1,6 +1,7 @@
 """What a LoRA says before its tensors are read is what `read_lora` says, for files and folders of every kind."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from tests.loras import half, written
+from utils.adapters.lora_file import LoraError
 from utils.adapters.lora_header import files_of_lora, lora_metadata_of
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.pairs import resolve_experts
-from utils.adapters.provenance import find_fused, record, to_metadata
+from utils.adapters.provenance import content_hash, find_fused, record, to_metadata
+from utils.common.errors import UserError
 
 HIGH, LOW = "high_noise", "low_noise"
 CONFIG = {"r": 2, "lora_alpha": 4}
@@ -94,3 +97,27 @@ def test_a_configuration_belongs_to_one_file(tmp_path):
     assert files_of_lora(other) == (other, None) and files_of_lora(folder) == (weights, config)
     weights.unlink()
     assert files_of_lora(folder) == files_of_lora(other) == (other, config)
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".safetensors", "x" * 300])
+def test_a_name_that_is_too_long_is_that_of_no_file(tmp_path, name):
+    path = tmp_path / name
+    with pytest.raises(LoraError, match="there is no such file"):
+        read_lora(path)
+    for experts in ((HIGH, LOW), ("transformer",)):
+        with pytest.raises(LoraError, match="there is no such file, and no pair"):
+            resolve_experts([path], experts)
+    assert lora_metadata_of(path) == {}
+    with pytest.raises(UserError, match="cannot read .*: File name too long"):
+        content_hash(path)
+
+
+@pytest.mark.parametrize("names", [(b"fo\xfc.safetensors",), (b"fo\xfc", b"x.safetensors")])
+def test_a_name_that_is_not_utf8_is_to_be_changed(tmp_path, names):
+    path = tmp_path.joinpath(*map(os.fsdecode, names))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(written(tmp_path / "fox.safetensors", half(), {"author": "me"}).read_bytes())
+    for given in {path, path.parent} - {tmp_path}:
+        with pytest.raises(LoraError, match=r"safetensors: safetensors cannot open a name that is not UTF-8. Rename"):
+            read_lora(given)
+    assert lora_metadata_of(path) == {"author": "me"}
