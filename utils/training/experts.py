@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from utils.adapters.attach import AdapterOptions, AdapterPlan, LoraAdapter, plan_adapter, plan_fusion
 from utils.adapters.beside import Chosen, beside
+from utils.adapters.provenance import content_hash, files_of
 from utils.common.checkpoint_names import LORA
 from utils.common.console import say
 from utils.common.errors import UserError
@@ -275,6 +276,18 @@ def plan_experts(roles: Sequence[Role[Opts]], files: ModelFiles) -> dict[str, Ad
     for note in dict.fromkeys(note for plan in plans.values() for note in plan.notes):
         say(note)
     return plans
+
+
+def base_contents(roles: Sequence[Role[Opts]], files: ModelFiles) -> dict[str, str]:
+    """What is trained on, by content: a hash for each transformer in training, and for each file of --fuse_lora.
+
+    What such a file was itself trained on top of is recorded in it. Raises UserError for a file that cannot be read.
+    """
+    fused = roles[0].opts.fuse_lora
+    hashes = {f"--fuse_lora {path.name}": content_hash(path) for path in (files_of(fused) if fused else ())}
+    return {
+        f"the base model's {role.name}": transformer_fingerprint(files.transformers[role.name]) for role in roles
+    } | hashes
 
 
 def load_experts(
