@@ -283,11 +283,10 @@ def base_contents(roles: Sequence[Role[Opts]], files: ModelFiles) -> dict[str, s
 
     What such a file was itself trained on top of is recorded in it. Raises UserError for a file that cannot be read.
     """
-    fused = roles[0].opts.fuse_lora
-    hashes = {f"--fuse_lora {path.name}": content_hash(path) for path in (files_of(fused) if fused else ())}
-    return {
-        f"the base model's {role.name}": transformer_fingerprint(files.transformers[role.name]) for role in roles
-    } | hashes
+    given = roles[0].opts.fuse_lora
+    fused = {f"--fuse_lora {path.name}": content_hash(path) for path in (files_of(given) if given else ())}
+    trained = {f"the base model's {role.name}": files.transformers[role.name] for role in roles}
+    return {name: transformer_fingerprint(transformer) for name, transformer in trained.items()} | fused
 
 
 def load_experts(
