@@ -76,7 +76,10 @@ class Content:
         (), "further LoRAs, each FILE or FILE:STRENGTH", requires="lora_path", is_path=True
     )
     fuse_lora: tuple[Path, ...] = option(
-        (), "what the LoRA was trained on top of with --fuse_lora, where that is not found", requires="lora_path"
+        (),
+        "what the LoRA was trained on top of with --fuse_lora, where that is not found: the very file, "
+        "since a converted one has another hash",
+        requires="lora_path",
     )
     without_fused: bool = option(False, "sample without what the LoRA was trained on top of", requires="lora_path")
     pretrained_model_name_or_path: str | None = option(

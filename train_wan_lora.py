@@ -32,7 +32,6 @@ from utils.common.files import check_writable
 from utils.common.options import option, parse_options, run_script, to_json, training_table
 from utils.common.signals import Stop, stop_on_signals
 from utils.common.temp_rng import MAX_SEED
-from utils.data.dataset import Dataset
 from utils.data.folders import Folder, Rules, check_paired_files
 from utils.data.plan import Plan, largest_window, make_plan
 from utils.data.tables import format_plan
@@ -64,7 +63,7 @@ from utils.setup.model import find_given_family, find_given_tokenizer, given_sha
 from utils.training.checkpoint_plan import CheckpointPlan
 from utils.training.compilation import explain_failed_compilation
 from utils.training.conditions import check_conditions
-from utils.training.experts import DISK, load_experts
+from utils.training.experts import DISK, base_contents, load_experts
 from utils.training.fit import Fit, find_fit, given_of
 from utils.training.learner import Learner, Trainable
 from utils.training.optim import with_epochs
@@ -199,15 +198,16 @@ def forecast_run(opts: Options, folders: list[Folder], is_default: bool) -> None
         fit_memory(opts, family, shape, plan, opts.compile == "on", Decisions(opts.gpu or ""))
 
 
-def run_settings(opts: Options, family: Family, data: Dataset, session: Session, decisions: Decisions) -> RunSettings:
+def run_settings(opts: Options, inputs: Inputs, session: Session, decisions: Decisions) -> RunSettings:
     """What is written of a run into its folder, its states and its LoRAs."""
+    data, base = inputs.data, base_contents(inputs.roles, inputs.files)
     control = FROM_FILE if any(source.control for source in data.train) else opts.control_type * opts.control_lora
     about = {**opts.base(opts.pretrained_model_name_or_path), "control": control, "shift": f"{opts.shift:g}"}
     about |= {"control_i2v": "true"} if opts.control_i2v else {}
-    options, facts = to_json(opts), Facts(training_table(opts), data.fingerprint, decisions.table())
+    options, facts = to_json(opts), Facts(training_table(opts), data.fingerprint, decisions.table(), base)
     about |= {"options": options} if opts.metadata == EVERYTHING else {}
     size = largest_window(data.windows).bucket[:2]
-    card = ModelCard(family, about["base_model"], size, data.clips_by_folder, opts.trigger or "")
+    card = ModelCard(inputs.files.family, about["base_model"], size, data.clips_by_folder, opts.trigger or "")
     total = session.schedule.total_steps
     return RunSettings(opts.output_dir, total, opts.max_grad_norm, options, facts, about, card, opts.name)
 
@@ -299,7 +299,7 @@ def run_with(
     with explain_out_of_memory(), explain_failed_compilation():
         session = open_session(planned, inputs, device, compile, decisions)
         # The state has the options as they were given; what was chosen, also in the rehearsal, is in the decisions.
-        settings = partial(run_settings, opts, inputs.files.family, inputs.data, session, decisions)
+        settings = partial(run_settings, opts, inputs, session, decisions)
         save = partial(rehearse_saving, session.learner, settings(), folder)
         rehearse_run(session, opts, save, decisions if compile else None, spare)
         if opts.benchmark:
@@ -338,7 +338,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # --allow_changes.
     state = find_state(opts.resume_from_checkpoint, opts.output_dir) if opts.resume_from_checkpoint else None
     if state is not None:
-        check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes, steps)
+        base = base_contents(opts.roles(files.family), files)
+        check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes, steps, base)
 
     with explain_out_of_memory():
         if opts.cache_embeddings:

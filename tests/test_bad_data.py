@@ -20,7 +20,7 @@ from tests.media import image, video
 from tests.tiny import write_model
 from utils.common.digests import DIGESTS
 from utils.common.options import run_script
-from wan.checkpoints import CheckpointError
+from wan.checkpoints import TRANSFORMER, CheckpointError
 
 MODEL = "--pretrained_model_name_or_path model --base_res 64 --token_limit 60 --num_workers 0 --val_samples 0"
 RUN = f"--dataset clips {MODEL} --max_train_steps 2 --learning_rate 1e-3"
@@ -87,6 +87,12 @@ def picture(name: str, **how) -> Change:
 
 def several(*changes: Change) -> Change:
     return lambda work: [change(work) for change in changes]
+
+
+def another_base(work: Path) -> None:
+    path = work / "model" / TRANSFORMER
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
 def config(text: str) -> Change:
@@ -212,6 +218,7 @@ CONFIGS = [
     ),
 ]
 STATES = [
+    (another_base, f"{AGAIN} latest", "the base model's transformer has another content: its hash was "),
     (NOTHING, f"{AGAIN} nowhere", "there is no usable training state in nowhere"),
     (lambda work: shutil.rmtree(work / "outputs"), f"{AGAIN} latest", "there is no usable training state in outputs"),
     (cut(STATE), f"{AGAIN} {STATE}", "state-00000002.safetensors is not a whole training state"),

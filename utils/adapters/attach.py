@@ -29,7 +29,7 @@ from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
 from utils.adapters.model_card import network_facts
 from utils.adapters.pairs import lora_of
-from utils.adapters.provenance import Fused, find_fused, fused_in, record, to_metadata
+from utils.adapters.provenance import Fused, find_fused, fused_as_said, fused_in, record, to_metadata
 from utils.adapters.wantraining import TRAINER
 from utils.common.errors import UserError
 from utils.common.options import Replaced, option
@@ -266,7 +266,10 @@ def _typed(options: Mapping[str, object], opts: AdapterOptions, expert: str) -> 
 
 def _left_behind(lora: LoraFile, path: Path, plan: AdapterPlan) -> list[str]:
     """A sentence where the LoRA that a run starts from was trained on top of others than this run fuses."""
-    theirs, ours = fused_in(lora.metadata, path), fused_in(plan.facts, path)
+    theirs, damaged = fused_as_said(lora.metadata, path)
+    if damaged:
+        return damaged
+    ours = fused_in(plan.facts, path)
     if [(fused.sha256, fused.weight) for fused in theirs] == [(fused.sha256, fused.weight) for fused in ours]:
         return []
     return [f"note: --init_lora {path} was trained on top of {_listed(theirs)}; this run is on top of {_listed(ours)}"]

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from utils.adapters.dora import COMFY, PEFT, Magnitude
 from utils.adapters.lora_file import FP32_MAX, MAX_DIMENSIONS, Factors, LoraError, LoraFile, LoraPair, largest, shown
+from utils.adapters.lora_header import EXPERT_KEY
 from utils.adapters.lora_keys import HIGH, Key, names_wan, parse_key, refusal
 from utils.adapters.lora_metadata import SCALING_KEYS, read_shapes, read_statements, reconcile
 from utils.adapters.lycoris import Lycoris, check_factors, kind_of
-from utils.adapters.pairs import EXPERT_KEY
 from utils.adapters.peft_folder import PeftConfig, find_weights
-from utils.common.tensor_files import TensorFileError, read_tensors
+from utils.common.tensor_files import TensorFileError, UnusableNameError, read_tensors
 from wan.checkpoints import CheckpointError
 from wan.checkpoints.files import broken_link, read_start, refuse_foreign
 from wan.checkpoints.header import Cut, HeaderFile, read_by_header
@@ -84,6 +84,8 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
     notes = []
     try:
         tensors, metadata = read_tensors(path)
+    except UnusableNameError as error:
+        raise LoraError(f"{path}: {error}.") from None
     except TensorFileError as error:
         file = _read_refused(path, str(error))
         tensors, metadata = {name: file.get_tensor(name) for name in file.offset_keys()}, dict(file.metadata())

@@ -5,18 +5,19 @@ Their common name, style.safetensors, means both.
 """
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from utils.adapters.lora_file import LoraError
+from utils.adapters.lora_header import EXPERT_KEY, lora_metadata_of
 from utils.common.checkpoint_names import EXPERTS
 from utils.common.errors import UserError
-from utils.common.tensor_files import file_metadata
 from wan.configs import FAMILIES
 
 HIGH, LOW = EXPERTS
-EXPERT_KEY, FAMILY_KEY = "expert", "family"  # of a LoRA file's metadata
+FAMILY_KEY = "family"  # of a LoRA file's metadata
 DEFAULT_STRENGTH = 1.0
 
 # Where a word begins: after anything but a letter, or at the capital of StyleHighNoise. So neither "flow" nor "thigh".
@@ -52,7 +53,7 @@ def find_pair(path: Path) -> dict[str, Path]:
 
     Empty where there are not exactly two, one for each expert, and where the name is that of an existing file.
     """
-    if path.exists() or not path.parent.is_dir():
+    if os.path.exists(path) or not os.path.isdir(path.parent):  # a name may be too long for Path.exists
         return {}
     halves = [file for file in sorted(path.parent.iterdir()) if _common_name(file) == path.name]
     found = {_named_expert(file): file for file in halves}
@@ -95,7 +96,7 @@ def remarks(files: Mapping[str, Path], experts: Sequence[str]) -> list[str]:
     """What people should know of a choice of `resolve_experts`: one sentence for each expert that it leaves out."""
     if len(experts) > 1:
         return [f"no LoRA for the {expert} expert: it runs as the base" for expert in experts if expert not in files]
-    stated = {path: trained_for(path, file_metadata(path)) for path in files.values()}
+    stated = {path: trained_for(path, lora_metadata_of(path)) for path in files.values()}
     made_for = {path: f"{path} was trained for the {expert} expert of a Wan 2.2" for path, expert in stated.items()}
     return [f"{made_for[path]}; here it is used on all noise levels" for path, expert in stated.items() if expert]
 
@@ -163,9 +164,9 @@ def _resolve_two(first: Path, second: Path) -> dict[str, Path]:
 
 def _stated_expert(path: Path) -> str | None:
     """What `expert_of` says of a file. Raises LoraError if there is none."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise LoraError(f"{path}: there is no such file, and no pair of files that this is the common name of.")
-    return expert_of(path, file_metadata(path))
+    return expert_of(path, lora_metadata_of(path))
 
 
 def _named_expert(path: Path) -> str | None:

@@ -15,11 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from utils.adapters.lora_file import LoraError, LoraFile, shown
+from utils.adapters.lora_header import CONFIG, files_of_lora
+from utils.adapters.lora_header import WEIGHTS as WEIGHTS  # for those that write a folder
 from utils.adapters.lora_metadata import Statement, by_pattern, peft_alphas, peft_scales
 from utils.common.files import replacing
 from utils.common.tensor_files import TensorFileError, write_tensors
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG = 2**24  # bytes
 DEFAULT = 8  # of ranks and of alphas, in PEFT
 KINDS = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # and what each calls its alpha
@@ -71,24 +72,9 @@ class PeftConfig:
 
 
 def find_weights(path: Path) -> tuple[Path, PeftConfig | None]:
-    """The file of tensors that a path means, and the adapter_config.json that belongs to it, if any.
-
-    A folder means its adapter_model.safetensors, or the only .safetensors file in it. A file belongs to the
-    configuration beside it where it has PEFT's name, or no other .safetensors file is there. Raises LoraError.
-    """
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        named = [file for file in files if file.name == WEIGHTS]
-        if len(named or files) != 1:
-            has = f"{len(files)} .safetensors files, and none is {WEIGHTS}" if files else "no .safetensors file"
-            raise LoraError(f"{path}: the folder has {has}. Give a file in it.")
-        (path,) = named or files
-    config = path.parent / CONFIG
-    if path.suffix != ".safetensors" or not config.is_file():
-        return path, None
-    if path.name != WEIGHTS and len(list(path.parent.glob("*.safetensors"))) > 1:
-        return path, None
-    return path, _read(config)
+    """As `files_of_lora`, with the configuration read. Raises LoraError, too, for one that is not understood."""
+    file, config = files_of_lora(path)
+    return file, _read(config) if config else None
 
 
 def to_config(lora: LoraFile) -> dict[str, Any]:

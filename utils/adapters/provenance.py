@@ -20,15 +20,14 @@ from pathlib import Path, PureWindowsPath
 from tqdm import tqdm
 
 from utils.adapters.lora_file import FP32_MAX, LoraError, shown
-from utils.adapters.pairs import EXPERT_KEY, expert_of, find_pair, lora_of
+from utils.adapters.lora_header import CONFIG, EXPERT_KEY, files_of_lora, lora_metadata_of
+from utils.adapters.pairs import expert_of, find_pair, lora_of
 from utils.common.digests import hash_file
 from utils.common.errors import UserError
-from utils.common.tensor_files import file_metadata
 
 FUSED_KEY = "fused_lora"
 COMMAND_ARGS = "command_args*.json"  # in the folder of a run: its options, and those of each time that it was resumed
 LARGEST = 2**33  # bytes of a file that may be a LoRA
-_PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")  # what a folder of PEFT is taken for
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FOLDERS_ABOVE = 3  # RUN/x.safetensors, RUN/checkpoints/x.safetensors, RUN/checkpoints/aside-1/x.safetensors
 
@@ -81,25 +80,31 @@ def fused_in(metadata: Mapping[str, str], source: Path) -> list[Fused]:
         raise LoraError(f"{source}: the metadata {FUSED_KEY} does not say what it was trained on: {error}.") from None
 
 
-def content_hash(path: Path) -> str:
-    """The SHA-256 of a LoRA file; of a folder of PEFT that of the digests of its two files.
+def fused_as_said(metadata: Mapping[str, str], source: Path) -> tuple[list[Fused], list[str]]:
+    """As `fused_in` where nothing of it is fused: none for a damaged record, and a note of that."""
+    try:
+        return fused_in(metadata, source), []
+    except LoraError as error:
+        return [], [f"note: {error}"]
 
-    Raises UserError for a file that cannot be read.
+
+def content_hash(path: Path) -> str:
+    """The SHA-256 of a LoRA file; where an adapter_config.json belongs to it, that of the digests of both.
+
+    A folder has that of the file that it means. Raises UserError for a file that cannot be read.
     """
     try:
-        if path.is_dir():
-            digests = "".join(hash_file(path / name) for name in _PEFT_FILES)
-            return hashlib.sha256(digests.encode()).hexdigest()
-        return hash_file(path)
+        *config, weights = [hash_file(file) for file in _contents(path)]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return hashlib.sha256("".join([*config, weights]).encode()).hexdigest() if config else weights
 
 
 def content_size(path: Path) -> int:
     """The bytes that `content_hash` reads; 0 where there is nothing to read."""
     try:
-        return sum(file.stat().st_size for file in ([path / name for name in _PEFT_FILES] if path.is_dir() else [path]))
-    except OSError:
+        return sum(file.stat().st_size for file in _contents(path))
+    except (OSError, LoraError):
         return 0
 
 
@@ -126,14 +131,14 @@ def find_fused(lora: Path, advice: str, given: Sequence[Path] = ()) -> list[Fuse
     by its content. Where a LoRA records no content, the given file that is no other's is taken, or that of the run.
     Raises LoraError for a damaged record, and UserError, ending in the `advice`, for a LoRA that is nowhere.
     """
-    wanted = fused_in(file_metadata(lora), lora)
+    wanted = fused_in(lora_metadata_of(lora), lora)
     if not wanted:
         return []
     named = [*given, *_named_by_run(lora)]
     found = _by_content(wanted, lora, named)
-    expert = expert_of(lora, file_metadata(lora))
+    expert = expert_of(lora, lora_metadata_of(lora))
     unrecorded = [path for path in named if path not in found.values()]
-    unrecorded = [path for path in unrecorded if _may_share_an_expert(expert_of(path, file_metadata(path)), expert)]
+    unrecorded = [path for path in unrecorded if _may_share_an_expert(expert_of(path, lora_metadata_of(path)), expert)]
     files = []
     for fused in wanted:
         if fused.sha256 is None and unrecorded:
@@ -155,7 +160,7 @@ def find_for_experts(
     Each given file must be one that a LoRA records, or that of an expert without a LoRA, which records nothing: it gets
     the half of a pair whose other half is recorded. Raises UserError for other files, and as `find_fused` does.
     """
-    records = {name: fused_in(file_metadata(path), path) for name, path in own.items()}
+    records = {name: fused_in(lora_metadata_of(path), path) for name, path in own.items()}
     recorded = list(dict.fromkeys(fused for fused_here in records.values() for fused in fused_here))
     files = [file for path in given for file in files_of(path)]
     if files and not recorded:
@@ -248,11 +253,17 @@ def _by_content(wanted: Sequence[Fused], lora: Path, named: Sequence[Path]) -> d
     return {digest: path for digest, path in found.items() if digest in missing}
 
 
+def _contents(path: Path) -> list[Path]:
+    """What decides a LoRA's change: adapter_config.json where one belongs to it, and its file. Raises LoraError."""
+    weights, config = files_of_lora(path)
+    return [config, weights] if config else [weights]
+
+
 def _loras_in(folders: Iterable[Path]) -> Iterator[Path]:
     for folder in folders:
         with suppress(OSError):
             for path in sorted(folder.iterdir()):
-                if path.suffix.lower() == ".safetensors" or os.path.isfile(path / _PEFT_FILES[0]):
+                if path.suffix.lower() == ".safetensors" or os.path.isfile(path / CONFIG):
                     yield path
 
 

@@ -24,6 +24,10 @@ class TensorFileError(Exception):
     """A safetensors file that cannot be read or written. The message is the reason alone, without the path."""
 
 
+class UnusableNameError(TensorFileError):
+    """A path that safetensors cannot open, whatever the file holds."""
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a file, copied into memory, and its metadata. Raises TensorFileError."""
     with _opened(path) as file:
@@ -80,6 +84,10 @@ def has_same_content(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
 
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UnusableNameError("safetensors cannot open a name that is not UTF-8. Rename the file or folder") from None
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -17,12 +17,12 @@ from utils.adapters.fitting import fitting
 from utils.adapters.fusion import Fusion, fuse_on
 from utils.adapters.lora import fuse_lora
 from utils.adapters.lora_file import shown
+from utils.adapters.lora_header import lora_metadata_of
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.pairs import remarks, resolve_also_loras, resolve_experts
-from utils.adapters.provenance import Fused, FusedFile, find_for_experts, fused_in
+from utils.adapters.provenance import Fused, FusedFile, find_for_experts, fused_as_said, fused_in
 from utils.common.console import say
 from utils.common.errors import UserError
-from utils.common.tensor_files import file_metadata
 from utils.diffusion.flow import Predict
 from utils.encoding.conditioning import Cond, make_predict, replace_text
 from utils.storage.load import Store
@@ -50,7 +50,7 @@ class Underneath:
         """The end of a sentence about what is sampled, also without the LoRA where it is `compared`; often nothing."""
         names = " and ".join(dict.fromkeys(str(file) for files in self.files.values() for file in files))
         if self.is_left_out:
-            return f", without what the LoRA was trained on top of: {names}"
+            return f", without what the LoRA was trained on top of{f': {names}' if names else ''}"
         return f", on top of {names}{', with and without the LoRA' * compared}" if names else ""
 
 
@@ -68,14 +68,7 @@ def find_underneath(paths: Sequence[Path], given: Sequence[Path], is_left_out: b
     if is_left_out:
         if given:
             raise UserError("--fuse_lora and --without_fused exclude each other: give one of them")
-        recorded = {name: fused_in(file_metadata(path), path) for name, path in own.items()}
-        if not any(recorded.values()):
-            raise UserError(f"--without_fused: {paths[0]} was trained on top of no LoRA, leave it out")
-        return Underneath(
-            {name: [FusedFile(Path(shown(fused.name)), fused) for fused in each] for name, each in recorded.items()},
-            {},
-            is_left_out,
-        )
+        return _left_out(own)
     advice = "Give it as --fuse_lora FILE, or sample without it: --without_fused."
     found, fusions, notes = find_for_experts(own, experts, given, advice), dict[str, Fusion](), list[str]()
     for name, transformer in files.transformers.items():
@@ -84,6 +77,20 @@ def find_underneath(paths: Sequence[Path], given: Sequence[Path], is_left_out: b
     for note in dict.fromkeys(notes):
         say(note)
     return Underneath(found, fusions)
+
+
+def _left_out(own: Mapping[str, Path]) -> Underneath:
+    """What these LoRAs say that they were trained on top of. Says what is damaged of it; raises where none says any."""
+    recorded, notes = {}, list[str]()
+    for name, path in own.items():
+        recorded[name], damaged = fused_as_said(lora_metadata_of(path), path)
+        notes += damaged
+    for note in dict.fromkeys(notes):
+        say(note)
+    if not notes and not any(recorded.values()):
+        raise UserError(f"--without_fused: {next(iter(own.values()))} was trained on top of no LoRA, leave it out")
+    named = {name: [FusedFile(Path(shown(fused.name)), fused) for fused in each] for name, each in recorded.items()}
+    return Underneath(named, {}, is_left_out=True)
 
 
 def choose_loras(
@@ -134,8 +141,9 @@ def _notes_on(further: Mapping[str, Sequence[tuple[Path, float]]], there: Mappin
     for name, loras in further.items():
         known = {fused.sha256 for fused in there.get(name, ())}
         for path, _ in loras:
-            absent = [fused for fused in fused_in(file_metadata(path), path) if fused.sha256 not in known]
-            if absent:
+            said, damaged = fused_as_said(lora_metadata_of(path), path)
+            notes += damaged
+            if absent := [fused for fused in said if fused.sha256 not in known]:
                 was = " and ".join(map(str, absent))
                 notes.append(f"note: --also_lora {path} was trained on top of {was}, which is not added with it")
     return notes

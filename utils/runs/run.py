@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from utils.adapters.lora_file import LoraError
+from utils.adapters.lora_header import EXPERT_KEY
 from utils.adapters.model_card import ModelCard, model_card
-from utils.adapters.pairs import EXPERT_KEY
 from utils.common.checkpoint_names import DEFAULT_NAME, EXPERTS, Checkpoint, check_name, check_name_of_pairs
 from utils.common.console import say
 from utils.common.errors import RunError, UserError

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,11 +43,16 @@ CHANGES_SHOWN = 20
 
 @dataclass(frozen=True)
 class Facts:
-    """What decides a run besides its learner: options that affect training, clips' fingerprints, and `Decisions`."""
+    """What decides a run besides its learner: options that affect training, clips' fingerprints, and `Decisions`.
+
+    `base` has what is trained on by content, a hash for each transformer and each fused LoRA; states of earlier
+    versions have none.
+    """
 
     options: dict[str, Any]
     data: dict[str, str]
     decided: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,11 +114,11 @@ def read_state(path: Path) -> State:
             raise UserError(f"{path} has the state format {content['format']!r}: it was written by a newer version")
         step = content["learner"]["step"] if content["learner"] else content["step"]
         _check_facts(content, step)
-        facts = Facts(content["options"], content["data"], content.get("decided", {}))
+        facts = Facts(content["options"], content["data"], content.get("decided", {}), content.get("base", {}))
         state = State(path, step, facts, content["metrics"], content["learner"])
         if not all(_is_count(count) for count in state.steps_taken.values()):
             raise ValueError("step_count")
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         reason = f"missing or invalid {error}" if str(error) else type(error).__name__
         raise UserError(f"{path} is not a training state ({STATES}): {reason}") from None
     return state
@@ -148,7 +154,7 @@ def _from_last_to_first(runs: Iterable[Iterable[Path]]) -> Iterator[Path]:
     A run is dated by that state and not by its folder's name, because it may have been resumed later.
     """
     ordered = [sorted(paths, key=_place_in_run, reverse=True) for paths in runs]
-    dated = [(_time(paths[0]), str(paths[0]), paths) for paths in ordered if paths]
+    dated = [(next(filter(None, map(_time, paths)), 0), str(paths[0]), paths) for paths in ordered if paths]
     for *_, paths in sorted(dated, reverse=True):
         yield from paths
 
@@ -159,15 +165,18 @@ def _place_in_run(path: Path) -> tuple[int, bool, int]:
     try:
         content = json.loads(file_metadata(path)[FACTS])
         step = int(content["learner"]["step"] if content.get("learner") else content["step"])
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
         # A damaged one is tried, and reported, in the place that its name claims.
         step = named.step if named else -1
     return step, named is not None, _time(path)
 
 
 def _time(path: Path) -> int:
-    """When a file was written, in ns."""
-    return path.stat().st_mtime_ns
+    """When a file was written, in ns; 0 for a link to nothing, and for a file that has just been removed."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def decisions_of(state: State | None, device: torch.device, changes_allowed: bool) -> Decisions:
@@ -183,7 +192,12 @@ def decisions_of(state: State | None, device: torch.device, changes_allowed: boo
 
 
 def check_resume_compatible(
-    state: State, options: Any, data: Mapping[str, str], allowed: bool, steps: Mapping[str, int]
+    state: State,
+    options: Any,
+    data: Mapping[str, str],
+    allowed: bool,
+    steps: Mapping[str, int],
+    base: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Lists what differs from the run that was saved; raises UserError unless that is allowed.
 
@@ -200,6 +214,8 @@ def check_resume_compatible(
             raise UserError(f"{state.path} is of step {count}, past the {total} of {whose}: raise {_length_of(name)}")
     before = _with_decisions(state.facts, options)
     changes = [*training_differences(before, options), *_data_changes(state.facts.data, data)]
+    both = [name for name, digest in base.items() if state.facts.base.get(name, digest) != digest]
+    changes += [f"{name} has another content: its hash was {state.facts.base[name]}, is {base[name]}" for name in both]
     if not changes:
         return
     more = [f"and {len(changes) - CHANGES_SHOWN} more"] if len(changes) > CHANGES_SHOWN else []
@@ -277,9 +293,10 @@ def _check_facts(content: Mapping[str, Any], step: object) -> None:
         raise ValueError("step")
     if not isinstance(content["options"], dict) or not isinstance(content["data"], dict):
         raise TypeError("options or data")
-    decided = content.get("decided", {})
-    if not isinstance(decided, dict) or not all(isinstance(value, str) for value in decided.values()):
-        raise TypeError("decided")
+    for name in ("decided", "base"):
+        table = content.get(name, {})
+        if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+            raise TypeError(name)
     if not all(isinstance(value, str) for value in content["data"].values()):
         raise TypeError("data")
     metrics = content["metrics"]
@@ -293,7 +310,7 @@ def _check_facts(content: Mapping[str, Any], step: object) -> None:
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _is_finite(value: object) -> bool:

@@ -4,8 +4,8 @@
     base_files         of single files: the options that they were given by
     base_model_hash    which files its transformer was read from, whatever they are called
 
-Names of folders are shown and compared, never opened. Where they are is in the options that a run keeps beside its
-LoRAs. LoRAs of earlier versions have no hash; what they name is opened as it was then.
+Names of folders are shown and compared, never opened, and neither are the paths that earlier versions wrote, without a
+hash. Where folders are is in the options that a run keeps beside its LoRAs.
 """
 
 import os
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.adapters.lora_file import shown
+from utils.adapters.lora_header import lora_metadata_of
 from utils.adapters.pairs import resolve_experts
 from utils.adapters.provenance import run_options
 from utils.common.errors import UserError
-from utils.common.tensor_files import file_metadata
 from utils.setup.model import BASE_FILES, BASE_MODEL, SingleFiles
 from wan.checkpoints import (
     TRANSFORMERS,
@@ -55,22 +55,21 @@ def find_base(opts: SingleFiles, lora: Path, metadata: Mapping[str, str]) -> dic
             f"the LoRA was trained on single files: give them again, {shown(metadata[BASE_FILES])}\n"
             "and --vae, --text_encoder and --tokenizer, or the folder that has these as --pretrained_model_name_or_path"
         )
-    if name and (BASE_HASH not in metadata or _HUB_NAME.fullmatch(name)):
+    if name and _HUB_NAME.fullmatch(name):
         return {FOLDER: name}
     if has_transformers:
         return {}
     if not name:
         raise UserError(f"{lora} does not name its base model; pass --{FOLDER}")
-    raise UserError(
-        f"{lora} was trained on {shown(name)}, a folder whose transformer has the hash {shown(metadata[BASE_HASH])}\n"
-        f"pass that folder as --{FOLDER}"
-    )
+    digest = metadata.get(BASE_HASH)
+    which = "" if digest is None else f", a folder whose transformer has the hash {shown(digest)}"
+    raise UserError(f"{lora} was trained on {shown(name)}{which}\npass that folder as --{FOLDER}")
 
 
 def base_remarks(files: ModelFiles, loras: Sequence[Path]) -> Iterator[str]:
     """A sentence for each LoRA that was trained on other files than the model has. Raises as `resolve_experts` does."""
     for part, path in resolve_experts(loras, [expert.name for expert in files.family.experts]).items():
-        metadata = file_metadata(path)
+        metadata = lora_metadata_of(path)
         trained, transformer = metadata.get(BASE_HASH), files.transformers.get(part)
         if trained and transformer and trained != (here := transformer_fingerprint(transformer)):
             whose = f"{shown(metadata.get(BASE_MODEL, 'a model'))}, hash {shown(trained)}"

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from utils.adapters.attach import AdapterOptions, AdapterPlan, LoraAdapter, plan_adapter, plan_fusion
 from utils.adapters.beside import Chosen, beside
+from utils.adapters.provenance import content_hash, files_of
 from utils.common.checkpoint_names import LORA
 from utils.common.console import say
 from utils.common.errors import UserError
@@ -275,6 +276,17 @@ def plan_experts(roles: Sequence[Role[Opts]], files: ModelFiles) -> dict[str, Ad
     for note in dict.fromkeys(note for plan in plans.values() for note in plan.notes):
         say(note)
     return plans
+
+
+def base_contents(roles: Sequence[Role[Opts]], files: ModelFiles) -> dict[str, str]:
+    """What is trained on, by content: a hash for each transformer in training, and for each file of --fuse_lora.
+
+    What such a file was itself trained on top of is recorded in it. Raises UserError for a file that cannot be read.
+    """
+    given = roles[0].opts.fuse_lora
+    fused = {f"--fuse_lora {path.name}": content_hash(path) for path in (files_of(given) if given else ())}
+    trained = {f"the base model's {role.name}": files.transformers[role.name] for role in roles}
+    return {name: transformer_fingerprint(transformer) for name, transformer in trained.items()} | fused
 
 
 def load_experts(

@@ -29,7 +29,7 @@ def existing(path: Path, why: str = "the layout of the model has it") -> Path:
 def broken_link(path: Path) -> str:
     """That a missing path is, or lies below, a link to what is gone, to follow "is missing"; else an empty string."""
     for place in (path, *path.parents):
-        if place.is_symlink() and not place.exists():
+        if os.path.islink(place) and not os.path.exists(place):
             target = place.parent / os.readlink(place)
             if target.parent.name == "blobs":  # the hub's cache links to its files by their hashes
                 gone = f"the blob {shown(target.name)}, which is missing from the hub's cache"

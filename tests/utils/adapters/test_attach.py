@@ -344,3 +344,11 @@ def test_the_files_of_an_adapter_say_what_was_fused_into_its_base(tmp_path):
     write_lora(tmp_path / "half_low_noise.safetensors", constant(1.0))
     other = plan_adapter(options(fuse_lora=tmp_path / "half_low_noise.safetensors"), layout(), "high_noise", TWO)
     assert other.facts == {"fused_lora": "[]"} and plan_adapter(options(), layout()).facts == {}
+
+
+def test_a_beginning_whose_record_is_damaged_is_noted(tmp_path):
+    write_lora(tmp_path / "fox.safetensors", replace(constant(1.0), metadata={"fused_lora": "yes"}))
+    same = {"lora_rank": 2, "lora_alpha": 2, "lora_target": ("self_attn.q",), "lora_blocks": "0"}
+    plan = plan_adapter(options(init_lora=tmp_path / "fox.safetensors", **same), layout())
+    (note,) = plan.notes
+    assert note.startswith(f"note: {tmp_path / 'fox.safetensors'}: the metadata fused_lora does not say what")

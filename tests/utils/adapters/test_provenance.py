@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,37 @@ def test_a_folder_of_peft_has_the_hash_of_both_its_files(tmp_path):
     lora = on_top(tmp_path / "fox.safetensors", record(tmp_path / "two", 1.0))
     assert content_hash(tmp_path / "one") != content_hash(tmp_path / "two")
     assert [file.path.name for file in find_fused(lora, ADVICE)] == ["two"]
+
+
+def test_the_file_of_a_folder_is_known_by_its_configuration_too(tmp_path):
+    weights, bare = (write(tmp_path / name / "adapter_model.safetensors", 1.0) for name in ("peft", "bare"))
+    config = weights.parent / "adapter_config.json"
+    config.write_text("{}")
+    digest = hashlib.sha256(f"{plain_hash(config)}{plain_hash(weights)}".encode()).hexdigest()
+    assert content_hash(weights) == content_hash(weights.parent) == digest
+    assert content_hash(bare) == plain_hash(weights) == plain_hash(bare)
+    assert record(weights, 1.0).record.size == weights.stat().st_size + 2
+    lora = on_top(tmp_path / "fox.safetensors", record(weights, 1.0))
+    (tmp_path / "away").mkdir()
+    shutil.move(weights.parent, tmp_path / "away" / "peft")
+    with pytest.raises(UserError, match="no such file"):
+        find_fused(lora, ADVICE, [bare])
+    (found,) = find_fused(lora, ADVICE, [tmp_path / "away" / "peft" / weights.name])
+    assert found.path.parent == tmp_path / "away" / "peft"
+
+
+@pytest.mark.parametrize("config", ["", "{}"])
+def test_a_folder_with_one_file_of_any_name_is_known_by_its_content(tmp_path, config):
+    file = write(tmp_path / "style" / "weights.safetensors", 1.0)
+    if config:
+        (tmp_path / "style" / "adapter_config.json").write_text(config)
+    fused = record(tmp_path / "style", 1.0)
+    assert fused.record.sha256 == content_hash(file) and (fused.record.sha256 == plain_hash(file)) == (not config)
+    lora = on_top(tmp_path / "fox.safetensors", fused)
+    assert [found.path.name for found in find_fused(lora, ADVICE, [tmp_path / "style"])] == ["style"]
+    write(tmp_path / "style" / "second.safetensors", 1.0)
+    with pytest.raises(LoraError, match="2 .safetensors files"):
+        content_hash(tmp_path / "style")
 
 
 # ------------------------------------------------------------------------------------------------------- where it is

@@ -197,6 +197,28 @@ def test_what_loras_are_on_top_of_is_in_the_transformers_before_and_after_they_a
         transformers.fuse()
 
 
+@pytest.mark.parametrize("text", ["yes", "[1]", '{"name": "x"}', "[" * 100_000])
+def test_a_damaged_record_stops_nothing_where_nothing_of_it_is_fused(folder, experts, capsys, text):
+    write_lora(folder / "top_low_noise.safetensors", replace(make_lora(0.04), metadata={"fused_lora": text}))
+    low = record(folder / "fox_high_noise.safetensors", 2.0)
+    write_lora(folder / "top_high_noise.safetensors", replace(make_lora(0.04), metadata=to_metadata([low])))
+    damaged = "top_low_noise.safetensors: the metadata fused_lora does not say what it was trained on"
+    for name in ("top", "top_low_noise"):
+        with pytest.raises(UserError, match=damaged):
+            find_underneath([folder / f"{name}.safetensors"], [], False, experts)
+    both = find_underneath([folder / "top.safetensors"], [], True, experts)
+    assert both.describe(False) == ", without what the LoRA was trained on top of: fox_high_noise.safetensors at 2"
+    alone = find_underneath([folder / "top_low_noise.safetensors"], [], True, experts)
+    assert alone.describe(True) == ", without what the LoRA was trained on top of" and alone.is_left_out
+    said = capsys.readouterr().out
+    assert said.count("note: ") == said.count(damaged) == 2
+
+    also = [str(folder / "top_low_noise.safetensors")]
+    loras = choose_loras([folder / "fox.safetensors"], 1.0, also, experts)
+    assert {name: len(each) for name, each in loras.items()} == {HIGH: 1, LOW: 2}
+    assert damaged in capsys.readouterr().out
+
+
 def test_a_lora_is_tried_on_the_model_that_a_fused_control_lora_has_widened(folder, single, monkeypatch):
     channels = {"down": torch.ones(2, 32, 1, 2, 2), "up": torch.ones(TINY_SHAPE.dim, 2, 1, 1, 1)}
     wide = {"patch_embedding": (TINY_SHAPE.dim, 32, 1, 2, 2)}

@@ -1,5 +1,6 @@
 """Which state a run is resumed from: of a run that with the highest step, of several runs the one trained last."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 
 from tests.runs import FACTS, small_learner
 from utils.common.errors import UserError
-from utils.runs.state import find_state, write_state
+from utils.common.tensor_files import file_metadata, write_tensors
+from utils.runs.state import MEANS, find_state, write_state
 
 METRICS = {"bad_steps": 0, "validated_at": -1, "means": {}}
 OLD, LATER = "2026-01-01_00-00-00", "2026-01-02_00-00-00"
@@ -90,6 +92,45 @@ def test_a_run_without_a_usable_state_gives_way_to_the_one_before(runs, capsys):
     shutil.rmtree(runs / OLD)
     with pytest.raises(UserError, match="there is no usable training state in"):
         find_state("latest", runs)
+
+
+@pytest.mark.parametrize("step", [21, 19])
+def test_a_link_to_nothing_is_skipped_and_does_not_date_its_run(runs, capsys, step):
+    state_of(runs, LATER, step).symlink_to("gone")
+    assert latest(runs) == (LATER, 20)
+    assert ("skipped: " in capsys.readouterr().out) == (step == 21)
+    for each in (10, 20):
+        state_of(runs, LATER, each).unlink()
+    assert latest(runs) == (OLD, 200)
+
+
+def test_a_state_that_is_removed_meanwhile_is_skipped(runs, monkeypatch):
+    glob = Path.glob
+
+    def and_remove(folder, pattern):
+        found = list(glob(folder, pattern))
+        state_of(runs, LATER, 20).unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "glob", and_remove)
+    assert latest(runs) == (LATER, 10)
+
+
+@pytest.mark.parametrize("path", [("step",), ("learner", "step"), ("metrics", "bad_steps"), ("metrics", "means", "x")])
+@pytest.mark.parametrize("number", ["Infinity", "-Infinity", "NaN", "1e999", "1" + "0" * 400])
+def test_numbers_that_are_none_are_skipped(runs, capsys, path, number):
+    last = state_of(runs, LATER, 30)
+    content = json.loads(file_metadata(state_of(runs, LATER, 20))["facts"])
+    if path == ("step",):
+        content |= {"learner": None, "step": 0}
+    if path[-1] == "x":
+        content["metrics"]["means"]["x"] = dict.fromkeys(MEANS, "NUMBER")
+    else:
+        (content[path[0]] if path[1:] else content)[path[-1]] = "NUMBER"
+    write_tensors(last, {}, {"facts": json.dumps(content).replace('"NUMBER"', number)})
+    assert latest(runs) == (LATER, 20)
+    if "step" not in path:
+        assert "state-00000030.safetensors is not a training state" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("below", ["", "checkpoints"])

@@ -80,6 +80,31 @@ def test_decisions_survive_the_way_to_a_file_and_a_file_of_before_has_none(tmp_p
     assert read_state(path).facts == FACTS and read_state(path).facts.decided == {}
 
 
+def test_another_base_than_that_of_the_saved_run_is_refused_unless_it_is_allowed(tmp_path, capsys):
+    learner, path = small_learner(), tmp_path / "state-00000000.safetensors"
+    base = {"the base model's transformer": "00", "--fuse_lora style.safetensors": "11"}
+    write_state(path, learner.state_dict(), replace(FACTS, base=base), METRICS)
+
+    def check(allowed: bool, **now: str) -> None:
+        names = {"transformer": "the base model's transformer", "style": "--fuse_lora style.safetensors", "new": "new"}
+        given = {names[name]: digest for name, digest in now.items()}
+        options = Optimization(learning_rate=0.01, max_train_steps=10)
+        check_resume_compatible(read_state(path), options, FACTS.data, allowed, {"lora": 1}, given)
+
+    check(False, transformer="00", style="11", new="22")
+    with pytest.raises(UserError) as raised:
+        check(False, transformer="00", style="12")
+    line = "--fuse_lora style.safetensors has another content: its hash was 11, is 12"
+    assert line in str(raised.value) and "transformer" not in str(raised.value)
+    with pytest.raises(UserError, match="the base model's transformer has another content: its hash was 00, is 01"):
+        check(False, transformer="01", style="11")
+    check(True, transformer="00", style="12")
+    assert f"resuming with changes:\n  {line}" in capsys.readouterr().out
+    edited(lambda facts: facts.pop("base"))(path)
+    assert read_state(path).facts == FACTS
+    check(False, transformer="01", style="12")
+
+
 def test_the_means_of_several_phases_survive_the_way_to_a_file_and_back(tmp_path):
     learner, path = small_learner(EXPERTS), tmp_path / "state-00000000.safetensors"
     means = {"high_noise": MEANS, "low_noise": {"smooth": 1 / 3, "weight": 2 / 3, "clipped": 1.0}}
@@ -226,6 +251,8 @@ BAD = {
     "no data": edited(lambda f: f.pop("data")),
     "data that is a number": edited(lambda f: f.update(data=3)),
     "decisions that are a list": edited(lambda f: f.update(decided=["on"])),
+    "a base that is a list": edited(lambda f: f.update(base=["00"])),
+    "a hash that is a number": edited(lambda f: f.update(base={"the base model's transformer": 1})),
     "decisions that are null": edited(lambda f: f.update(decided=None)),
     "a decision that is a number": edited(lambda f: f.update(decided={"device": "GPU", "compile": 1})),
     "a fingerprint that is a number": edited(lambda f: f["data"].update({"clips/a.mp4": 5})),

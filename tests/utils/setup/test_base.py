@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.tiny import write_model
-from utils.adapters.lora_file import LoraFile, LoraPair
+from utils.adapters.lora_file import LoraFile, LoraPair, shown
 from utils.adapters.lora_writer import write_lora
 from utils.common.errors import UserError
 from utils.setup.base import BASE_HASH, FOLDER, base_remarks, find_base
@@ -85,8 +85,23 @@ def test_a_hub_name_is_a_default_and_a_path_in_the_metadata_is_none(work):
             find_base(SingleFiles(), LORA, hub | {"base_model": name})
 
 
-def test_loras_of_earlier_versions_and_other_programs_are_served_as_they_were(work):
-    assert find_base(SingleFiles(), LORA, {"base_model": str(work / "wan")}) == {FOLDER: str(work / "wan")}
+@pytest.mark.parametrize("name", ["/etc/evil", "//host/share", "wan", "../wan", "C:\\wan", "./a/b", "a/../b", "x"])
+def test_a_path_of_a_lora_without_a_hash_is_shown_and_opened_only_if_its_run_names_it(work, name):
+    with pytest.raises(UserError) as raised:
+        find_base(SingleFiles(), LORA, {"base_model": name})
+    assert str(raised.value) == f"{LORA} was trained on {shown(name)}\npass that folder as --{FOLDER}"
+    assert find_base(SingleFiles(transformer=Path("x")), LORA, {"base_model": name}) == {}
+
+
+def test_loras_of_earlier_versions_and_other_programs_are_served(work):
+    whole = {"base_model": str(work / "wan")}
+    write_options(**{FOLDER: str(work / "elsewhere")})
+    with pytest.raises(UserError, match="pass that folder"):
+        find_base(SingleFiles(), LORA, whole)
+    write_options(**{FOLDER: str(work / "wan")})
+    assert find_base(SingleFiles(), LORA, whole) == {FOLDER: str(work / "wan")}
+    hub = "Wan-AI/Wan2.1-T2V-1.3B"
+    assert find_base(SingleFiles(), LORA, {"base_model": hub}) == {FOLDER: hub}
     with pytest.raises(UserError, match=f"does not name its base model; pass --{FOLDER}"):
         find_base(SingleFiles(), LORA, {})
     assert find_base(SingleFiles(transformer=Path("x")), LORA, {}) == {}

@@ -1,5 +1,6 @@
 """Two experts: which are trained, with which options, which answers, and which is on the device."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,9 +24,9 @@ from utils.common.errors import UserError
 from utils.encoding.conditioning import Cond, make_predict
 from utils.storage.weights import Storage, hold_as
 from utils.training.checkpoint_plan import CheckpointPlan
-from utils.training.experts import Experts, Role, load_experts, plan_experts
+from utils.training.experts import Experts, Role, base_contents, load_experts, plan_experts
 from utils.training.memory import Memory
-from wan.checkpoints import ModelFiles, open_model, rotation
+from wan.checkpoints import ModelFiles, open_model, rotation, transformer_fingerprint
 from wan.configs import FAMILIES
 from wan.modules.model import WanModel
 
@@ -288,6 +289,17 @@ def test_a_fused_lora_of_an_expert_that_is_not_trained_is_refused(files, tmp_pat
     path = fused_file(tmp_path, "style.safetensors", expert=HIGH)
     with pytest.raises(UserError, match=r"--fuse_lora .*style.safetensors is not for the low_noise expert"):
         plan_experts(options(f"--expert low --fuse_lora {path}").roles(A14B), files)
+
+
+def test_what_is_trained_on_is_known_by_content(files, tmp_path):
+    pair = [fused_file(tmp_path, f"speed_{name}.safetensors") for name in (HIGH, LOW)]
+    hashes = {f"the base model's {name}": transformer_fingerprint(each) for name, each in files.transformers.items()}
+    assert base_contents(options().roles(A14B), files) == hashes and len(set(hashes.values())) == 2
+    (low,) = options("--expert low").roles(A14B)
+    assert base_contents([low], files).keys() == {"the base model's low_noise"}
+    on_top = options(f"--fuse_lora {tmp_path / 'speed.safetensors'}").roles(A14B)
+    fused = {f"--fuse_lora {path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in pair}
+    assert base_contents(on_top, files) == hashes | fused
 
 
 def test_too_little_main_memory_for_the_expert_that_waits_is_reported_before_it_is_read(files, monkeypatch):
