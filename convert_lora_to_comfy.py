@@ -21,11 +21,12 @@ from utils.adapters.average import average, last_checkpoints
 from utils.adapters.fitting import kinds
 from utils.adapters.folding import Read, fold, needs_base
 from utils.adapters.lora_file import LoraFile
+from utils.adapters.lora_header import WEIGHTS
 from utils.adapters.lora_reader import read_experts, read_lora
 from utils.adapters.lora_targets import TARGETS, adapt, share, unsupported
 from utils.adapters.lora_writer import LAYOUTS, PEFT_LAYOUT, to_state_dict, write_state_dict
 from utils.adapters.pairs import find_pair, trained_for, with_expert
-from utils.adapters.peft_folder import WEIGHTS, config_text, find_weights, has_config, to_config, write_folder
+from utils.adapters.peft_folder import config_text, find_weights, has_config, to_config, write_folder
 from utils.common.errors import UserError
 from utils.common.formatting import counted, readable_size
 from utils.common.options import option, parse_options, run_script

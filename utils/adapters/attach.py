@@ -207,8 +207,11 @@ def plan_fusion(opts: AdapterOptions, layout: WanModel, expert: str, experts: Se
     advice = f"Copy it into {path.absolute().parent}, under any name: it is then fused before {path.name}."
     files = [*find_fused(path, advice), record(path, opts.fuse_lora_weight)]
     fusion, notes = fuse_on(layout, files)
-    below = [f"{path} was trained on top of {file.path}, which is fused too" for file in files[:-1]]
-    return AdapterPlan(opts, fusion, facts=to_metadata(files), notes=(*below, *notes))
+    said = [f"fused into the base model: {' and '.join(map(str, files))}"]
+    said += [f"{path} was trained on top of {file.path}, which is fused too" for file in files[:-1]]
+    if fusion.reads_control and not opts.control_lora:
+        said.append(f"{path} is a control LoRA: without --control_lora its control is zeros")
+    return AdapterPlan(opts, fusion, facts=to_metadata(files), notes=(*said, *notes))
 
 
 def _check_init(opts: AdapterOptions, lora: LoraFile, layout: WanModel, expert: str, experts: Sequence[str]) -> None:

@@ -15,8 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from utils.adapters.lora_file import LoraError, LoraFile, shown
-from utils.adapters.lora_header import CONFIG, files_of_lora
-from utils.adapters.lora_header import WEIGHTS as WEIGHTS  # for those that write a folder
+from utils.adapters.lora_header import CONFIG, WEIGHTS, files_of_lora
 from utils.adapters.lora_metadata import Statement, by_pattern, peft_alphas, peft_scales
 from utils.common.files import replacing
 from utils.common.tensor_files import TensorFileError, write_tensors

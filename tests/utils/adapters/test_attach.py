@@ -213,7 +213,8 @@ def test_a_lora_of_a_sibling_is_fused_as_far_as_it_fits_and_the_plan_says_what_d
     fill(add_lora(sibling, select_modules(sibling, ["all-linear"]), RANK, ALPHA))
     write_lora(tmp_path / "i2v.safetensors", extract_lora(sibling, {}))
     plan = plan_adapter(options(fuse_lora=tmp_path / "i2v.safetensors"), layout())
-    (note,) = plan.notes
+    fused, note = plan.notes
+    assert fused == "fused into the base model: i2v.safetensors at 1"
     assert note.startswith("6 of 26 modules of ") and "i2v.safetensors are not in this model" in note
     assert plan.fusion is not None and len(plan.fusion.targets) == 20
     with pytest.raises(UserError, match="it adapts .*6 such modules.*which this run does not"):

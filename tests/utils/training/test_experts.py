@@ -272,7 +272,8 @@ def change(model: WanModel, seed: int) -> Tensor:
 def test_a_fused_pair_reaches_the_expert_that_only_serves_previews_too(files, tmp_path, capsys):
     pair = [fused_file(tmp_path, f"speed_{name}.safetensors") for name in (HIGH, LOW)]
     _, experts, adapters = load(files, f"--expert high --fuse_lora {tmp_path / 'speed.safetensors'}", with_others=True)
-    assert list(adapters) == [HIGH] and capsys.readouterr().out == ""
+    said = [f"fused into the base model: speed_{name}.safetensors at 1" for name in (HIGH, LOW)]
+    assert list(adapters) == [HIGH] and capsys.readouterr().out.splitlines() == said
     for seed, (name, path) in enumerate(zip((HIGH, LOW), pair, strict=True)):
         expected = delta(read_lora(path).pairs["blocks.0.self_attn.q"])
         torch.testing.assert_close(change(experts.models[name], seed), expected, rtol=1e-4, atol=1e-5)
