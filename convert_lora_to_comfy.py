@@ -166,6 +166,8 @@ def convert(lora: LoraFile, file: Path, expert: str, part: str, opts: ConvertOpt
     output = opts.output_lora or named.with_name(f"{named.stem}_{opts.to}.safetensors")
     if part or (expert and opts.output_lora):
         output = with_expert(output, part or expert)
+    if "ss_output_name" in metadata:  # by which programs tell files apart
+        metadata = metadata | {"ss_output_name": output.stem}
     if opts.to != PEFT_LAYOUT:
         return Conversion(file, output, tensors, metadata)
     return Conversion(

@@ -208,6 +208,8 @@ def run_settings(opts: Options, inputs: Inputs, session: Session, decisions: Dec
     about |= {"options": options} if opts.metadata == EVERYTHING else {}
     size = largest_window(data.windows).bucket[:2]
     card = ModelCard(inputs.files.family, about["base_model"], size, data.clips_by_folder, opts.trigger or "")
+    for word in card.unheard(caption for source in data.train for caption in source.captions):
+        say(f"note: no caption holds the trigger {word!r}, so it is not learnt: see --caption_prefix")
     total = session.schedule.total_steps
     return RunSettings(opts.output_dir, total, opts.max_grad_norm, options, facts, about, card, opts.name)
 

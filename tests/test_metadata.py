@@ -110,7 +110,8 @@ def test_a_converted_file_says_the_same_with_the_hash_of_its_own_content(standar
         assert message in capsys.readouterr().out
     (before, _), (after, content) = header_of(source), header_of(output)
     changed = {key for key in before if before[key] != after[key]}
-    assert changed == {"modelspec.hash_sha256"} and before.keys() == after.keys()
+    assert changed == {"modelspec.hash_sha256", "ss_output_name"} and before.keys() == after.keys()
+    assert after["ss_output_name"] == "fox"
     assert after["modelspec.hash_sha256"] == "0x" + hashlib.sha256(content).hexdigest()
     convert_lora_to_comfy.main(["--input_lora", str(source)])
     assert "nothing to do: the file already has the layout comfy" in capsys.readouterr().out

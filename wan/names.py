@@ -2,6 +2,8 @@
 
 import re
 
+PATCH = "patch_embedding"  # the first layer, which a control widens
+
 # Official name -> diffusers name. The norms are numbered differently: norm3 here, before cross attention, is norm2.
 _IN_BLOCK = {
     **{f"self_attn.{x}": f"attn1.to_{x}" for x in "qkv"},

@@ -11,7 +11,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from utils.adapters.fitting import PATCH
 from utils.adapters.fusion import Fusion, fuse_on
 from utils.adapters.initial import compare
 from utils.adapters.lora import (
@@ -37,6 +36,7 @@ from utils.media.controls import CONTROL_TYPES, ControlSignal
 from wan.checkpoints import Place
 from wan.configs import Family
 from wan.modules.model import WanModel
+from wan.names import PATCH
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OF_EACH_EXPERT = ("lora_rank", "lora_alpha")  # options that each expert may have of its own: --high_lora_rank
@@ -165,7 +165,7 @@ class AdapterPlan:
         modules = select_modules(model, self.opts.lora_target, self.opts.lora_blocks)
         if self.opts.control_lora:
             widen_patch_embedding(model, model.shape.in_dim + model.shape.out_dim)
-            modules.append("patch_embedding")
+            modules.append(PATCH)
         add_lora(model, modules, self.opts.lora_rank, self.opts.alpha, name, DTYPES[self.opts.adapter_dtype])
         if self.init is not None:
             load_lora(model, self.init, name)

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.adapters.dora import decomposed_change
-from utils.adapters.fitting import PATCH
 from utils.adapters.lora import diff_target
 from utils.adapters.lora_file import Factors, LoraFile, LoraPair, delta
 from utils.adapters.peft import LoraLayer
 from utils.storage.linear import QuantisedLinear
 from wan.modules.model import WanModel
+from wan.names import PATCH
 
 Add = Callable[[Tensor, Tensor], Tensor]  # a layer's output and its input -> the output with something added
 

@@ -13,8 +13,8 @@ from utils.adapters.lora_file import LoraFile, delta
 from utils.common.errors import UserError
 from wan.configs import FAMILIES
 from wan.modules.model import WanModel
+from wan.names import PATCH
 
-PATCH = "patch_embedding"
 MAX_SHOWN = 4  # kinds of modules in one sentence
 
 

@@ -6,11 +6,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from utils.adapters.fitting import PATCH
 from utils.adapters.lora import select_modules
 from utils.adapters.lora_file import LoraFile
 from utils.common.errors import UserError
 from wan.modules.model import WanModel
+from wan.names import PATCH
 
 # What a file is tried for, before the names of its modules, from the shortest.
 _NAMED = (("attn",), ("all-linear",), ("attn", "ffn.*"), ("self_attn.*",), ("cross_attn.*",), ("ffn.*",))
@@ -35,9 +35,9 @@ def compare(lora: LoraFile, model: WanModel, modules: Collection[str], rank: int
     lacking = [name for name in modules if name not in lora.factors]
     other = [name for name in lora.factors if name not in modules]
     if other:
-        faults.append(f"it adapts {other[0]} ({len(other)} such modules), which this run does not")
+        faults.append(f"it adapts {_some(other)} that this run does not")
     if lacking:
-        faults.append(f"it lacks {lacking[0]} ({len(lacking)} such modules), which this run adapts")
+        faults.append(f"it lacks {_some(lacking)} that this run adapts")
     if lora.extras:
         faults.append(f"it holds more than LoRA pairs ({lora.extras[0]})")
     ranks = sorted({pair.rank for pair in lora.pairs.values()})
@@ -80,6 +80,10 @@ def targets_of(model: WanModel, modules: Collection[str]) -> tuple[tuple[str, ..
             if len(targets) <= _MOST_NAMES and set(select_modules(model, targets, within)) == wanted:
                 return targets, within
     return None
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{names[0]}, a module" if len(names) == 1 else f"{len(names)} modules, such as {names[0]},"
 
 
 def _inner(name: str) -> str:

@@ -22,12 +22,13 @@ from utils.adapters.peft import LoraLayer, LoraLinear, inject_lora
 from utils.adapters.projection import is_plain
 from utils.common.errors import UserError
 from wan.modules.model import WanModel
+from wan.names import PATCH
 
 # Named sets of layers; every other target is a pattern over the names inside a block ("self_attn.q", "ffn.*"), and over
 # the full names.
 TARGETS = {"attn": ("self_attn.*", "cross_attn.*"), "all-linear": ("*",)}
 ADAPTER = "default"  # what PEFT calls the only adapter of a model
-PATCH_WEIGHT = "patch_embedding.weight"
+PATCH_WEIGHT = f"{PATCH}.weight"
 
 
 def parse_blocks(text: str | None, num_blocks: int) -> set[int]:
@@ -139,7 +140,7 @@ def extract_lora(
             values[f"{name}.{matrix}.{adapter}.weight"].detach().cpu().clone() for matrix in ("lora_A", "lora_B")
         )
         pairs[name] = LoraPair(down, up, float(layer.lora_alpha[adapter]))
-        if name == "patch_embedding":
+        if name == PATCH:
             input_shapes[name] = tuple(layer.get_base_layer().weight.shape)
     return LoraFile(pairs, input_shapes=input_shapes, metadata=metadata)
 
@@ -250,9 +251,9 @@ def fuse_lora(model: WanModel, lora: LoraFile, weight: float = 1.0) -> None:
 
 def _stated_in_dim(lora: LoraFile) -> int | None:
     """The number of input channels that a control LoRA states, None for any other LoRA."""
-    if other := [name for name in lora.input_shapes if name != "patch_embedding"]:
+    if other := [name for name in lora.input_shapes if name != PATCH]:
         raise UserError(f"the LoRA widens {other[0]}; only the patch embedding can be widened")
-    shape = lora.input_shapes.get("patch_embedding")
+    shape = lora.input_shapes.get(PATCH)
     return None if shape is None else shape[1]
 
 

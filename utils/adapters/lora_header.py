@@ -30,6 +30,8 @@ def files_of_lora(path: Path) -> tuple[Path, Path | None]:
             raise LoraError(f"{path}: the folder has {has}. Give a file in it.")
         (path,) = named or files
     config = path.parent / CONFIG
+    if path.name == CONFIG:
+        raise LoraError(f"{path}: says how an adapter is scaled, and holds none. Give its folder, {path.parent}.")
     if path.suffix != ".safetensors" or not os.path.isfile(config):
         return path, None
     if path.name != WEIGHTS and len(list(path.parent.glob("*.safetensors"))) > 1:

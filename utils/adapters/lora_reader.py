@@ -25,13 +25,13 @@ from wan.checkpoints import CheckpointError
 from wan.checkpoints.files import broken_link, read_start, refuse_foreign
 from wan.checkpoints.header import Cut, HeaderFile, read_by_header
 from wan.configs import FAMILIES
+from wan.names import PATCH
 
 CONTROL_CHANNELS = 32  # inputs of a text-to-video Wan that follows control: 16 of latents, 16 of control
 RELEASED_CHANNELS = {family.in_dim for family in FAMILIES.values()}
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 
-PATCH = "patch_embedding"
 KERNEL = 4  # numbers of its weight for an input channel, 1 x 2 x 2
 
 
@@ -55,7 +55,8 @@ def read_lora(path: str | Path) -> LoraFile:
     found = read_experts(path)
     if len(found) > 1:
         raise LoraError(
-            f"{path}: holds the LoRAs of two experts. convert_lora_to_comfy.py makes a file for each: give one of them."
+            f"{path}: holds the LoRAs of two experts. Make a file for each first:\n"
+            f"python convert_lora_to_comfy.py --input_lora {path}"
         )
     return next(iter(found.values()))
 
@@ -145,15 +146,22 @@ def _not_of_wan(unknown: Sequence[str], tensors: Mapping[str, Tensor], path: Pat
     return f"{path}: {len(unknown)} of {len(tensors)} keys are not LoRA keys of a Wan model: {names}."
 
 
-def _assemble(
+def _alphas(
     modules: Mapping[str, _Module], metadata: Mapping[str, str], config: PeftConfig | None, path: Path
-) -> LoraFile:
+) -> tuple[dict[str, float], list[str]]:
+    """The alphas of the modules that state one, wherever, and what people should know of these statements."""
     ranks = {name: module.tensors["down"].shape[0] for name, module in modules.items() if "down" in module.tensors}
     ranks |= {name: _lycoris_rank(module) for name, module in modules.items() if _factors_of(module)}
     scaled = {name: module for name, module in modules.items() if "alpha" in module.tensors}
     stated = {name: _alpha(m.tensors["alpha"], f"{path}: {''.join(m.key.stem)}") for name, m in scaled.items()}
     statements = [*([config.statement(ranks)] if config else []), *read_statements(metadata, ranks, str(path))]
-    alphas, notes = reconcile(statements, stated, list(ranks), path)
+    return reconcile(statements, stated, list(ranks), path)
+
+
+def _assemble(
+    modules: Mapping[str, _Module], metadata: Mapping[str, str], config: PeftConfig | None, path: Path
+) -> LoraFile:
+    alphas, notes = _alphas(modules, metadata, config, path)
     pairs: dict[str, LoraPair] = {}
     lycoris: dict[str, Lycoris] = {}
     diffs: dict[str, Tensor] = {}
@@ -195,7 +203,8 @@ def _check_numbers(tensor: Tensor, key: str) -> None:
     if not 1 <= tensor.ndim <= MAX_DIMENSIONS:
         raise LoraError(f"{key}: has {tensor.ndim} dimensions, but a weight has 1 to {MAX_DIMENSIONS}.")
     if not largest(tensor) <= FP32_MAX:
-        raise LoraError(f"{key}: holds NaN or infinite numbers, so the LoRA is damaged. Use an earlier checkpoint.")
+        remedy = "Download it again, or use an earlier checkpoint"
+        raise LoraError(f"{key}: holds NaN or infinite numbers, so the LoRA is damaged. {remedy}.")
 
 
 def _pair(found: Mapping[str, Tensor], alpha: float | None, key: str) -> LoraPair:

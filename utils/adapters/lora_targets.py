@@ -20,9 +20,8 @@ from torch import Tensor
 from utils.adapters.dora import COMFY, PEFT, Magnitude
 from utils.adapters.lora_file import Factors, LoraError, LoraFile, LoraPair
 from utils.adapters.lycoris import LOKR
-from wan.names import is_parameter
+from wan.names import PATCH, is_parameter
 
-PATCH = "patch_embedding"
 KERNEL = (1, 2, 2)  # of the patch embedding, in every Wan
 KERNELS = (PATCH, "vace_patch_embedding")  # the convolutions
 

@@ -13,7 +13,7 @@ Captions and prompts are not in here, nor is any path.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -66,6 +66,11 @@ class ModelCard:
     def words(self) -> list[str]:
         """The trigger's words or phrases, each once."""
         return list(dict.fromkeys(word.strip() for word in self.trigger.split(",") if word.strip()))
+
+    def unheard(self, captions: Iterable[str]) -> list[str]:
+        """The trigger's words that no caption holds, so that they were not trained."""
+        together = "\n".join(captions).lower()
+        return [word for word in self.words if word.lower() not in together]
 
 
 def model_card(card: ModelCard, file: Checkpoint, day: str = "", thumbnail: str = "") -> dict[str, str]:

@@ -81,8 +81,8 @@ def to_config(lora: LoraFile) -> dict[str, Any]:
     unknown = [name for name, pair in sorted(lora.pairs.items()) if pair.alpha is None]
     if unknown:
         raise LoraError(
-            f"PEFT states the scale in {CONFIG}, and nothing states that of {unknown[0]}. Give it with --alpha: the "
-            f"rank, {lora.pairs[unknown[0]].rank}, if the tool that trained it calls that its default."
+            f"{CONFIG} has to state an alpha, and this LoRA states none ({unknown[0]}). Give it with --alpha; most "
+            f"tools that state none mean the rank, here {lora.pairs[unknown[0]].rank}."
         )
     return {
         "peft_type": "LORA",

@@ -173,7 +173,7 @@ def find_for_experts(
         if not known:
             listed = " and ".join(f"{file} has the SHA-256 {hashes[file]}" for file in files_of(path))
             raise UserError(
-                f"--fuse_lora: {listed}.\nThe LoRA was trained on top of {' and '.join(map(str, recorded))}."
+                f"--fuse_lora is not what the LoRA was trained on top of: {' and '.join(map(str, recorded))}.\n{listed}"
             )
         whole[path] = known[0]
     found = {name: find_fused(path, advice, files) for name, path in own.items()}

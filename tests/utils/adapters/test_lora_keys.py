@@ -189,9 +189,7 @@ def test_a_file_with_both_experts_is_read_as_two_and_converted_to_two_files(tmp_
     path = written(tmp_path / "style.safetensors", two(second, first), {"author": "me"})
     found = read_experts(path)
     assert {name: lora.pairs[Q].down[0, 0].item() for name, lora in found.items()} == {HIGH: 2.0, LOW: 3.0}
-    with pytest.raises(
-        LoraError, match="holds the LoRAs of two experts. convert_lora_to_comfy.py makes a file for each"
-    ):
+    with pytest.raises(LoraError, match="holds the LoRAs of two experts. Make a file for each first"):
         read_lora(path)
     assert run("--input_lora", path) == 0 and capsys.readouterr().out.count("wrote") == 2
     outputs = sorted(file for file in tmp_path.iterdir() if file != path)

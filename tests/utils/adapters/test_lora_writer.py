@@ -34,7 +34,7 @@ def test_an_alpha_that_nobody_states_is_not_stated_in_any_layout(tmp_path, layou
 
 
 def test_a_peft_folder_must_state_an_alpha(tmp_path):
-    with pytest.raises(LoraError, match="nothing states that of head.head. Give it with --alpha: the rank, 4,"):
+    with pytest.raises(LoraError, match="this LoRA states none .head.head.. Give it with --alpha; .* rank, here 4"):
         write_lora(tmp_path / "folder", LoraFile({"head.head": make_pair(rank=4, alpha=None)}), "peft")
     assert not list(tmp_path.iterdir())
 

@@ -91,3 +91,8 @@ def test_the_mean_of_checkpoints_is_called_so_and_shows_no_picture():
     assert mean["modelspec.title"] == "fox, step 100, high noise, mean of 5 checkpoints"
     assert said.keys() - mean.keys() == {"modelspec.thumbnail"}
     assert of_mean({"steps": "6"}, 2) == {"steps": "6"}
+
+
+def test_words_that_no_caption_holds_are_named():
+    assert CARD.unheard(["an OHWX fox in the sun", "two cats"]) == ["snow"]
+    assert CARD.unheard(["ohwx", "fox"]) == ["ohwx fox", "snow"] and CARD.unheard(["ohwx fox, snow"]) == []

@@ -177,7 +177,7 @@ def test_what_peft_has_no_way_to_hold_is_refused_and_no_folder_is_made(tmp_path)
         ),
         (LoraFile({}, lycoris={Q: make_loha()}), "PEFT reads holds no LoHa"),
         (LoraFile({PATCH: make_pair((6, 32, 1, 2, 2))}, {}, {PATCH: (6, 32, 1, 2, 2)}), "cannot load a control LoRA"),
-        (LoraFile({Q: make_pair(alpha=None)}), "nothing states that of blocks.0.self_attn.q. Give it with --alpha"),
+        (LoraFile({Q: make_pair(alpha=None)}), "states none .blocks.0.self_attn.q.. Give it with --alpha"),
     ):
         with pytest.raises(LoraError, match=message):
             write_lora(tmp_path / "folder", lora, "peft")

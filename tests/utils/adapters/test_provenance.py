@@ -286,7 +286,7 @@ def test_an_expert_without_a_lora_gets_the_half_that_is_given(tmp_path, pair):
 def test_a_given_file_that_was_not_fused_is_refused_with_both_hashes(tmp_path, style):
     other = write(tmp_path / "b" / "style.safetensors", 2.0)
     lora = on_top(tmp_path / "fox.safetensors", record(style, 1.0))
-    with pytest.raises(UserError, match=f"{content_hash(other)}(.|\n)*{content_hash(style)}"):
+    with pytest.raises(UserError, match=f"{content_hash(style)}(.|\n)*{content_hash(other)}"):
         find_for_experts({"transformer": lora}, ["transformer"], [other], ADVICE)
     with pytest.raises(UserError, match="cannot read .*nowhere"):
         find_for_experts({"transformer": lora}, ["transformer"], [tmp_path / "nowhere.safetensors"], ADVICE)
