@@ -116,14 +116,15 @@ def in_thread(loaded: Iterator[T]) -> Generator[T, None, None]:
         thread.shutdown(cancel_futures=True)
 
 
-def loader_failure(error: RuntimeError) -> LoaderError | None:
+def loader_failure(error: Exception) -> LoaderError | None:
     """The error of a loader process that was killed or timed out; None for any other error.
 
-    torch raises a plain RuntimeError for both, so only its text tells them from other errors.
+    torch raises a plain RuntimeError for both, so only its text tells them from other errors. Where the process dies
+    while its batch is handed over, the connection to it breaks.
     """
-    if "DataLoader" not in str(error):
+    if not isinstance(error, EOFError | ConnectionError) and "DataLoader" not in str(error):
         return None
-    reason = str(error).split("\n")[0]
+    reason = str(error).split("\n")[0] or "a loading process has ended"
     return LoaderError(f"loading the next clips failed: {reason}; fewer --num_workers need less memory")
 
 
@@ -153,7 +154,7 @@ def _unwrapped(loader: Iterable[list[T] | MediaError]) -> Generator[list[T], Non
         while True:
             try:
                 samples = next(loaded)
-            except RuntimeError as error:
+            except (RuntimeError, EOFError, ConnectionError) as error:
                 if (failure := loader_failure(error)) is None:
                     raise
                 raise failure from None

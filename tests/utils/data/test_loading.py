@@ -317,3 +317,17 @@ def test_loading_may_end_in_another_thread():
     thread.start()
     thread.join()
     assert next(stream, None) is None
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError("reset by peer")])
+def test_a_connection_to_a_loading_process_that_breaks_is_the_end_of_that_process(error):
+    def broken():
+        yield ["a batch"]
+        raise error
+
+    loaded = loading._unwrapped(broken())
+    assert next(loaded) == ["a batch"]
+    with pytest.raises(
+        LoaderError, match="loading the next clips failed: (a loading process has ended|reset by peer);"
+    ):
+        next(loaded)
