@@ -190,6 +190,7 @@ def forecast_run(opts: Options, folders: list[Folder], is_default: bool) -> None
     family = find_given_family(opts, name, is_default)
     opts.check_name_for(family)
     data = open_data(opts, folders, family)
+    opts.say_unheard(data.train)
     say_cut_captions(find_given_tokenizer(opts, name), [*data.train, *data.val])
     if opts.plan:
         shape = given_shape(opts, name, family)
@@ -208,8 +209,6 @@ def run_settings(opts: Options, inputs: Inputs, session: Session, decisions: Dec
     about |= {"options": options} if opts.metadata == EVERYTHING else {}
     size = largest_window(data.windows).bucket[:2]
     card = ModelCard(inputs.files.family, about["base_model"], size, data.clips_by_folder, opts.trigger or "")
-    for word in card.unheard(caption for source in data.train for caption in source.captions):
-        say(f"note: no caption holds the trigger {word!r}, so it is not learnt: see --caption_prefix")
     total = session.schedule.total_steps
     return RunSettings(opts.output_dir, total, opts.max_grad_norm, options, facts, about, card, opts.name)
 
@@ -329,6 +328,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     need_experts(files, [role.name for role in opts.roles(files.family)], bool(opts.preview_prompts))
     opts.check_storage(files.shape.num_layers)
     data = open_data(opts, folders, files.family)
+    opts.say_unheard(data.train)
 
     # The plan draws everything random about the data, from the seed and the number of the epoch alone. The order of
     # samples therefore does not depend on worker processes, and a resumed run continues in it.

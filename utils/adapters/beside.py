@@ -65,7 +65,8 @@ def _put_on(model: WanModel, chosen: Chosen, earlier: Sequence[Chosen], device: 
     for name, each in factors.items():
         layer, moved = model.get_submodule(name), each.map(lambda matrix: matrix.to(device))
         if name in magnitudes:
-            undo.enter_context(_adding(layer, _Decomposed(name, _base_of(layer), chosen, earlier)))
+            own, *before = (_of_layer(one, name, device) for one in (chosen, *earlier))
+            undo.enter_context(_adding(layer, _Decomposed(name, _base_of(layer), own, before)))
         elif isinstance(moved, LoraPair):
             down, up = moved.down.flatten(1), moved.up.flatten(1)
             undo.enter_context(_adding(layer, partial(_add_pair, down, up, strength * moved.scale)))
@@ -127,6 +128,12 @@ class _Decomposed:
         for chosen in self.earlier:
             weight = weight + _change(chosen, self.name, weight)
         return _add_product(_change(self.chosen, self.name, weight), result, x)
+
+
+def _of_layer(chosen: Chosen, name: str, device: torch.device) -> Chosen:
+    """What of a LoRA is for one layer, on the device."""
+    part = chosen.lora.part(lambda key: key in (name, f"{name}.diff"))
+    return replace(chosen, lora=part.map(lambda tensor: tensor.to(device)))
 
 
 def _change(chosen: Chosen, name: str, weight: Tensor) -> Tensor:

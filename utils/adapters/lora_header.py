@@ -4,7 +4,7 @@ A folder of PEFT, or a file in one, is two files: adapter_config.json decides th
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from utils.adapters.lora_file import LoraError
@@ -19,10 +19,12 @@ EXPERT_KEY = "expert"  # of a LoRA file's metadata
 def files_of_lora(path: Path) -> tuple[Path, Path | None]:
     """The file of tensors that a path means, and the adapter_config.json that belongs to it, if any.
 
-    A folder means its adapter_model.safetensors, or the only .safetensors file in it. A file belongs to the
-    configuration beside it where it has PEFT's name, or no other .safetensors file is there. Raises LoraError.
+    A folder means its adapter_model.safetensors, or the only .safetensors file in it, and its configuration. A file
+    that is given itself belongs to the configuration beside it where it has PEFT's name, or where no file there has and
+    its keys are PEFT's. Raises LoraError.
     """
-    if os.path.isdir(path):  # unlike Path.is_dir it raises nothing for a name that is too long
+    is_folder = os.path.isdir(path)
+    if is_folder:  # unlike Path.is_dir it raises nothing for a name that is too long
         files = sorted(path.glob("*.safetensors"))
         named = [file for file in files if file.name == WEIGHTS]
         if len(named or files) != 1:
@@ -34,9 +36,10 @@ def files_of_lora(path: Path) -> tuple[Path, Path | None]:
         raise LoraError(f"{path}: says how an adapter is scaled, and holds none. Give its folder, {path.parent}.")
     if path.suffix != ".safetensors" or not os.path.isfile(config):
         return path, None
-    if path.name != WEIGHTS and len(list(path.parent.glob("*.safetensors"))) > 1:
-        return path, None
-    return path, config
+    # How many other files there are says nothing: converted ones are written beside their source.
+    is_named = is_folder or path.name == WEIGHTS
+    belongs = is_named or (not (path.parent / WEIGHTS).exists() and _is_of_peft(tensor_names(path)))
+    return path, config if belongs else None
 
 
 def lora_metadata_of(path: Path) -> dict[str, str]:
@@ -54,6 +57,11 @@ def lora_metadata_of(path: Path) -> dict[str, str]:
         return {}
     expert = _named_by_keys(names)
     return {EXPERT_KEY: expert, **metadata} if expert else metadata
+
+
+def _is_of_peft(names: Collection[str]) -> bool:
+    """Whether these are PEFT's keys, which it writes without alphas."""
+    return any(name.startswith("base_model.") for name in names) and not any(name.endswith(".alpha") for name in names)
 
 
 def _named_by_keys(names: Iterable[str]) -> str | None:

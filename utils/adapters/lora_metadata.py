@@ -125,8 +125,9 @@ def restated(lora: LoraFile) -> dict[str, str]:
     found["ss_network_alpha"] = {each.alpha for each in scaled}
     metadata = dict(lora.metadata)
     for key in found.keys() & metadata.keys():
-        first, *others = found[key]
-        metadata[key] = "Dynamic" if others else "" if first is None else f"{first:g}"
+        values = found[key] or {None}  # of none: whole factors and full changes have neither rank nor alpha
+        (first,) = values if len(values) == 1 else ("Dynamic",)
+        metadata[key] = first if isinstance(first, str) else "" if first is None else f"{first:.9g}"
     return {key: value for key, value in metadata.items() if value or key not in found}
 
 

@@ -155,7 +155,10 @@ def _alphas(
     scaled = {name: module for name, module in modules.items() if "alpha" in module.tensors}
     stated = {name: _alpha(m.tensors["alpha"], f"{path}: {''.join(m.key.stem)}") for name, m in scaled.items()}
     statements = [*([config.statement(ranks)] if config else []), *read_statements(metadata, ranks, str(path))]
-    return reconcile(statements, stated, list(ranks), path)
+    # Whole factors of a LoKr have no rank, and an alpha that says nothing, but in PEFT.
+    names = [name for name, rank in ranks.items() if rank or (config is not None and config.kind == "LOKR")]
+    alphas, notes = reconcile(statements, stated, names, path)
+    return alphas, [*notes, *([] if config is None else config.remarks(ranks))]
 
 
 def _assemble(
@@ -267,6 +270,8 @@ def _magnitude(found: Mapping[str, Tensor], factors: Factors, key: str) -> Magni
     if len(found.keys() & {"dora_scale", "magnitude"}) > 1:
         raise LoraError(f"{key}: has the DoRA magnitudes of two programs. Keep one of them.")
     rule = COMFY if "dora_scale" in found else PEFT
+    if math.prod(factors.weight_shape[1:]) == 1:
+        raise LoraError(f"{key}: a DoRA of a vector, which has no rows to scale.")
     magnitude = Magnitude(found["dora_scale" if rule == COMFY else "magnitude"], rule)
     if not magnitude.fits(factors.weight_shape):
         shapes = f"{tuple(magnitude.values.shape)}, and the weight {factors.weight_shape}"

@@ -65,12 +65,18 @@ class ModelCard:
     @property
     def words(self) -> list[str]:
         """The trigger's words or phrases, each once."""
-        return list(dict.fromkeys(word.strip() for word in self.trigger.split(",") if word.strip()))
+        return words_of(self.trigger)
 
-    def unheard(self, captions: Iterable[str]) -> list[str]:
-        """The trigger's words that no caption holds, so that they were not trained."""
-        together = "\n".join(captions).lower()
-        return [word for word in self.words if word.lower() not in together]
+
+def words_of(trigger: str) -> list[str]:
+    """The words or phrases of a trigger, which are separated by commas, each once."""
+    return list(dict.fromkeys(word.strip() for word in trigger.split(",") if word.strip()))
+
+
+def unheard(trigger: str, captions: Iterable[str]) -> list[str]:
+    """The words of a trigger that no caption holds, so that they are not trained."""
+    together = "\n".join(captions).lower()
+    return [word for word in words_of(trigger) if word.lower() not in together]
 
 
 def model_card(card: ModelCard, file: Checkpoint, day: str = "", thumbnail: str = "") -> dict[str, str]:

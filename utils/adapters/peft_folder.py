@@ -50,6 +50,15 @@ class PeftConfig:
         """LORA, LOHA or LOKR."""
         return str(self.fields["peft_type"])
 
+    def remarks(self, ranks: Mapping[str, int]) -> list[str]:
+        """A sentence where it states other ranks than the matrices have, which count. Raises LoraError."""
+        stated = self.ranks(ranks) if "r" in self.fields else {}
+        differing = [name for name, rank in stated.items() if ranks[name] and rank != ranks[name]]
+        if not differing:
+            return []
+        said, counted = stated[differing[0]], ranks[differing[0]]
+        return [f"{self.path} says rank {said:g}, the tensors {counted} ({differing[0]}): these count"]
+
     def statement(self, ranks: Mapping[str, int]) -> Statement:
         """The alphas that it states for modules of these ranks. Raises LoraError."""
         alpha = self.fields.get(KINDS[self.kind], DEFAULT)

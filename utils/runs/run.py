@@ -9,12 +9,13 @@ from torch import Tensor
 
 from utils.adapters.lora_file import LoraError
 from utils.adapters.lora_header import EXPERT_KEY
-from utils.adapters.model_card import ModelCard, model_card
+from utils.adapters.model_card import ModelCard, model_card, unheard
 from utils.common.checkpoint_names import DEFAULT_NAME, EXPERTS, Checkpoint, check_name, check_name_of_pairs
 from utils.common.console import say
 from utils.common.errors import RunError, UserError
 from utils.common.options import option
 from utils.common.tensor_files import TensorFileError
+from utils.data.scan import Source
 from utils.media.thumbnail import thumbnail
 from utils.runs.folder import archive_later_files, day_of, names_used, new_folder, prune
 from utils.runs.metrics import SAMPLES, Metrics, SavedMetrics
@@ -68,6 +69,11 @@ class RunOptions:
         check_name(self.name)
         if self.trigger is not None and not self.trigger.strip(" ,"):
             raise UserError("--trigger is empty: give the words that call the LoRA, or leave it out")
+
+    def say_unheard(self, sources: Sequence[Source]) -> None:
+        """Says which words of the trigger no caption holds."""
+        for word in unheard(self.trigger or "", (text for source in sources for text in source.captions)):
+            say(f"note: no caption holds the trigger {word!r}, so it is not learnt: see --caption_prefix")
 
     def check_name_for(self, family: Family) -> None:
         """Raises UserError for a --name that would hide which expert of this family a file is for."""

@@ -107,7 +107,7 @@ def read_by_header(path: Path) -> HeaderFile:
                 raise TypeError("__metadata__")
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(str(error)) from None
-    places, end = dict(sorted(places.items(), key=lambda item: item[1].start)), 8 + length
+    places, end = dict(sorted(places.items(), key=lambda item: (item[1].start, item[1].length))), 8 + length
     for name, place in places.items():  # as in the library: else a small file could fill the memory
         if place.start != end:
             raise ValueError(f"{name} does not begin where the tensor before it ends")

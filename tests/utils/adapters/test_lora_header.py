@@ -96,7 +96,9 @@ def test_a_configuration_belongs_to_one_file(tmp_path):
     other = written(folder / "other.safetensors", half())
     assert files_of_lora(other) == (other, None) and files_of_lora(folder) == (weights, config)
     weights.unlink()
-    assert files_of_lora(folder) == files_of_lora(other) == (other, config)
+    assert files_of_lora(folder) == (other, config) and files_of_lora(other) == (other, None)  # it has other keys
+    style = written(folder / "style.safetensors", half("base_model.model.blocks.0.self_attn.q"))
+    assert files_of_lora(style) == (style, config)  # however many other files there are
 
 
 @pytest.mark.parametrize("name", ["x" * 300 + ".safetensors", "x" * 300])

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from utils.adapters.lora_file import LoraError, LoraFile
 from utils.adapters.lora_metadata import NUMBER_KEYS
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import LAYOUTS, to_state_dict, write_lora
+from utils.adapters.lycoris import Lycoris
 
 
 def test_alpha_comes_from_the_metadata_of_diffusers_where_no_tensor_states_it(tmp_path):
@@ -286,3 +288,15 @@ def test_a_written_file_states_the_rank_and_alpha_that_it_has(tmp_path, layout):
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("Dynamic", "Dynamic")
     unknown = LoraFile({"head.head": make_pair(alpha=None)}, metadata=stale)
     assert "ss_network_alpha" not in to_state_dict(unknown, layout)[1]
+
+
+@pytest.mark.parametrize("layout", ["comfy", "kohya"])
+def test_a_rank_and_an_alpha_that_nothing_has_any_more_are_not_stated(tmp_path, layout):
+    """A LoKr of whole factors has neither, and full changes have none."""
+    stale = {"ss_network_dim": "4", "ss_network_alpha": "1"}
+    whole = Lycoris({"lokr_w1": torch.randn(2, 2), "lokr_w2": torch.randn(3, 4)}, 100000.0)
+    for lora in (LoraFile({}, lycoris={"head.head": whole}), LoraFile({}, {"head.head.diff": torch.ones(6, 5)})):
+        tensors, metadata = to_state_dict(replace(lora, metadata=stale), layout)
+        assert not metadata
+        again = read_lora(written(tmp_path / "l.safetensors", tensors, stale))
+        assert again.notes == () and again.modules == {"head.head"}

@@ -103,6 +103,10 @@ BAD = {
         half() | {f"{Q}.dora_scale": torch.ones(6, 1), f"{Q}.lora_magnitude_vector": torch.ones(6)},
         "DoRA magnitudes of two programs",
     ),
+    "a DoRA of a vector": (
+        half(f"{Q[:-1]}norm_q", (2, 1), (6, 2)) | {f"{Q[:-1]}norm_q.dora_scale": torch.ones(6, 1)},
+        "norm_q: a DoRA of a vector",
+    ),
     "a magnitude alone": ({f"{Q}.dora_scale": torch.ones(6, 1)}, "half a pair"),
     "a part of a LoHa": ({f"{Q}.hada_w1_a": torch.ones(6, 2)}, f"{Q} has only a part of a LoHa: hada_w1_a"),
     "a part of a LoKr": ({f"{Q}.lokr_w1": torch.ones(2, 2)}, f"{Q} has only a part of a LoKr: lokr_w1"),

@@ -8,7 +8,7 @@ import torch
 from tests.model_lists import Entry, a1111, comfyui, header_of, lora_manager, swarmui
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_writer import write_lora
-from utils.adapters.model_card import ModelCard, model_card, network_facts, of_mean
+from utils.adapters.model_card import ModelCard, model_card, network_facts, of_mean, unheard
 from utils.common.checkpoint_names import Checkpoint
 from utils.media.thumbnail import thumbnail
 from wan.configs import FAMILIES
@@ -94,5 +94,6 @@ def test_the_mean_of_checkpoints_is_called_so_and_shows_no_picture():
 
 
 def test_words_that_no_caption_holds_are_named():
-    assert CARD.unheard(["an OHWX fox in the sun", "two cats"]) == ["snow"]
-    assert CARD.unheard(["ohwx", "fox"]) == ["ohwx fox", "snow"] and CARD.unheard(["ohwx fox, snow"]) == []
+    assert unheard("ohwx fox, snow", ["an OHWX fox in the sun", "two cats"]) == ["snow"]
+    assert unheard("ohwx fox, snow", ["ohwx", "fox"]) == ["ohwx fox", "snow"]
+    assert unheard("ohwx fox, snow", ["ohwx fox, snow"]) == [] == unheard("", ["a fox"])

@@ -350,3 +350,18 @@ def test_the_converter_makes_the_folder_that_is_named_and_knows_it_again(tmp_pat
     config.write_text(config.read_text().replace("8.0", "9.0"), encoding="utf-8")
     with pytest.raises(UserError, match="third exists and holds something else"):
         convert_lora_to_comfy.main([str(argument) for argument in arguments])
+
+
+def test_a_rank_that_the_tensors_do_not_have_is_noted(tmp_path):
+    folder = adapter(tmp_path / "a", {"r": 8, "lora_alpha": 8})
+    lora = read_lora(folder)
+    (note,) = lora.notes
+    assert f"adapter_config.json says rank 8, the tensors 4 ({Q}): these count" in note and lora.pairs[Q].scale == 2
+
+
+def test_a_conversion_beside_its_source_does_not_change_what_that_means(tmp_path):
+    folder = adapter(tmp_path / "a", {"r": 4, "lora_alpha": 16}, "style.safetensors")
+    for _ in range(2):
+        assert scale(folder / "style.safetensors") == 4
+        convert_lora_to_comfy.main(["--input_lora", str(folder / "style.safetensors"), "--overwrite"])
+    assert scale(folder / "style_comfy.safetensors") == 4

@@ -135,7 +135,7 @@ def test_a_folder_with_one_file_of_any_name_is_known_by_its_content(tmp_path, co
     if config:
         (tmp_path / "style" / "adapter_config.json").write_text(config)
     fused = record(tmp_path / "style", 1.0)
-    assert fused.record.sha256 == content_hash(file) and (fused.record.sha256 == plain_hash(file)) == (not config)
+    assert (fused.record.sha256 == content_hash(file) == plain_hash(file)) == (not config)
     lora = on_top(tmp_path / "fox.safetensors", fused)
     assert [found.path.name for found in find_fused(lora, ADVICE, [tmp_path / "style"])] == ["style"]
     write(tmp_path / "style" / "second.safetensors", 1.0)
