@@ -194,7 +194,10 @@ def folded(lora: LoraFile, rank: int, base: Path | None) -> LoraFile:
 
 
 def read_base(path: Path) -> Read:
-    """Reads weights of a transformer in any layout, one after another. Raises CheckpointError, and UserError if there is none."""
+    """Reads weights of a transformer in any layout, one after another.
+
+    Raises CheckpointError, and UserError if there is none.
+    """
     if not path.exists():
         raise UserError(f"--base {path}: there is no such file or folder")
     return partial(weights_of, read_weights(path, "transformer"))
