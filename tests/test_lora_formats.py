@@ -54,7 +54,7 @@ def save(kind: Kind, folder: Path) -> Path:
 
 
 def meant(path: Path) -> Weights:
-    """The weights that the model has with this file, as it is read here: of two experts, with that of high noise."""
+    """The weights that this file means by our own reader; of two experts, those of high noise."""
     model, lora = tiny(), next(iter(read_experts(path).values()))
     fuse_lora(model, lora)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -79,7 +79,7 @@ def by_comfyui(path: Path, wanted: Weights) -> str:
         tensors = {key.replace("lora_unet__", "lora_unet_"): tensor for key, tensor in tensors.items()}
     wide = "diffusion_model.patch_embedding.diff"
     if wide in tensors and tensors[wide].shape != weights["patch_embedding.weight"].shape:
-        del tensors[wide]  # ComfyUI logs a mismatch of shapes and goes on
+        del tensors[wide]  # ComfyUI logs a mismatch of shapes and skips it
     merged, _ = comfy_merge(weights, tensors, strength=1.0)
     return compared(merged, wanted)
 

@@ -217,7 +217,7 @@ def plan_fusion(opts: AdapterOptions, layout: WanModel, expert: str, experts: Se
 def _check_init(opts: AdapterOptions, lora: LoraFile, layout: WanModel, expert: str, experts: Sequence[str]) -> None:
     """Raises UserError for a LoRA that this run cannot start from; what it advises was tried.
 
-    `layout` is as it is before anything is fused, and stays unchanged.
+    `layout` has nothing fused yet, and stays unchanged.
     """
     assert opts.init_lora is not None
     modules = [*select_modules(layout, opts.lora_target, opts.lora_blocks), *([PATCH] if opts.control_lora else [])]

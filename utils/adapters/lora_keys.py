@@ -50,7 +50,7 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Key:
-    """Of one tensor: its module by official name, and as it is spelled; its role, and how the format is called."""
+    """One tensor's module, by its official name and as spelled in the file; its role; the name of the format."""
 
     prefix: str
     spelled: str

@@ -162,7 +162,7 @@ def _shaped(key: str, diff: Tensor) -> Tensor:
 
 
 def _aligned(name: str, magnitude: Magnitude) -> Magnitude:
-    """ComfyUI multiplies by its magnitudes as they are shaped, PEFT wants its own: with the axes of the weight."""
+    """A magnitude with the axes that its program expects: ComfyUI broadcasts it, PEFT has its own."""
     ones, values = [1] * len(KERNEL) if name in KERNELS else [], magnitude.values
     if magnitude.rule == PEFT:
         return replace(magnitude, values=values.reshape(1, -1, *ones) if ones else values.flatten())
