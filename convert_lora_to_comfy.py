@@ -31,6 +31,7 @@ from utils.common.errors import UserError
 from utils.common.formatting import counted, readable_size
 from utils.common.options import option, parse_options, run_script
 from utils.common.tensor_files import has_same_content
+from utils.setup.sharing import EVERYTHING, STANDARD, shareable
 from wan.checkpoints import CheckpointError, Weights, cast_to, read_some, read_weights
 
 # The short names are ours. The long ones are those of WanTraining's converter, which people still type.
@@ -62,6 +63,11 @@ class ConvertOptions:
     fold: int | None = option(None, "write LoHa, LoKr and DoRA as plain LoRA of this rank", minimum=1)
     base: Path | None = option(None, "transformer of the base model, on which DoRA depends", requires="fold")
     drop_unsupported: bool = option(False, "leave out what the program that reads the layout cannot apply")
+    metadata: str = option(
+        STANDARD,
+        "what of the run is kept; full: also all its options, with their paths and prompts",
+        choices=(STANDARD, EVERYTHING),
+    )
     overwrite: bool = option(False, "replace an output file of different content")
 
 
@@ -150,6 +156,8 @@ def convert(lora: LoraFile, file: Path, expert: str, part: str, opts: ConvertOpt
     """
     lora = fill_in_alpha(lora, opts.alpha, file)
     print(describe(lora, file))
+    if opts.metadata == STANDARD:
+        lora = replace(lora, metadata=shared_metadata(lora.metadata, file))
     if opts.fold is not None:
         lora = folded(lora, opts.fold, opts.base)
 
@@ -179,9 +187,18 @@ def convert(lora: LoraFile, file: Path, expert: str, part: str, opts: ConvertOpt
     )
 
 
+def shared_metadata(metadata: dict[str, str], file: Path) -> dict[str, str]:
+    """The metadata without paths and prompts of the run, and a line where it had some."""
+    kept = shareable(metadata, file)
+    if kept != metadata:
+        print("metadata  without the paths and prompts of the run: --metadata full keeps them")
+    return kept
+
+
 def folded(lora: LoraFile, rank: int, base: Path | None) -> LoraFile:
     """The LoRA with plain pairs alone, and a line about what that loses. Raises UserError where a base is missing."""
     if not lora.lycoris and not lora.magnitudes:
+        print("folded    nothing: this is plain LoRA, and --fold does not change its rank")
         return lora
     if base is None and needs_base(lora):
         raise UserError("DoRA depends on the weights of the base model: give its transformer with --base FILE")

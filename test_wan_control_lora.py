@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.adapters.beside import Chosen
+from utils.adapters.choosing import FusedBase, choose_loras, find_fused_base, leave_out_fused_base
 from utils.adapters.lora_file import LoraFile
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.pairs import find_pair
@@ -40,7 +41,7 @@ from utils.diffusion.flow import seeded_noise
 from utils.encoding.conditioning import Cond, Encoders, to_pixels, to_unit_range
 from utils.encoding.pictures import check_pictures, load_picture, load_pictures
 from utils.encoding.samples import LatentEncoding
-from utils.encoding.sampling import Transformers, Underneath, choose_loras, denoise, find_underneath
+from utils.encoding.sampling import Transformers, denoise
 from utils.encoding.text import TextEncoding, check_embedding_shape, negative_prompt_file, read_prompt
 from utils.encoding.text_cache import load_embedding
 from utils.media.contact_sheet import contact_sheet
@@ -128,6 +129,14 @@ class Sampling:
 class Options(Content, SingleFiles, Sampling, StorageOptions):
     """Generate a video with a LoRA."""
 
+    def __post_init__(self) -> None:
+        if self.prompt is not None and self.embedding is not None:
+            raise UserError("--prompt and --embedding exclude each other: an embedding is an encoded prompt")
+        if self.negative_prompt is not None and self.negative_embedding is not None:
+            raise UserError("--negative_prompt and --negative_embedding exclude each other: give one of them")
+        if self.fuse_lora and self.without_fused:
+            raise UserError("--fuse_lora and --without_fused exclude each other: give one of them")
+
 
 @dataclass(frozen=True)
 class Request:
@@ -157,16 +166,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     need_experts(files, (), with_others=True)
     opts.check_storage(files.shape.num_layers)
     request = complete(opts, first, files.family)
+    del first  # its matrices are read again where they are needed
     for remark in base_remarks(files, opts.lora_path):
         say(remark)
-    underneath = find_underneath(opts.lora_path, opts.fuse_lora, opts.without_fused, files)
-    loras = choose_loras(opts.lora_path, opts.strength, opts.also_lora, files, underneath)
+    if opts.without_fused:
+        fused = leave_out_fused_base(opts.lora_path, files)
+    else:
+        fused = find_fused_base(opts.lora_path, opts.fuse_lora, files)
+    loras = choose_loras(opts.lora_path, opts.strength, opts.also_lora, files, fused)
     if request.input_video is None and any(chosen.lora.input_shapes for each in loras.values() for chosen in each):
         raise UserError("--also_lora holds a control LoRA: give it as --lora_path, with --input_video")
     check_writable(opts.output_dir)
-    say(f"{describe(request, opts.strength)}{underneath.describe(opts.compare)}")
+    say(f"{describe(request, opts.strength)}{fused.describe(opts.compare)}")
     with explain_out_of_memory(), torch.no_grad():
-        videos = generate(request, opts, loras, underneath, files)
+        videos = generate(request, opts, loras, fused, files)
     without = "_without_fused" if opts.without_fused else ""
     write(opts.output_dir, f"{opts.lora_path[0].stem}{without}_seed{opts.seed}", videos, files.family.fps)
 
@@ -179,10 +192,6 @@ def complete(opts: Options, first: LoraFile, family: Family) -> Request:
 
     Raises UserError for what contradicts itself or does not fit the model.
     """
-    if opts.prompt is not None and opts.embedding is not None:
-        raise UserError("--prompt and --embedding exclude each other: an embedding is an encoded prompt")
-    if opts.negative_prompt is not None and opts.negative_embedding is not None:
-        raise UserError("--negative_prompt and --negative_embedding exclude each other: give one of them")
     if first.input_shapes and opts.input_video is None:
         raise UserError("this is a control LoRA: pass the video to follow as --input_video")
     if opts.input_video is not None and not first.input_shapes:
@@ -288,7 +297,7 @@ def generate(
     request: Request,
     opts: Options,
     loras: Mapping[str, Sequence[Chosen]],
-    underneath: Underneath,
+    fused: FusedBase,
     files: ModelFiles,
 ) -> dict[str, Tensor]:
     """Videos (F, 3, H, W) uint8 by label: the control if there is one, without the LoRA if asked for, and with it."""
@@ -307,8 +316,8 @@ def generate(
     # input channels for one, unless a control LoRA is in it.
     shape = files.shape
     storage = opts.storage(device, shape, noise[0, 0].numel() // math.prod(shape.patch_size), Decisions(str(device)))
-    transformers, latents = Transformers(files, loras, storage, underneath.fusions), {}
-    base = cond if underneath.reads_control else base
+    transformers, latents = Transformers(files, loras, storage, fused.fusions), {}
+    base = cond if fused.reads_control else base
     if opts.compare:
         latents["without the LoRA"] = sample(request, transformers, noise, base, negative, "without the LoRA")
     transformers.fuse()

@@ -132,20 +132,20 @@ def training_loss(
 # --------------------------------------------------------------------------------------------- before the first step
 
 
-def fit_memory(opts: Options, family: Family, shape: WanShape, plan: Plan, compile: bool, decisions: Decisions) -> Fit:
+def fit_memory(opts: Options, family: Family, shape: WanShape, plan: Plan, compiled: bool, decisions: Decisions) -> Fit:
     """The fastest setting with which the largest batch fits, by forecast, within what the options leave open."""
     work, memory = workload(opts, family, shape, plan), budget(opts, family, encoders_on_gpu(opts, plan))
-    fit = find_fit(work, memory, given_of(opts, shape.num_layers, compile), decisions)
+    fit = find_fit(work, memory, given_of(opts, shape.num_layers, compiled), decisions)
     fit.say()
     return fit
 
 
-def open_session(opts: Options, inputs: Inputs, device: torch.device, compile: bool, decisions: Decisions) -> Session:
+def open_session(opts: Options, inputs: Inputs, device: torch.device, compiled: bool, decisions: Decisions) -> Session:
     """Loads what learns, and what the loop shows it."""
     files, plan, roles, samples = inputs.files, inputs.plan, inputs.roles, inputs.samples
     storage = opts.storage(device, files.shape, round(plan.mean_tokens), decisions)
     storage = replace(storage, idle_on_disk=opts.idle_expert == DISK)
-    memory = opts.memory(storage, compile)
+    memory = opts.memory(storage, compiled)
 
     # The other random numbers come from torch's generator: the LoRA's first values, then noise and noise levels.
     torch.manual_seed(opts.seed)
@@ -287,7 +287,7 @@ def run_with(
     opts: Options,
     inputs: Inputs,
     device: torch.device,
-    compile: bool,
+    compiled: bool,
     decisions: Decisions,
     fit: Fit | None,
     state: State | None,
@@ -298,13 +298,13 @@ def run_with(
     planned, spare = (opts, 0.0) if fit is None else (fit.applied(opts, decisions), fit.spare)
     folder = opts.output_dir if state is None else state.run_folder
     with explain_out_of_memory(), explain_failed_compilation():
-        session = open_session(planned, inputs, device, compile, decisions)
+        session = open_session(planned, inputs, device, compiled, decisions)
         # The state has the options as they were given; what was chosen, also in the rehearsal, is in the decisions.
         settings = partial(run_settings, opts, inputs, session, decisions)
         save = partial(rehearse_saving, session.learner, settings(), folder)
-        rehearse_run(session, opts, save, decisions if compile else None, spare)
+        rehearse_run(session, opts, save, decisions if compiled else None, spare)
         if opts.benchmark:
-            return benchmark(planned, inputs, session, compile, decisions)
+            return benchmark(planned, inputs, session, compiled, decisions)
         train(opts, device, session, open_run(settings(), session.learner, state))
 
 
@@ -354,13 +354,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         # What the machine decides, such as whether blocks are compiled, is the same when a run is resumed.
         decisions = decisions_of(state, device, opts.allow_changes)
         tokens = sum(steps.values()) * opts.gradient_accumulation * plan.mean_tokens
-        compile = opts.compiles(device, files.shape, tokens, decisions)
+        compiled = opts.compiles(device, files.shape, tokens, decisions)
         fit = None
         if opts.plans_for(device):
-            fit = fit_memory(opts, files.family, files.shape, plan, compile, decisions)
+            fit = fit_memory(opts, files.family, files.shape, plan, compiled, decisions)
         inputs = open_inputs(opts, files, device, data, plan)
 
-    run = partial(run_with, opts, inputs, device, compile, decisions)
+    run = partial(run_with, opts, inputs, device, compiled, decisions)
     run_until_it_fits(run, fit, state, retries=opts.oom == "retry")
 
 

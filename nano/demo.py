@@ -24,7 +24,7 @@ from nano.picture import comparison
 from nano.probe import adherence
 from nano.sampling import SAMPLER, generate, load, noise_of
 from nano.world import FPS, STYLES, Scene, caption, split, write_dataset
-from utils.adapters.lora import fuse_lora
+from utils.adapters.fusion import fuse_lora
 from utils.adapters.lora_reader import read_lora
 from utils.common.checkpoint_names import list_checkpoints
 from utils.common.device import pick_device

@@ -20,7 +20,8 @@ import train_wan_lora
 from tests.checkout import ROOT, run, write_checkout
 from tests.peers import diffusers_transformer
 from tests.tiny import TINY_SHAPE, write_clips, write_model
-from utils.adapters.lora import add_lora, extract_lora, load_lora, select_modules
+from utils.adapters.initial import load_lora
+from utils.adapters.lora import add_lora, extract_lora, select_modules
 from utils.adapters.lora_file import delta
 from utils.adapters.lora_reader import read_lora
 from utils.common.options import parse_options

@@ -23,7 +23,7 @@ from tests.loras import comfy_merge
 from tests.tiny import TINY_SHAPE, initialise
 from utils.adapters.attach import AdapterOptions, plan_adapter
 from utils.adapters.fitting import fitting
-from utils.adapters.lora import fuse_lora
+from utils.adapters.fusion import fuse_lora
 from utils.adapters.lora_reader import read_experts, read_lora
 from utils.common.errors import UserError
 from wan.modules.model import WanModel

@@ -12,6 +12,7 @@ import torch
 import convert_lora_to_comfy
 import train_wan_lora
 from tests.checkout import ROOT, copy_prompts, run, write_checkout
+from tests.loras import half, written
 from tests.model_lists import Entry, a1111, comfyui, header_of, lora_manager, swarmui
 from tests.tiny import write_clips
 from utils.common.tensor_files import read_tensors
@@ -94,6 +95,23 @@ def test_full_metadata_has_all_options_with_their_paths_and_prompts(work):
         options = json.loads(metadata["options"])
         assert options["dataset"] == str(work / "elsewhere" / "foxes") and options["sample_prompts"] == PROMPT
         assert not {"modelspec.trigger_phrase", "trained_words", "ss_tag_frequency"} & metadata.keys()
+
+
+def test_a_converted_file_has_the_options_of_its_run_only_if_asked_for(tmp_path, capsys):
+    """Earlier versions wrote them into every file, and the path of the base model too."""
+    private = {"options": json.dumps({"sample_prompts": PROMPT, "fuse_lora": "/srv/me/style.safetensors"})}
+    private |= {"base_model": "/srv/me/Wan2.1-T2V-1.3B"}
+    source = written(tmp_path / "fox.safetensors", half("diffusion_model.blocks.0.self_attn.q"), private)
+    said = "metadata  without the paths and prompts of the run: --metadata full keeps them"
+    for flags, count in (([], 1), (["--metadata", "full"], 0)):
+        output = tmp_path / f"comfy{count}.safetensors"
+        convert_lora_to_comfy.main(["--input_lora", str(source), "--output_lora", str(output), *flags])
+        metadata, _ = header_of(output)
+        assert capsys.readouterr().out.count(said) == count and ("srv" in str(metadata)) == (PROMPT in str(metadata))
+        assert metadata == private if not count else metadata.keys() == {"base_model", "fused_lora"}
+    convert_lora_to_comfy.main(["--input_lora", str(output)])
+    assert "nothing to do" not in capsys.readouterr().out  # its metadata change
+    assert header_of(tmp_path / "comfy0_comfy.safetensors")[0]["base_model"] == "Wan2.1-T2V-1.3B"
 
 
 def test_the_options_of_a_run_are_kept_beside_its_files(work, standard):

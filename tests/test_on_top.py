@@ -16,10 +16,11 @@ from tests.adapted import ALPHA, RANK, fill
 from tests.checkout import copy_prompts
 from tests.loras import metadata_of
 from tests.tiny import tiny_shape, tiny_transformer, write_clips, write_model, write_transformer
-from utils.adapters.lora import add_lora, extract_lora, fuse_lora, select_modules, widen_patch_embedding
+from utils.adapters.fusion import fuse_lora
+from utils.adapters.lora import add_lora, extract_lora, select_modules, widen_patch_embedding
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
-from utils.adapters.provenance import content_hash, record, to_metadata
+from utils.adapters.provenance import content_hash, fused_file, to_metadata
 from utils.common.errors import UserError
 from wan.checkpoints import open_model, transformer_fingerprint
 from wan.configs import FAMILIES, Family
@@ -168,7 +169,7 @@ def test_it_is_sampled_on_top_of_what_its_run_names(work, sample, capsys):
 
 def test_away_from_its_run_it_needs_its_base_and_the_fused_file_under_any_names(work, sample, capsys):
     lora = Path(shutil.move(LORA, "fox.safetensors"))
-    with pytest.raises(UserError, match="was trained on wan, a folder whose transformer has the hash "):
+    with pytest.raises(UserError, match="was trained on 'wan', a folder whose transformer has the hash "):
         sample(f"--lora_path {lora}")
     shutil.move("private/wan", "elsewhere")
     given = f"--lora_path {lora} --pretrained_model_name_or_path elsewhere"
@@ -256,8 +257,8 @@ def test_training_on_top_of_a_lora_that_is_on_top_of_another_fuses_and_records_b
 
 
 def test_further_loras_and_beginnings_that_were_on_top_of_others_are_noted(work, sample, capsys):
-    style = record(Path("loras/style.safetensors"), 0.5)
-    speed = draw_lora(Path("loras/speed.safetensors"), 4, to_metadata([style]))
+    style = fused_file(Path("loras/style.safetensors"), 0.5)
+    speed = draw_lora(Path("loras/speed.safetensors"), 4, to_metadata([style.record]))
     stripped(LORA, Path("plain.safetensors"))
     note = f"note: --also_lora {speed} was trained on top of style.safetensors (weight 0.5"
     sample(f"--lora_path plain.safetensors --pretrained_model_name_or_path private/wan --also_lora {speed}")

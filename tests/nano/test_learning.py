@@ -15,7 +15,7 @@ from nano.probe import adherence
 from nano.sampling import SAMPLER, generate, load, noise_of
 from nano.world import caption, render, split, write_dataset
 from tests.checkout import copy_prompts
-from utils.adapters.lora import fuse_lora
+from utils.adapters.fusion import fuse_lora
 from utils.adapters.lora_file import LoraFile
 from utils.adapters.lora_reader import read_lora
 from utils.common.device import pick_device

@@ -11,14 +11,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from utils.adapters.fusion import Fusion, fuse_on
-from utils.adapters.initial import compare
+from utils.adapters.fusion import Fusion, fit_lora, read_fusion
+from utils.adapters.initial import differences, load_lora, options_for
 from utils.adapters.lora import (
     ADAPTER,
     adapter_parameters,
     add_lora,
     extract_lora,
-    load_lora,
     select_modules,
     speaking,
     widen_patch_embedding,
@@ -28,7 +27,14 @@ from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
 from utils.adapters.model_card import network_facts
 from utils.adapters.pairs import lora_of
-from utils.adapters.provenance import Fused, find_fused, fused_as_said, fused_in, record, to_metadata
+from utils.adapters.provenance import (
+    FusedRecord,
+    find_fused_files,
+    fused_file,
+    read_records,
+    readable_records,
+    to_metadata,
+)
 from utils.adapters.wantraining import TRAINER
 from utils.common.errors import UserError
 from utils.common.options import Replaced, option
@@ -188,7 +194,9 @@ def plan_adapter(
     if init is not None:
         lora = read_lora(init)
         _check_init(opts, lora, layout, expert, experts)
-        plan = replace(plan, init=lora, notes=(*plan.notes, *lora.remarks(init), *_left_behind(lora, init, plan)))
+        plan = replace(
+            plan, init=lora, notes=(*plan.notes, *lora.remarks(init), *_note_on_other_base(lora, init, plan))
+        )
     plan.widen(layout)
     plan.attach(layout)
     return plan
@@ -205,31 +213,33 @@ def plan_fusion(opts: AdapterOptions, layout: WanModel, expert: str, experts: Se
     if path is None:
         return AdapterPlan(opts, facts=to_metadata([]))
     advice = f"Copy it into {path.absolute().parent}, under any name: it is then fused before {path.name}."
-    files = [*find_fused(path, advice), record(path, opts.fuse_lora_weight)]
-    fusion, notes = fuse_on(layout, files)
+    files = [*find_fused_files(path, advice), fused_file(path, opts.fuse_lora_weight)]
+    fusion, notes = read_fusion(layout, files)
     said = [f"fused into the base model: {' and '.join(map(str, files))}"]
     said += [f"{path} was trained on top of {file.path}, which is fused too" for file in files[:-1]]
     if fusion.reads_control and not opts.control_lora:
         said.append(f"{path} is a control LoRA: without --control_lora its control is zeros")
-    return AdapterPlan(opts, fusion, facts=to_metadata(files), notes=(*said, *notes))
+    return AdapterPlan(opts, fusion, facts=to_metadata([file.record for file in files]), notes=(*said, *notes))
 
 
 def _check_init(opts: AdapterOptions, lora: LoraFile, layout: WanModel, expert: str, experts: Sequence[str]) -> None:
-    """Raises UserError for a LoRA that this run cannot start from; what it advises was tried.
+    """Raises UserError for a LoRA that this run cannot start from, with what to do instead: that was tried.
 
     `layout` has nothing fused yet, and stays unchanged.
     """
     assert opts.init_lora is not None
     modules = [*select_modules(layout, opts.lora_target, opts.lora_blocks), *([PATCH] if opts.control_lora else [])]
-    misfit = compare(lora, layout, modules, opts.lora_rank, opts.alpha)
-    if misfit is None:
+    faults = differences(lora, modules, opts.lora_rank, opts.alpha)
+    if not faults:
         return
-    facts = f"--init_lora {opts.init_lora}: {'; '.join(misfit.faults)}"
-    halves = [lora_of(opts.init_lora, each, experts) for each in experts]
-    others = [read_lora(path) for path in halves if path is not None] if len(experts) > 1 else []
-    is_one = all(other.modules == lora.modules for other in others)  # a pair has one --lora_target
-    if misfit.options is not None and is_one and _starts(replace(opts, **misfit.options), lora, layout):
-        raise UserError(f"{facts}\n{_typed(misfit.options, opts, expert if len(experts) > 1 else '')}")
+    fit_lora(lora, layout, opts.init_lora)  # or it is another Wan's, and then that is the reason
+    facts = f"--init_lora {opts.init_lora}: {'; '.join(faults)}"
+    options = options_for(lora, layout, modules, opts.lora_rank, opts.alpha)
+    # Both experts have the same --lora_target: options for one LoRA of a pair may be wrong for the other.
+    halves = [lora_of(opts.init_lora, each, experts) for each in experts if each != expert]
+    pair_has_same_modules = all(read_lora(half).modules == lora.modules for half in halves if half is not None)
+    if options is not None and pair_has_same_modules and _can_start(replace(opts, **options), lora, layout):
+        raise UserError(f"{facts}\n{_typed(options, opts, expert if len(experts) > 1 else '')}")
     reads_control = opts.control_lora or PATCH in lora.input_shapes
     fusing = replace(opts, init_lora=None, fuse_lora=opts.init_lora, fuse_lora_weight=1.0, control_lora=reads_control)
     try:
@@ -241,7 +251,7 @@ def _check_init(opts: AdapterOptions, lora: LoraFile, layout: WanModel, expert: 
     raise UserError(f"{facts}\nPass {flags} instead of {instead}: it is added to the base model, and a new LoRA on top")
 
 
-def _starts(opts: AdapterOptions, lora: LoraFile, layout: WanModel) -> bool:
+def _can_start(opts: AdapterOptions, lora: LoraFile, layout: WanModel) -> bool:
     """Whether an adapter with these options can start from the LoRA."""
     try:
         AdapterPlan(opts, init=lora).attach(copy.deepcopy(layout))
@@ -267,16 +277,16 @@ def _typed(options: Mapping[str, object], opts: AdapterOptions, expert: str) -> 
     return f"Pass {' '.join(given)}{left_out}"
 
 
-def _left_behind(lora: LoraFile, path: Path, plan: AdapterPlan) -> list[str]:
+def _note_on_other_base(lora: LoraFile, path: Path, plan: AdapterPlan) -> list[str]:
     """A sentence where the LoRA that a run starts from was trained on top of others than this run fuses."""
-    theirs, damaged = fused_as_said(lora.metadata, path)
+    theirs, damaged = readable_records(lora.metadata, path)
     if damaged:
         return damaged
-    ours = fused_in(plan.facts, path)
+    ours = read_records(plan.facts, path)
     if [(fused.sha256, fused.weight) for fused in theirs] == [(fused.sha256, fused.weight) for fused in ours]:
         return []
     return [f"note: --init_lora {path} was trained on top of {_listed(theirs)}; this run is on top of {_listed(ours)}"]
 
 
-def _listed(fused: Sequence[Fused]) -> str:
+def _listed(fused: Sequence[FusedRecord]) -> str:
     return " and ".join(map(str, fused)) or "no LoRA"

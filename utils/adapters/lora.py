@@ -1,10 +1,9 @@
-"""LoRA on a model: choosing modules, adding adapters, who speaks, reading and writing them, fusing them into weights.
+"""LoRA on a model: choosing modules, adding adapters, who speaks, and what of an adapter goes into a file.
 
 Adapters are PEFT's. For plain LoRA on linear layers their forward is replaced by one that computes in the dtype of the
 activations, with matrices kept in a dtype of their own, and adds in place.
 """
 
-import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.adapters.dora import decomposed_change
-from utils.adapters.lora_file import LoraFile, LoraPair, delta
+from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.peft import LoraLayer, LoraLinear, inject_lora
 from utils.adapters.projection import is_plain
 from utils.common.errors import UserError
@@ -28,7 +26,6 @@ from wan.names import PATCH
 # the full names.
 TARGETS = {"attn": ("self_attn.*", "cross_attn.*"), "all-linear": ("*",)}
 ADAPTER = "default"  # what PEFT calls the only adapter of a model
-PATCH_WEIGHT = f"{PATCH}.weight"
 
 
 def parse_blocks(text: str | None, num_blocks: int) -> set[int]:
@@ -88,13 +85,19 @@ def add_lora(
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
         inject_lora(model, names, adapter, rank, alpha)
     parameters = []
-    for layer in _layers(model, adapter).values():
+    for layer in adapted_layers(model, adapter).values():
         for parameter in (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight):
             parameter.data = parameter.data.to(dtype)
             parameters.append(parameter)
         if isinstance(layer, LoraLinear) and is_plain(layer, adapter):
             layer.forward = MethodType(_forward_in_place, layer)
     return parameters
+
+
+def adapted_layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLayer]:
+    """The adapted layers by name: of one adapter, or of any."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {name: layer for name, layer in layers.items() if adapter is None or adapter in layer.lora_A}
 
 
 def adapter_parameters(model: nn.Module, adapter: str = ADAPTER) -> dict[str, nn.Parameter]:
@@ -135,7 +138,7 @@ def extract_lora(
     """An adapter as the content of a LoRA file: copies on the CPU, of the `values` by parameter name where given."""
     values = adapter_parameters(model, adapter) if values is None else values
     pairs, input_shapes = {}, {}
-    for name, layer in _layers(model, adapter).items():
+    for name, layer in adapted_layers(model, adapter).items():
         down, up = (
             values[f"{name}.{matrix}.{adapter}.weight"].detach().cpu().clone() for matrix in ("lora_A", "lora_B")
         )
@@ -143,122 +146,6 @@ def extract_lora(
         if name == PATCH:
             input_shapes[name] = tuple(layer.get_base_layer().weight.shape)
     return LoraFile(pairs, input_shapes=input_shapes, metadata=metadata)
-
-
-@torch.no_grad()
-def load_lora(model: nn.Module, lora: LoraFile, adapter: str = ADAPTER) -> None:
-    """Starts an adapter, in its own dtype, from a file of the same modules, ranks and alpha.
-
-    Raises UserError, before anything changes, where they differ. What to do about that is said before, where adapters
-    are planned (`utils.adapters.attach`).
-    """
-    if lora.extras:
-        raise UserError(f"--init_lora holds more than LoRA pairs ({lora.extras[0]})")
-    layers = _layers(model, adapter)
-    faults = {"lacks": [name for name in layers if name not in lora.pairs]}
-    faults["adapts, unlike this run,"] = [name for name in lora.pairs if name not in layers]
-    for fault, names in faults.items():
-        if names:
-            raise UserError(f"--init_lora {fault} {names[0]} ({len(names)} such modules): the targets must be the same")
-    copies = []
-    for name, layer in layers.items():
-        pair, rank, alpha = lora.pairs[name], layer.r[adapter], layer.lora_alpha[adapter]
-        # Files hold alpha as fp32.
-        if pair.rank != rank or not math.isclose(pair.effective_alpha, alpha, rel_tol=1e-6):
-            raise UserError(
-                f"--init_lora has rank {pair.rank} and alpha {pair.effective_alpha:g} at {name}, this run {rank} and "
-                f"{alpha:g}"
-            )
-        for matrix, tensor in ((layer.lora_A, pair.down), (layer.lora_B, pair.up)):
-            weight = matrix[adapter].weight
-            if weight.shape != tensor.shape:
-                shapes = f"it has {tuple(tensor.shape)}, the model needs {tuple(weight.shape)}"
-                raise UserError(f"--init_lora does not fit at {name}: {shapes}")
-            copies.append((weight, tensor))
-    for weight, tensor in copies:
-        weight.copy_(tensor)
-
-
-class LoraFusion:
-    """A LoRA that is added to the weights of a base model, one tensor at a time.
-
-    As the `place` of `wan.checkpoints.load_weights` it works on each tensor before the next one is read, so it also
-    serves weights that are stored quantised afterwards.
-    """
-
-    def __init__(self, model: nn.Module, lora: LoraFile, weight: float = 1.0) -> None:
-        """Raises UserError where the LoRA adapts what the model lacks, or a shape does not fit; changes nothing."""
-        parameters = dict(model.named_parameters())
-        self.weight = weight
-        self.in_dim = _stated_in_dim(lora)
-        self.factors = {f"{name}.weight": factors for name, factors in lora.factors.items()}
-        self.magnitudes = {f"{name}.weight": magnitude for name, magnitude in lora.magnitudes.items()}
-        self.diffs = {diff_target(key, parameters): tensor for key, tensor in lora.diffs.items()}
-        shapes = {target: factors.weight_shape for target, factors in self.factors.items()}
-        shapes |= {target: tuple(tensor.shape) for target, tensor in self.diffs.items()}
-        for target, shape in shapes.items():
-            if target not in parameters:
-                raise UserError(f"the LoRA adapts {target}, which this model does not have; is it for another Wan?")
-            needed = tuple(parameters[target].shape)
-            if target == PATCH_WEIGHT and self.in_dim is not None:
-                needed = (needed[0], self.in_dim, *needed[2:])
-            # Convolutions come flattened too.
-            if (shape[0], math.prod(shape[1:])) != (needed[0], math.prod(needed[1:])):
-                raise UserError(f"the LoRA has {shape} at {target}, the model {needed}; is it for another Wan?")
-
-    @property
-    def targets(self) -> set[str]:
-        """The names of the parameters that it changes."""
-        return self.factors.keys() | self.diffs.keys() | ({PATCH_WEIGHT} if self.in_dim is not None else set())
-
-    def widen(self, model: WanModel) -> None:
-        """Gives the patch embedding the inputs that a control LoRA reads; nothing for any other LoRA."""
-        if self.in_dim is not None:
-            widen_patch_embedding(model, self.in_dim)
-
-    @torch.no_grad()
-    def place(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor with the LoRA added in fp32, rounded to its dtype; unchanged where the LoRA does not adapt it."""
-        if name not in self.targets:
-            return tensor
-        if name == PATCH_WEIGHT and self.in_dim is not None:
-            tensor = pad_inputs(tensor, self.in_dim)
-        result = tensor
-        if (factors := self.factors.get(name)) is not None:
-            factors = factors.map(lambda matrix: matrix.to(tensor.device))
-            if (magnitude := self.magnitudes.get(name)) is None:
-                change = delta(factors, self.weight)
-            else:
-                change = self.weight * decomposed_change(tensor, delta(factors).view_as(tensor), magnitude)
-            result = _add(result, change)
-        if (diff := self.diffs.get(name)) is not None:
-            result = _add(result, diff.to(tensor.device).float() * self.weight)
-        return result
-
-
-@torch.no_grad()
-def fuse_lora(model: WanModel, lora: LoraFile, weight: float = 1.0) -> None:
-    """Adds `weight` times a LoRA to the weights of a loaded model, in place. Raises UserError as `LoraFusion` does.
-
-    Rounds to the weights' dtype; widens inputs first. On the meta device only the checks cost anything.
-    """
-    fusion = LoraFusion(model, lora, weight)
-    fusion.widen(model)
-    parameters = dict(model.named_parameters())
-    for name in fusion.targets:
-        parameters[name].copy_(fusion.place(name, parameters[name]))
-
-
-def _stated_in_dim(lora: LoraFile) -> int | None:
-    """The number of input channels that a control LoRA states, None for any other LoRA."""
-    if other := [name for name in lora.input_shapes if name != PATCH]:
-        raise UserError(f"the LoRA widens {other[0]}; only the patch embedding can be widened")
-    shape = lora.input_shapes.get(PATCH)
-    return None if shape is None else shape[1]
-
-
-def _add(tensor: Tensor, change: Tensor) -> Tensor:
-    return (tensor.float() + change.view_as(tensor)).to(tensor.dtype)
 
 
 def widen_patch_embedding(model: WanModel, in_dim: int) -> None:
@@ -301,12 +188,6 @@ def _is_image_layer(name: str, module: nn.Module) -> bool:
 
 def _matches(name: str, full: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(full, pattern)
-
-
-def _layers(model: nn.Module, adapter: str | None = None) -> dict[str, LoraLayer]:
-    """The adapted layers by name: of one adapter, or of any."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    return {name: layer for name, layer in layers.items() if adapter is None or adapter in layer.lora_A}
 
 
 def _adapted(module: nn.Module) -> Iterator[LoraLayer]:

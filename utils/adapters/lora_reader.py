@@ -22,7 +22,7 @@ from utils.adapters.lycoris import Lycoris, check_factors, kind_of
 from utils.adapters.peft_folder import PeftConfig, find_weights
 from utils.common.tensor_files import TensorFileError, UnusableNameError, read_tensors
 from wan.checkpoints import CheckpointError
-from wan.checkpoints.files import broken_link, read_start, refuse_foreign
+from wan.checkpoints.files import broken_link, read_start, refuse_other_kinds
 from wan.checkpoints.header import Cut, HeaderFile, read_by_header
 from wan.configs import FAMILIES
 from wan.names import PATCH
@@ -99,7 +99,7 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
 def _read_refused(path: Path, reason: str) -> HeaderFile:
     """A file that the library refuses, for a `reason`, though all tensors are there. Raises LoraError for any other."""
     try:
-        refuse_foreign(path, read_start(path))
+        refuse_other_kinds(path, read_start(path))
         file = read_by_header(path)
         if file.surplus:
             return file
@@ -183,12 +183,14 @@ def _assemble(
             magnitudes[name] = _magnitude(found, factors, key)
     if config is not None and config.kind == "LOKR":
         lycoris = _scale_whole_factors(lycoris, config)
+    made = {key.removesuffix(".diff"): tuple(diff.shape) for key, diff in diffs.items() if key.endswith(".diff")}
+    made |= {name: factors.weight_shape for name, factors in (pairs | lycoris).items()}
     own = read_shapes(metadata, path)
-    shapes = _stated_shapes(modules, pairs, path) if own is None else own
+    shapes = _stated_shapes(modules, made.get(PATCH, ()), path) if own is None else own
     return LoraFile(
         pairs,
         diffs,
-        {name: _checked_shape(shape, _made(name, pairs, diffs), f"{path}: {name}") for name, shape in shapes.items()},
+        {name: _checked_shape(shape, made.get(name, ()), f"{path}: {name}") for name, shape in shapes.items()},
         {key: value for key, value in metadata.items() if key not in SCALING_KEYS},
         _key_format(modules),
         lycoris,
@@ -289,8 +291,9 @@ def _alpha(tensor: Tensor, key: str) -> float:
 
 
 def _stated_shapes(
-    modules: Mapping[str, _Module], pairs: Mapping[str, LoraPair], path: Path
+    modules: Mapping[str, _Module], embedding: tuple[int, ...], path: Path
 ) -> Mapping[str, Sequence[float]]:
+    """The shapes of widened weights by module; `embedding` is that of the change of the patch embedding, if any."""
     shapes: dict[str, Sequence[float]] = {}
     for name, module in modules.items():
         if "reshape_weight" in module.tensors:
@@ -298,23 +301,13 @@ def _stated_shapes(
             if stated.numel() > MAX_DIMENSIONS or stated.is_complex():
                 raise LoraError(f"{path}: {''.join(module.key.stem)}.reshape_weight: is no shape of a weight.")
             shapes[name] = stated.flatten().tolist()
-    embedding = modules.get(PATCH)
-    if embedding and (matrix := embedding.tensors.get("down", embedding.tensors.get("diff"))) is not None:
-        # WanTraining adapts the patch embedding only to widen it for control, and does not state the new shape. That
-        # holds for a file whose keys somebody has renamed, too: no Wan that it trains has this number of channels.
-        bare = not embedding.key.prefix and PATCH in pairs
-        channels = matrix.shape[1] if matrix.ndim == 5 else 0
-        if matrix.ndim == 2 and matrix.shape[1] == CONTROL_CHANNELS * KERNEL:  # flattened
-            channels = CONTROL_CHANNELS
-        if channels == CONTROL_CHANNELS or (bare and channels and channels not in RELEASED_CHANNELS):
-            made = pairs[PATCH].weight_shape if PATCH in pairs else tuple(matrix.shape)
-            shapes.setdefault(PATCH, made if matrix.ndim == 5 else (made[0], channels, 1, 2, 2))
+    # WanTraining adapts the patch embedding only to widen it for control, and does not state the new shape. That holds
+    # for a file whose keys somebody has renamed, too: no Wan that it trains has this number of channels.
+    channels, rest = divmod(math.prod(embedding[1:]), KERNEL)  # it comes flattened too
+    bare = PATCH in modules and not modules[PATCH].key.prefix and "down" in modules[PATCH].tensors
+    if not rest and (channels == CONTROL_CHANNELS or (bare and channels and channels not in RELEASED_CHANNELS)):
+        shapes.setdefault(PATCH, (embedding[0], channels, 1, 2, 2))
     return shapes
-
-
-def _made(name: str, pairs: Mapping[str, LoraPair], diffs: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """The shape of the weight that a change of a module is for."""
-    return pairs[name].weight_shape if name in pairs else tuple(diffs.get(f"{name}.diff", torch.empty(0)).shape)
 
 
 def _checked_shape(stated: Sequence[float], made: tuple[int, ...], key: str) -> tuple[int, ...]:

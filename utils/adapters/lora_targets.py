@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from utils.adapters.dora import COMFY, PEFT, Magnitude
-from utils.adapters.lora_file import Factors, LoraError, LoraFile, LoraPair
+from utils.adapters.lora_file import Factors, LoraError, LoraFile, LoraPair, delta
 from utils.adapters.lycoris import LOKR
 from wan.names import PATCH, is_parameter
 
@@ -70,9 +70,9 @@ def adapt(lora: LoraFile, target: Target) -> LoraFile:
     """The same change in the form that the target can apply, as far as there is one.
 
     ComfyUI widens a layer for a pair alone, and PEFT and WanTraining have pairs alone: there a full change of a matrix
-    becomes a pair of full rank, which is exact. PEFT's matrices of a convolution have its axes. ComfyUI adds a full
-    change only if it has the shape of the weight, and knows no kernels of three dimensions in LoHa and LoKr: it would
-    take them for another change.
+    becomes a pair of full rank, which is exact, and so does a LoHa or LoKr that widens a layer. PEFT's matrices of a
+    convolution have its axes. ComfyUI adds a full change only if it has the shape of the weight, and knows no kernels
+    of three dimensions in LoHa and LoKr: it would take them for another change.
     """
     pairs, shapes = dict(lora.pairs), dict(lora.input_shapes)
     diffs = {key: _shaped(key, diff) for key, diff in lora.diffs.items()}
@@ -83,6 +83,8 @@ def adapt(lora: LoraFile, target: Target) -> LoraFile:
         is_matrix = role == "diff" and not is_parameter(name) and diff.ndim > 1 and diff[0].numel() > 1
         if is_matrix and (not target.layers or name in shapes):
             pairs[name] = _exact_pair(diffs.pop(key))
+    for name in shapes.keys() & lycoris.keys():
+        pairs[name] = _exact_pair(_as_kernels(delta(lycoris.pop(name))))
     if not target.layers:
         pairs |= {name: _unflattened(pairs[name]) for name in KERNELS if name in pairs}
     return replace(lora, pairs=pairs, diffs=diffs, input_shapes=shapes, lycoris=lycoris, magnitudes=magnitudes)

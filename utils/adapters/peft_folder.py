@@ -29,13 +29,9 @@ _OTHERWISE = (
     *("fan_in_fan_out", "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config"),
     *("monteclora_config", "velora_config", "layer_replication"),
 )
-_ON_ANOTHER_BASE = (
-    "pissa",
-    "olora",
-    "corda",
-    "loftq",
-    "lora_ga",
-)  # ways to begin that subtract something from the base
+
+# Ways to begin that subtract something from the base model.
+_ON_ANOTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ The metadata of a LoRA records them in the order in which they were fused:
     fused_lora    a JSON list of {"name": file name, "sha256": of its content, "weight": number, "bytes": its size}
 
 A file is found by its content. Names are shown and never opened, since a file must not choose a path. `bytes` spares
-hashing files of other sizes and may be missing. Versions before recorded options only, and so no content.
+hashing files of other sizes and may be missing. Earlier versions recorded options only, and so no content: there, and
+in files that were converted from theirs, `sha256` is null.
 """
 
 import hashlib
@@ -24,16 +25,20 @@ from utils.adapters.lora_header import CONFIG, EXPERT_KEY, files_of_lora, lora_m
 from utils.adapters.pairs import expert_of, find_pair, lora_of
 from utils.common.digests import hash_file
 from utils.common.errors import UserError
+from utils.common.run_options import options_of_run
 
 FUSED_KEY = "fused_lora"
-COMMAND_ARGS = "command_args*.json"  # in the folder of a run: its options, and those of each time that it was resumed
+OPTIONS_KEY = "options"  # in the metadata of a LoRA: all options of its run, as JSON
 LARGEST = 2**33  # bytes of a file that may be a LoRA
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_FOLDERS_ABOVE = 3  # RUN/x.safetensors, RUN/checkpoints/x.safetensors, RUN/checkpoints/aside-1/x.safetensors
+
+
+class DamagedRecordError(LoraError):
+    """Metadata that record fused LoRAs, but not as they should."""
 
 
 @dataclass(frozen=True)
-class Fused:
+class FusedRecord:
     """A LoRA that another was trained on top of, as its metadata records it."""
 
     name: str  # of its file when it was fused
@@ -50,25 +55,25 @@ class FusedFile:
     """A LoRA to fuse: where it is, and what is recorded of it."""
 
     path: Path
-    record: Fused
+    record: FusedRecord
 
     def __str__(self) -> str:
         return f"{self.path.name} at {self.record.weight:g}"
 
 
-def record(path: Path, weight: float) -> FusedFile:
+def fused_file(path: Path, weight: float) -> FusedFile:
     """A LoRA that is to be fused at this weight. Raises UserError for a file that cannot be read."""
-    return FusedFile(path, Fused(path.absolute().name, content_hash(path), weight, content_size(path)))
+    return FusedFile(path, FusedRecord(path.absolute().name, content_hash(path), weight, content_size(path)))
 
 
-def to_metadata(fused: Sequence[FusedFile]) -> dict[str, str]:
+def to_metadata(records: Sequence[FusedRecord]) -> dict[str, str]:
     """What the metadata of a LoRA that is trained on top of these says of them."""
-    rows = [(file.record.name, file.record.sha256, file.record.weight, file.record.size) for file in fused]
+    rows = [(record.name, record.sha256, record.weight, record.size) for record in records]
     return {FUSED_KEY: json.dumps([dict(zip(("name", "sha256", "weight", "bytes"), row, strict=True)) for row in rows])}
 
 
-def fused_in(metadata: Mapping[str, str], source: Path) -> list[Fused]:
-    """What the metadata of a LoRA records. Raises LoraError, with the file's name `source`, for a damaged record."""
+def read_records(metadata: Mapping[str, str], source: Path) -> list[FusedRecord]:
+    """What the metadata of a LoRA records. Raises DamagedRecordError, with the file's name `source`."""
     if FUSED_KEY not in metadata:
         return _fused_by_options(metadata)
     try:
@@ -77,14 +82,15 @@ def fused_in(metadata: Mapping[str, str], source: Path) -> list[Fused]:
             raise ValueError(f"it is {shown(rows)}, not a list")
         return [_read_row(row) for row in rows]
     except (ValueError, RecursionError) as error:
-        raise LoraError(f"{source}: the metadata {FUSED_KEY} does not say what it was trained on: {error}.") from None
+        said = f"{source}: the metadata {FUSED_KEY} does not say what it was trained on"
+        raise DamagedRecordError(f"{said}: {error}.") from None
 
 
-def fused_as_said(metadata: Mapping[str, str], source: Path) -> tuple[list[Fused], list[str]]:
-    """As `fused_in` where nothing of it is fused: none for a damaged record, and a note of that."""
+def readable_records(metadata: Mapping[str, str], source: Path) -> tuple[list[FusedRecord], list[str]]:
+    """As `read_records` where nothing of it is fused: none for a damaged record, and a note of that."""
     try:
-        return fused_in(metadata, source), []
-    except LoraError as error:
+        return read_records(metadata, source), []
+    except DamagedRecordError as error:
         return [], [f"note: {error}"]
 
 
@@ -108,30 +114,14 @@ def content_size(path: Path) -> int:
         return 0
 
 
-def run_options(lora: Path) -> list[dict[str, object]]:
-    """The options of the run in whose folder a LoRA lies, the newest first; none where it lies in no run.
-
-    These are the user's own files. Nothing is known of the types of the values.
-    """
-    for folder in lora.absolute().parents[:_FOLDERS_ABOVE]:
-        files = sorted(folder.glob(COMMAND_ARGS), key=lambda file: file.stem, reverse=True)
-        found = []
-        for file in files:
-            with suppress(OSError, ValueError, RecursionError):
-                found.append(json.loads(file.read_text(encoding="utf-8")))
-        if files:
-            return [options for options in found if isinstance(options, dict)]
-    return []
-
-
-def find_fused(lora: Path, advice: str, given: Sequence[Path] = ()) -> list[FusedFile]:
+def find_fused_files(lora: Path, advice: str, given: Sequence[Path] = ()) -> list[FusedFile]:
     """The LoRAs that this one was trained on top of, in their order; none for most LoRAs.
 
     Looked at are the `given` files, what the options of its run name, and the files beside it and beside those, each
     by its content. Where a LoRA records no content, the given file that is no other's is taken, or that of the run.
     Raises LoraError for a damaged record, and UserError, ending in the `advice`, for a LoRA that is nowhere.
     """
-    wanted = fused_in(lora_metadata_of(lora), lora)
+    wanted = read_records(lora_metadata_of(lora), lora)
     if not wanted:
         return []
     named = [*given, *_named_by_run(lora)]
@@ -152,22 +142,22 @@ def find_fused(lora: Path, advice: str, given: Sequence[Path] = ()) -> list[Fuse
     return files
 
 
-def find_for_experts(
+def find_fused_files_of_experts(
     own: Mapping[str, Path], experts: Sequence[str], given: Sequence[Path], advice: str
 ) -> dict[str, list[FusedFile]]:
     """For each transformer what its LoRA was trained on top of; `own` are the LoRAs, by the names of some `experts`.
 
     Each given file must be one that a LoRA records, or that of an expert without a LoRA, which records nothing: it gets
-    the half of a pair whose other half is recorded. Raises UserError for other files, and as `find_fused` does.
+    the half of a pair whose other half is recorded. Raises UserError for other files, and as `find_fused_files` does.
     """
-    records = {name: fused_in(lora_metadata_of(path), path) for name, path in own.items()}
+    records = {name: read_records(lora_metadata_of(path), path) for name, path in own.items()}
     recorded = list(dict.fromkeys(fused for fused_here in records.values() for fused in fused_here))
     files = [file for path in given for file in files_of(path)]
     if files and not recorded:
         loras = " and ".join(str(path) for path in dict.fromkeys(own.values()))
         raise UserError(f"--fuse_lora {given[0]}: {loras} was trained on top of no LoRA. Add others with --also_lora.")
     hashes = {file: content_hash(file) for file in files}
-    whole: dict[Path, Fused] = {}  # what is recorded of a given name: of a pair, of one of its halves
+    whole: dict[Path, FusedRecord] = {}  # what is recorded of a given name: of a pair, of one of its halves
     for path in given:
         known = [fused for fused in recorded for file in files_of(path) if fused.sha256 in (None, hashes[file])]
         if not known:
@@ -176,7 +166,7 @@ def find_for_experts(
                 f"--fuse_lora is not what the LoRA was trained on top of: {' and '.join(map(str, recorded))}.\n{listed}"
             )
         whole[path] = known[0]
-    found = {name: find_fused(path, advice, files) for name, path in own.items()}
+    found = {name: find_fused_files(path, advice, files) for name, path in own.items()}
     for name in experts:
         if name not in own:
             halves = {path: lora_of(path, name, experts) for path in given}
@@ -189,12 +179,13 @@ def files_of(path: Path) -> list[Path]:
     return [*find_pair(path).values()] or [path]
 
 
-def _read_row(row: object) -> Fused:
+def _read_row(row: object) -> FusedRecord:
     match row:
-        case {"name": str(name), "sha256": str(digest), "weight": weight, **others} if _DIGEST.fullmatch(digest):
+        case {"name": str(name), "sha256": str() | None as digest, "weight": weight, **others}:
             size, number = others.get("bytes"), _finite(weight)
-            if number is not None and (size is None or type(size) is int):
-                return Fused(name, digest, number, size)
+            is_digest = digest is None or _DIGEST.fullmatch(digest)
+            if is_digest and number is not None and (size is None or type(size) is int):
+                return FusedRecord(name, digest, number, size)
     raise ValueError(f"{shown(row)} is not a name, a SHA-256 and a weight")
 
 
@@ -205,17 +196,17 @@ def _finite(value: object) -> float | None:
     return float(value)
 
 
-def _fused_by_options(metadata: Mapping[str, str]) -> list[Fused]:
+def _fused_by_options(metadata: Mapping[str, str]) -> list[FusedRecord]:
     """What a LoRA says that records no more than the options of its run."""
     try:
-        options = json.loads(metadata.get("options", "{}"))
+        options = json.loads(metadata.get(OPTIONS_KEY, "{}"))
     except (ValueError, RecursionError):
         return []
     match options:
         case {"fuse_lora": str(path)}:
             name, weight = PureWindowsPath(path).name, _finite(options.get("fuse_lora_weight"))
             if _may_share_an_expert(expert_of(Path(name), {}), metadata.get(EXPERT_KEY)):
-                return [Fused(name, None, 1.0 if weight is None else weight)]
+                return [FusedRecord(name, None, 1.0 if weight is None else weight)]
     return []
 
 
@@ -225,7 +216,7 @@ def _may_share_an_expert(one: str | None, other: str | None) -> bool:
 
 def _named_by_run(lora: Path) -> list[Path]:
     """The files that a LoRA's run has fused, as far as they are still there."""
-    texts = (options.get("fuse_lora") for options in run_options(lora))
+    texts = (options.get("fuse_lora") for options in options_of_run(lora))
     files = list[Path]()
     for text in dict.fromkeys(text for text in texts if isinstance(text, str)):
         with suppress(OSError):  # a name that the system does not take
@@ -233,7 +224,7 @@ def _named_by_run(lora: Path) -> list[Path]:
     return [file for file in files if os.path.exists(file)]
 
 
-def _by_content(wanted: Sequence[Fused], lora: Path, named: Sequence[Path]) -> dict[str, Path]:
+def _by_content(wanted: Sequence[FusedRecord], lora: Path, named: Sequence[Path]) -> dict[str, Path]:
     """The file of each recorded content that is found. Of files beside the LoRA those of the same name come first."""
     missing = {fused.sha256 for fused in wanted if fused.sha256 is not None}
     names = {fused.name for fused in wanted}

@@ -116,8 +116,6 @@ def open_dataset(
     if train:
         say(format_clips(windows, held_out, problems, model_fps))
         say(f"\n{format_buckets(Plan(train, limits, seed=0).epoch(0))}")
-        if not val:
-            say("\nno clips are held out in val/: validation is on training clips, which says less")
     if problems:
         _report(problems, skip_bad_files)
     if not train:

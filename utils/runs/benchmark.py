@@ -36,7 +36,7 @@ class Steps:
     busy: float  # the share of the time in which the device computed
 
 
-def benchmark(opts: InputOptions, inputs: Inputs, session: Session, compile: bool, decisions: Decisions) -> None:
+def benchmark(opts: InputOptions, inputs: Inputs, session: Session, compiled: bool, decisions: Decisions) -> None:
     """Trains a few steps on the largest batch, and says what they take; `opts` have the setting of the run."""
     files, plan, device = inputs.files, inputs.plan, session.experts.device
     window, work = plan.largest_batch[0], workload(opts, files.family, files.shape, plan)
@@ -46,7 +46,7 @@ def benchmark(opts: InputOptions, inputs: Inputs, session: Session, compile: boo
     streamed, kept = opts.count_streamed(work.shape.num_layers), session.kept.strategies(work.batch * work.tokens)
     sample = f"{window.width}x{window.height}, {counted(window.frames, 'frame')}"
     expert = f", {phase.name} expert" * (len(session.schedule.phases) > 1)
-    setting = Setting(weights, streamed, tuple(kept), compile)
+    setting = Setting(weights, streamed, tuple(kept), compiled)
     say(f"\n{benchmark_table(files.family.name + expert, sample, work, setting, device, steps)}")
 
 

@@ -1,7 +1,6 @@
 """A run's folder: how it is named, and which of its files stay."""
 
 import itertools
-import json
 from collections.abc import Collection
 from contextlib import suppress
 from datetime import datetime
@@ -12,6 +11,7 @@ from utils.common.console import say
 from utils.common.errors import UserError
 from utils.common.files import UNFINISHED
 from utils.common.formatting import counted
+from utils.common.run_options import read_options
 
 STATES_KEPT = 2
 STAMP, STAMP_LENGTH = "%Y-%m-%d_%H-%M-%S", 19  # what the folder of a run is called
@@ -44,12 +44,8 @@ def day_of(folder: Path) -> str:
 
 def names_used(folder: Path) -> set[str]:
     """The names that the files of a run have had: a --name may change where the run is resumed."""
-    names = []
-    for path in folder.glob("command_args*.json"):
-        with suppress(OSError, ValueError, AttributeError, RecursionError):  # whatever is wrong with the file
-            options = json.loads(path.read_text(encoding="utf-8"))
-            # The option had another name; versions without it had the name that is its default now.
-            names.append(options.get("name", options.get("output_name", DEFAULT_NAME)))
+    # The option had another name; versions without it had the name that is its default now.
+    names = [options.get("name", options.get("output_name", DEFAULT_NAME)) for options in read_options(folder)]
     return {name for name in names if isinstance(name, str)}
 
 

@@ -8,6 +8,7 @@ import torch
 
 from utils.adapters.attach import DTYPES, AdapterOptions, AdapterPlan
 from utils.adapters.beside import Chosen
+from utils.adapters.choosing import further_loras
 from utils.common.console import say
 from utils.common.formatting import counted
 from utils.data.dataset import DataOptions, Dataset, open_dataset
@@ -16,7 +17,6 @@ from utils.data.plan import Plan, Window, full_length_windows, largest_window, v
 from utils.encoding.conditioning import Batch, GivenFrames
 from utils.encoding.latent_cache import format_cache_size
 from utils.encoding.samples import Caches, LatentEncoding, Samples, open_samples
-from utils.encoding.sampling import further_loras
 from utils.encoding.text import TextEncoding, Texts, encode_texts, negative_prompt_file, shipped_prompts
 from utils.setup.model import SingleFiles
 from utils.training.calibration import Workload
@@ -63,6 +63,8 @@ def open_data(opts: InputOptions, folders: list[Folder], family: Family) -> Data
     opts.roles(family)
     limits = opts.limits(family.grid)
     data = open_dataset(folders, limits, family.fps, opts.cache_dir, opts.skip_bad_files, opts.decode_check)
+    if opts.val_samples and not data.val:
+        say("\nno clips are held out in val/: validation is on training clips, which says less")
     if family.given_as == "channels" and data.num_images:
         images = counted(data.num_images, "image")
         say(f"{images}: this model is given the first frame, so of an image it sees the answer")

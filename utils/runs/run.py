@@ -14,16 +14,16 @@ from utils.common.checkpoint_names import DEFAULT_NAME, EXPERTS, Checkpoint, che
 from utils.common.console import say
 from utils.common.errors import RunError, UserError
 from utils.common.options import option
+from utils.common.run_options import options_name
 from utils.common.tensor_files import TensorFileError
 from utils.data.scan import Source
 from utils.media.thumbnail import thumbnail
 from utils.runs.folder import archive_later_files, day_of, names_used, new_folder, prune
 from utils.runs.metrics import SAMPLES, Metrics, SavedMetrics
 from utils.runs.state import Facts, State, write_state
+from utils.setup.sharing import EVERYTHING, STANDARD
 from utils.training.learner import Learner
 from wan.configs import Family
-
-STANDARD, EVERYTHING = "standard", "full"
 
 
 @dataclass(frozen=True)
@@ -218,13 +218,14 @@ def open_run(settings: RunSettings, learner: Learner, state: State | None = None
         state.restore(learner)
     folder = new_folder(settings.output_dir) if state is None else state.run_folder
     step = learner.step
-    name = "command_args.json" if state is None else f"command_args-{step:08d}.json"
     try:
         (folder / "checkpoints").mkdir(exist_ok=True)
         if state is not None:
             names = names_used(folder) | {settings.name}
             archive_later_files(folder / "checkpoints", folder / SAMPLES, step, names)
-        (folder / name).write_text(settings.options_json + "\n", encoding="utf-8")
+        (folder / options_name(None if state is None else step)).write_text(
+            settings.options_json + "\n", encoding="utf-8"
+        )
         say(f"{'resuming' if state else 'writing to'} {folder}")
         metrics = Metrics(folder, settings.total_steps, step, settings.max_grad_norm)
     except OSError as error:

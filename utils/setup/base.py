@@ -18,8 +18,8 @@ from typing import Any
 from utils.adapters.lora_file import shown
 from utils.adapters.lora_header import lora_metadata_of
 from utils.adapters.pairs import resolve_experts
-from utils.adapters.provenance import run_options
 from utils.common.errors import UserError
+from utils.common.run_options import options_of_run
 from utils.setup.model import BASE_FILES, BASE_MODEL, SingleFiles
 from wan.checkpoints import (
     TRANSFORMERS,
@@ -33,7 +33,7 @@ from wan.configs import FAMILIES
 
 BASE_HASH = "base_model_hash"
 FOLDER = "pretrained_model_name_or_path"
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def find_base(opts: SingleFiles, lora: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def find_base(opts: SingleFiles, lora: Path, metadata: Mapping[str, str]) -> dic
     neither.
     """
     name, has_transformers = metadata.get(BASE_MODEL), bool(opts.given_transformers)
-    for options in run_options(lora) if name else ():
+    for options in options_of_run(lora) if name else ():
         named, single = _read_options(options)
         if _is_there(named, single) and _is_of(named, single, metadata):
             return {FOLDER: named} | _left_open(opts, single)
@@ -55,7 +55,7 @@ def find_base(opts: SingleFiles, lora: Path, metadata: Mapping[str, str]) -> dic
             f"the LoRA was trained on single files: give them again, {shown(metadata[BASE_FILES])}\n"
             "and --vae, --text_encoder and --tokenizer, or the folder that has these as --pretrained_model_name_or_path"
         )
-    if name and _HUB_NAME.fullmatch(name):
+    if name and HUB_NAME.fullmatch(name):
         return {FOLDER: name}
     if has_transformers:
         return {}
@@ -63,7 +63,7 @@ def find_base(opts: SingleFiles, lora: Path, metadata: Mapping[str, str]) -> dic
         raise UserError(f"{lora} does not name its base model; pass --{FOLDER}")
     digest = metadata.get(BASE_HASH)
     which = "" if digest is None else f", a folder whose transformer has the hash {shown(digest)}"
-    raise UserError(f"{lora} was trained on {shown(name)}{which}\npass that folder as --{FOLDER}")
+    raise UserError(f"{lora} was trained on '{shown(name)}'{which}\npass that folder as --{FOLDER}")
 
 
 def base_remarks(files: ModelFiles, loras: Sequence[Path]) -> Iterator[str]:

@@ -18,8 +18,16 @@ from wan.checkpoints import CheckpointError, ModelFiles
 PACKAGES = ("torch", "torchvision", "peft", "transformers", "diffusers", "safetensors", "av", "decord", "numpy")
 
 
-def examine(open_model: Callable[[], ModelFiles]) -> tuple[str, list[str]]:
-    """A table of versions, devices and the model, and a sentence for each known problem."""
+def print_findings(open_model: Callable[[], ModelFiles]) -> None:
+    """Prints a table of versions, devices and the model, and below it a sentence for each known problem.
+
+    `open_model` opens the model of the options. Raises what it raises, after everything is printed.
+    """
+    try:
+        model, error = open_model(), None
+        said = f"{model.source}: {model.family.name}, with all its parts"
+    except (CheckpointError, UserError) as refusal:
+        error, said = refusal, "cannot be used: see the error below"
     rows = [("python", f"{platform.python_version()} ({platform.system()} {platform.machine()})")]
     rows += [(name, _version(name) or "not installed") for name in PACKAGES]
     rows += [("memory", f"{readable_size(psutil.virtual_memory().available)} free"), *_gpu()]
@@ -27,21 +35,12 @@ def examine(open_model: Callable[[], ModelFiles]) -> tuple[str, list[str]]:
     kinds["memory-efficient"] = torch.backends.cuda.mem_efficient_sdp_enabled()
     rows.append(("attention", f"torch's: {', '.join([*(name for name, on in kinds.items() if on), 'plain'])}"))
     rows.append(("disk", f"{readable_size(shutil.disk_usage('.').free)} free"))
-    warnings = list(_warnings())
-    try:
-        model = open_model()
-        rows.append(("model", f"{model.source}: {model.family.name}, with all its parts"))
-    except (CheckpointError, UserError) as error:
-        rows.append(("model", "cannot be used: see below"))
-        warnings.append(str(error).replace("\n", "\n  "))
-    return format_table(("what", "found"), rows), warnings
-
-
-def print_findings(open_model: Callable[[], ModelFiles]) -> None:
-    """Prints the table, and the known problems below it. `open_model` opens the model of the options."""
-    table, warnings = examine(open_model)
-    say(table)
-    say("\n" + ("\n".join(f"- {warning}" for warning in warnings) or "no known problems"))
+    say(format_table(("what", "found"), [*rows, ("model", said)]))
+    problems = [f"- {problem}" for problem in _warnings()]
+    if problems or error is None:
+        say("\n" + ("\n".join(problems) or "no known problems"))
+    if error is not None:
+        raise error
 
 
 def _version(name: str) -> str | None:

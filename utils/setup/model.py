@@ -97,7 +97,7 @@ def open_given(opts: SingleFiles, name: str | None, is_default: bool = False) ->
             raise UserError(f"{error}\n{_advice(error.parts)}") from None
     if opts.given:
         say(format_table(("part", "file"), list(_parts(files))))
-    reason = ", as --family says" if opts.family else "".join(doubts(files, bool(opts.given_transformers)))
+    reason = ", as --family says" if opts.family else "".join(alternatives(files, bool(opts.given_transformers)))
     if opts.given or reason:
         say(f"model: {files.family.name}{reason}")
     for remark in (*contradictions(opts.given_transformers, files.family), *surpluses(files)):
@@ -141,7 +141,7 @@ def need_experts(files: ModelFiles, trained: Sequence[str], with_others: bool) -
             raise UserError(f"the {name} expert is not given, and sampling goes through both: --{name} FILE")
 
 
-def doubts(files: ModelFiles, is_given: bool) -> Iterator[str]:
+def alternatives(files: ModelFiles, is_given: bool) -> Iterator[str]:
     """What else the transformers could be by their tensors, and what would say so.
 
     A folder is in doubt only where its name is not that of the family's release; given transformers, whatever they are

@@ -147,13 +147,13 @@ def _with_weights(given: Given, decisions: Decisions) -> Given:
     return replace(given, weights=given.weights or decisions.kept("weight_dtype", FORMATS.__contains__))
 
 
-def given_of(opts: TrainingOptions, num_blocks: int, compile: bool) -> Given:
-    """What the user has decided; `compile` as `MemoryOptions.compiles` says."""
+def given_of(opts: TrainingOptions, num_blocks: int, compiled: bool) -> Given:
+    """What the user has decided; `compiled` as `MemoryOptions.compiles` says."""
     return Given(
         weights=None if opts.weight_dtype == "auto" else opts.weight_dtype,
         streamed=opts.count_streamed(num_blocks) if opts.says_what_is_swapped else None,
         checkpointing=None if opts.gradient_checkpointing == AUTO else opts.gradient_checkpointing,
-        compile=compile,
+        compile=compiled,
         idle_on_disk=None if opts.idle_expert == "auto" else opts.idle_expert == DISK,
     )
 

@@ -74,11 +74,11 @@ class MemoryOptions:
             decide("on", device, saved)  # says so where there is no compiler, or none any more
         return mode == "on"
 
-    def memory(self, storage: Storage, compile: bool) -> Memory:
+    def memory(self, storage: Storage, compiled: bool) -> Memory:
         """What is done to a model that is held so."""
         stream = torch.float32 if self.fp32_stream else storage.dtype
         # On the CPU the blocks' own operations are as fast in fp32 (benchmarks/RECORDS.md), and they are the reference.
-        return Memory(self.gradient_checkpointing, compile, storage.device.type == "cuda" and not compile, stream)
+        return Memory(self.gradient_checkpointing, compiled, storage.device.type == "cuda" and not compiled, stream)
 
 
 def prepare(

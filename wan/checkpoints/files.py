@@ -1,4 +1,4 @@
-"""Whether a model's files are there, and what they are in truth: a link to nothing, a pointer, a web page."""
+"""Whether a model's files are there, and what they really are: a link to nothing, a pointer, a web page."""
 
 import json
 import os
@@ -53,10 +53,10 @@ def read_start(path: Path) -> bytes:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
 
 
-def refuse_foreign(path: Path, start: bytes, is_text: bool = False) -> None:
+def refuse_other_kinds(path: Path, start: bytes, is_text: bool = False) -> None:
     """Raises CheckpointError for a file that begins like something else than weights, or than JSON where it `is_text`.
 
-    The message says what it is in truth.
+    The message says what it really is.
     """
     if kind := _kind(start, is_text):
         raise CheckpointError(f"{path} {kind}")
@@ -81,8 +81,8 @@ def _kind(start: bytes, is_text: bool) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises CheckpointError where there is none, with what the file is in truth."""
-    refuse_foreign(path, read_start(path), is_text=True)
+    """The JSON object in a file. Raises CheckpointError where there is none, with what the file really is."""
+    refuse_other_kinds(path, read_start(path), is_text=True)
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:

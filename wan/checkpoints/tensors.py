@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wan.checkpoints.errors import CheckpointError, shown
-from wan.checkpoints.files import read_start, refuse_foreign
+from wan.checkpoints.files import read_start, refuse_other_kinds
 from wan.checkpoints.header import DTYPES, LONGEST_HEADER, Cut, HeaderFile, read_by_header
 from wan.checkpoints.stored import FP8, Quantised, Stored, values_of
 
@@ -129,7 +129,7 @@ def _is_pth(path: Path) -> bool:
     # First, because the length of a header may have the first byte of another kind of file.
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LONGEST_HEADER:
         return False
-    refuse_foreign(path, start)
+    refuse_other_kinds(path, start)
     if start.startswith(b"PK") and path.suffix == ".safetensors":  # some versions of torch go by the name
         raise CheckpointError(f"{path} was written by torch.save: rename it to {path.stem}.pth")
     if start.startswith(_OLD_PICKLE):

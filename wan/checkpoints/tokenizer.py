@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from wan.checkpoints.errors import CheckpointError, shown
-from wan.checkpoints.files import LOCAL_MODELS, existing, is_named, read_json, read_start, refuse_foreign
+from wan.checkpoints.files import LOCAL_MODELS, existing, is_named, read_json, read_start, refuse_other_kinds
 from wan.modules.tokenizers import probe
 
 TOKENIZER = Path("google", "umt5-xxl")  # of every release; alone it is looked for below LOCAL_MODELS
@@ -38,7 +38,7 @@ def find_tokenizer_folder(given: Path | None, folder: Path | None) -> Path | Non
 def check_tokenizer(folder: Path, rows: int) -> None:
     """Raises CheckpointError for a tokenizer that is damaged, or is not that of a text encoder with so many tokens."""
     path = folder / _FILE
-    refuse_foreign(path, read_start(path), is_text=True)
+    refuse_other_kinds(path, read_start(path), is_text=True)
     try:
         known, ids = probe(folder)
     except ValueError as error:

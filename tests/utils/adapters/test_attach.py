@@ -10,18 +10,11 @@ from torch import nn
 from tests.adapted import ALPHA, RANK, adapted, fill, inputs
 from tests.tiny import TINY_SHAPE, tiny_transformer
 from utils.adapters.attach import AdapterOptions, plan_adapter
-from utils.adapters.lora import (
-    ADAPTER,
-    add_lora,
-    extract_lora,
-    is_plain,
-    select_modules,
-    speaking,
-)
+from utils.adapters.lora import ADAPTER, add_lora, extract_lora, is_plain, select_modules, speaking
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
-from utils.adapters.provenance import fused_in
+from utils.adapters.provenance import read_records
 from utils.common.errors import UserError
 from utils.media.controls import ControlSignal
 from utils.training.memory import Memory, prepare
@@ -339,7 +332,7 @@ def test_the_files_of_an_adapter_say_what_was_fused_into_its_base(tmp_path):
     adapter = replace(plan, facts={**plan.facts, "base_model_hash": "00"}).attach(tiny_transformer())
     adapter.export(tmp_path / "fox.safetensors", adapter.parameters, {"steps": "7"})
     metadata = read_lora(tmp_path / "fox.safetensors").metadata
-    (fused,) = fused_in(metadata, tmp_path)
+    (fused,) = read_records(metadata, tmp_path)
     assert (fused.name, fused.weight) == ("style.safetensors", 0.5) and metadata["base_model_hash"] == "00"
     # For the expert that it is not for, the LoRA says that nothing was.
     write_lora(tmp_path / "half_low_noise.safetensors", constant(1.0))

@@ -16,13 +16,15 @@ from tests.checkout import copy_prompts
 from tests.loras import make_pair, save_all
 from tests.tiny import TINY_SHAPE, tiny_transformer, write_clips, write_model, write_transformer
 from utils.adapters.beside import Chosen, beside
-from utils.adapters.lora import add_lora, fuse_lora, select_modules, speaking, widen_patch_embedding
+from utils.adapters.choosing import further_loras
+from utils.adapters.fusion import fuse_lora
+from utils.adapters.lora import add_lora, select_modules, speaking, widen_patch_embedding
 from utils.adapters.lora_file import LoraFile
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
 from utils.common.errors import UserError
 from utils.encoding.conditioning import Cond, make_predict
-from utils.encoding.sampling import denoise, further_loras
+from utils.encoding.sampling import denoise
 from utils.runs.metrics import Metrics
 from utils.training.experts import Experts
 from utils.training.memory import Memory, prepare

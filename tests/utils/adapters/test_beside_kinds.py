@@ -12,7 +12,8 @@ from tests.loras import make_loha, make_lokr, make_pair
 from tests.tiny import TINY_SHAPE, tiny_transformer, write_transformer
 from utils.adapters.beside import Chosen, beside
 from utils.adapters.dora import COMFY, PEFT, Magnitude
-from utils.adapters.lora import add_lora, fuse_lora, select_modules, widen_patch_embedding
+from utils.adapters.fusion import fuse_lora
+from utils.adapters.lora import add_lora, select_modules, widen_patch_embedding
 from utils.adapters.lora_file import LoraFile, delta
 from utils.encoding.conditioning import Cond, make_predict
 from utils.encoding.sampling import denoise

@@ -18,7 +18,9 @@ from tests.loras import (
 )
 from tests.tiny import TINY_SHAPE, tiny_transformer
 from utils.adapters.dora import COMFY, PEFT, Magnitude, decomposed_change
-from utils.adapters.lora import add_lora, fuse_lora, load_lora
+from utils.adapters.fusion import fuse_lora
+from utils.adapters.initial import load_lora
+from utils.adapters.lora import add_lora
 from utils.adapters.lora_file import LoraError, LoraFile, delta
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import to_state_dict, write_lora
@@ -120,7 +122,7 @@ def test_a_full_change_of_the_bias_stays_beside_a_dora():
 def test_a_dora_cannot_begin_an_adapter_that_has_no_magnitudes():
     model = tiny_transformer()
     add_lora(model, [Q], 2, 3.0)
-    with pytest.raises(UserError, match=f"--init_lora holds more than LoRA pairs .DoRA of {Q}"):
+    with pytest.raises(UserError, match=f"--init_lora: it holds more than LoRA pairs .DoRA of {Q}"):
         load_lora(model, dora(make_pair((DIM, DIM)), (DIM, DIM), PEFT))
 
 

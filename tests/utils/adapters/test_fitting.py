@@ -12,7 +12,8 @@ from tests.loras import change_of, make_loha, make_lokr, make_pair
 from tests.tiny import TINY_SHAPE, tiny_transformer
 from utils.adapters.dora import PEFT, Magnitude
 from utils.adapters.fitting import fitting
-from utils.adapters.lora import add_lora, extract_lora, fuse_lora, select_modules, widen_patch_embedding
+from utils.adapters.fusion import fuse_lora
+from utils.adapters.lora import add_lora, extract_lora, select_modules, widen_patch_embedding
 from utils.adapters.lora_file import LoraFile, LoraPair, delta
 from utils.common.errors import UserError
 from wan.modules.model import WanModel, WanShape

@@ -5,11 +5,11 @@ import torch
 
 from tests.adapted import ALPHA, RANK, fill, inputs
 from tests.tiny import TINY_SHAPE, tiny_transformer
-from utils.adapters.fusion import Fusion, fuse_on
-from utils.adapters.lora import add_lora, extract_lora, fuse_lora, select_modules, widen_patch_embedding
+from utils.adapters.fusion import Fusion, fuse_lora, read_fusion
+from utils.adapters.lora import add_lora, extract_lora, select_modules, widen_patch_embedding
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_writer import write_lora
-from utils.adapters.provenance import Fused, FusedFile
+from utils.adapters.provenance import FusedFile, FusedRecord
 from utils.common.errors import UserError
 from wan.modules.model import WanModel
 
@@ -27,7 +27,7 @@ def write(path, seed: int, control: bool = False) -> LoraFile:
 
 
 def file(path, weight: float) -> FusedFile:
-    return FusedFile(path, Fused(path.name, "0" * 64, weight))
+    return FusedFile(path, FusedRecord(path.name, "0" * 64, weight))
 
 
 def layout() -> WanModel:
@@ -48,7 +48,7 @@ def loaded(fusion: Fusion) -> WanModel:
 def test_each_is_added_at_its_weight_as_if_the_others_were_in_the_model_already(tmp_path):
     first, second = write(tmp_path / "a.safetensors", 1), write(tmp_path / "b.safetensors", 2)
     empty = layout()
-    fusion, notes = fuse_on(empty, [file(tmp_path / "a.safetensors", 0.5), file(tmp_path / "b.safetensors", -2.0)])
+    fusion, notes = read_fusion(empty, [file(tmp_path / "a.safetensors", 0.5), file(tmp_path / "b.safetensors", -2.0)])
     expected = tiny_transformer()
     fuse_lora(expected, first, 0.5)
     fuse_lora(expected, second, -2.0)
@@ -75,7 +75,7 @@ def test_a_control_lora_widens_the_model_for_those_after_it_and_the_layout_stays
     write_lora(tmp_path / "n.safetensors", narrow)
     empty = layout()
     files = [file(tmp_path / f"{name}.safetensors", 1.0) for name in "cpn"]
-    fusion, notes = fuse_on(empty, files)
+    fusion, notes = read_fusion(empty, files)
     assert fusion.reads_control and empty.patch_embedding.in_channels == 16
     assert len(notes) == 1 and "this model has 32: the first 16 are changed" in notes[0]
     expected = tiny_transformer()
@@ -91,4 +91,4 @@ def test_a_lora_that_does_not_fit_is_named(tmp_path):
     pair = LoraPair(torch.ones(2, 7), torch.ones(7, 2), 2.0)
     write_lora(tmp_path / "odd.safetensors", LoraFile({"blocks.0.self_attn.q": pair}))
     with pytest.raises(UserError, match=r"odd\.safetensors: the LoRA has \(7, 7\)"):
-        fuse_on(layout(), [file(tmp_path / "a.safetensors", 1.0), file(tmp_path / "odd.safetensors", 1.0)])
+        read_fusion(layout(), [file(tmp_path / "a.safetensors", 1.0), file(tmp_path / "odd.safetensors", 1.0)])

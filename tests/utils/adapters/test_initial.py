@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import train_wan_lora
-from tests.adapted import ALPHA, RANK, fill
+from tests.adapted import ALPHA, RANK, adapted, fill
 from tests.tiny import TINY_SHAPE, tiny_transformer
 from utils.adapters.attach import plan_adapter
-from utils.adapters.initial import compare, targets_of
+from utils.adapters.initial import differences, load_lora, options_for, targets_of
 from utils.adapters.lora import add_lora, extract_lora, select_modules, widen_patch_embedding
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_writer import write_lora
@@ -154,7 +154,7 @@ def test_a_control_is_not_begun_in_a_lora_without_one(tmp_path, monkeypatch):
 def test_nothing_is_advised_for_a_lora_of_another_wan(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_lora(Path("fox.safetensors"), LoraFile({Q: LoraPair(torch.ones(2, 7), torch.ones(7, 2), 2.0)}))
-    with pytest.raises(UserError, match=r"No options fit, and it cannot be fused: .* is it for another Wan\?$"):
+    with pytest.raises(UserError, match=r"^fox\.safetensors: the LoRA has \(7, 7\).*, .* is it for another Wan\?$"):
         plan("--dataset clips --init_lora fox.safetensors")
 
 
@@ -181,17 +181,17 @@ def test_a_pair_is_advised_what_works_for_both_experts(tmp_path, monkeypatch):
 def test_a_lora_that_fits_differs_in_nothing_also_with_an_alpha_as_a_file_holds_it():
     lora, model = trained(alpha=0.1), layout()
     modules = select_modules(model, ["attn"])
-    assert compare(lora, model, modules, RANK, float(torch.tensor(0.1))) is None
-    misfit = compare(lora, model, modules, RANK, 0.2)
-    assert misfit is not None and misfit.options == {"lora_rank": 4, "lora_alpha": 0.1}
+    assert differences(lora, modules, RANK, float(torch.tensor(0.1))) == []
+    assert differences(lora, modules, RANK, 0.2) == ["it has rank 4 and alpha 0.1, this run 4 and 0.2"]
+    assert options_for(lora, model, modules, RANK, 0.2) == {"lora_rank": 4, "lora_alpha": 0.1}
 
 
 def test_no_options_make_an_adapter_with_more_than_pairs_or_without_the_control_of_this_run():
     lora, model = trained(), layout()
     modules = select_modules(model, ["attn"])
-    more = compare(replace(lora, diffs={"blocks.0.norm3.diff": torch.ones(48)}), model, modules, RANK, ALPHA)
-    control = compare(lora, model, [*modules, "patch_embedding"], RANK, ALPHA)
-    assert more is not None and control is not None and more.options is control.options is None
+    more = replace(lora, diffs={"blocks.0.norm3.diff": torch.ones(48)})
+    assert options_for(more, model, modules, RANK, ALPHA) is None
+    assert options_for(lora, model, [*modules, "patch_embedding"], RANK, ALPHA) is None
 
 
 def test_targets_are_found_for_any_choice_of_layers_that_is_short_enough_to_type():
@@ -210,3 +210,48 @@ def test_targets_are_found_for_any_choice_of_layers_that_is_short_enough_to_type
     every = select_modules(model, ("all-linear",))
     irregular = [name for index, name in enumerate(every) if index % 7 < 3]
     assert targets_of(model, irregular) is None and targets_of(model, ["head.head"]) is None
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+def changed(lora: LoraFile, name: str, pair: LoraPair | None) -> LoraFile:
+    """The same LoRA with one pair replaced, or taken out."""
+    pairs = lora.pairs | {name: pair}
+    return LoraFile({name: pair for name, pair in pairs.items() if pair is not None})
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        (
+            LoraPair(torch.ones(2, 48), torch.ones(48, 2), ALPHA),
+            "it has rank 2 to 4 and alpha 6, this run 4 and 6",
+        ),
+        (
+            LoraPair(torch.ones(4, 48), torch.ones(48, 4), 8.0),
+            "it has rank 4 and alpha 6 to 8, this run 4 and 6",
+        ),
+        (
+            LoraPair(torch.ones(4, 48), torch.ones(48, 4), None),
+            "it has rank 4 and alpha 4 to 6, this run 4 and 6",
+        ),
+        (LoraPair(torch.ones(4, 32), torch.ones(48, 4), ALPHA), r"does not fit at blocks\.0\.self_attn\.q"),
+        (LoraPair(torch.ones(4, 48), torch.ones(32, 4), ALPHA), r"\(32, 4\), the model needs \(48, 4\)"),
+        (None, r"it lacks blocks\.0\.self_attn\.q, a module that this run adapts"),
+    ],
+)
+def test_a_lora_that_cannot_be_started_from_is_refused(pair, message):
+    model, _ = adapted()
+    with pytest.raises(UserError, match=message):
+        load_lora(model, changed(extract_lora(model, {}), Q, pair))
+
+
+def test_a_lora_with_other_targets_or_more_than_pairs_is_refused():
+    model, _ = adapted(("attn",))
+    more = extract_lora(adapted()[0], {})
+    with pytest.raises(UserError, match=r"it adapts 4 modules, such as blocks\.0\.ffn\.0, that this run does not"):
+        load_lora(model, more)
+    extra = LoraFile(extract_lora(model, {}).pairs, diffs={"blocks.0.norm3.diff": torch.ones(48)})
+    with pytest.raises(UserError, match=r"holds more than LoRA pairs \(blocks\.0\.norm3\.diff\)"):
+        load_lora(model, extra)

@@ -10,14 +10,8 @@ from torch import Tensor, nn
 
 from tests.adapted import ALPHA, LAYERS, RANK, adapted, fill, inputs
 from tests.tiny import TINY_SHAPE, tiny_transformer
-from utils.adapters.lora import (
-    add_lora,
-    extract_lora,
-    load_lora,
-    parse_blocks,
-    select_modules,
-)
-from utils.adapters.lora_file import LoraFile, LoraPair
+from utils.adapters.initial import load_lora
+from utils.adapters.lora import add_lora, extract_lora, parse_blocks, select_modules
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
 from utils.common.errors import UserError
@@ -319,48 +313,3 @@ def test_a_loaded_adapter_can_be_trained_further():
     load_lora(model, lora)
     model(*inputs()).square().mean().backward()
     assert all(parameter.requires_grad and parameter.grad.abs().max() > 0 for parameter in parameters)
-
-
-def changed(lora: LoraFile, name: str, pair: LoraPair | None) -> LoraFile:
-    """The same LoRA with one pair replaced, or taken out."""
-    pairs = lora.pairs | {name: pair}
-    return LoraFile({name: pair for name, pair in pairs.items() if pair is not None})
-
-
-Q = "blocks.0.self_attn.q"
-
-
-@pytest.mark.parametrize(
-    ("pair", "message"),
-    [
-        (
-            LoraPair(torch.ones(2, 48), torch.ones(48, 2), ALPHA),
-            r"rank 2 and alpha 6 at blocks\.0\.self_attn\.q, this run 4 and 6",
-        ),
-        (
-            LoraPair(torch.ones(4, 48), torch.ones(48, 4), 8.0),
-            r"rank 4 and alpha 8 at blocks\.0\.self_attn\.q, this run 4 and 6",
-        ),
-        (
-            LoraPair(torch.ones(4, 48), torch.ones(48, 4), None),
-            r"rank 4 and alpha 4 at blocks\.0\.self_attn\.q, this run 4 and 6",
-        ),
-        (LoraPair(torch.ones(4, 32), torch.ones(48, 4), ALPHA), r"does not fit at blocks\.0\.self_attn\.q"),
-        (LoraPair(torch.ones(4, 48), torch.ones(32, 4), ALPHA), r"\(32, 4\), the model needs \(48, 4\)"),
-        (None, r"lacks blocks\.0\.self_attn\.q \(1 such modules\)"),
-    ],
-)
-def test_a_lora_that_cannot_be_started_from_is_refused(pair, message):
-    model, _ = adapted()
-    with pytest.raises(UserError, match=message):
-        load_lora(model, changed(extract_lora(model, {}), Q, pair))
-
-
-def test_a_lora_with_other_targets_or_more_than_pairs_is_refused():
-    model, _ = adapted(("attn",))
-    more = extract_lora(adapted()[0], {})
-    with pytest.raises(UserError, match=r"adapts, unlike this run, blocks\.0\.ffn\.0 \(4 such modules\)"):
-        load_lora(model, more)
-    extra = LoraFile(extract_lora(model, {}).pairs, diffs={"blocks.0.norm3.diff": torch.ones(48)})
-    with pytest.raises(UserError, match=r"holds more than LoRA pairs \(blocks\.0\.norm3\.diff\)"):
-        load_lora(model, extra)

@@ -13,7 +13,7 @@ from utils.adapters.lora_file import LoraError
 from utils.adapters.lora_header import files_of_lora, lora_metadata_of
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.pairs import resolve_experts
-from utils.adapters.provenance import content_hash, find_fused, record, to_metadata
+from utils.adapters.provenance import content_hash, find_fused_files, fused_file, to_metadata
 from utils.common.errors import UserError
 
 HIGH, LOW = "high_noise", "low_noise"
@@ -46,10 +46,10 @@ MAKERS = {
 @pytest.mark.parametrize("kind", MAKERS)
 def test_metadata_is_that_of_the_reader_and_what_it_was_trained_on_is_found(tmp_path, kind):
     style = written(tmp_path / "style.safetensors", {name: 2 * tensor for name, tensor in half().items()})
-    said = to_metadata([record(style, 0.5)]) | {"author": "me"}
+    said = to_metadata([fused_file(style, 0.5).record]) | {"author": "me"}
     lora = MAKERS[kind](tmp_path / "fox", said)
     assert lora_metadata_of(lora) == said == read_lora(lora).metadata
-    (found,) = find_fused(lora, "Give it.", [style])
+    (found,) = find_fused_files(lora, "Give it.", [style])
     assert (found.path, found.record.weight) == (style, 0.5)
 
 

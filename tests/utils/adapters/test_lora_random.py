@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.loras import comfy_merge, make_loha, make_lokr, make_pair
 from tests.tiny import TINY_SHAPE, tiny_transformer
 from utils.adapters.dora import COMFY, PEFT, Magnitude
-from utils.adapters.lora import fuse_lora
+from utils.adapters.fusion import fuse_lora
 from utils.adapters.lora_file import LoraError, LoraFile
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import LAYOUTS, write_lora

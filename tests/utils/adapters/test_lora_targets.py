@@ -15,6 +15,7 @@ from tests.loras import change_of, comfy_merge, make_loha, make_lokr, make_pair,
 from tests.peers import diffusers_transformer
 from tests.tiny import TINY_SHAPE, tiny_transformer
 from utils.adapters.dora import COMFY, Magnitude
+from utils.adapters.fusion import fuse_lora
 from utils.adapters.lora_file import LoraError, LoraFile
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_targets import TARGETS, adapt, share, squared_norm, unsupported
@@ -285,6 +286,27 @@ def test_a_flattened_pair_of_a_widened_embedding_is_a_control_lora_too(tmp_path,
     assert not left and (merged[f"{PATCH}.weight"] - padded - change).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("layout", ["comfy", "kohya"])
+@pytest.mark.parametrize("kind", ["loha", "flat loha", "loha with cores", "lokr", "flat lokr"])
+def test_a_loha_or_lokr_of_a_widened_embedding_becomes_a_pair_that_comfyui_applies(tmp_path, layout, kind):
+    shape = (DIM, 128) if kind.startswith("flat") else (DIM, 32, 1, 2, 2)
+    factors = make_lokr(shape) if kind.endswith("lokr") else make_loha(shape, core=kind.endswith("cores"))
+    tensors = {f"diffusion_model.{PATCH}.{role}": factor for role, factor in factors.factors.items()}
+    tensors[f"diffusion_model.{PATCH}.alpha"] = torch.tensor(factors.alpha)
+    lora = read_lora(written(tmp_path / "l.safetensors", tensors))
+    assert lora.input_shapes == {PATCH: (DIM, 32, 1, 2, 2)} and PATCH in lora.lycoris
+    base = torch.randn(DIM, 16, 1, 2, 2)
+    merged, left = comfy_merge({f"{PATCH}.weight": base}, to_state_dict(lora, layout)[0], 1.0)
+    padded = torch.cat([base, torch.zeros(DIM, 16, 1, 2, 2)], dim=1)
+    change = change_of(factors, (DIM, 32, 1, 2, 2)).float()
+    assert not left
+    torch.testing.assert_close(merged[f"{PATCH}.weight"], padded + change, rtol=1e-5, atol=1e-5)
+    model = tiny_transformer()
+    expected = torch.cat([model.patch_embedding.weight, torch.zeros(DIM, 16, 1, 2, 2)], dim=1) + change
+    fuse_lora(model, lora)
+    torch.testing.assert_close(model.patch_embedding.weight, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("is_flat", [False, True])
 @pytest.mark.parametrize("channels", [16, 36, 48, 52])
 @pytest.mark.parametrize("prefix", ["", "diffusion_model."])
@@ -292,7 +314,7 @@ def test_an_embedding_of_a_released_width_is_no_control(tmp_path, prefix, channe
     down = torch.randn(2, channels * 4) if is_flat else torch.randn(2, channels, 1, 2, 2)
     tensors = {f"{prefix}{PATCH}.lora_A.weight": down, f"{prefix}{PATCH}.lora_B.weight": torch.randn(DIM, 2)}
     assert read_lora(written(tmp_path / "l.safetensors", tensors)).input_shapes == (
-        {PATCH: (DIM, 52, 1, 2, 2)} if (prefix, channels, is_flat) == ("", 52, False) else {}
+        {PATCH: (DIM, 52, 1, 2, 2)} if (prefix, channels) == ("", 52) else {}
     )
 
 

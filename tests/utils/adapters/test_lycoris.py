@@ -10,7 +10,7 @@ from tests.adapted import inputs
 from tests.loras import change_of, comfy_merge, make_loha, make_lokr, written
 from tests.tiny import TINY_SHAPE, tiny_transformer
 from utils.adapters.average import average
-from utils.adapters.lora import fuse_lora
+from utils.adapters.fusion import fuse_lora
 from utils.adapters.lora_file import LoraError, LoraFile, delta
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import to_state_dict, write_lora

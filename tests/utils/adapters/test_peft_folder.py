@@ -14,7 +14,7 @@ import convert_lora_to_comfy
 from tests.loras import half, make_loha, make_pair, written
 from tests.tiny import TINY_SHAPE, tiny_transformer
 from utils.adapters.dora import PEFT, Magnitude
-from utils.adapters.lora import fuse_lora
+from utils.adapters.fusion import fuse_lora
 from utils.adapters.lora_file import LoraError, LoraFile
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora

@@ -10,7 +10,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from tests.adapted import fill
-from utils.adapters.lora import ADAPTER, add_lora, extract_lora, load_lora
+from utils.adapters.initial import load_lora
+from utils.adapters.lora import ADAPTER, add_lora, extract_lora
 from utils.adapters.projection import Projection, in_dtype, project, speaking_adapters
 from utils.training.learner import Trainable
 from utils.training.optim import OptimizerSpec, ParameterGroup, Updater

@@ -10,24 +10,22 @@ import torch
 from torch import Tensor
 
 import utils.encoding.sampling
+from tests.chosen import A14B, HIGH, LOW, make_lora, write_loras
 from tests.tiny import TINY_SHAPE, tiny_shape, tiny_transformer, write_model
-from utils.adapters.lora import fuse_lora
+from utils.adapters.choosing import choose_loras, find_fused_base
+from utils.adapters.fusion import fuse_lora
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
-from utils.adapters.provenance import record, to_metadata
-from utils.common.errors import UserError
+from utils.adapters.provenance import fused_file, to_metadata
 from utils.encoding.conditioning import Cond, make_predict
-from utils.encoding.sampling import Chosen, Transformers, choose_loras, denoise, find_underneath, further_loras
+from utils.encoding.sampling import Transformers, denoise
 from utils.storage.weights import Storage, hold_as
 from wan.checkpoints import ModelFiles, open_model
-from wan.configs import FAMILIES
 from wan.modules.model import WanModel
 from wan.text2video import Sampler
 
 CPU = torch.device("cpu")
-A14B = FAMILIES["wan2.2-t2v-A14B"]
-HIGH, LOW = "high_noise", "low_noise"
 COND = Cond(torch.randn(1, 5, TINY_SHAPE.text_dim, generator=torch.Generator().manual_seed(1)))
 
 
@@ -42,27 +40,9 @@ def single(tmp_path_factory) -> ModelFiles:
     return open_model(write_model(tmp_path_factory.mktemp("models") / "Wan2.1-T2V-1.3B"))
 
 
-def make_lora(value: float, layer: str = "blocks.0.self_attn.q") -> LoraFile:
-    width = TINY_SHAPE.dim
-    return LoraFile({layer: LoraPair(torch.full((2, width), value), torch.ones(width, 2), 2.0)})
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A pair of LoRAs, one for any expert, and one of a deeper model."""
-    write_lora(tmp_path / "fox_high_noise.safetensors", make_lora(0.01))
-    write_lora(tmp_path / "fox_low_noise.safetensors", make_lora(0.02))
-    write_lora(tmp_path / "fast.safetensors", make_lora(0.03, "blocks.1.self_attn.v"))
-    write_lora(tmp_path / "deep_high_noise.safetensors", make_lora(0.01, "blocks.9.self_attn.q"))
-    return tmp_path
-
-
-def values(chosen: dict[str, list[Chosen]]) -> dict[str, list[tuple[float, float]]]:
-    """What was chosen for each transformer: the value that a LoRA is filled with, and its strength."""
-    return {
-        name: [(round(next(iter(c.lora.pairs.values())).down[0, 0].item(), 3), c.strength) for c in loras]
-        for name, loras in chosen.items()
-    }
+    return write_loras(tmp_path)
 
 
 def draw() -> Tensor:
@@ -79,43 +59,6 @@ def expert_model(number: int, *loras: tuple[LoraFile, float]) -> WanModel:
     for lora, strength in loras:
         fuse_lora(model, lora, strength)
     return model
-
-
-# ------------------------------------------------------------------------------------------------------- what is chosen
-
-
-def test_a_pair_goes_to_both_experts_and_a_further_lora_to_each(folder, experts, capsys):
-    chosen = choose_loras([folder / "fox.safetensors"], 0.5, [f"{folder}/fast.safetensors:2"], experts)
-    assert list(chosen) == [HIGH, LOW]
-    assert values(chosen) == {HIGH: [(0.01, 0.5), (0.03, 2.0)], LOW: [(0.02, 0.5), (0.03, 2.0)]}
-    assert capsys.readouterr().out == ""
-
-
-def test_the_lora_of_one_expert_leaves_the_other_as_it_is_and_says_so(folder, experts, capsys):
-    chosen = choose_loras([folder / "fox_low_noise.safetensors"], 1.0, [], experts)
-    assert values(chosen) == {HIGH: [], LOW: [(0.02, 1.0)]}
-    assert capsys.readouterr().out.count("no LoRA for the high_noise expert: it runs as the base") == 1
-
-
-def test_what_does_not_fit_is_said_once_although_two_experts_are_given_it(folder, experts, capsys):
-    wide = make_lora(0.01, "blocks.0.cross_attn.k_img")
-    wide.pairs["blocks.0.self_attn.q"] = make_lora(0.01).pairs["blocks.0.self_attn.q"]
-    write_lora(folder / "sibling.safetensors", wide)
-    chosen = choose_loras([folder / "fox.safetensors"], 1.0, [f"{folder}/sibling.safetensors"], experts)
-    assert all(loras[1].lora.pairs.keys() == {"blocks.0.self_attn.q"} for loras in chosen.values())
-    assert capsys.readouterr().out.count("not in this model") == 1
-
-
-def test_a_lora_that_fits_no_transformer_is_refused_before_weights_are_read(folder, experts, monkeypatch):
-    monkeypatch.setattr(utils.encoding.sampling.Store, "load", None)
-    with pytest.raises(UserError, match=r"blocks\.9\.self_attn\.q"):
-        choose_loras([folder / "deep_high_noise.safetensors"], 1.0, [], experts)
-
-
-def test_a_model_with_one_transformer_takes_the_lora_of_one_expert_and_says_so(folder, single, capsys):
-    chosen = choose_loras([folder / "fox_low_noise.safetensors"], 1.0, [], single)
-    assert values(chosen) == {"transformer": [(0.02, 1.0)]}
-    assert "was trained for the low_noise expert" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------------- who answers
@@ -177,15 +120,15 @@ def test_a_transformer_that_is_in_memory_is_fused_where_it_is(folder, single, mo
 def test_what_loras_are_on_top_of_is_in_the_transformers_before_and_after_they_are(folder, experts, held):
     """However weights are held, for they go through it while they are loaded."""
     for expert in (HIGH, LOW):
-        below = record(folder / f"fox_{expert}.safetensors", 2.0)
-        lora = replace(make_lora(0.04, "blocks.0.self_attn.k"), metadata=to_metadata([below]))
+        below = fused_file(folder / f"fox_{expert}.safetensors", 2.0)
+        lora = replace(make_lora(0.04, "blocks.0.self_attn.k"), metadata=to_metadata([below.record]))
         write_lora(folder / f"top_{expert}.safetensors", lora)
     top = [folder / "top.safetensors"]
-    underneath = find_underneath(top, [], False, experts)
+    fused = find_fused_base(top, [], experts)
     said = ", on top of fox_high_noise.safetensors at 2 and fox_low_noise.safetensors at 2"
-    assert underneath.describe(False) == said and underneath.describe(True) == f"{said}, with and without the LoRA"
-    loras = choose_loras(top, 0.5, [], experts, underneath)
-    transformers = Transformers(experts, loras, held, underneath.fusions)
+    assert fused.describe(False) == said and fused.describe(True) == f"{said}, with and without the LoRA"
+    loras = choose_loras(top, 0.5, [], experts, fused)
+    transformers = Transformers(experts, loras, held, fused.fusions)
     for strength in (0.0, 0.5):
         for number, (name, timestep) in enumerate(((HIGH, 900.0), (LOW, 100.0))):
             below, lora = (read_lora(folder / f"{stem}_{name}.safetensors") for stem in ("fox", "top"))
@@ -197,56 +140,25 @@ def test_what_loras_are_on_top_of_is_in_the_transformers_before_and_after_they_a
         transformers.fuse()
 
 
-@pytest.mark.parametrize("text", ["yes", "[1]", '{"name": "x"}', "[" * 100_000])
-def test_a_damaged_record_stops_nothing_where_nothing_of_it_is_fused(folder, experts, capsys, text):
-    write_lora(folder / "top_low_noise.safetensors", replace(make_lora(0.04), metadata={"fused_lora": text}))
-    low = record(folder / "fox_high_noise.safetensors", 2.0)
-    write_lora(folder / "top_high_noise.safetensors", replace(make_lora(0.04), metadata=to_metadata([low])))
-    damaged = "top_low_noise.safetensors: the metadata fused_lora does not say what it was trained on"
-    for name in ("top", "top_low_noise"):
-        with pytest.raises(UserError, match=damaged):
-            find_underneath([folder / f"{name}.safetensors"], [], False, experts)
-    both = find_underneath([folder / "top.safetensors"], [], True, experts)
-    assert both.describe(False) == ", without what the LoRA was trained on top of: fox_high_noise.safetensors at 2"
-    alone = find_underneath([folder / "top_low_noise.safetensors"], [], True, experts)
-    assert alone.describe(True) == ", without what the LoRA was trained on top of" and alone.is_left_out
-    said = capsys.readouterr().out
-    assert said.count("note: ") == said.count(damaged) == 2
-
-    also = [str(folder / "top_low_noise.safetensors")]
-    loras = choose_loras([folder / "fox.safetensors"], 1.0, also, experts)
-    assert {name: len(each) for name, each in loras.items()} == {HIGH: 1, LOW: 2}
-    assert damaged in capsys.readouterr().out
-
-
 def test_a_lora_is_tried_on_the_model_that_a_fused_control_lora_has_widened(folder, single, monkeypatch):
     channels = {"down": torch.ones(2, 32, 1, 2, 2), "up": torch.ones(TINY_SHAPE.dim, 2, 1, 1, 1)}
     wide = {"patch_embedding": (TINY_SHAPE.dim, 32, 1, 2, 2)}
     control = LoraFile({"patch_embedding": LoraPair(**channels, alpha=2.0)}, input_shapes=wide)
     write_lora(folder / "control.safetensors", control)
     narrow = LoraFile({"patch_embedding": LoraPair(channels["down"][:, :16], channels["up"], 2.0)})
-    top = replace(narrow, metadata=to_metadata([record(folder / "control.safetensors", 1.0)]))
+    top = replace(narrow, metadata=to_metadata([fused_file(folder / "control.safetensors", 1.0).record]))
     write_lora(folder / "top.safetensors", top)
-    underneath = find_underneath([folder / "top.safetensors"], [], False, single)
-    assert underneath.reads_control
-    (chosen,) = choose_loras([folder / "top.safetensors"], 1.0, [], single, underneath)["transformer"]
+    fused = find_fused_base([folder / "top.safetensors"], [], single)
+    assert fused.reads_control
+    (chosen,) = choose_loras([folder / "top.safetensors"], 1.0, [], single, fused)["transformer"]
     assert chosen.lora.pairs["patch_embedding"].down.shape[1] == 32
     changed = []
     load = utils.encoding.sampling.Store.load
     monkeypatch.setattr(utils.encoding.sampling.Store, "load", lambda *a: changed.append(a[4]) or load(*a))
-    transformers = Transformers(single, {"transformer": []}, hold_as("auto", CPU), underneath.fusions)
+    transformers = Transformers(single, {"transformer": []}, hold_as("auto", CPU), fused.fusions)
     cond = replace(COND, channels=draw())
     assert transformers.predict(draw(), torch.tensor([500.0]), cond).shape == draw().shape
     assert changed == [{"patch_embedding.weight"}]  # what a file has quantised is not kept as it is stored there
-
-
-def test_a_further_lora_that_is_on_top_of_one_that_is_not_there_is_noted(folder, single, capsys):
-    below = record(folder / "fox_low_noise.safetensors", 1.0)
-    write_lora(folder / "speed.safetensors", replace(make_lora(0.1), metadata=to_metadata([below])))
-    further_loras([f"{folder}/speed.safetensors:0.5"], single)
-    assert "speed.safetensors was trained on top of fox_low_noise.safetensors (weight 1" in capsys.readouterr().out
-    further_loras([f"{folder}/speed.safetensors"], single, {"transformer": to_metadata([below])})
-    assert capsys.readouterr().out == ""
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling

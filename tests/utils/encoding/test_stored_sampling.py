@@ -12,11 +12,11 @@ from torch import Tensor
 from tests.formats import FORMATS
 from tests.tiny import TINY_SHAPE, tiny_shape, tiny_transformer, write_model
 from tests.trainees import relative_error
-from utils.adapters.beside import beside, split_patch
-from utils.adapters.lora import fuse_lora
+from utils.adapters.beside import Chosen, beside, split_patch
+from utils.adapters.fusion import fuse_lora
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.encoding.conditioning import Cond, make_predict
-from utils.encoding.sampling import Chosen, Transformers
+from utils.encoding.sampling import Transformers
 from utils.storage.load import Store
 from utils.storage.streaming import Stream
 from utils.storage.weights import Storage

@@ -54,6 +54,12 @@ def test_samples_and_texts_are_ready():
     assert request.prompt == "fox" and request.noise.shape == (1, 16, 6, 6, 10) and request.cond.channels is None
 
 
+@pytest.mark.parametrize(("flags", "count"), [("", 1), ("--val_samples 0", 0)])
+def test_validation_on_training_clips_is_said_where_there_is_validation(flags, count, capsys):
+    opened(flags)
+    assert capsys.readouterr().out.count("no clips are held out in val/: validation is on training clips") == count
+
+
 def test_what_does_not_fit_is_found_before_an_encoder_is_loaded(monkeypatch):
     monkeypatch.setattr(opening, "encode_texts", None)  # whoever calls it fails
     with pytest.raises(UserError, match="matches no layer"):

@@ -61,7 +61,7 @@ def test_where_its_run_does_not_have_it_the_base_is_asked_for_by_name_and_hash(w
     write_options(**options)
     said = facts()
     with pytest.raises(
-        UserError, match=rf"fox.* was trained on wan, a folder .*{said[BASE_HASH]}\npass .* as --{FOLDER}$"
+        UserError, match=rf"fox.* was trained on 'wan', a folder .*{said[BASE_HASH]}\npass .* as --{FOLDER}$"
     ):
         find_base(SingleFiles(), LORA, said)
     # The folder that has the recorded name, beside it or below models/, is not taken for it.
@@ -73,7 +73,7 @@ def test_a_folder_of_another_name_is_taken_by_its_hash_alone(work):
     os.rename("wan", "renamed")
     write_options(**{FOLDER: "renamed"})
     assert find_base(SingleFiles(), LORA, said) == {FOLDER: "renamed"}
-    with pytest.raises(UserError, match="was trained on wan"):
+    with pytest.raises(UserError, match="was trained on 'wan'"):
         find_base(SingleFiles(), LORA, said | {BASE_HASH: "0" * 16})
 
 
@@ -89,7 +89,7 @@ def test_a_hub_name_is_a_default_and_a_path_in_the_metadata_is_none(work):
 def test_a_path_of_a_lora_without_a_hash_is_shown_and_opened_only_if_its_run_names_it(work, name):
     with pytest.raises(UserError) as raised:
         find_base(SingleFiles(), LORA, {"base_model": name})
-    assert str(raised.value) == f"{LORA} was trained on {shown(name)}\npass that folder as --{FOLDER}"
+    assert str(raised.value) == f"{LORA} was trained on '{shown(name)}'\npass that folder as --{FOLDER}"
     assert find_base(SingleFiles(transformer=Path("x")), LORA, {"base_model": name}) == {}
 
 

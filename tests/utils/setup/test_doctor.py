@@ -45,12 +45,13 @@ def test_the_findings_are_a_table_and_the_problems(kept, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("error", [UserError, CheckpointError])
-def test_a_model_that_cannot_be_used_is_a_problem_and_no_end(monkeypatch, capsys, error):
-    monkeypatch.setattr(doctor, "_warnings", lambda: iter(["the sky is falling"]))
-    doctor.print_findings(Mock(side_effect=error("a.safetensors is a web page\ndownload it again")))
-    said = capsys.readouterr().out
-    assert "cannot be used: see below" in said
-    assert said.endswith("\n- the sky is falling\n- a.safetensors is a web page\n  download it again\n")
+def test_a_model_that_cannot_be_used_is_an_error_after_everything_is_printed(monkeypatch, capsys, error):
+    for problems, end in ((["the sky is falling"], "\n- the sky is falling\n"), ([], "see the error below\n")):
+        monkeypatch.setattr(doctor, "_warnings", lambda problems=problems: iter(problems))
+        with pytest.raises(error, match="a web page\ndownload it again"):
+            doctor.print_findings(Mock(side_effect=error("a.safetensors is a web page\ndownload it again")))
+        said = capsys.readouterr().out
+        assert "cannot be used: see the error below" in said and said.endswith(end)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from utils.common.options import parse_options
 from utils.setup import model
 from utils.setup.model import (
     SingleFiles,
+    alternatives,
     contradictions,
-    doubts,
     find_given_family,
     find_given_tokenizer,
     need_experts,
@@ -235,26 +235,26 @@ AS_ONE = " (the same tensors as wan2.1-t2v-14B, which is given with --transforme
     ],
 )
 def test_models_with_the_same_tensors_are_named(name, is_given, expected):
-    assert list(doubts(released(name), is_given)) == expected
+    assert list(alternatives(released(name), is_given)) == expected
 
 
 def test_the_name_of_a_folder_leaves_no_doubt(tmp_path, monkeypatch):
-    assert not list(doubts(released("wan2.1-i2v-14B-480P", "models/Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"), False))
-    assert list(doubts(released("wan2.1-i2v-14B-480P", "models/Wan-AI/Wan2.1-T2V-14B"), False)) == [OTHERS]
+    assert not list(alternatives(released("wan2.1-i2v-14B-480P", "models/Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"), False))
+    assert list(alternatives(released("wan2.1-i2v-14B-480P", "models/Wan-AI/Wan2.1-T2V-14B"), False)) == [OTHERS]
     (tmp_path / "Wan2.1-I2V-14B-480P").mkdir()
     monkeypatch.chdir(tmp_path / "Wan2.1-I2V-14B-480P")
-    assert not list(doubts(released("wan2.1-i2v-14B-480P", "."), False))
+    assert not list(alternatives(released("wan2.1-i2v-14B-480P", "."), False))
 
 
 def test_one_expert_alone_is_one_of_two():
-    assert list(doubts(released("wan2.2-t2v-A14B", low_noise="low.safetensors"), True)) == [AS_ONE]
+    assert list(alternatives(released("wan2.2-t2v-A14B", low_noise="low.safetensors"), True)) == [AS_ONE]
 
 
 def test_of_a_width_that_was_never_released_nothing_is_known_of_others():
     found = released("wan2.1-t2v-14B")
     (files,) = found.transformers.values()
     small = replace(files, shape=replace(files.shape, dim=192))
-    assert not list(doubts(replace(found, transformers={"transformer": small}), True))
+    assert not list(alternatives(replace(found, transformers={"transformer": small}), True))
 
 
 def test_what_tensors_leave_open_and_names_contradict_is_printed_of_given_transformers_alone(monkeypatch, capsys):

@@ -13,7 +13,8 @@ import wan.checkpoints.load
 from tests.adapted import ALPHA, RANK, fill
 from tests.tiny import TINY_SHAPE, tiny_transformer, write_model, write_transformer
 from tests.trainees import answers, equal, inputs_of
-from utils.adapters.lora import LoraFusion, add_lora, select_modules
+from utils.adapters.fusion import Fusion
+from utils.adapters.lora import add_lora, select_modules
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.common.errors import RunError, UserError
 from utils.storage.linear import QuantisedLinear
@@ -131,11 +132,10 @@ def test_a_fused_lora_is_in_what_is_read_again(files, format):
     generator, size = torch.Generator().manual_seed(0), TINY_SHAPE.dim
     down, up = (torch.randn(shape, generator=generator) for shape in ((2, size), (size, 2)))
     lora = LoraFile({"blocks.1.self_attn.q": LoraPair(down, up, 2.0)})
-    fusion = LoraFusion(build_transformer(files.transformer), lora)
+    fusion = Fusion().with_lora(build_transformer(files.transformer), lora)
 
     def cast(dtype: torch.dtype, device: torch.device) -> Place:
-        own = cast_to(dtype, device)
-        return lambda name, stored: fusion.place(name, own(name, stored))
+        return fusion.place(cast_to(dtype, device))
 
     model, _, on_disk = load(files, store_of(format), cast=cast, changed=fusion.targets)
     before = answer(model)

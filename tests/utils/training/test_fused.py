@@ -23,7 +23,8 @@ from tests.trainees import (
     relative_error,
     trainee,
 )
-from utils.adapters.lora import adapter_parameters, add_lora, extract_lora, load_lora, select_modules, speaking
+from utils.adapters.initial import load_lora
+from utils.adapters.lora import adapter_parameters, add_lora, extract_lora, select_modules, speaking
 from utils.training.checkpointing import STRATEGIES
 from utils.training.fused import FusedBlock
 from utils.training.learner import Trainable

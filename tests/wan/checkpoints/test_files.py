@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.damage import refused
-from wan.checkpoints.files import broken_link, existing, is_named, read_json, read_start, refuse_foreign
+from wan.checkpoints.files import broken_link, existing, is_named, read_json, read_start, refuse_other_kinds
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 KINDS = {
@@ -35,21 +35,21 @@ def written(folder: Path, content: bytes) -> Path:
 @pytest.mark.parametrize("is_text", [True, False])
 def test_what_is_no_model_file_at_all_is_called_what_it_is(tmp_path, content, is_text):
     path = written(tmp_path, content)
-    assert str(path) in refused(KINDS[content], refuse_foreign, path, read_start(path), is_text)
+    assert str(path) in refused(KINDS[content], refuse_other_kinds, path, read_start(path), is_text)
     refused(KINDS[content], read_json, path)
 
 
 @pytest.mark.parametrize("content", TEXTS)
 def test_a_text_is_no_weights_but_may_be_json(tmp_path, content):
     path = written(tmp_path, content)
-    refused(TEXTS[content], refuse_foreign, path, read_start(path))
-    refuse_foreign(path, read_start(path), is_text=True)
+    refused(TEXTS[content], refuse_other_kinds, path, read_start(path))
+    refuse_other_kinds(path, read_start(path), is_text=True)
 
 
 @pytest.mark.parametrize("content", [b"PK\3\4", b"\x80\2", bytes(7) + b"\1" + bytes(99), b"\x08\0\0\0\0\0\0\0{}      "])
 def test_what_may_be_weights_is_left_to_who_reads_them(tmp_path, content):
     path = written(tmp_path, content)
-    refuse_foreign(path, read_start(path))
+    refuse_other_kinds(path, read_start(path))
 
 
 @pytest.mark.parametrize("content", [b'{"a": 1}', b'\xef\xbb\xbf{"a": 1}\n'])

@@ -7,15 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.tiny import TINY_SHAPE, tiny_transformer
-from utils.adapters.lora import (
-    LoraFusion,
-    add_lora,
-    extract_lora,
-    fuse_lora,
-    load_lora,
-    select_modules,
-    widen_patch_embedding,
-)
+from utils.adapters.fusion import Fusion, fuse_lora
+from utils.adapters.initial import load_lora
+from utils.adapters.lora import add_lora, extract_lora, select_modules, widen_patch_embedding
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
@@ -72,8 +66,8 @@ def test_fusing_tensor_by_tensor_while_loading_equals_fusing_into_a_loaded_model
     loaded = tiny_transformer()
     before = weights(loaded)
     fuse_lora(loaded, lora, 0.7)
-    fusion = LoraFusion(tiny_transformer(), lora, 0.7)
-    placed = {name: fusion.place(name, tensor) for name, tensor in before.items()}
+    fusion = Fusion().with_lora(tiny_transformer(), lora, 0.7)
+    placed = {name: fusion.add(name, tensor) for name, tensor in before.items()}
     assert placed.keys() == weights(loaded).keys()
     assert all(torch.equal(placed[name], tensor) for name, tensor in weights(loaded).items())
     assert fusion.targets == {name for name, tensor in before.items() if not torch.equal(placed[name], tensor)} | {
@@ -83,9 +77,9 @@ def test_fusing_tensor_by_tensor_while_loading_equals_fusing_into_a_loaded_model
 
 def test_what_a_fusion_does_not_adapt_is_passed_through_untouched():
     model = adapted()
-    fusion = LoraFusion(tiny_transformer(), extract_lora(model, {}))
+    fusion = Fusion().with_lora(tiny_transformer(), extract_lora(model, {}))
     tensor = torch.randn(3)
-    assert fusion.place("head.head.bias", tensor) is tensor
+    assert fusion.add("head.head.bias", tensor) is tensor
 
 
 @torch.no_grad()
