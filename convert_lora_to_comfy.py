@@ -24,9 +24,10 @@ from utils.adapters.lora_file import LoraFile
 from utils.adapters.lora_header import WEIGHTS
 from utils.adapters.lora_reader import read_experts, read_lora
 from utils.adapters.lora_targets import TARGETS, adapt, share, unsupported
-from utils.adapters.lora_writer import LAYOUTS, PEFT_LAYOUT, to_state_dict, write_state_dict
+from utils.adapters.lora_writer import LAYOUTS, PEFT_LAYOUT, check_path, to_state_dict, write_state_dict
 from utils.adapters.pairs import find_pair, trained_for, with_expert
 from utils.adapters.peft_folder import config_text, find_weights, has_config, to_config, write_folder
+from utils.adapters.provenance import readable_records
 from utils.common.errors import UserError
 from utils.common.formatting import counted, readable_size
 from utils.common.options import option, parse_options, run_script
@@ -39,6 +40,7 @@ DTYPES = {
     **{"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16},
     **{"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16},
 }
+MUCH_LOST = 0.1  # relative residual from which folding deserves another try
 
 
 class Layout(str):
@@ -103,6 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     opts = parse_options(ConvertOptions, argv)
     if opts.input_lora is None:
         raise UserError("no LoRA to convert: give its path with --input_lora FILE")
+
+    if opts.output_lora is not None and opts.to != PEFT_LAYOUT:
+        check_path(opts.output_lora)
 
     # A model with two experts has two LoRAs, in files whose names differ in the expert alone. The name without it means
     # both of them, and each becomes a file of its own: ComfyUI loads one for each expert too. diffusers writes both
@@ -206,7 +211,10 @@ def folded(lora: LoraFile, rank: int, base: Path | None) -> LoraFile:
     lora, loss = fold(lora, rank, None if base is None else read_base(base), progress)
     name, worst = loss.worst
     residual = f"relative residual {loss.residual:.2%}, at most {worst:.2%} ({name})"
-    print(f"folded    {counted(len(loss.whole), 'module')} to rank {rank}: {residual}")
+    lost = f"{loss.residual**2:.2%} of their squared change is lost"
+    print(f"folded    {counted(len(loss.whole), 'module')} to rank {rank}: {lost}, {residual}")
+    if loss.residual > MUCH_LOST:
+        print("          a higher --fold loses less")
     return lora
 
 
@@ -276,7 +284,12 @@ def describe(lora: LoraFile, source: Path) -> str:
     stored = [tensor for each in factors for tensor in each.tensors.values()] + list(lora.diffs.values())
     widened = ", ".join(f"{name} becomes {shape}" for name, shape in lora.input_shapes.items())
     special = {each.kind for each in lora.lycoris.values()} | {f"DoRA of {m.rule}" for m in lora.magnitudes.values()}
-    unstated = "not stated, so the scale is 1"
+    scaled = [each.alpha for each in factors if each.rank]
+    alpha = listed(each for each in scaled if each is not None)
+    if unstated := scaled.count(None):
+        few = f"{alpha}; not stated in {counted(unstated, 'module')}, whose scale is 1"
+        alpha = "not stated, so the scale is 1" if unstated == len(scaled) else few
+    on_top, _ = readable_records(lora.metadata, source)
     lines = {
         "file": f"{source} ({size_of(find_weights(source)[0])})",
         "format": lora.key_format,
@@ -284,16 +297,17 @@ def describe(lora: LoraFile, source: Path) -> str:
         "kind": ", ".join(sorted(special)),
         "modules": f"{len(factors)}" + (f", and {counted(len(lora.diffs), 'full change')}" if lora.diffs else ""),
         "rank": listed(each.rank for each in factors if each.rank),
-        "alpha": listed(unstated if each.alpha is None else each.alpha for each in factors if each.rank),
-        "dtype": listed(str(tensor.dtype).removeprefix("torch.") for tensor in stored),
+        "alpha": alpha,
+        "dtype": ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored})),
         "control": f"yes, {widened}" if widened else "no",
+        "on top of": " and ".join(map(str, on_top)),
     }
     return "\n".join([*(f"{name:9} {value}" for name, value in lines.items() if value), *lora.notes])
 
 
-def listed(values: Iterable[float | str]) -> str:
-    """The different values, once each: "16", "8, 16"; "-" for none."""
-    return ", ".join(sorted({value if isinstance(value, str) else f"{value:g}" for value in values})) or "-"
+def listed(values: Iterable[float]) -> str:
+    """The different numbers, once each, from the smallest: "16", "8, 16"; "-" for none."""
+    return ", ".join(f"{value:g}" for value in sorted(set(values))) or "-"
 
 
 def size_of(path: Path) -> str:

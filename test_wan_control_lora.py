@@ -250,7 +250,7 @@ def check_given(pictures: Sequence[Path], first: LoraFile, family: Family) -> No
     if first.metadata.get("control_i2v") and not pictures:
         raise UserError("the LoRA was trained with --control_i2v: pass the picture to start from as --image")
     if len(pictures) > 1 or (pictures and not first.input_shapes):
-        raise UserError("--image and --last_image: this model is given no frames of a video")
+        raise UserError("--image and --last_image: this is a text-to-video model, which starts from no picture")
     for picture in pictures:
         probe(picture)
 

@@ -174,7 +174,7 @@ def open_session(opts: Options, inputs: Inputs, device: torch.device, compiled: 
             check_conditions(adapter, batch, phase.sigmas[2], files.family.given, opts.control_lora)
 
     with doing("encoding validation clips"):
-        clips = tqdm(inputs.watched, "encoding validation clips", leave=False)
+        clips = tqdm(inputs.watched, "encoding validation clips", leave=False, disable=not inputs.watched)
         validation = [inputs.load_batch(window) for window in clips]
     preview = open_preview(opts, inputs, validation, opts.seed) if inputs.texts.previews else None
     validation = hold_share(validation, opts.held_share)

@@ -100,7 +100,8 @@ def make_kinds(model: WanModel) -> list[Kind]:
 
 
 def _plain_pairs(make: Maker, diffusers: dict[str, Tensor]) -> list[Kind]:
-    stated = {"lora_adapter_metadata": json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 1})}
+    config = {"r": RANK, "lora_alpha": 1, "target_modules": [diffusers_name(name) for name in make.linear]}
+    stated = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})}
     stated_second = {key: text.replace("transformer.", "transformer_2.") for key, text in stated.items()}
     second = {key.replace("transformer.", "transformer_2."): tensor for key, tensor in diffusers.items()}
     biases = {f"transformer.{diffusers_name(name)}.lora_B.bias": make.like(f"{name}.bias") for name in make.linear}

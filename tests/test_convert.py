@@ -14,6 +14,7 @@ from tests.loras import comfy_merge
 from utils.adapters.lora_file import LoraFile, LoraPair, delta
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
+from utils.adapters.provenance import FusedRecord, to_metadata
 from utils.common.options import run_script
 from wan.names import official_name
 
@@ -324,6 +325,14 @@ BAD_COMMANDS = {
     "an alpha of zero": (["--input_lora", "good.safetensors", "--alpha", "0"], "positive"),
     "an alpha of words": (["--input_lora", "good.safetensors", "--alpha", "high"], "high"),
     "an output of another kind": (["--input_lora", "good.safetensors", "--output_lora", "out.pt"], "out.pt"),
+    "a folder as output": (
+        ["--input_lora", "good.safetensors", "--output_lora", "."],
+        "is a folder. Give a file in it",
+    ),
+    "a folder as output, to be replaced": (
+        ["--input_lora", "good.safetensors", "--output_lora", ".", "--overwrite"],
+        "is a folder. Give a file in it",
+    ),
     "a missing folder": (["--input_lora", "good.safetensors", "--output_lora", "no/out.safetensors"], "no/out"),
 }
 
@@ -345,6 +354,20 @@ def test_a_bad_command_ends_with_code_two_and_damages_nothing(tmp_path, monkeypa
     message = capsys.readouterr().err
     assert message.startswith("error: ") and words in message and len(message.splitlines()) <= 3
     assert snapshot(tmp_path) == before
+
+
+def test_the_alphas_are_listed_by_size_and_those_that_are_not_stated_are_counted(tmp_path, capsys):
+    """So is what the LoRA is on top of: without it, it does not do what it was trained to do."""
+    tensors = {}
+    for number, alpha in enumerate((16.0, 4.0, None, None)):
+        key = f"diffusion_model.blocks.{number}.self_attn.q"
+        tensors |= {f"{key}.lora_A.weight": torch.ones(2, 5), f"{key}.lora_B.weight": torch.ones(6, 2)}
+        tensors |= {} if alpha is None else {f"{key}.alpha": torch.tensor(alpha)}
+    fused = FusedRecord("style.safetensors", "0" * 64, 0.5)
+    assert run("--input_lora", save(tmp_path / "lora.safetensors", tensors, to_metadata([fused])), "--to", "kohya") == 0
+    said = capsys.readouterr().out
+    assert "\nalpha     4, 16; not stated in 2 modules, whose scale is 1\n" in said
+    assert f"\non top of style.safetensors (weight 0.5, SHA-256 {'0' * 64})\n" in said
 
 
 def test_metadata_survives_and_is_readable(tmp_path):

@@ -205,7 +205,7 @@ def test_without_the_fused_file_it_is_sampled_if_asked_for_and_the_result_says_s
     assert_same(found, expected(work, sample))
     with pytest.raises(UserError, match="--fuse_lora and --without_fused exclude each other"):
         sample(f"--lora_path {LORA} --without_fused --fuse_lora x.safetensors")
-    with pytest.raises(UserError, match=r"--without_fused: plain\.safetensors was trained on top of no LoRA"):
+    with pytest.raises(UserError, match=r"--without_fused: plain\.safetensors was not trained on top of a LoRA"):
         sample("--lora_path plain.safetensors --pretrained_model_name_or_path private/wan --without_fused")
 
 

@@ -194,9 +194,8 @@ def plan_adapter(
     if init is not None:
         lora = read_lora(init)
         _check_init(opts, lora, layout, expert, experts)
-        plan = replace(
-            plan, init=lora, notes=(*plan.notes, *lora.remarks(init), *_note_on_other_base(lora, init, plan))
-        )
+        said = [f"starting from {init}", *lora.remarks(init), *_note_on_other_base(lora, init, plan)]
+        plan = replace(plan, init=lora, notes=(*plan.notes, *said))
     plan.widen(layout)
     plan.attach(layout)
     return plan

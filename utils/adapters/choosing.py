@@ -86,7 +86,7 @@ def leave_out_fused_base(paths: Sequence[Path], files: ModelFiles) -> FusedBase:
         notes += damaged
     _say_each(notes)
     if not notes and not any(recorded.values()):
-        raise UserError(f"--without_fused: {next(iter(own.values()))} was trained on top of no LoRA, leave it out")
+        raise UserError(f"--without_fused: {next(iter(own.values()))} was not trained on top of a LoRA: leave it out")
     named = {name: [FusedFile(Path(shown(fused.name)), fused) for fused in each] for name, each in recorded.items()}
     return FusedBase(named, {}, is_left_out=True)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from utils.adapters.lora_file import LoraError
 from utils.adapters.lora_keys import parse_key
+from utils.common.checkpoint_names import CHECKPOINTS
 from utils.common.tensor_files import file_metadata, tensor_names
 from wan.checkpoints.header import read_by_header
 
@@ -28,8 +29,10 @@ def files_of_lora(path: Path) -> tuple[Path, Path | None]:
         files = sorted(path.glob("*.safetensors"))
         named = [file for file in files if file.name == WEIGHTS]
         if len(named or files) != 1:
-            has = f"{len(files)} .safetensors files, and none is {WEIGHTS}" if files else "no .safetensors file"
-            raise LoraError(f"{path}: the folder has {has}. Give a file in it.")
+            if not files and os.path.isdir(path / CHECKPOINTS):
+                raise LoraError(f"{path}: is the folder of a run. Give one of its LoRAs, in {path / CHECKPOINTS}.")
+            has = f"{len(files)} .safetensors files, and none is {WEIGHTS}. Give one of them" if files else "no LoRA"
+            raise LoraError(f"{path}: the folder has {has}.")
         (path,) = named or files
     config = path.parent / CONFIG
     if path.name == CONFIG:

@@ -20,6 +20,7 @@ from utils.adapters.lora_keys import HIGH, Key, names_wan, parse_key, refusal
 from utils.adapters.lora_metadata import SCALING_KEYS, read_shapes, read_statements, reconcile
 from utils.adapters.lycoris import Lycoris, check_factors, kind_of
 from utils.adapters.peft_folder import PeftConfig, find_weights
+from utils.common.checkpoint_names import parse_name
 from utils.common.tensor_files import TensorFileError, UnusableNameError, read_tensors
 from wan.checkpoints import CheckpointError
 from wan.checkpoints.files import broken_link, read_start, refuse_other_kinds
@@ -138,7 +139,9 @@ def _sort_into_modules(tensors: Mapping[str, Tensor], path: Path) -> dict[str, d
 
 
 def _not_of_wan(unknown: Sequence[str], tensors: Mapping[str, Tensor], path: Path) -> str:
-    names = ", ".join(unknown[:3])
+    names, named = ", ".join(unknown[:3]), parse_name(path.name)
+    if named is not None and named.trainable is None:
+        return f"{path}: is a state, from which a run resumes, and not a LoRA. Its LoRAs are beside it."
     if all(name.endswith((".weight", ".bias", "modulation")) and "lora" not in name for name in tensors):
         return f"{path}: holds the weights of a model ({names}), not a LoRA."
     if not any(map(names_wan, tensors)):

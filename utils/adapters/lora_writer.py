@@ -100,12 +100,19 @@ def write_lora(path: str | Path, lora: LoraFile, layout: str = "comfy", dtype: t
         write_state_dict(path, *content)
 
 
-def write_state_dict(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a .safetensors file, whole or not at all. Raises LoraError for a path that cannot be written."""
+def check_path(path: Path) -> None:
+    """Raises LoraError where a LoRA file cannot have this path."""
+    if path.is_dir():
+        raise LoraError(f"{path}: is a folder. Give a file in it, such as {path / 'lora.safetensors'}.")
     if not path.parent.is_dir():
         raise LoraError(f"{path}: the folder {path.parent} does not exist.")
     if path.suffix != ".safetensors":
         raise LoraError(f"{path}: LoRA files are written as .safetensors. Give the file that ending.")
+
+
+def write_state_dict(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a .safetensors file, whole or not at all. Raises LoraError for a path that cannot be written."""
+    check_path(path)
     try:
         write_tensors(path, tensors, metadata)
     except TensorFileError as error:

@@ -155,7 +155,8 @@ def find_fused_files_of_experts(
     files = [file for path in given for file in files_of(path)]
     if files and not recorded:
         loras = " and ".join(str(path) for path in dict.fromkeys(own.values()))
-        raise UserError(f"--fuse_lora {given[0]}: {loras} was trained on top of no LoRA. Add others with --also_lora.")
+        not_on_top = f"{loras} was not trained on top of a LoRA"
+        raise UserError(f"--fuse_lora {given[0]}: {not_on_top}. Add others with --also_lora.")
     hashes = {file: content_hash(file) for file in files}
     whole: dict[Path, FusedRecord] = {}  # what is recorded of a given name: of a pair, of one of its halves
     for path in given:
@@ -236,7 +237,7 @@ def _by_content(wanted: Sequence[FusedRecord], lora: Path, named: Sequence[Path]
         path for path in others if 0 < (size := content_size(path)) <= LARGEST and (None in sizes or size in sizes)
     ]
     found: dict[str, Path] = {}
-    for path in tqdm(plausible, "looking for the fused LoRA", unit="file", leave=False):
+    for path in tqdm(plausible, "looking for the fused LoRA", unit="file", leave=False, disable=not plausible):
         if missing <= found.keys():
             break
         with suppress(UserError):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from utils.common.errors import UserError
 
+CHECKPOINTS = "checkpoints"  # the folder of LoRAs and states in that of a run
 DEFAULT_NAME = "wan-lora"
 LORA = "lora"  # the trainable of a run that trains one
 EXPERTS = ("high_noise", "low_noise")  # the trainables of two experts; their files form pairs

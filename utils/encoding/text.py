@@ -199,7 +199,8 @@ def read_prompt(path: Path) -> str:
     try:
         prompt = path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompt {path}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"cannot read the prompt {path}: {reason}") from None
     if not is_visible(prompt):
         raise UserError(f"the prompt file {path} is empty")
     return prompt

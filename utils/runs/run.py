@@ -10,7 +10,14 @@ from torch import Tensor
 from utils.adapters.lora_file import LoraError
 from utils.adapters.lora_header import EXPERT_KEY
 from utils.adapters.model_card import ModelCard, model_card, unheard
-from utils.common.checkpoint_names import DEFAULT_NAME, EXPERTS, Checkpoint, check_name, check_name_of_pairs
+from utils.common.checkpoint_names import (
+    CHECKPOINTS,
+    DEFAULT_NAME,
+    EXPERTS,
+    Checkpoint,
+    check_name,
+    check_name_of_pairs,
+)
 from utils.common.console import say
 from utils.common.errors import RunError, UserError
 from utils.common.options import option
@@ -92,7 +99,7 @@ class Run:
         self.learner = learner
         self.metrics = metrics
         self.settings = settings
-        self.checkpoints = folder / "checkpoints"
+        self.checkpoints = folder / CHECKPOINTS
         files = [settings.file_of(self.step, name).find(self.checkpoints) for name in learner.trainables]
         self.last_saved_files = [] if None in files else [path for path in files if path is not None]
         self._saved_step = self.step if self.last_saved_files else None
@@ -219,14 +226,15 @@ def open_run(settings: RunSettings, learner: Learner, state: State | None = None
     folder = new_folder(settings.output_dir) if state is None else state.run_folder
     step = learner.step
     try:
-        (folder / "checkpoints").mkdir(exist_ok=True)
+        (folder / CHECKPOINTS).mkdir(exist_ok=True)
         if state is not None:
             names = names_used(folder) | {settings.name}
-            archive_later_files(folder / "checkpoints", folder / SAMPLES, step, names)
+            archive_later_files(folder / CHECKPOINTS, folder / SAMPLES, step, names)
         (folder / options_name(None if state is None else step)).write_text(
             settings.options_json + "\n", encoding="utf-8"
         )
-        say(f"{'resuming' if state else 'writing to'} {folder}")
+        left = "" if step < settings.total_steps else ": nothing is left to train"
+        say(f"resuming {folder} at step {step} of {settings.total_steps}{left}" if state else f"writing to {folder}")
         metrics = Metrics(folder, settings.total_steps, step, settings.max_grad_norm)
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {error.strerror}") from None

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.common.checkpoint_names import LORA, STATES, parse_name
+from utils.common.checkpoint_names import CHECKPOINTS, LORA, STATES, Checkpoint, parse_name
 from utils.common.console import say
 from utils.common.decisions import DEVICE, Decisions
 from utils.common.device import describe
@@ -119,6 +119,10 @@ def read_state(path: Path) -> State:
         if not all(_is_count(count) for count in state.steps_taken.values()):
             raise ValueError("step_count")
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        named = parse_name(path.name)
+        if named is not None and named.trainable is not None:
+            beside = path.with_name(Checkpoint(named.step).name)
+            raise UserError(f"{path} is a LoRA, and a run resumes from a state: give {beside}") from None
         reason = f"missing or invalid {error}" if str(error) else type(error).__name__
         raise UserError(f"{path} is not a training state ({STATES}): {reason}") from None
     return state
@@ -133,13 +137,13 @@ def find_state(wanted: str, output_dir: Path) -> State:
     where = output_dir if wanted == "latest" else Path(wanted)
     if where.is_file():
         state = read_state(where.absolute())
-        if state.path.parent.name != "checkpoints":
+        if state.path.parent.name != CHECKPOINTS:
             raise UserError(f"{where} must be in the checkpoints folder of its run: the run is resumed there")
         return state
     if wanted == "latest":
-        runs = [list(folder.glob(STATES)) for folder in where.glob("*/checkpoints")]
+        runs = [list(folder.glob(STATES)) for folder in where.glob(f"*/{CHECKPOINTS}")]
     else:
-        runs = [[*where.glob(STATES), *where.glob(f"checkpoints/{STATES}")]]
+        runs = [[*where.glob(STATES), *where.glob(f"{CHECKPOINTS}/{STATES}")]]
     for path in _from_last_to_first(runs):
         try:
             return read_state(path)

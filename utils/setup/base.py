@@ -9,7 +9,6 @@ hash. Where folders are is in the options that a run keeps beside its LoRAs.
 """
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +19,7 @@ from utils.adapters.lora_header import lora_metadata_of
 from utils.adapters.pairs import resolve_experts
 from utils.common.errors import UserError
 from utils.common.run_options import options_of_run
+from utils.setup.download import HUB_NAME
 from utils.setup.model import BASE_FILES, BASE_MODEL, SingleFiles
 from wan.checkpoints import (
     TRANSFORMERS,
@@ -33,7 +33,6 @@ from wan.configs import FAMILIES
 
 BASE_HASH = "base_model_hash"
 FOLDER = "pretrained_model_name_or_path"
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def find_base(opts: SingleFiles, lora: Path, metadata: Mapping[str, str]) -> dict[str, Any]:

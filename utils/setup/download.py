@@ -1,5 +1,6 @@
 """Downloads a model's files from the Hugging Face hub: the only use of the network, and only on request."""
 
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from utils.setup.doctor import print_findings
 from wan.checkpoints import LOCAL_MODELS, TOKENIZER, ModelFiles, ModelNotFoundError, find_family
 from wan.configs import FAMILIES
 
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TOKENIZER_SOURCE = "Wan-AI/Wan2.1-T2V-1.3B"  # every release has the same one
 # Of a repository in the layout of diffusers; the transformer with the first of these decides that it is one.
 DIFFUSERS_CONFIGS = ("transformer/config.json", "transformer_2/config.json")
@@ -71,7 +73,7 @@ def set_up(opts: SetupOptions, open_model: Callable[[], ModelFiles]) -> bool:
 
 @contextmanager
 def suggest_download(family: str | None = None) -> Iterator[None]:
-    """Adds the command that downloads a model to the error for a missing one.
+    """Adds the command that downloads a model to the error for a missing one whose name the hub can have.
 
     With a `family` the missing one is a default, which is not what was asked for.
     """
@@ -80,6 +82,8 @@ def suggest_download(family: str | None = None) -> Iterator[None]:
     except ModelNotFoundError as error:
         if family is not None:
             raise UserError(f"--family {family}: name its folder with --pretrained_model_name_or_path") from None
+        if not HUB_NAME.fullmatch(error.name):  # a folder, mistyped
+            raise
         command = f"python train_wan_lora.py --download_model --pretrained_model_name_or_path {shlex.quote(error.name)}"
         raise UserError(f"{error}\ndownload it with: {command}") from None
 

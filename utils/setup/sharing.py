@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 
 from utils.adapters.provenance import FUSED_KEY, OPTIONS_KEY, read_records, to_metadata
-from utils.setup.base import HUB_NAME
+from utils.setup.download import HUB_NAME
 from utils.setup.model import BASE_MODEL
 
 STANDARD, EVERYTHING = "standard", "full"  # what --metadata takes

@@ -79,8 +79,11 @@ def find_model(name_or_path: AnyPath) -> Path:
             return folder
     name = str(name_or_path)
     if os.path.isfile(name):
-        raise CheckpointError(f"{name} is a file, not a model's folder: give it as what it holds, such as transformer")
-    raise ModelNotFoundError(name, f"no model at {shown(name)} or {shown(str(LOCAL_MODELS / name))}")
+        if name.endswith(".json"):
+            raise CheckpointError(f"{name} is a file of a model: give the folder that it is in")
+        raise CheckpointError(f"{name} is a file, not a model's folder: give it as what it holds: --transformer, --vae")
+    places = dict.fromkeys((name, str(LOCAL_MODELS / name)))  # one for an absolute path
+    raise ModelNotFoundError(name, f"no model at {' or '.join(map(shown, places))}")
 
 
 def find_family(path: AnyPath | None = None, family: str = "", **files: AnyPath | None) -> Family:

@@ -344,5 +344,6 @@ def test_a_beginning_whose_record_is_damaged_is_noted(tmp_path):
     write_lora(tmp_path / "fox.safetensors", replace(constant(1.0), metadata={"fused_lora": "yes"}))
     same = {"lora_rank": 2, "lora_alpha": 2, "lora_target": ("self_attn.q",), "lora_blocks": "0"}
     plan = plan_adapter(options(init_lora=tmp_path / "fox.safetensors", **same), layout())
-    (note,) = plan.notes
+    said, note = plan.notes
+    assert said == f"starting from {tmp_path / 'fox.safetensors'}"
     assert note.startswith(f"note: {tmp_path / 'fox.safetensors'}: the metadata fused_lora does not say what")

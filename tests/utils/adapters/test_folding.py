@@ -155,7 +155,8 @@ def test_a_folded_file_is_written_in_every_layout_and_the_loss_is_said(tmp_path,
     expected = change_of(lora.lycoris[Q], LINEAR)
     share = (rest(expected, 2) ** 0.5) / expected.norm().item()
     residual = f"relative residual {share:.2%}, at most {share:.2%} ({Q})"
-    assert f"folded    1 module to rank 2: {residual}" in capsys.readouterr().out
+    said = f"folded    1 module to rank 2: {share**2:.2%} of their squared change is lost, {residual}\n"
+    assert f"{said}          a higher --fold loses less\n" in capsys.readouterr().out
     found = delta(read_lora(out).pairs[Q]).double()
     assert (found - expected).norm().item() == pytest.approx(rest(expected, 2) ** 0.5, rel=1e-4)
 

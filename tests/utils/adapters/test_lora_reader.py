@@ -50,6 +50,14 @@ def test_the_key_format_is_described_in_words(tmp_path):
     assert read_lora(tmp_path / "lora.safetensors").key_format == "transformer., lora_A/lora_B.weight, diffusers names"
 
 
+def test_a_state_of_a_run_is_told_from_a_lora(tmp_path):
+    tensors = {"trainables/lora/blocks.0.self_attn.q.lora_A.default.weight": torch.ones(2, 5)}
+    with pytest.raises(LoraError, match="state-00000002.safetensors: is a state, from which a run resumes, and not a"):
+        read_lora(written(tmp_path / "state-00000002.safetensors", tensors))
+    with pytest.raises(LoraError, match="fox.safetensors: none of its keys names a module of Wan"):
+        read_lora(written(tmp_path / "fox.safetensors", tensors))
+
+
 def test_a_control_lora_of_wantraining_gets_the_shape_that_its_file_does_not_state(tmp_path):
     tensors = half("patch_embedding", (2, 32, 1, 2, 2), (6, 2, 1, 1, 1))
     lora = read_lora(written(tmp_path / "l.safetensors", tensors))

@@ -212,11 +212,14 @@ def test_a_configuration_counts_for_the_files_that_it_belongs_to(tmp_path):
 
 
 def test_a_folder_means_one_file_or_is_refused(tmp_path):
-    with pytest.raises(LoraError, match="the folder has no .safetensors file"):
+    with pytest.raises(LoraError, match="the folder has no LoRA"):
         read_lora(tmp_path)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(LoraError, match="is the folder of a run. Give one of its LoRAs, in .*run/checkpoints"):
+        read_lora(tmp_path / "run")
     for name in ("a", "b"):
         written(tmp_path / f"{name}.safetensors", half())
-    with pytest.raises(LoraError, match="has 2 .safetensors files, and none is adapter_model.safetensors. Give a file"):
+    with pytest.raises(LoraError, match="has 2 .safetensors files, and none is adapter_model.safetensors. Give one"):
         read_lora(tmp_path)
 
 

@@ -286,6 +286,6 @@ def test_a_given_file_that_was_not_fused_is_refused_with_both_hashes(tmp_path, s
     with pytest.raises(UserError, match="cannot read .*nowhere"):
         find_fused_files_of_experts({"transformer": lora}, ["transformer"], [tmp_path / "nowhere.safetensors"], ADVICE)
     plain = write(tmp_path / "plain.safetensors", 3.0)
-    with pytest.raises(UserError, match=r"plain\.safetensors was trained on top of no LoRA.*--also_lora"):
+    with pytest.raises(UserError, match=r"plain\.safetensors was not trained on top of a LoRA.*--also_lora"):
         find_fused_files_of_experts({"transformer": plain}, ["transformer"], [style], ADVICE)
     assert find_fused_files_of_experts({"transformer": plain}, ["transformer"], [], ADVICE) == {"transformer": []}

@@ -281,6 +281,13 @@ def test_a_model_that_is_not_there_comes_with_the_command_that_fetches_it(tmp_pa
         find_model("Wan-AI/Tiny")
 
 
+@pytest.mark.parametrize("name", ["nowhere", "./Wan-AI/Tiny", "a/b/c", "/nowhere/model"])
+def test_no_download_is_suggested_for_what_is_no_name_of_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=f"^no model at {name}[^\n]*$"), suggest_download():
+        find_model(name)
+
+
 def test_the_hub_of_this_environment_can_plan_a_download():
     assert "dry_run" in inspect.signature(huggingface_hub.snapshot_download).parameters
 
