@@ -26,7 +26,7 @@ from utils.adapters.lora_reader import read_experts, read_lora
 from utils.adapters.lora_targets import TARGETS, adapt, share, unsupported
 from utils.adapters.lora_writer import LAYOUTS, PEFT_LAYOUT, check_path, to_state_dict, write_state_dict
 from utils.adapters.pairs import find_pair, trained_for, with_expert
-from utils.adapters.peft_folder import config_text, find_weights, has_config, to_config, write_folder
+from utils.adapters.peft_folder import check_folder, config_text, find_weights, has_config, to_config, write_folder
 from utils.adapters.provenance import readable_records
 from utils.common.errors import UserError
 from utils.common.formatting import counted, readable_size
@@ -106,8 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     if opts.input_lora is None:
         raise UserError("no LoRA to convert: give its path with --input_lora FILE")
 
-    if opts.output_lora is not None and opts.to != PEFT_LAYOUT:
-        check_path(opts.output_lora)
+    if opts.output_lora is not None:
+        check_output(opts.output_lora, opts.to)
 
     # A model with two experts has two LoRAs, in files whose names differ in the expert alone. The name without it means
     # both of them, and each becomes a file of its own: ComfyUI loads one for each expert too. diffusers writes both
@@ -183,20 +183,27 @@ def convert(lora: LoraFile, file: Path, expert: str, part: str, opts: ConvertOpt
         metadata = metadata | {"ss_output_name": output.stem}
     if opts.to != PEFT_LAYOUT:
         return Conversion(file, output, tensors, metadata)
-    return Conversion(
-        file,
-        output.with_name(output.name.removesuffix(".safetensors")),
-        tensors,
-        metadata,
-        config_text(to_config(lora)),
-    )
+    return Conversion(file, as_folder(output), tensors, metadata, config_text(to_config(lora)))
+
+
+def check_output(path: Path, layout: str) -> None:
+    """Raises LoraError where the output cannot have this path."""
+    if layout == PEFT_LAYOUT:
+        check_folder(as_folder(path))
+    else:
+        check_path(path)
+
+
+def as_folder(path: Path) -> Path:
+    """The folder of PEFT for an output that may be named as a file is."""
+    return path.with_suffix("") if path.suffix == ".safetensors" else path
 
 
 def shared_metadata(metadata: dict[str, str], file: Path) -> dict[str, str]:
-    """The metadata without paths and prompts of the run, and a line where it had some."""
+    """The metadata without the options of the run and the path of the base model, and a line where it had some."""
     kept = shareable(metadata, file)
     if kept != metadata:
-        print("metadata  without the paths and prompts of the run: --metadata full keeps them")
+        print("metadata  without the options of its run and the path of its base: --metadata full keeps them")
     return kept
 
 
@@ -289,7 +296,7 @@ def describe(lora: LoraFile, source: Path) -> str:
     if unstated := scaled.count(None):
         few = f"{alpha}; not stated in {counted(unstated, 'module')}, whose scale is 1"
         alpha = "not stated, so the scale is 1" if unstated == len(scaled) else few
-    on_top, _ = readable_records(lora.metadata, source)
+    on_top, damaged = readable_records(lora.metadata, source)
     lines = {
         "file": f"{source} ({size_of(find_weights(source)[0])})",
         "format": lora.key_format,
@@ -302,7 +309,7 @@ def describe(lora: LoraFile, source: Path) -> str:
         "control": f"yes, {widened}" if widened else "no",
         "on top of": " and ".join(map(str, on_top)),
     }
-    return "\n".join([*(f"{name:9} {value}" for name, value in lines.items() if value), *lora.notes])
+    return "\n".join([*(f"{name:9} {value}" for name, value in lines.items() if value), *lora.notes, *damaged])
 
 
 def listed(values: Iterable[float]) -> str:

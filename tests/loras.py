@@ -100,7 +100,8 @@ def comfy_merge(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """ComfyUI's own rule, as it merges a file into weights; whatever it would not apply is left in the second result.
 
-    Bare parameters of modules that contain others (modulation, img_emb.emb_pos) have keys, but are never patched.
+    Bare parameters of modules that contain others (modulation, img_emb.emb_pos) have keys, but are never patched. Only
+    pairs widen a weight.
     """
     merged, left = dict(weights), dict(tensors)
     for key, weight in weights.items():
@@ -129,7 +130,7 @@ def _comfy_weight(weight: Tensor, own: Mapping[str, Tensor], strength: float) ->
     if change is None:
         return weight
     scale = own["alpha"].item() / rank if "alpha" in own and rank is not None else 1.0
-    if (shape := own.get("reshape_weight")) is not None:
+    if (shape := own.get("reshape_weight")) is not None and any(up[1:] in own for up, _ in COMFY_SUFFIXES):
         assert not shape.is_floating_point(), "ComfyUI raises a TypeError for sizes that are floats"
         padded = torch.zeros(shape.tolist())
         padded[tuple(slice(size) for size in weight.shape)] = weight

@@ -227,7 +227,7 @@ STATES = [
     (
         NOTHING,
         f"{AGAIN} {LORA}",
-        "wan-lora-00000002.safetensors is a LoRA, and a run resumes from a state: give ",
+        "wan-lora-00000002.safetensors is a LoRA, and a run resumes from a state: give outputs/run/checkpoints/state",
     ),
     (
         lambda work: shutil.copy(work / STATE, work / "state-00000002.safetensors"),
@@ -267,9 +267,6 @@ def test_the_newest_complete_state_is_resumed_and_broken_ones_are_reported(work,
     said = capsys.readouterr().out
     assert "skipped: " in said and "state-00000002.safetensors is not a whole" in said
     assert "resuming outputs/run at step 1 of 2\n" in said and (work / STATE).stat().st_size > 700
-
-
-def test_a_run_that_is_finished_says_so_when_it_is_resumed(work, capsys):
     train_wan_lora.main(f"{AGAIN} latest".split())
     assert "resuming outputs/run at step 2 of 2: nothing is left to train\n" in capsys.readouterr().out
 

@@ -333,6 +333,14 @@ BAD_COMMANDS = {
         ["--input_lora", "good.safetensors", "--output_lora", ".", "--overwrite"],
         "is a folder. Give a file in it",
     ),
+    "a file in place of a folder": (
+        ["--input_lora", "good.safetensors", "--alpha", "2", "--to", "peft", "--output_lora", "text", "--overwrite"],
+        "text: is a file, and the layout of PEFT is a folder",
+    ),
+    "no folder for a folder": (
+        ["--input_lora", "good.safetensors", "--alpha", "2", "--to", "peft", "--output_lora", "no/x.safetensors"],
+        "no/x: the folder no does not exist",
+    ),
     "a missing folder": (["--input_lora", "good.safetensors", "--output_lora", "no/out.safetensors"], "no/out"),
 }
 
@@ -341,7 +349,8 @@ BAD_COMMANDS = {
 def test_a_bad_command_ends_with_code_two_and_damages_nothing(tmp_path, monkeypatch, capsys, what):
     monkeypatch.chdir(tmp_path)
     good = save(tmp_path / "good.safetensors", bare())
-    (tmp_path / "text.safetensors").write_text("not a LoRA")
+    for name in ("text", "text.safetensors"):
+        (tmp_path / name).write_text("not a LoRA")
     (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:-4])
     torch.save(bare(), tmp_path / "pickle.pt")
     save(tmp_path / "half.safetensors", {"head.head.lora_A.weight": torch.ones(2, 5)})

@@ -102,7 +102,7 @@ def test_a_converted_file_has_the_options_of_its_run_only_if_asked_for(tmp_path,
     private = {"options": json.dumps({"sample_prompts": PROMPT, "fuse_lora": "/srv/me/style.safetensors"})}
     private |= {"base_model": "/srv/me/Wan2.1-T2V-1.3B"}
     source = written(tmp_path / "fox.safetensors", half("diffusion_model.blocks.0.self_attn.q"), private)
-    said = "metadata  without the paths and prompts of the run: --metadata full keeps them"
+    said = "metadata  without the options of its run and the path of its base: --metadata full keeps them"
     for flags, count in (([], 1), (["--metadata", "full"], 0)):
         output = tmp_path / f"comfy{count}.safetensors"
         convert_lora_to_comfy.main(["--input_lora", str(source), "--output_lora", str(output), *flags])

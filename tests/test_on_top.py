@@ -251,7 +251,7 @@ def test_training_on_top_of_a_lora_that_is_on_top_of_another_fuses_and_records_b
 
     Path("loras/style.safetensors").unlink()
     with pytest.raises(
-        UserError, match=r"fox\.safetensors was trained on top of style.*\nCopy it into .*loras, under any"
+        UserError, match=r"fox\.safetensors was trained on top of style.*\nCopy it into .*loras, under that name"
     ):
         train("private/wan", "loras/fox.safetensors", "missing")
 

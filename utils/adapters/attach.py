@@ -1,6 +1,7 @@
 """Which adapter is trained: its options, how it gets onto the model, and the file that it becomes."""
 
 import copy
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -22,12 +23,14 @@ from utils.adapters.lora import (
     speaking,
     widen_patch_embedding,
 )
-from utils.adapters.lora_file import LoraFile
+from utils.adapters.lora_file import LoraError, LoraFile
 from utils.adapters.lora_reader import read_lora
 from utils.adapters.lora_writer import write_lora
 from utils.adapters.model_card import network_facts
 from utils.adapters.pairs import lora_of
 from utils.adapters.provenance import (
+    FUSED_KEY,
+    DamagedRecordError,
     FusedRecord,
     find_fused_files,
     fused_file,
@@ -193,6 +196,7 @@ def plan_adapter(
     plan = plan_fusion(opts, layout, expert, experts)
     if init is not None:
         lora = read_lora(init)
+        fit_lora(lora, layout, init)  # or it is another Wan's, and then that is the reason
         _check_init(opts, lora, layout, expert, experts)
         said = [f"starting from {init}", *lora.remarks(init), *_note_on_other_base(lora, init, plan)]
         plan = replace(plan, init=lora, notes=(*plan.notes, *said))
@@ -211,8 +215,12 @@ def plan_fusion(opts: AdapterOptions, layout: WanModel, expert: str, experts: Se
     path = lora_of(opts.fuse_lora, expert, experts)
     if path is None:
         return AdapterPlan(opts, facts=to_metadata([]))
-    advice = f"Copy it into {path.absolute().parent}, under any name: it is then fused before {path.name}."
-    files = [*find_fused_files(path, advice), fused_file(path, opts.fuse_lora_weight)]
+    advice = f"Copy it into {path.absolute().parent}, under that name: it is then fused before {path.name}."
+    try:
+        files = [*find_fused_files(path, advice), fused_file(path, opts.fuse_lora_weight)]
+    except DamagedRecordError as error:
+        alone = f"Get the file again, or remove {FUSED_KEY} from its metadata: it is then fused alone."
+        raise LoraError(f"{error}\n{alone}") from None
     fusion, notes = read_fusion(layout, files)
     said = [f"fused into the base model: {' and '.join(map(str, files))}"]
     said += [f"{path} was trained on top of {file.path}, which is fused too" for file in files[:-1]]
@@ -231,7 +239,6 @@ def _check_init(opts: AdapterOptions, lora: LoraFile, layout: WanModel, expert: 
     faults = differences(lora, modules, opts.lora_rank, opts.alpha)
     if not faults:
         return
-    fit_lora(lora, layout, opts.init_lora)  # or it is another Wan's, and then that is the reason
     facts = f"--init_lora {opts.init_lora}: {'; '.join(faults)}"
     options = options_for(lora, layout, modules, opts.lora_rank, opts.alpha)
     # Both experts have the same --lora_target: options for one LoRA of a pair may be wrong for the other.
@@ -245,7 +252,8 @@ def _check_init(opts: AdapterOptions, lora: LoraFile, layout: WanModel, expert: 
         plan_adapter(fusing, copy.deepcopy(layout), expert, experts)
     except UserError as error:
         raise UserError(f"{facts}\nNo options fit, and it cannot be fused: {error}") from None
-    flags = f"--fuse_lora {opts.init_lora}" + (" --control_lora" if reads_control and not opts.control_lora else "")
+    flags = f"--fuse_lora {shlex.quote(str(opts.init_lora))}"
+    flags += " --control_lora" if reads_control and not opts.control_lora else ""
     instead = "--init_lora" if opts.fuse_lora is None else f"--init_lora and of --fuse_lora {opts.fuse_lora}"
     raise UserError(f"{facts}\nPass {flags} instead of {instead}: it is added to the base model, and a new LoRA on top")
 

@@ -22,7 +22,7 @@ def fitting(lora: LoraFile, model: WanModel, source: Path) -> tuple[LoraFile, li
     """What of a LoRA this model can be given, and a sentence for each thing that differs; none where all of it fits.
 
     Modules that the model lacks are left out. A change of the patch embedding is brought to the model's number of
-    inputs. Blocks beyond the model's and other widths stay, for they are another Wan's: `LoraFusion` refuses them.
+    inputs. Blocks beyond the model's and other widths stay, for they are another Wan's: `Fusion` refuses them.
     Raises UserError where nothing fits, and for a control LoRA of a model with other inputs.
     """
     lora = _check_control(lora, model, source)

@@ -83,7 +83,7 @@ def adapt(lora: LoraFile, target: Target) -> LoraFile:
         is_matrix = role == "diff" and not is_parameter(name) and diff.ndim > 1 and diff[0].numel() > 1
         if is_matrix and (not target.layers or name in shapes):
             pairs[name] = _exact_pair(diffs.pop(key))
-    for name in shapes.keys() & lycoris.keys():
+    for name in sorted(shapes.keys() & lycoris.keys()):
         pairs[name] = _exact_pair(_as_kernels(delta(lycoris.pop(name))))
     if not target.layers:
         pairs |= {name: _unflattened(pairs[name]) for name in KERNELS if name in pairs}

@@ -109,8 +109,17 @@ def config_text(config: Mapping[str, Any]) -> str:
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
+def check_folder(folder: Path) -> None:
+    """Raises LoraError where an adapter's folder cannot have this path."""
+    if folder.exists() and not folder.is_dir():
+        raise LoraError(f"{folder}: is a file, and the layout of PEFT is a folder. Give another name.")
+    if not folder.parent.is_dir():
+        raise LoraError(f"{folder}: the folder {folder.parent} does not exist.")
+
+
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: str) -> None:
     """Writes both files of an adapter. A write that fails leaves those that were there. Raises LoraError."""
+    check_folder(folder)
     try:
         folder.mkdir(exist_ok=True)
         with replacing(folder / CONFIG) as unfinished:

@@ -118,8 +118,9 @@ def find_fused_files(lora: Path, advice: str, given: Sequence[Path] = ()) -> lis
     """The LoRAs that this one was trained on top of, in their order; none for most LoRAs.
 
     Looked at are the `given` files, what the options of its run name, and the files beside it and beside those, each
-    by its content. Where a LoRA records no content, the given file that is no other's is taken, or that of the run.
-    Raises LoraError for a damaged record, and UserError, ending in the `advice`, for a LoRA that is nowhere.
+    by its content. Where a LoRA records no content, that is the file of the recorded name of those and beside it, or
+    else one that is given or named by the run, and what is returned has its content recorded. Raises LoraError for a
+    damaged record, and UserError, ending in the `advice`, for a LoRA that is nowhere.
     """
     wanted = read_records(lora_metadata_of(lora), lora)
     if not wanted:
@@ -127,18 +128,22 @@ def find_fused_files(lora: Path, advice: str, given: Sequence[Path] = ()) -> lis
     named = [*given, *_named_by_run(lora)]
     found = _by_content(wanted, lora, named)
     expert = expert_of(lora, lora_metadata_of(lora))
-    unrecorded = [path for path in named if path not in found.values()]
-    unrecorded = [path for path in unrecorded if _may_share_an_expert(expert_of(path, lora_metadata_of(path)), expert)]
-    files = []
+    others = [path for path in named if path not in found.values() and not _is_same(path, lora)]
+    others = [path for path in others if _may_share_an_expert(expert_of(path, lora_metadata_of(path)), expert)]
+    files = list[FusedFile]()
     for fused in wanted:
-        if fused.sha256 is None and unrecorded:
-            files.append(FusedFile(unrecorded[0], fused))
-        elif fused.sha256 in found:
-            files.append(FusedFile(found[fused.sha256], fused))
-        else:
+        path = found.get(fused.sha256 or "")
+        if fused.sha256 is None:
+            taken = [file.path for file in files]
+            free = [path for path in others if path not in taken]
+            beside = [path for path in _loras_in([lora.parent]) if path not in taken and not _is_same(path, lora)]
+            same_name = [path for path in (*free, *beside) if path.name == fused.name]
+            path = next(iter((*same_name, *free)), None)
+        if path is None:
             raise UserError(
                 f"{lora} was trained on top of {fused}, and no such file is beside it or where its run had it\n{advice}"
             )
+        files.append(FusedFile(path, fused) if fused.sha256 else fused_file(path, fused.weight))
     return files
 
 
@@ -206,7 +211,7 @@ def _fused_by_options(metadata: Mapping[str, str]) -> list[FusedRecord]:
     match options:
         case {"fuse_lora": str(path)}:
             name, weight = PureWindowsPath(path).name, _finite(options.get("fuse_lora_weight"))
-            if _may_share_an_expert(expert_of(Path(name), {}), metadata.get(EXPERT_KEY)):
+            if name and _may_share_an_expert(expert_of(Path(name), {}), metadata.get(EXPERT_KEY)):
                 return [FusedRecord(name, None, 1.0 if weight is None else weight)]
     return []
 
@@ -237,6 +242,7 @@ def _by_content(wanted: Sequence[FusedRecord], lora: Path, named: Sequence[Path]
         path for path in others if 0 < (size := content_size(path)) <= LARGEST and (None in sizes or size in sizes)
     ]
     found: dict[str, Path] = {}
+    plausible = plausible if missing else []
     for path in tqdm(plausible, "looking for the fused LoRA", unit="file", leave=False, disable=not plausible):
         if missing <= found.keys():
             break

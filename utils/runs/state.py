@@ -122,7 +122,8 @@ def read_state(path: Path) -> State:
         named = parse_name(path.name)
         if named is not None and named.trainable is not None:
             beside = path.with_name(Checkpoint(named.step).name)
-            raise UserError(f"{path} is a LoRA, and a run resumes from a state: give {beside}") from None
+            there = str(beside) if beside.exists() else f"one in {path.parent}; {beside.name} has been removed"
+            raise UserError(f"{path} is a LoRA, and a run resumes from a state: give {there}") from None
         reason = f"missing or invalid {error}" if str(error) else type(error).__name__
         raise UserError(f"{path} is not a training state ({STATES}): {reason}") from None
     return state

@@ -24,5 +24,6 @@ def shareable(metadata: Mapping[str, str], source: Path) -> dict[str, str]:
         kept |= to_metadata(records)
     name = metadata.get(BASE_MODEL, "")
     if name and not HUB_NAME.fullmatch(name):
-        kept[BASE_MODEL] = PureWindowsPath(name).name or name  # knows both separators
+        parts = (PureWindowsPath(part).name or part for part in name.split(" + "))  # knows both separators
+        kept[BASE_MODEL] = " + ".join(parts)
     return kept

@@ -102,6 +102,16 @@ def test_a_damaged_record_stops_nothing_where_nothing_of_it_is_fused(folder, exp
     assert damaged in capsys.readouterr().out
 
 
+def test_what_is_left_out_is_not_there_for_a_further_lora_either(folder, single, capsys):
+    below = fused_file(folder / "fox_low_noise.safetensors", 1.0)
+    for name in ("top", "speed"):
+        write_lora(folder / f"{name}.safetensors", replace(make_lora(0.1), metadata=to_metadata([below.record])))
+    top, note = [folder / "top.safetensors"], "speed.safetensors was trained on top of fox_low_noise.safetensors"
+    for base, count in ((find_fused_base(top, [], single), 0), (leave_out_fused_base(top, single), 1)):
+        choose_loras(top, 1.0, [f"{folder}/speed.safetensors"], single, base)
+        assert capsys.readouterr().out.count(note) == count
+
+
 def test_a_further_lora_that_is_on_top_of_one_that_is_not_there_is_noted(folder, single, capsys):
     below = fused_file(folder / "fox_low_noise.safetensors", 1.0)
     write_lora(folder / "speed.safetensors", replace(make_lora(0.1), metadata=to_metadata([below.record])))

@@ -14,6 +14,7 @@ from utils.adapters.lora_file import LoraError, LoraFile, LoraPair
 from utils.adapters.lora_writer import write_lora
 from utils.adapters.provenance import (
     FusedFile,
+    FusedRecord,
     content_hash,
     find_fused_files,
     find_fused_files_of_experts,
@@ -226,10 +227,31 @@ def test_a_lora_without_a_recorded_content_gets_what_its_run_read(tmp_path, styl
     lora = write(tmp_path / "run" / "checkpoints" / "x.safetensors", 9.0, {"options": json.dumps(options)})
     with pytest.raises(UserError, match=r"style\.safetensors \(weight 0\.25, SHA-256 not recorded\)"):
         find_fused_files(lora, ADVICE)
-    assert [file.path for file in find_fused_files(lora, ADVICE, [style])] == [style]
+    # What is found has its content recorded, for LoRAs on top of both.
+    assert find_fused_files(lora, ADVICE, [style]) == [fused_file(style, 0.25)]
     (tmp_path / "run" / "command_args.json").write_text(json.dumps(options))
-    (found,) = find_fused_files(lora, ADVICE)
-    assert (found.path, found.record.weight) == (style, 0.25)
+    assert find_fused_files(lora, ADVICE) == [fused_file(style, 0.25)]
+
+
+def test_a_file_of_the_recorded_name_beside_it_is_taken_where_no_content_is_recorded(tmp_path, style):
+    lora = write(tmp_path / "b" / "fox.safetensors", 9.0, to_metadata([FusedRecord("style.safetensors", None, 0.5)]))
+    with pytest.raises(UserError, match=r"style\.safetensors \(weight 0\.5, SHA-256 not recorded\), and no such file"):
+        find_fused_files(lora, ADVICE)
+    with pytest.raises(UserError, match="no such file"):
+        find_fused_files(lora, ADVICE, [lora])  # it is not on top of itself
+    beside = write(tmp_path / "b" / "style.safetensors", 2.0)
+    assert find_fused_files(lora, ADVICE) == [fused_file(beside, 0.5)]
+    assert find_fused_files(lora, ADVICE, [style]) == [fused_file(style, 0.5)]
+
+
+def test_each_file_is_taken_once_where_no_content_is_recorded(tmp_path, style):
+    records = [FusedRecord("other.safetensors", None, 1.0), FusedRecord("style.safetensors", None, 0.5)]
+    lora = write(tmp_path / "b" / "fox.safetensors", 9.0, to_metadata(records))
+    second = write(tmp_path / "c" / "second.safetensors", 3.0)
+    expected = [fused_file(second, 1.0), fused_file(style, 0.5)]
+    assert find_fused_files(lora, ADVICE, [second, style]) == expected
+    with pytest.raises(UserError, match=r"was trained on top of style\.safetensors"):
+        find_fused_files(lora, ADVICE, [second])
 
 
 def test_a_name_in_the_metadata_chooses_no_path(tmp_path, style):

@@ -17,7 +17,7 @@ def test_the_options_of_a_run_are_left_out_but_for_which_lora_was_fused():
     assert found.keys() == {"steps", "fused_lora"} and "srv" not in str(found) and "secret" not in str(found)
     assert read_records(found, FILE) == [FusedRecord("style.safetensors", None, 0.5)]
     assert shareable({"options": json.dumps(OPTIONS), "fused_lora": "[]"}, FILE) == {"fused_lora": "[]"}
-    assert shareable({"options": "{"}, FILE) == {}
+    assert shareable({"options": "{"}, FILE) == shareable({"options": '{"fuse_lora": ""}'}, FILE) == {}
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,7 @@ def test_the_options_of_a_run_are_left_out_but_for_which_lora_was_fused():
         ("/", "/"),
         ("Wan-AI/Wan2.1-T2V-1.3B", "Wan-AI/Wan2.1-T2V-1.3B"),
         ("high.safetensors + low.safetensors", "high.safetensors + low.safetensors"),
+        ("/a/high.safetensors + /b/low.safetensors", "high.safetensors + low.safetensors"),
     ],
 )
 def test_a_base_model_is_named_without_where_it_is(name, expected):
