@@ -126,7 +126,7 @@ def test_what_a_model_cannot_be_trained_with_is_reported(work, capsys, monkeypat
         ("i2v-experts", "--lora_path loras/fox_high_noise.safetensors", "--image"),
         ("flf2v", "--lora_path loras/fox.safetensors --image fox.png", "--last_image"),
         ("i2v", "--lora_path loras/fox.safetensors --image fox.png --last_image fox.png", "--image"),
-        ("t2v", "--lora_path loras/fox.safetensors --image fox.png", "this model is given no frames"),
+        ("t2v", "--lora_path loras/fox.safetensors --image fox.png", "this is a text-to-video model"),
         ("t2v", "--lora_path loras/fox.safetensors --last_image fox.png", "--last_image requires --image"),
         ("5B", "--lora_path loras/fox.safetensors --image nowhere.png", "nowhere.png"),
         ("5B", "--lora_path loras/fox.safetensors --width 48 --height 64", "multiples of 32"),

@@ -87,7 +87,7 @@ def ends(main: Callable, arguments: str, capsys: pytest.CaptureFixture) -> str:
         (f"{TRAIN} --control_lora --load_control", "no control named fox_control"),
         (f"{TRAIN} --init_lora nowhere.safetensors", "nowhere.safetensors"),
         (f"{TRAIN} --init_lora other.safetensors", "other.safetensors"),
-        (f"{TRAIN} --init_lora foreign.safetensors", "No options fit, and it cannot be fused: "),
+        (f"{TRAIN} --init_lora foreign.safetensors", "foreign.safetensors: the LoRA has "),
         (f"{TRAIN} --init_lora nan.safetensors", "nan.safetensors: blocks.0.self_attn.q.lora_A: holds NaN or infinite"),
         (f"{TRAIN} --fuse_lora nan.safetensors", "nan.safetensors: blocks.0.self_attn.q.lora_A: holds NaN or infinite"),
         (f"{TRAIN} --fuse_lora foreign.safetensors", "the LoRA has (7, 7) at blocks.0.self_attn.q.weight"),

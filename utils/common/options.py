@@ -352,8 +352,6 @@ def _convert_scalar(spec: Field, scalar: type, given: _Given) -> Any:
     if scalar is Path and not str(value):
         raise UserError(f"--{name} is empty: it must be a path")
     if scalar is Path or meta["is_path"]:
-        if "\0" in str(value):
-            raise UserError(f"--{name} holds a NUL character, which no path has: {str(value)!r}")
         value = expand_home(str(value))
     try:
         converted = scalar(value)
