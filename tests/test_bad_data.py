@@ -227,7 +227,7 @@ STATES = [
     (
         NOTHING,
         f"{AGAIN} {LORA}",
-        "wan-lora-00000002.safetensors is a LoRA, and a run resumes from a state: give outputs/run/checkpoints/state",
+        "wan-lora-00000002.safetensors is a LoRA, and a run resumes from a state: give ",
     ),
     (
         lambda work: shutil.copy(work / STATE, work / "state-00000002.safetensors"),

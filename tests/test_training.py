@@ -103,7 +103,7 @@ def test_a_bf16_base_as_on_a_gpu_trains_fp32_adapters(tmp_path: Path, batch: Bat
     opts = train_wan_lora.parse_options(train_wan_lora.Options, ["--lora_target", "all-linear", *flags.split()])
     torch.manual_seed(0)
     memory = replace(
-        opts.memory(hold_as("auto", torch.device("cpu")), compile=False),
+        opts.memory(hold_as("auto", torch.device("cpu")), compiled=False),
         fuse=True,
         stream=torch.bfloat16,
     )
