@@ -379,6 +379,12 @@ def test_the_alphas_are_listed_by_size_and_those_that_are_not_stated_are_counted
     assert f"\non top of style.safetensors (weight 0.5, SHA-256 {'0' * 64})\n" in said
 
 
+def test_a_damaged_record_is_noted(tmp_path, capsys):
+    source = save(tmp_path / "lora.safetensors", bare(), {"fused_lora": "yes"})
+    assert run("--input_lora", source) == 0
+    assert "note: " in (said := capsys.readouterr().out) and "does not say what it was trained on" in said
+
+
 def test_metadata_survives_and_is_readable(tmp_path):
     source = save(tmp_path / "lora.safetensors", bare(), {"config": json.dumps({"shift": 5})})
     assert run("--input_lora", source, "--to", "diffusers", "--alpha", 2) == 0

@@ -156,6 +156,17 @@ def test_nothing_is_advised_for_a_lora_of_another_wan(tmp_path, monkeypatch):
     write_lora(Path("fox.safetensors"), LoraFile({Q: LoraPair(torch.ones(2, 7), torch.ones(7, 2), 2.0)}))
     with pytest.raises(UserError, match=r"^fox\.safetensors: the LoRA has \(7, 7\).*, .* is it for another Wan\?$"):
         plan("--dataset clips --init_lora fox.safetensors")
+    for name in ("high", "low"):
+        Path(f"style_{name}_noise.safetensors").write_bytes(Path("fox.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"^style_low_noise\.safetensors: the LoRA has "):
+        plan("--dataset clips --init_lora style.safetensors", expert="low_noise", experts=TWO)
+
+
+def test_advice_can_be_pasted_where_a_name_has_a_space(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_lora(Path("my fox.safetensors"), varying("rank"))
+    with pytest.raises(UserError, match="Pass --fuse_lora 'my fox.safetensors' instead of --init_lora"):
+        plan("--dataset clips --init_lora 'my fox.safetensors'")
 
 
 def test_a_pair_is_advised_what_works_for_both_experts(tmp_path, monkeypatch):

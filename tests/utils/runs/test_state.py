@@ -55,6 +55,18 @@ def test_a_learner_survives_the_way_to_a_file_and_back(tmp_path, names):
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
+def test_a_lora_is_no_state_and_the_state_of_its_step_is_named_where_it_is_still_there(tmp_path):
+    state = saved(tmp_path)
+    lora = state.with_name("fox-00000002-ema_high_noise.safetensors")
+    save_file({"blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 5)}, lora)
+    said = f"^{lora} is a LoRA, and a run resumes from a state: give "
+    with pytest.raises(UserError, match=f"{said}{state}$"):
+        read_state(lora)
+    state.unlink()
+    with pytest.raises(UserError, match=f"{said}one in {state.parent}; {state.name} has been removed$"):
+        read_state(lora)
+
+
 def test_a_state_of_format_2_is_restored_with_its_means_as_those_of_the_ordinary_phase(tmp_path):
     path = saved(tmp_path)
     today, (tensors, _) = read_state(path), content(path)
