@@ -342,9 +342,7 @@ def test_the_files_of_an_adapter_say_what_was_fused_into_its_base(tmp_path):
 
 def test_a_lora_whose_record_is_damaged_is_not_fused(tmp_path):
     write_lora(tmp_path / "fox.safetensors", replace(constant(1.0), metadata={"fused_lora": "yes"}))
-    with pytest.raises(
-        UserError, match=r"\nGet the file again, or remove fused_lora from its metadata: it is then"
-    ):
+    with pytest.raises(UserError, match=r"\nGet the file again, or remove fused_lora from its metadata: it is then"):
         plan_adapter(options(fuse_lora=tmp_path / "fox.safetensors"), layout())
 
 
