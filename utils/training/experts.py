@@ -38,6 +38,8 @@ CPU = torch.device("cpu")
 SIDES = ("high", "low")
 DISK = "disk"
 PLACES = ("auto", "memory", DISK)  # where an expert waits
+OWN_RANGE, OVERLAPPING, EVERYWHERE = RANGES = ("own", "overlap", "all")  # noise levels to train at
+OVERLAP = 0.05  # of sigma, beyond the boundary
 OWN = ("learning_rate", "lora_rank", "lora_alpha", "max_train_steps")  # options that each expert may have of its own
 
 
@@ -50,6 +52,12 @@ class ExpertOptions:
         "which expert to train; full: a model without experts",
         choices=("both", *SIDES, "full"),
         aliases=("boundary_type",),
+    )
+    expert_range: str = option(
+        "own",
+        f"noise levels that each expert trains at; own: those at which it answers; overlap: and {OVERLAP:g} beyond "
+        "their boundary; all: every level",
+        choices=RANGES,
     )
     expert_phase_steps: int = option(200, "with both, steps of one expert before the other takes its turn", minimum=1)
     idle_expert: str = option(
@@ -83,10 +91,12 @@ class ExpertOptions:
             given = next((name for name in OWN if getattr(self, f"{side}_{name}") is not None), None)
             if given and side not in map(_side, names):
                 raise UserError(f"--{side}_{given} would be ignored: no {side}-noise expert is trained")
+        if not several and self.expert_range != ExpertOptions.expert_range:
+            raise UserError(f"--expert_range {self.expert_range} would be ignored: this model has no experts")
         if len(names) == 1 and self.expert_phase_steps != ExpertOptions.expert_phase_steps:
             raise UserError("--expert_phase_steps would be ignored: it is for training both experts")
-        trained = (expert for expert in family.experts if expert.name in names)
-        return [Role(expert, self._options_of(expert), alone=not several) for expert in trained]
+        trained = [expert for expert in family.experts if expert.name in names]
+        return [Role(each, self._options_of(each), self._levels_of(each), alone=not several) for each in trained]
 
     def check_idle_expert(self, num_loaded: int) -> None:
         """Raises UserError where --idle_expert would be ignored: fewer than two transformers are loaded together."""
@@ -95,6 +105,12 @@ class ExpertOptions:
                 f"--idle_expert {self.idle_expert} would be ignored: no second transformer is loaded beside the one "
                 "that runs"
             )
+
+    def _levels_of(self, expert: Expert) -> tuple[float, float]:
+        """The noise levels that an expert is trained at. It is validated at those at which it answers."""
+        low, high = expert.sigmas
+        beyond = {OWN_RANGE: 0.0, OVERLAPPING: OVERLAP, EVERYWHERE: 1.0}[self.expert_range]
+        return max(low - beyond, 0.0), min(high + beyond, 1.0)
 
     def _options_of(self, expert: Expert) -> Self:
         """The options of one expert: the run's, with its own values where it has any."""
@@ -116,6 +132,7 @@ class Role(Generic[T]):
 
     expert: Expert
     opts: T
+    sigmas: tuple[float, float]  # the noise levels that it is trained at, after the shift
     alone: bool = True  # whether the family has no other
 
     @property

@@ -88,7 +88,7 @@ def make_phase(
 
     `loss` maps a batch to a scalar, given the role's `opts` and `sigmas`, and the `model`.
     """
-    loss = partial(loss, opts=role.opts, sigmas=role.expert.sigmas, model=adapter.model)
+    loss = partial(loss, opts=role.opts, sigmas=role.sigmas, model=adapter.model)
     update = partial(learner.update, role.trainable, role.opts.max_grad_norm)
     span = partial(experts.speaking, role.name, adapter.speaking)
     updater = learner.trainables[role.trainable].updater

@@ -73,12 +73,27 @@ def test_a_model_without_experts_is_trained_whole_under_the_names_it_always_had(
         ("--expert high --low_learning_rate 1e-4", A14B, "--low_learning_rate would be ignored: no low-noise expert"),
         ("--expert low --high_max_train_steps 5", A14B, "--high_max_train_steps would be ignored"),
         ("--expert_phase_steps 7 --expert low", A14B, "--expert_phase_steps would be ignored"),
-        ("--expert_phase_steps 7", FAMILIES["wan2.1-t2v-1.3B"], "--expert_phase_steps would be ignored"),
+        ("--expert_phase_steps 7", SINGLE, "--expert_phase_steps would be ignored"),
+        ("--expert_range all", SINGLE, "--expert_range all would be ignored: this model has no experts"),
     ],
 )
 def test_what_no_expert_would_use_is_an_error(flags, family, message):
     with pytest.raises(UserError, match=message):
         options(flags).roles(family)
+
+
+@pytest.mark.parametrize(
+    ("flags", "high", "low"),
+    [
+        ("", (0.9, 1.0), (0.0, 0.9)),
+        ("--expert_range own", (0.9, 1.0), (0.0, 0.9)),
+        ("--expert_range overlap", (0.85, 1.0), (0.0, 0.95)),
+        ("--expert_range all", (0.0, 1.0), (0.0, 1.0)),
+    ],
+)
+def test_each_expert_is_trained_at_the_noise_levels_of_its_range(flags, high, low):
+    assert [role.sigmas for role in options(flags).roles(A14B)] == [pytest.approx(high), pytest.approx(low)]
+    assert options(f"{flags} --expert low").roles(A14B)[0].sigmas == pytest.approx(low)
 
 
 def test_each_expert_has_the_options_of_the_run_except_for_its_own():

@@ -11,6 +11,7 @@ from tests.tiny import TINY_SHAPE, tiny_shape, tiny_transformer
 from utils.adapters.attach import AdapterOptions, LoraAdapter
 from utils.adapters.lora import add_lora, select_modules
 from utils.common.options import parse_options
+from utils.diffusion.flow import sample_noisy
 from utils.encoding.conditioning import Batch, Cond, make_predict
 from utils.training.experts import Experts
 from utils.training.learner import Learner, Trainable
@@ -124,6 +125,23 @@ def test_an_experts_phase_changes_its_own_lora_alone_at_its_own_noise_levels_and
         assert phase.sigmas == pytest.approx([low + (high - low) * quantile for quantile in (0.1, 0.3, 0.5, 0.7, 0.9)])
         seen.clear()
     assert learner.step == 2
+
+
+@pytest.mark.parametrize(("kind", "low"), [("overlap", (0.0, 0.95)), ("all", (0.0, 1.0))])
+def test_a_wider_range_has_the_levels_of_the_shifted_distribution_and_is_validated_as_ever(monkeypatch, kind, low):
+    """By the distribution function of the levels: it is uniform where the levels are those of one distribution."""
+    _, (_, phase), _ = expert_phases(f"--shift 5 --expert_range {kind}")
+    seen = []
+    monkeypatch.setattr(train_wan_lora, "sample_noisy", lambda *args: seen.append(args[1:]) or sample_noisy(*args))
+    with phase.speaking():
+        phase.loss(i2v_batch())
+    ((shift, interval),) = seen
+    assert shift == 5 and interval == pytest.approx(low)
+    levels = sample_noisy(torch.zeros(20_000, 1, 1, 1, 1), shift, interval).sigma
+    below = [(levels <= low[1] * share).float().mean().item() for share in (0.25, 0.5, 0.75)]
+    unshifted = [sigma / (5 - 4 * sigma) for sigma in (low[1] * share for share in (0.25, 0.5, 0.75, 1.0))]
+    assert below == pytest.approx([value / unshifted[-1] for value in unshifted[:-1]], abs=0.02)
+    assert phase.sigmas == pytest.approx([0.9 * quantile for quantile in (0.1, 0.3, 0.5, 0.7, 0.9)])
 
 
 def test_an_expert_is_validated_at_its_own_noise_levels_with_its_own_lora():
