@@ -7,13 +7,14 @@
 # make families-check  every family of Wan from clips to a converted LoRA; at most half an hour on two cores
 # make gpu-bench   what is left of the measurements on a GPU, in parts of at most eight minutes, and their table
 # make nano-check  proofs that training teaches, on the small Wan
+# make nano-check-families  the same for image-to-video and for two experts, with python -m nano.pretrain_families
 # make learning    what LoRAs learn on quantised bases of the small Wan; about two hours on one free core, resumable
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test test-slow crash-check families-check nano-check learning gpu-bench check clean
+.PHONY: venv demo test test-slow crash-check families-check nano-check nano-check-families learning gpu-bench check clean
 
 venv: $(VENV)/.complete
 
@@ -31,7 +32,7 @@ check: venv
 
 # Two processes, each with a file of tests at a time and one thread. Waiting threads that spin slow other processes down.
 test: check
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not nano and not crash and not families"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not nano and not nano_families and not crash and not families"
 
 test-slow: venv
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow
@@ -44,6 +45,9 @@ families-check: venv
 
 nano-check: venv
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m nano -s
+
+nano-check-families: venv
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m nano_families -s
 
 learning: venv
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.learning

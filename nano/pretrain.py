@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from nano.pretrain_transformer import SHAPE, CaptionEncoder, train_transformer
+from nano.pretrain_transformer import SHAPE, CaptionEncoder, ClipEncoders, train_transformer
 from nano.pretrain_vae import train_vae
 from nano.text_encoder import make_encoder, write_tokenizer
 from nano.world import words
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = encoder_files(unfinished)
     vae, encoder = load_vae(files, device), load_text_encoder(files, torch.float32, device)
     captions = CaptionEncoder(encoder, read_prompt(negative_prompt_file(FAMILY)))
-    model = train_transformer(opts.work, opts.seed, vae, captions, opts.compile)
+    model = train_transformer(opts.work, opts.seed, ClipEncoders(vae, captions), opts.compile)
     write_transformer(unfinished, model, FAMILY)
     shutil.copytree(unfinished, opts.model, dirs_exist_ok=True)
     say(f"wrote {opts.model}")

@@ -1,8 +1,9 @@
-"""Trains all parameters of the small transformer from scratch: on images first, then on clips and images."""
+"""Trains all parameters of small transformers: the first from scratch, those of other families from the first."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from utils.common.errors import UserError
 from utils.common.tensor_files import TensorFileError, read_tensors, write_tensors
 from utils.diffusion.flow import Predict, sample_noisy
 from utils.diffusion.objectives import squared_error
-from utils.encoding.conditioning import Batch, Cond, Encoded, collate, make_predict, to_unit_range
+from utils.encoding.conditioning import Batch, Cond, Encoded, Encoders, collate, make_predict, to_unit_range
 from utils.training.memory import Memory, prepare
+from wan.configs import FAMILIES, Family
 from wan.modules.model import WanModel, WanShape
 from wan.modules.t5 import TextEncoder
 from wan.modules.vae import WanVAE
@@ -27,12 +29,49 @@ from wan.modules.vae import WanVAE
 SHAPE = WanShape(dim=192, ffn_dim=768, num_heads=6, num_layers=8, text_dim=64, text_len=32, freq_dim=256)
 CLIPS, RECOLOURED_CLIPS = 3072, 768
 ENCODING_BATCH = 8  # clips
-IMAGE_STEPS, CLIP_STEPS = 700, 4300
 IMAGES_EVERY = 8  # steps, during training on clips
 IMAGE_BATCH, CLIP_BATCH = 96, 32
 SHIFT = 2.0
 UNCONDITIONAL_SHARE, MADE_UP_SHARE = 0.1, 0.05  # of the captions
 NUM_TESTED = 32  # withheld scenes for the printed figures
+
+
+@dataclass(frozen=True)
+class Course:
+    """How one transformer is trained: for which family, how long, on images or clips alone, and at which noise levels.
+
+    A model that is given frames sees no images: of those it would see the answer. Its clips begin alike, whatever the
+    motion: otherwise the first frame would say what the caption says.
+    """
+
+    name: str
+    family: Family
+    image_steps: int
+    clip_steps: int
+    sigmas: tuple[float, float] = (0.0, 1.0)
+    learning_rate: float = 2e-3
+    rest_learning_rate: float = 1e-3
+
+    @property
+    def steps(self) -> int:
+        return self.image_steps + self.clip_steps
+
+    def shows_images(self, step: int) -> bool:
+        """Whether the batch of a step is of images."""
+        return not self.family.given and (step < self.image_steps or step % IMAGES_EVERY == 0)
+
+
+# Images come first: they cost a fifth.
+FIRST = Course("transformer", FAMILIES["wan2.1-t2v-1.3B"], image_steps=700, clip_steps=4300)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Training clips, encoded: latents (N, 16, f, h, w), and what shows the given frames (N, 20, f, h, w), if any."""
+
+    clips: "Sequence[TrainingClip]"
+    latents: Tensor
+    channels: Tensor | None = None
 
 
 def initialise(model: WanModel) -> WanModel:
@@ -82,64 +121,95 @@ class CaptionEncoder:
 
 
 @dataclass(frozen=True)
+class ClipEncoders:
+    """What clips and their captions are encoded with."""
+
+    vae: WanVAE
+    captions: CaptionEncoder
+
+
+@dataclass(frozen=True)
 class TrainingClip:
     """What a training clip shows. Clips in arbitrary colours prepare the model for looks beyond those of the world."""
 
     scene: Scene
     recoloured: bool
+    from_middle: bool = False
 
     def render(self, rng: random.Random) -> Tensor:
         """The clip (3, F, H, W) on the 0..255 scale."""
-        return recoloured(self.scene, rng) if self.recoloured else render(self.scene, rng)
+        draw = recoloured if self.recoloured else render
+        return draw(self.scene, rng, from_middle=self.from_middle)
 
 
-def training_clips() -> list[TrainingClip]:
+def training_clips(from_middle: bool = False) -> list[TrainingClip]:
     known, _ = split()
-    return [TrainingClip(known[index % len(known)], index >= CLIPS) for index in range(CLIPS + RECOLOURED_CLIPS)]
+    numbers = range(CLIPS + RECOLOURED_CLIPS)
+    return [TrainingClip(known[number % len(known)], number >= CLIPS, from_middle) for number in numbers]
 
 
-def encode_clips(work: Path, vae: WanVAE, clips: Sequence[TrainingClip]) -> Tensor:
-    """Latents (N, 16, f, h, w) of the clips, cached in `work` under a fingerprint of the VAE and the clips.
+def encode_clips(work: Path, vae: WanVAE, clips: Sequence[TrainingClip], family: Family) -> Samples:
+    """Encodes the clips, and what shows a family its given frames of them; cached in `work`, by the VAE and the clips.
 
-    Raises UserError if the cache file cannot be read.
+    Raises UserError if a cache file cannot be read.
     """
     encoders = (*vae.encoder.parameters(), *vae.conv1.parameters())
     samples = (clip.render(random.Random(0)) for clip in (clips[0], clips[-1]))
-    path = work / f"latents-{fingerprint(str(len(clips)), *encoders, *samples)}.safetensors"
-    if path.exists():
-        return _read_latents(path)
+    mark = fingerprint(str(len(clips)), *encoders, *samples)
+    encode = partial(_encode, vae, clips)
+    latents = _cached(work / f"latents-{mark}.safetensors", "latents", partial(encode, vae.encode))
+    if not family.given:
+        return Samples(clips, latents)
+    given = Encoders(family, vae)
+
+    def channels(videos: Tensor) -> Tensor:
+        text = torch.zeros(1, SHAPE.text_dim)
+        conds = [given.condition(text, {0: video[:, :1]}, video.shape[1]) for video in videos]
+        return torch.stack([cond.channels for cond in conds if cond.channels is not None])
+
+    path = work / f"channels-{family.task}-{mark}.safetensors"
+    return Samples(clips, latents, _cached(path, "channels", partial(encode, channels)))
+
+
+def _encode(vae: WanVAE, clips: Sequence[TrainingClip], encode: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `encode` makes of batches (B, 3, F, H, W) in -1..1 of the clips, of all together."""
     encoded = []
     for first in tqdm(range(0, len(clips), ENCODING_BATCH), "encoding clips"):
         numbered = enumerate(clips[first : first + ENCODING_BATCH], first)
         video = to_unit_range(torch.stack([clip.render(random.Random(f"clip {n}")) for n, clip in numbered]))
         with torch.no_grad(), autocast(vae.device), faster_attention(vae.device):
-            encoded.append(vae.encode(video.to(vae.device)).cpu())
-    latents = torch.cat(encoded).contiguous()
-    write_tensors(path, {"latents": latents})
-    return latents
+            encoded.append(encode(video.to(vae.device)).cpu())
+    return torch.cat(encoded).contiguous()
 
 
-def _read_latents(path: Path) -> Tensor:
+def _cached(path: Path, name: str, make: Callable[[], Tensor]) -> Tensor:
+    """A tensor from its file, or else made and written there."""
+    if not path.exists():
+        tensor = make()
+        write_tensors(path, {name: tensor})
+        return tensor
     try:
         tensors, _ = read_tensors(path)
-        return tensors["latents"]
+        return tensors[name]
     except (TensorFileError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}): remove it, and the clips are encoded again") from None
 
 
-def draw(step: int, clips: Sequence[TrainingClip], latents: Tensor, captions: CaptionEncoder) -> Batch:
+def draw(step: int, course: Course, samples: Samples, captions: CaptionEncoder) -> Batch:
     """The batch of a step. Images are the first latent frames of clips, which the VAE encodes on their own."""
-    rng = random.Random(f"transformer {step}")
-    images = step < IMAGE_STEPS or step % IMAGES_EVERY == 0
-    count, frames = (IMAGE_BATCH, 1) if images else (CLIP_BATCH, latents.shape[2])
-    chosen = [rng.randrange(len(clips)) for _ in range(count)]
-    texts = [captions.training_rows(clips[n], rng) for n in chosen]
-    return collate([Encoded(latents[n, :, :frames], Cond(text)) for n, text in zip(chosen, texts, strict=True)])
+    rng = random.Random(f"{course.name} {step}")
+    images = course.shows_images(step)
+    count, frames = (IMAGE_BATCH, 1) if images else (CLIP_BATCH, samples.latents.shape[2])
+    chosen = [rng.randrange(len(samples.clips)) for _ in range(count)]
+    texts = [captions.training_rows(samples.clips[n], rng) for n in chosen]
+    channels = [None if samples.channels is None else samples.channels[n] for n in chosen]
+    conds = [Cond(text, shown) for text, shown in zip(texts, channels, strict=True)]
+    return collate([Encoded(samples.latents[n, :, :frames], cond) for n, cond in zip(chosen, conds, strict=True)])
 
 
-def loss(predict: Predict[Cond], batch: Batch) -> Tensor:
-    """The trainer's loss: flow matching at shifted random noise levels."""
-    noisy = sample_noisy(batch.latents, SHIFT)
+def loss(predict: Predict[Cond], batch: Batch, sigmas: tuple[float, float]) -> Tensor:
+    """The trainer's loss: flow matching at shifted random noise levels, those of an expert."""
+    noisy = sample_noisy(batch.latents, SHIFT, sigmas)
     return squared_error(predict(noisy.latents, noisy.timestep, batch.cond), noisy.velocity)
 
 
@@ -159,15 +229,30 @@ class Bf16Linear(nn.Linear):
         return F.linear(x.bfloat16(), self.weight.bfloat16(), self.bias.bfloat16())
 
 
-def train_transformer(work: Path, seed: int, vae: WanVAE, captions: CaptionEncoder, compiled: bool) -> WanModel:
-    """Trains the transformer on the VAE's device. Latents and the state of the training are saved in `work`.
+Evaluate = Callable[[WanModel, int], str]  # the averaged model after so many steps -> figures to print
 
-    Raises UserError if one of these files is damaged or belongs to another training.
+
+def train_transformer(
+    work: Path,
+    seed: int,
+    encoders: ClipEncoders,
+    compiled: bool,
+    course: Course | None = None,
+    model: WanModel | None = None,
+    evaluate: Evaluate | None = None,
+) -> WanModel:
+    """Trains a transformer on the VAE's device: a new one, or this `model`, which is used up.
+
+    `evaluate` makes other figures than those of a text-to-video model. Latents and the state of the training are saved
+    in `work`. Raises UserError if one of these files is damaged or belongs to another training.
     """
-    device, clips = vae.device, training_clips()
-    latents = encode_clips(work, vae, clips)
+    course = FIRST if course is None else course
+    vae, captions = encoders.vae, encoders.captions
+    device = vae.device
+    samples = encode_clips(work, vae, training_clips(from_middle=bool(course.family.given)), course.family)
     torch.manual_seed(seed)
-    model = initialise(WanModel(SHAPE)).to(device)
+    model = (initialise(WanModel(SHAPE)) if model is None else model).to(device).requires_grad_(True)
+    begun = fingerprint("", *model.parameters())
     predict = make_predict(model)
     for module in model.blocks.modules():
         if isinstance(module, nn.Linear) and training_dtype(device) == torch.bfloat16:
@@ -175,16 +260,17 @@ def train_transformer(work: Path, seed: int, vae: WanVAE, captions: CaptionEncod
     prepare(model, Memory(compile=compiled), attach=lambda base: None)
 
     def loss_at(step: int) -> Tensor:
-        batch = draw(step, clips, latents, captions).to(device)
+        batch = draw(step, course, samples, captions).to(device)
         with faster_attention(device):
-            return loss(predict, batch)
+            return loss(predict, batch, course.sigmas)
 
-    def evaluate(average: WanModel, step: int) -> str:
-        tested, frames = split()[1][:NUM_TESTED], 1 if step <= IMAGE_STEPS else FRAMES
+    def evaluate_first(average: WanModel, step: int) -> str:
+        tested, frames = split()[1][:NUM_TESTED], 1 if step <= course.image_steps else FRAMES
         shares = adherence(generate_scenes(average, vae, captions, tested, frames), tested)
         return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
 
-    steps = IMAGE_STEPS, CLIP_STEPS
-    data = fingerprint(str((steps, IMAGE_BATCH, CLIP_BATCH, SHIFT, UNCONDITIONAL_SHARE, MADE_UP_SHARE)), latents)
-    stage = Stage("transformer", seed, sum(steps), 2e-3, 1e-3, ema_decay=0.998, evaluate_every=1000, data=data)
-    return fit(model, stage, loss_at, evaluate, work).eval().requires_grad_(False)
+    settings = course.image_steps, course.clip_steps, course.sigmas, IMAGE_BATCH, CLIP_BATCH, SHIFT
+    data = fingerprint(f"{settings} {UNCONDITIONAL_SHARE} {MADE_UP_SHARE} {begun}", samples.latents)
+    rates = course.learning_rate, course.rest_learning_rate
+    stage = Stage(course.name, seed, course.steps, *rates, ema_decay=0.998, evaluate_every=1000, data=data)
+    return fit(model, stage, loss_at, evaluate or evaluate_first, work).eval().requires_grad_(False)

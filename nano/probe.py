@@ -199,6 +199,8 @@ def name_motion(seen: Seen) -> str:
         return "still"
     if _circles(path):
         return "orbiting"
+    if _leaps(path):
+        return "leaping"
     way = path[-1] - path[0]
     main, other = (0, 1) if way[0].abs() > way[1].abs() else (1, 0)
     if way[main].abs() < 2 * STILL or reach[other] > STRAY or not _steady(path[:, main] * way[main].sign()):
@@ -216,6 +218,16 @@ def _circles(path: Tensor) -> bool:
     turned, moved = steps.sum().abs().item(), steps.abs().sum().item()
     once = 1.5 * math.pi < turned < 2.5 * math.pi and moved < 1.2 * turned
     return bool(once and distance.min() > 0.4 * distance.max() and distance.mean() > STILL)
+
+
+def _leaps(path: Tensor) -> bool:
+    """Whether the path (F, 2) goes straight up, and down again to where it began."""
+    x, y = path.unbind(1)
+    top = int(y.argmin())
+    straight = (x.amax() - x.amin()).item() < STRAY and (y[-1] - y[0]).abs().item() < 2 * STILL
+    high = (torch.minimum(y[0], y[-1]) - y[top]).item() > 2 * STILL
+    middle = len(path) // 4 <= top < len(path) - len(path) // 4
+    return straight and high and middle and _steady(-y[: top + 1]) and _steady(y[top:])
 
 
 def _steady(position: Tensor) -> bool:

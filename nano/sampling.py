@@ -8,13 +8,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from nano.world import FRAMES, SIDE
-from utils.diffusion.flow import seeded_noise
+from utils.diffusion.flow import Predict, seeded_noise
 from utils.encoding.conditioning import Cond, Encoded, collate, make_predict, replace_text, to_pixels
 from wan.checkpoints import load_text_encoder, load_transformer, load_vae, open_model
 from wan.modules.model import WanModel
 from wan.modules.t5 import TextEncoder
 from wan.modules.vae import WanVAE
-from wan.text2video import Sampler
+from wan.text2video import Sampler, part_at
 
 SAMPLER = Sampler("unipc", steps=20, guidance=(2.5,), shift=5.0)
 BATCH = 32
@@ -27,6 +27,16 @@ def load(folder: Path, device: torch.device) -> tuple[WanModel, WanVAE, TextEnco
     return load_transformer(files.transformer, torch.float32, device), load_vae(files, device), encoder
 
 
+def experts_predict(models: Sequence[WanModel], boundaries: Sequence[float]) -> Predict[Cond]:
+    """`predict(latents, timestep, cond) -> velocity` of the expert that answers at a timestep."""
+    answers = [make_predict(model) for model in models]
+
+    def predict(latents: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+        return answers[part_at(boundaries, timestep)](latents, timestep, cond)
+
+    return predict
+
+
 def noise_of(vae: WanVAE, seeds: Sequence[int], frames: int = FRAMES) -> Tensor:
     """Noise (B, 16, f, h, w) for videos of the world's size, one sample per seed."""
     shape = vae.latent_shape(frames, SIDE, SIDE)
@@ -34,22 +44,24 @@ def noise_of(vae: WanVAE, seeds: Sequence[int], frames: int = FRAMES) -> Tensor:
 
 
 def generate(
-    model: WanModel,
+    model: WanModel | Sequence[WanModel],
     vae: WanVAE,
     texts: Sequence[Tensor],
     noise: Tensor,
     negative: Tensor | None = None,
-    controls: Sequence[Tensor] | None = None,
+    channels: Sequence[Tensor] | None = None,
     sampler: Sampler = SAMPLER,
 ) -> list[Tensor]:
     """A video (F, 3, H, W) uint8 per text (T, E), from noise (B, 16, f, h, w). Computes on the VAE's device.
 
-    Videos are guided away from the `negative` text (T, E) and follow the control latents (16, f, h, w), if given.
+    Videos are guided away from the `negative` text (T, E), and follow what is shown in further input channels
+    (K, f, h, w): control latents, or given frames. Several models are experts, from high noise to low, whose boundaries
+    the sampler has.
     """
-    device, predict = vae.device, make_predict(model)
+    device, predict = vae.device, experts_predict(model if isinstance(model, Sequence) else [model], sampler.boundaries)
     negative = None if negative is None else negative.to(device)
     samples = [
-        Encoded(start, Cond(rows.cpu(), None if controls is None else controls[index].cpu()))
+        Encoded(start, Cond(rows.cpu(), None if channels is None else channels[index].cpu()))
         for index, (start, rows) in enumerate(zip(noise, texts, strict=True))
     ]
     videos = []

@@ -8,7 +8,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -81,6 +81,10 @@ STYLES = {"sunset": Style("kelo", Look(shape=(26, 16, 40), background=(255, 196,
 PLAIN_SHARE = 0.35  # of a style's dataset has the world's colours; otherwise the style would affect every prompt
 GRADIENT_SHARE = 0.4  # of the clips in arbitrary colours
 
+# A motion that the base models have never seen, and the word, unknown to them, with which a LoRA learns it.
+LESSONS = {"leaping": "tavi"}
+ROUND_TRIPS = ("orbiting", "leaping")  # motions that end where they begin
+
 STRIDE = 14.0  # pixels from the middle to both ends of a straight motion
 ORBIT = 8.0  # radius of the orbit, in pixels
 SQUARE = 0.89  # half the side of a square over the radius of a circle of equal area
@@ -124,7 +128,8 @@ def colourless_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def _phrased(scene: Scene, phrasing: str, rng: random.Random) -> str:
-    return phrasing.format(**asdict(scene) | {"motion": rng.choice(MOTIONS[scene.motion])})
+    words = (f"goes {LESSONS[scene.motion]}",) if scene.motion in LESSONS else MOTIONS[scene.motion]
+    return phrasing.format(**asdict(scene) | {"motion": rng.choice(words)})
 
 
 def words() -> list[str]:
@@ -157,16 +162,24 @@ class Track:
     radius: Tensor
 
 
-def track(motion: str, rng: random.Random) -> Track:
-    """The path of a motion, with slightly random position, size and extent."""
+def track(motion: str, rng: random.Random, from_middle: bool = False) -> Track:
+    """The path of a motion, with slightly random position, size and extent.
+
+    All paths lead through the middle. Those `from_middle` begin there, all with the same size, so that the first frame
+    does not say which motion follows; straight ones are half as long.
+    """
     time = torch.linspace(-1, 1, FRAMES)
     reach = rng.uniform(0.9, 1.1)
     place = torch.tensor([SIDE / 2 + rng.uniform(-3, 3), SIDE / 2 + rng.uniform(-3, 3)])
     radius = torch.full((FRAMES,), rng.uniform(11.5, 13.5))
     if motion in ("growing", "shrinking"):
         sign = 1 if motion == "growing" else -1
-        return Track(place.expand(FRAMES, 2), radius * (GROWTH * reach) ** (sign * time))
-    return Track(place + reach * _offset(motion, time), radius)
+        exponent = (time + 1) / 2 if from_middle else time
+        return Track(place.expand(FRAMES, 2), radius * (GROWTH * reach) ** (sign * exponent))
+    offset = _offset(motion, time)
+    if from_middle:
+        offset = (offset - offset[0]) * (1.0 if motion in ROUND_TRIPS else 0.5)
+    return Track(place + reach * offset, radius)
 
 
 def _offset(motion: str, time: Tensor) -> Tensor:
@@ -175,6 +188,8 @@ def _offset(motion: str, time: Tensor) -> Tensor:
     if motion == "orbiting":
         angle = math.pi * time
         return ORBIT * torch.stack([angle.sin(), angle.cos()], dim=1)
+    if motion == "leaping":
+        return STRIDE * torch.stack([rest, time.square() - 1], dim=1)
     ways = {"left": (-time, rest), "right": (time, rest), "up": (rest, -time), "down": (rest, time)}
     ways["still"] = (rest, rest)
     return STRIDE * torch.stack(ways[motion], dim=1)
@@ -222,20 +237,20 @@ def backdrop(look: Look) -> Tensor:
     return torch.lerp(near, far, ramp).expand(3, FRAMES, SIDE, SIDE)
 
 
-def render(scene: Scene, rng: random.Random, style: str | None = None) -> Tensor:
+def render(scene: Scene, rng: random.Random, style: str | None = None, from_middle: bool = False) -> Tensor:
     """A clip (3, F, H, W) fp32 on the 0..255 scale, in the colours of the scene or of the style."""
     background = BACKGROUNDS[scene.background]
     look = Look(COLOURS[scene.colour], background, background) if style is None else STYLES[style].look
-    return _drawn(scene, look, rng)
+    return _drawn(scene, look, rng, from_middle)
 
 
-def recoloured(scene: Scene, rng: random.Random) -> Tensor:
+def recoloured(scene: Scene, rng: random.Random, from_middle: bool = False) -> Tensor:
     """A clip (3, F, H, W) like that of `render`, in random colours instead of the scene's."""
-    return _drawn(scene, _any_look(rng), rng)
+    return _drawn(scene, _any_look(rng), rng, from_middle)
 
 
-def _drawn(scene: Scene, look: Look, rng: random.Random) -> Tensor:
-    return paint(coverage(scene.shape, track(scene.motion, rng)), look.shape, backdrop(look))
+def _drawn(scene: Scene, look: Look, rng: random.Random, from_middle: bool) -> Tensor:
+    return paint(coverage(scene.shape, track(scene.motion, rng, from_middle)), look.shape, backdrop(look))
 
 
 def to_frames(clip: Tensor) -> Tensor:
@@ -274,17 +289,28 @@ def _any_colour(rng: random.Random) -> Colour:
 # ------------------------------------------------------------------------------------------------------------ datasets
 
 
-def write_dataset(folder: Path, count: int, seed: int, style: str | None = None) -> None:
+def write_dataset(
+    folder: Path,
+    count: int,
+    seed: int,
+    style: str | None = None,
+    motion: str | None = None,
+    from_middle: bool = False,
+) -> None:
     """Writes a dataset for the trainer: `count` clips as mp4 files, each with its caption in a .txt file.
 
-    With a style, most clips show it and have its trigger word in their captions; the rest have the world's colours.
+    With a style, or a `motion` of LESSONS, most clips show it and have its word in their captions; the rest are the
+    world's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"dataset {seed}")
     known, _ = split()
     for index in range(count):
-        shown = style if index >= PLAIN_SHARE * count else None
+        is_lesson = index >= PLAIN_SHARE * count
+        shown = style if is_lesson else None
         scene = rng.choice(known)
+        if is_lesson and motion is not None:
+            scene = replace(scene, motion=motion)
         path = folder / f"{index:03d}.mp4"
-        write_video(path, to_frames(render(scene, rng, shown)), FPS)
+        write_video(path, to_frames(render(scene, rng, shown, from_middle)), FPS)
         path.with_suffix(".txt").write_text(caption(scene, rng, shown) + "\n", encoding="utf-8")

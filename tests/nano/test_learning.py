@@ -65,7 +65,7 @@ def test_a_control_lora_follows_its_control_video(work):
     show = partial(generate, model, vae, encoder.encode([""]) * len(TESTED), noise_of(vae, range(len(TESTED))))
     free = adherence(show(sampler=UNGUIDED), TESTED)
     fuse_lora(model, lora)
-    followed = adherence(show(sampler=UNGUIDED, controls=controls), TESTED)
+    followed = adherence(show(sampler=UNGUIDED, channels=controls), TESTED)
     print(f"\ncontrol (tile), no prompt, free:     {free}\ncontrol (tile), no prompt, followed: {followed}")
     assert free["all"] <= 0.05
     assert followed["colour"] >= 0.9 and followed["background"] >= 0.9 and followed["motion"] >= 0.8

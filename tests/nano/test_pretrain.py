@@ -1,5 +1,7 @@
 import random
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,10 @@ from nano import pretrain, pretrain_transformer, pretrain_vae
 from nano.pretrain_vae import Pieces
 from tests.tiny import tiny_vae
 from utils.common.errors import UserError
+from utils.data.loading import Clip
+from utils.encoding.conditioning import Encoders
 from wan.checkpoints import load_text_encoder, load_transformer, load_vae, open_model
+from wan.configs import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +24,8 @@ def pretrained(tmp_path_factory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("pretrained")
     vae = {"WIDTH": 4, "NUM_TESTED": 1, "NUM_FOLDED": 3}
     vae["LESSONS"] = (Pieces(1, 1, 32, 2), Pieces(1, 5, 32, 1), Pieces(1, 5, 64, 1))
-    transformer = {"IMAGE_STEPS": 1, "CLIP_STEPS": 1, "IMAGE_BATCH": 2, "CLIP_BATCH": 2, "NUM_TESTED": 1}
+    short = replace(pretrain_transformer.FIRST, image_steps=1, clip_steps=1)
+    transformer = {"FIRST": short, "IMAGE_BATCH": 2, "CLIP_BATCH": 2, "NUM_TESTED": 1}
     transformer |= {"CLIPS": 6, "RECOLOURED_CLIPS": 2}
     with pytest.MonkeyPatch.context() as patch:
         for module, values in ((pretrain_vae, vae), (pretrain_transformer, transformer)):
@@ -62,14 +68,27 @@ def test_the_state_of_another_training_is_refused(pretrained):
 
 def test_encoded_clips_are_cached_and_a_damaged_cache_is_refused(tmp_path):
     vae, clips = tiny_vae(), pretrain_transformer.training_clips()[:2]
-    encoded = pretrain_transformer.encode_clips(tmp_path, vae, clips)
+    encode = partial(pretrain_transformer.encode_clips, tmp_path, vae, clips, FAMILIES["wan2.1-t2v-1.3B"])
+    encoded = encode().latents
     (path,) = tmp_path.glob("latents-*.safetensors")
-    assert torch.equal(load_file(path)["latents"], encoded)
+    assert torch.equal(load_file(path)["latents"], encoded) and encode().channels is None
     save_file({"latents": encoded + 1}, path)
-    assert torch.equal(pretrain_transformer.encode_clips(tmp_path, vae, clips), encoded + 1)
+    assert torch.equal(encode().latents, encoded + 1)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"latents-.*\.safetensors is damaged"):
-        pretrain_transformer.encode_clips(tmp_path, vae, clips)
+        encode()
+
+
+def test_a_model_that_is_given_frames_is_shown_them_as_the_trainer_does(tmp_path):
+    family = FAMILIES["wan2.2-i2v-A14B"]
+    vae, clips = tiny_vae(), pretrain_transformer.training_clips(from_middle=True)[:2]
+    samples = pretrain_transformer.encode_clips(tmp_path, vae, clips, family)
+    pixels = torch.stack([clip.render(random.Random(f"clip {n}")) for n, clip in enumerate(clips)])
+    for number, clip in enumerate(pixels):
+        text = torch.zeros(1, 4)
+        encoded = Encoders(family, vae).encode(Clip(clip, ""), text)
+        torch.testing.assert_close(samples.latents[number], encoded.latents, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(samples.channels[number], encoded.cond.channels, rtol=1e-2, atol=1e-2)
 
 
 def test_small_pieces_are_cropped_around_an_edge():

@@ -12,8 +12,8 @@ from nano.world import FPS, Scene, Track, coverage, paint, render, scenes, to_fr
 from utils.media.frames import write_video
 
 
-def frames_of(scene: Scene, seed: int, style: str | None = None) -> torch.Tensor:
-    return to_frames(render(scene, random.Random(seed), style))
+def frames_of(scene: Scene, seed: int, style: str | None = None, from_middle: bool = False) -> torch.Tensor:
+    return to_frames(render(scene, random.Random(seed), style, from_middle))
 
 
 # Both steps go through all shapes, colours, backgrounds and motions.
@@ -28,6 +28,15 @@ def test_the_worlds_own_clips_are_recognised_in_video_files(tmp_path, style, ste
         wanted = (scene, "plain") if style is None else (replace(scene, colour=UNCLEAR, background=UNCLEAR), style)
         right += (seen.scene, seen.style) == wanted
     assert right >= 0.98 * len(shown)
+
+
+def test_clips_from_the_middle_and_the_motion_of_a_lesson_are_recognised():
+    shown = [*scenes()[::13], *(replace(scene, motion="leaping") for scene in scenes()[::40])]
+    assert all(read(frames_of(scene, n, from_middle=True)).scene == scene for n, scene in enumerate(shown))
+    leap = frames_of(Scene("square", "red", "black", "leaping"), 0)
+    assert read(leap).motion == "leaping"
+    assert read(leap.flip(2)).motion == UNCLEAR  # down and up again
+    assert read(leap[:9].repeat_interleave(2, 0)[:17]).motion == "up"
 
 
 def test_noise_and_small_errors_of_colour_change_nothing():

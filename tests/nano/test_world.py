@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 import random
 import re
 from dataclasses import astuple
@@ -11,6 +12,7 @@ from nano.world import (
     COLOURS,
     FPS,
     FRAMES,
+    LESSONS,
     MOTIONS,
     SHAPES,
     SIDE,
@@ -73,6 +75,24 @@ def test_no_shape_leaves_the_picture(motion):
             assert (clip[1, :, SIDE // 2 - 20 : SIDE // 2 + 20, SIDE // 2 - 20 : SIDE // 2 + 20] < 140).any()
             border = torch.cat([clip[1, :, 0], clip[1, :, -1], clip[1, :, :, 0], clip[1, :, :, -1]], dim=-1)
             assert (border < 140).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_clips_from_the_middle_begin_alike_whatever_the_motion(shape):
+    """From their first frame no model can know which motion follows."""
+    for seed in range(5):
+        scenes = [Scene(shape, "red", "white", motion) for motion in (*MOTIONS, *LESSONS)]
+        clips = torch.stack([render(scene, random.Random(seed), from_middle=True) for scene in scenes])
+        assert (clips[:, :, 0] - clips[:1, :, 0]).abs().max() < 1e-3
+        assert all((one - other).abs().max() > 50 for one, other in itertools.combinations(clips[:, :, -4], 2))
+        border = torch.cat([clips[:, 1, :, 0], clips[:, 1, :, -1], clips[:, 1, :, :, 0], clips[:, 1, :, :, -1]], dim=-1)
+        assert (border < 140).float().mean(dim=(1, 2)).max() < 0.05
+
+
+def test_a_new_motion_is_named_by_a_word_that_the_tokenizer_does_not_know():
+    text = caption(Scene("circle", "red", "black", "leaping"), random.Random(0))
+    assert "goes tavi" in text and "goes" in words() and "tavi" not in words()
+    assert not LESSONS.keys() & MOTIONS.keys()
 
 
 def test_captions_describe_the_whole_scene_in_words_of_the_tokenizer():
