@@ -233,6 +233,8 @@ def _named_by_run(lora: Path) -> list[Path]:
 def _by_content(wanted: Sequence[FusedRecord], lora: Path, named: Sequence[Path]) -> dict[str, Path]:
     """The file of each recorded content that is found. Of files beside the LoRA those of the same name come first."""
     missing = {fused.sha256 for fused in wanted if fused.sha256 is not None}
+    if not missing:
+        return {}
     names = {fused.name for fused in wanted}
     folders = dict.fromkeys(path.parent for path in (lora, *named))
     beside = sorted(_loras_in(folders), key=lambda path: path.name not in names)
@@ -242,7 +244,6 @@ def _by_content(wanted: Sequence[FusedRecord], lora: Path, named: Sequence[Path]
         path for path in others if 0 < (size := content_size(path)) <= LARGEST and (None in sizes or size in sizes)
     ]
     found: dict[str, Path] = {}
-    plausible = plausible if missing else []
     for path in tqdm(plausible, "looking for the fused LoRA", unit="file", leave=False, disable=not plausible):
         if missing <= found.keys():
             break
