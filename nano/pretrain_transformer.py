@@ -27,7 +27,7 @@ from wan.modules.t5 import TextEncoder
 from wan.modules.vae import WanVAE
 
 SHAPE = WanShape(dim=192, ffn_dim=768, num_heads=6, num_layers=8, text_dim=64, text_len=32, freq_dim=256)
-CLIPS, RECOLOURED_CLIPS = 3072, 768
+RECOLOURED_SHARE = 0.2  # of the clips
 ENCODING_BATCH = 8  # clips
 IMAGES_EVERY = 8  # steps, during training on clips
 IMAGE_BATCH, CLIP_BATCH = 96, 32
@@ -51,6 +51,7 @@ class Course:
     sigmas: tuple[float, float] = (0.0, 1.0)
     learning_rate: float = 2e-3
     rest_learning_rate: float = 1e-3
+    num_clips: int = 3840
 
     @property
     def steps(self) -> int:
@@ -142,10 +143,10 @@ class TrainingClip:
         return draw(self.scene, rng, from_middle=self.from_middle)
 
 
-def training_clips(from_middle: bool = False) -> list[TrainingClip]:
+def training_clips(count: int, from_middle: bool = False) -> list[TrainingClip]:
     known, _ = split()
-    numbers = range(CLIPS + RECOLOURED_CLIPS)
-    return [TrainingClip(known[number % len(known)], number >= CLIPS, from_middle) for number in numbers]
+    first = round(count * (1 - RECOLOURED_SHARE))  # of those in arbitrary colours
+    return [TrainingClip(known[number % len(known)], number >= first, from_middle) for number in range(count)]
 
 
 def encode_clips(work: Path, vae: WanVAE, clips: Sequence[TrainingClip], family: Family) -> Samples:
@@ -249,7 +250,8 @@ def train_transformer(
     course = FIRST if course is None else course
     vae, captions = encoders.vae, encoders.captions
     device = vae.device
-    samples = encode_clips(work, vae, training_clips(from_middle=bool(course.family.given)), course.family)
+    clips = training_clips(course.num_clips, from_middle=bool(course.family.given))
+    samples = encode_clips(work, vae, clips, course.family)
     torch.manual_seed(seed)
     model = (initialise(WanModel(SHAPE)) if model is None else model).to(device).requires_grad_(True)
     begun = fingerprint("", *model.parameters())

@@ -45,10 +45,10 @@ def autocast(device: torch.device) -> torch.autocast:
 def orthogonalised(matrices: Tensor) -> Tensor:
     """Approximately the nearest orthogonal matrices: (N, R, C) -> the same shape, all singular values near 1.
 
-    Newton-Schulz iteration in bf16 with the coefficients of Muon (Jordan et al., 2024).
+    Newton-Schulz iteration in the `training_dtype` with the coefficients of Muon (Jordan et al., 2024).
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16()
+    x = matrices.to(training_dtype(matrices.device))
     x = x / (torch.linalg.matrix_norm(x.float(), keepdim=True).to(x.dtype) + 1e-7)
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT

@@ -24,9 +24,8 @@ def pretrained(tmp_path_factory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("pretrained")
     vae = {"WIDTH": 4, "NUM_TESTED": 1, "NUM_FOLDED": 3}
     vae["LESSONS"] = (Pieces(1, 1, 32, 2), Pieces(1, 5, 32, 1), Pieces(1, 5, 64, 1))
-    short = replace(pretrain_transformer.FIRST, image_steps=1, clip_steps=1)
+    short = replace(pretrain_transformer.FIRST, image_steps=1, clip_steps=1, num_clips=8)
     transformer = {"FIRST": short, "IMAGE_BATCH": 2, "CLIP_BATCH": 2, "NUM_TESTED": 1}
-    transformer |= {"CLIPS": 6, "RECOLOURED_CLIPS": 2}
     with pytest.MonkeyPatch.context() as patch:
         for module, values in ((pretrain_vae, vae), (pretrain_transformer, transformer)):
             for name, value in values.items():
@@ -67,7 +66,7 @@ def test_the_state_of_another_training_is_refused(pretrained):
 
 
 def test_encoded_clips_are_cached_and_a_damaged_cache_is_refused(tmp_path):
-    vae, clips = tiny_vae(), pretrain_transformer.training_clips()[:2]
+    vae, clips = tiny_vae(), pretrain_transformer.training_clips(2)
     encode = partial(pretrain_transformer.encode_clips, tmp_path, vae, clips, FAMILIES["wan2.1-t2v-1.3B"])
     encoded = encode().latents
     (path,) = tmp_path.glob("latents-*.safetensors")
@@ -79,9 +78,14 @@ def test_encoded_clips_are_cached_and_a_damaged_cache_is_refused(tmp_path):
         encode()
 
 
+def test_a_fifth_of_the_clips_is_in_arbitrary_colours():
+    clips = pretrain_transformer.training_clips(3840)
+    assert [clip.recoloured for clip in clips] == [False] * 3072 + [True] * 768
+
+
 def test_a_model_that_is_given_frames_is_shown_them_as_the_trainer_does(tmp_path):
     family = FAMILIES["wan2.2-i2v-A14B"]
-    vae, clips = tiny_vae(), pretrain_transformer.training_clips(from_middle=True)[:2]
+    vae, clips = tiny_vae(), pretrain_transformer.training_clips(2, from_middle=True)
     samples = pretrain_transformer.encode_clips(tmp_path, vae, clips, family)
     pixels = torch.stack([clip.render(random.Random(f"clip {n}")) for n, clip in enumerate(clips)])
     for number, clip in enumerate(pixels):

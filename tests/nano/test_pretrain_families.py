@@ -25,10 +25,10 @@ def trained(tmp_path_factory) -> Iterator[Path]:
     """The folder of a finished training, shortened to a step of two clips: high_noise/, i2v/ and states/."""
     folder = tmp_path_factory.mktemp("families")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"CLIP_BATCH": 2, "CLIPS": 2, "RECOLOURED_CLIPS": 1}.items():
-            patch.setattr(pretrain_transformer, name, value)
+        patch.setattr(pretrain_transformer, "CLIP_BATCH", 2)
         patch.setattr(pretrain_families, "NUM_TESTED", 1)
-        patch.setattr(pretrain_families, "COURSES", {n: replace(c, clip_steps=1) for n, c in COURSES.items()})
+        short = {name: replace(course, clip_steps=1, num_clips=3) for name, course in COURSES.items()}
+        patch.setattr(pretrain_families, "COURSES", short)
         pretrain_families.main(["--output_dir", str(folder), "--work", str(folder / "states")])
         yield folder
 
