@@ -63,7 +63,7 @@ from utils.setup.model import find_given_family, find_given_tokenizer, given_sha
 from utils.training.checkpoint_plan import CheckpointPlan
 from utils.training.compilation import explain_failed_compilation
 from utils.training.conditions import check_conditions
-from utils.training.experts import DISK, base_contents, load_experts
+from utils.training.experts import DISK, OWN_RANGE, base_contents, load_experts
 from utils.training.fit import Fit, find_fit, given_of
 from utils.training.learner import Learner, Trainable
 from utils.training.optim import with_epochs
@@ -110,7 +110,7 @@ def training_loss(
     """How far the model's velocity is from its target: a scalar, fp32."""
     # Flow matching. Latents move in a straight line to Gaussian noise, and each clip is shown at a noise level of its
     # own: uniform in 0..1, then shifted towards noise, where the layout of a video is decided. One of several experts
-    # sees only the levels that it is responsible for.
+    # sees only the levels of its --expert_range.
     predict = make_predict(model)
     cond = inject_noise(batch.cond, opts.control_inject_noise, batch.latents.shape[1])
     cond = draw_held(cond, opts.held_share)
@@ -205,6 +205,7 @@ def run_settings(opts: Options, inputs: Inputs, session: Session, decisions: Dec
     control = FROM_FILE if any(source.control for source in data.train) else opts.control_type * opts.control_lora
     about = {**opts.base(opts.pretrained_model_name_or_path), "control": control, "shift": f"{opts.shift:g}"}
     about |= {"control_i2v": "true"} if opts.control_i2v else {}
+    about |= {} if opts.expert_range == OWN_RANGE else {"expert_range": opts.expert_range}
     options, facts = to_json(opts), Facts(training_table(opts), data.fingerprint, decisions.table(), base)
     about |= {"options": options} if opts.metadata == EVERYTHING else {}
     size = largest_window(data.windows).bucket[:2]

@@ -3,8 +3,8 @@
     python -m benchmarks.expert_range [--output_dir outputs/expert_range]
 
 For each of three seeds a dataset as the demo writes it, and on it a pair of LoRAs for each --expert_range, trained with
-the trainer's command line and the demo's settings, as many steps for each expert. Beside the pairs one LoRA for both
-experts, trained at every noise level on the small Wan, in as many steps as the two of a pair together.
+the trainer's command line and the demo's settings, with the same number of steps for each expert. Beside the pairs one
+LoRA for both experts, trained at every noise level on the small Wan, in as many steps as the two of a pair together.
 
 Each is measured twice. The validation loss of each expert, at five noise levels of its own interval, on clips of
 combinations that were withheld from the base, in the demo's style; clips and noise are the same for all. And the
@@ -46,7 +46,15 @@ from utils.common.options import option, parse_options, run_script
 from utils.encoding.conditioning import Batch, Cond, Encoded, collate, encode_video, make_predict, to_unit_range
 from utils.training.experts import RANGES
 from utils.training.validation import quantiles, validation_loss
-from wan.checkpoints import CheckpointError, ModelFiles, load_text_encoder, load_transformer, load_vae, open_model
+from wan.checkpoints import (
+    TRANSFORMER,
+    CheckpointError,
+    ModelFiles,
+    load_text_encoder,
+    load_transformer,
+    load_vae,
+    open_model,
+)
 from wan.modules.model import WanModel
 from wan.modules.vae import WanVAE
 
@@ -70,12 +78,12 @@ class Options:
 def main(argv: Sequence[str] | None = None) -> None:
     """Raises UserError for a folder that holds what another commit or device has measured, RunError as `train` does.
 
-    UserError, too, where the expert of high noise has not been trained yet.
+    UserError, too, where the high-noise expert has not been trained yet.
     """
     opts = parse_options(Options, argv)
     folder, device = opts.output_dir, pick_device()
     check_writable(folder)
-    if not HIGH_NOISE.exists():
+    if not (HIGH_NOISE / TRANSFORMER).exists():
         raise UserError(f"{HIGH_NOISE} is not there: train it with python -m nano.pretrain_families --only high_noise")
     claim(folder, {"commit": commit(ROOT), "device": describe(device), "torch": torch.__version__})
     started = time.perf_counter()
@@ -124,6 +132,8 @@ def train(folder: Path, seed: int, kind: str) -> dict[str, Path]:
         for path, checkpoint in list_checkpoints(checkpoints).items()
         if checkpoint.step == 2 * STEPS
     }
+    if not found.keys() >= set(names.values()):
+        raise RunError(f"train_wan_lora.py has not written the LoRAs of step {2 * STEPS}, see {output.name}")
     for expert, target in targets.items():
         with replacing(target) as unfinished:
             shutil.copyfile(found[names[expert]], unfinished)

@@ -201,14 +201,21 @@ def cells(name: str, row: Row) -> tuple[str, ...]:
 def commit(folder: Path) -> str:
     """The commit of a checkout, with a digest of local changes if there are any; "unknown" without git."""
     try:
-        head, status, changes = (
+        head, status, changes, new = (
             subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True, timeout=20).stdout
-            for args in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain"), ("diff", "HEAD"))
+            for args in (
+                ("rev-parse", "--short", "HEAD"),
+                ("status", "--porcelain"),
+                ("diff", "HEAD"),
+                ("ls-files", "--others", "--exclude-standard", "-z"),
+            )
         )
+        digest = hashlib.sha256((status + changes).encode())
+        for name in filter(None, new.split("\0")):
+            digest.update((folder / name).read_bytes())
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    local = hashlib.sha256((status + changes).encode()).hexdigest()[:7]
-    return head.strip() + (f" with local changes {local}" if status.strip() else "")
+    return head.strip() + (f" with local changes {digest.hexdigest()[:7]}" if status.strip() else "")
 
 
 def chosen(part: str, only: Sequence[str], results: Results) -> dict[str, tuple[str, str]]:

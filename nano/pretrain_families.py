@@ -2,7 +2,7 @@
 
     python -m nano.pretrain_families --compile     writes nano/high_noise and nano/i2v; nano/states holds the states
 
-    high_noise    the expert of high noise of a text-to-video model like Wan 2.2 A14B; Wan-Nano itself is the other
+    high_noise    the high-noise expert of a text-to-video model like Wan 2.2 A14B; Wan-Nano itself is the other
     i2v           an image-to-video model like Wan 2.2 I2V-A14B; copies of its one transformer serve as both experts
 
 Their VAE, text encoder and tokenizer are Wan-Nano's. If it is interrupted, the same command resumes it.
@@ -43,7 +43,7 @@ T2V, I2V = FAMILIES["wan2.2-t2v-A14B"], FAMILIES["wan2.2-i2v-A14B"]
 further = partial(Course, image_steps=0, learning_rate=1e-3, rest_learning_rate=5e-4, num_clips=1920)
 COURSES = {
     "high_noise": further("high_noise", T2V, clip_steps=1500, sigmas=T2V.experts[0].sigmas),
-    "i2v": further("i2v", I2V, clip_steps=3000),
+    "i2v": further("i2v", I2V, clip_steps=2000),
 }
 
 
@@ -54,7 +54,7 @@ class Options:
     model: Path = option(NANO / "model", "Wan-Nano, from which they are trained")
     output_dir: Path = option(NANO, "where each trained transformer is written, in a folder of its own")
     work: Path = option(NANO / "states", "where the states of the training are saved")
-    only: str | None = option(None, "train one of them", choices=tuple(COURSES))
+    only: str | None = option(None, "train only this one", choices=tuple(COURSES))
     seed: int = option(0, "seed of the training", minimum=0, maximum=MAX_SEED)
     compile: bool = option(False, "compile the training steps: a quarter faster, requires a C++ compiler")
 
@@ -110,7 +110,7 @@ def kept(videos: Sequence[Tensor], pictures: Sequence[Tensor]) -> list[float]:
 
 
 def evaluate(model: WanModel, step: int, encoders: ClipEncoders, family: Family, low: WanModel | None = None) -> str:
-    """Figures of the model in training, with the expert of `low` noise, or else as both experts."""
+    """Figures of the model in training, with `low` as the low-noise expert, or else as both experts."""
     tested, rng = split()[1][:NUM_TESTED], random.Random("prompts")
     texts = [encoders.captions.rows(caption(scene, rng)) for scene in tested]
     pictures = first_frames(tested, "first frames") if family.given else []

@@ -242,7 +242,7 @@ def train_transformer(
     model: WanModel | None = None,
     evaluate: Evaluate | None = None,
 ) -> WanModel:
-    """Trains a transformer on the VAE's device: a new one, or this `model`, which is used up.
+    """Trains a transformer on the VAE's device: a new one, or this `model`, in place.
 
     `evaluate` makes other figures than those of a text-to-video model. Latents and the state of the training are saved
     in `work`. Raises UserError if one of these files is damaged or belongs to another training.

@@ -2,7 +2,7 @@
 
     python -m nano.probe FILE...          one line of JSON per file
 
-An answer is one of the world's words, or "unclear" if the video shows none of them well enough.
+An answer is a name from the world or of a lesson, or "unclear" if the video shows none of them well enough.
 """
 
 import json
@@ -49,7 +49,7 @@ EDGE = 2  # width in pixels of the border, which is taken for background
 RIM = F.pad(torch.zeros(SIDE - 2 * EDGE, SIDE - 2 * EDGE, dtype=torch.bool), [EDGE] * 4, value=True)
 PLAIN = "plain"
 STILL = 4.0  # pixels; a shape whose path is shorter along both axes does not move
-GROWN = 1.45  # ratio of the radii at both ends from which a shape grows or shrinks
+GROWN = 1.25  # ratio of the radii at both ends from which a shape grows or shrinks
 STRAY = 4.5  # pixels by which a straight motion may leave its line
 
 

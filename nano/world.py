@@ -165,8 +165,8 @@ class Track:
 def track(motion: str, rng: random.Random, from_middle: bool = False) -> Track:
     """The path of a motion, with slightly random position, size and extent.
 
-    All paths lead through the middle. Those `from_middle` begin there, all with the same size, so that the first frame
-    does not say which motion follows; straight ones are half as long.
+    Paths lead through the middle, or around it. Those `from_middle` begin there, all with the same size, so that the
+    first frame does not say which motion follows; straight ones are half as long.
     """
     time = torch.linspace(-1, 1, FRAMES)
     reach = rng.uniform(0.9, 1.1)

@@ -1,4 +1,4 @@
-"""Experiments on the small Wans with two experts, each in a folder of its own, where an interrupted one goes on."""
+"""Experiments on small Wans, each in a folder of its own, where an interrupted one goes on."""
 
 import json
 import random
@@ -19,7 +19,7 @@ from nano.sampling import generate, noise_of
 from nano.world import Scene, caption
 from utils.adapters.fusion import fuse_lora
 from utils.adapters.lora_reader import read_lora
-from utils.common.checkpoint_names import list_checkpoints
+from utils.common.checkpoint_names import CHECKPOINTS, LORA, STATES, list_checkpoints
 from utils.common.device import pick_device
 from utils.common.files import replacing
 from utils.media.frames import save_image
@@ -67,22 +67,21 @@ def image_to_video() -> dict[str, Path]:
 
 
 def trained(flags: str, parts: dict[str, Path]) -> dict[str, Path]:
-    """The LoRA of each expert, trained with the command line on ./clips; a training that was interrupted goes on."""
-    files = [word for name, path in parts.items() for word in (f"--{name}", str(path))]
-    model = ["--dataset", "clips", "--pretrained_model_name_or_path", str(MODEL), *files]
-    resume = ["--resume_from_checkpoint", "latest"] if any(Path("runs").glob("*/checkpoints/*state*")) else []
+    """The LoRA of each expert, or "lora", trained with the command line on ./clips; an interrupted training goes on."""
+    given = [word for name, path in parts.items() for word in (f"--{name}", str(path))]
+    model = ["--dataset", "clips", "--pretrained_model_name_or_path", str(MODEL), *given]
+    resume = ["--resume_from_checkpoint", "latest"] if any(Path("runs").glob(f"*/{CHECKPOINTS}/{STATES}")) else []
     train_wan_lora.main([*model, *COMMON.split(), *flags.split(), *resume])
-    found = {
-        checkpoint.trainable: (checkpoint.step, path)
-        for folder in Path("runs").glob("*/checkpoints")
-        for path, checkpoint in sorted(list_checkpoints(folder).items(), key=lambda item: item[1].step)
-        if checkpoint.trainable in parts
+    # A run that was killed before its first state has left its folder behind.
+    files = [item for folder in Path("runs").glob(f"*/{CHECKPOINTS}") for item in list_checkpoints(folder).items()]
+    last = max(checkpoint.step for _, checkpoint in files)
+    return {
+        checkpoint.trainable: path for path, checkpoint in files if checkpoint.step == last and checkpoint.trainable
     }
-    return {name: path for name, (_, path) in found.items()}
 
 
 class Stage:
-    """A small model with two experts, and what is sampled from it: one video for each scene, always the same noise."""
+    """A small model, by its experts or none, and what is sampled from it: a video for each scene, the same noise."""
 
     def __init__(self, parts: dict[str, Path], scenes: Sequence[Scene], seed: str) -> None:
         self.files: ModelFiles = open_model(MODEL, **parts)
@@ -94,28 +93,28 @@ class Stage:
         (self.negative,) = self.encoder.encode([""])
         self.noise = noise_of(self.vae, range(len(scenes)))
         self.pictures = first_frames(scenes, seed) if self.files.family.given else []
-        self.given = channels_of(self.pictures, self.vae) if self.pictures else None
+        self.given = channels_of(self.pictures, self.vae) if self.pictures else []
 
     def models(self, loras: dict[str, Path]) -> list[WanModel]:
-        """The experts from high noise to low, each with its LoRA, if there are any."""
+        """The transformers, from high noise to low, each with its LoRA, if there are any."""
         found = []
         for name, transformer in self.files.transformers.items():
             model = load_transformer(transformer, torch.float32, self.device)
             if loras:
-                fuse_lora(model, read_lora(loras[name]))
+                fuse_lora(model, read_lora(loras.get(name) or loras[LORA]))
             found.append(model)
         return found
 
     def film(self, loras: dict[str, Path], prompts: Sequence[str] | None = None) -> list[Tensor]:
         """Videos (F, 3, H, W) uint8, guided by these prompts or by those of the scenes."""
         texts, sampler = self.encoder.encode(list(prompts or self.prompts)), sampler_of(self.files.family)
-        return generate(self.models(loras), self.vae, texts, self.noise, self.negative, self.given, sampler)
+        given = self.given or None
+        return generate(self.models(loras), self.vae, texts, self.noise, self.negative, given, sampler)
 
     def film_unprompted(self, loras: dict[str, Path], controls: Sequence[Tensor] = ()) -> list[Tensor]:
         """Videos without prompt and guidance, which follow control latents (16, f, h, w), if there are any."""
-        channels = self.given
-        if controls and self.given is not None:
-            channels = [torch.cat(pair) for pair in zip(self.given, controls, strict=True)]
+        shown = [part for part in (self.given, controls) if part]
+        channels = [torch.cat(parts) for parts in zip(*shown, strict=True)] or None
         texts, sampler = [self.negative] * len(self.scenes), sampler_of(self.files.family)
         unguided = replace(sampler, guidance=(1.0,) * len(sampler.guidance))
         return generate(self.models(loras), self.vae, texts, self.noise, None, channels, unguided)

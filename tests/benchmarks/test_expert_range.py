@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import expert_range
-from benchmarks.expert_range import EXPERTS, KINDS, SEEDS, SHARED, Studio, figures_file, lora_file, train
+from benchmarks.expert_range import EXPERTS, HIGH_NOISE, KINDS, SEEDS, SHARED, Studio, figures_file, lora_file, train
 from nano.demo import MODEL
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_writer import write_lora
@@ -49,7 +49,10 @@ def test_each_kind_is_trained_once_for_as_many_steps_in_all(tmp_path, monkeypatc
     assert {expert: path.read_text() for expert, path in loras.items()} == {
         expert: f"{2 * expert_range.STEPS}{end}" for expert, end in ends.items()
     }
-    assert kind == SHARED or command[command.index("--expert_range") + 1] == kind
+    assert command[command.index("--seed") + 1] == "1"
+    if kind != SHARED:
+        given = {flag: command[command.index(flag) + 1] for flag in ("--expert_range", "--high_noise", "--low_noise")}
+        assert given == {"--expert_range": kind, "--high_noise": str(HIGH_NOISE), "--low_noise": str(MODEL)}
 
 
 def test_a_training_that_fails_ends_the_command(tmp_path, monkeypatch):
@@ -58,6 +61,13 @@ def test_a_training_that_fails_ends_the_command(tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"ended with an error, see above and .*log\.txt"):
         train(tmp_path, 0, "own")
     assert not lora_file(tmp_path, 0, "own", "high_noise").exists()
+
+
+def test_loras_that_are_missing_end_the_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(expert_range, "write_clips", lambda clips, seed: clips.mkdir(parents=True))
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0))
+    with pytest.raises(RunError, match="has not written the LoRAs of step 300"):
+        train(tmp_path, 0, "own")
 
 
 def test_the_table_has_means_and_deviations_over_the_seeds(tmp_path, capsys):
@@ -86,7 +96,16 @@ def test_each_expert_is_measured_with_its_own_lora(tmp_path, monkeypatch):
         pair = LoraPair(torch.full((1, 192), value), torch.full((192, 1), value), 1.0)
         write_lora(tmp_path / f"{expert}.safetensors", LoraFile({"blocks.0.self_attn.v": pair}))
         loras[expert] = tmp_path / f"{expert}.safetensors"
+    levels: list[list[float]] = []
+    measure = expert_range.validation_loss
+
+    def validation_loss(predict, clips, seed, sigmas):
+        levels.append(sigmas)
+        return measure(predict, clips, seed, sigmas)
+
+    monkeypatch.setattr(expert_range, "validation_loss", validation_loss)
     plain = studio.measure(dict.fromkeys(EXPERTS, loras["high_noise"]))
+    assert len(levels) == 2 and min(levels[0]) > 0.875 > max(levels[1]) and min(levels[1]) < 0.2
     found = studio.measure(loras)
     assert found["high_noise"] == plain["high_noise"] and found["low_noise"] != plain["low_noise"]
     assert 0.05 < found["high_noise"] < 2 and found["style"] == found["all"] == 0

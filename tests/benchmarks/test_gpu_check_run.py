@@ -212,7 +212,10 @@ def test_local_changes_are_another_commit(tmp_path):
     for text in ("two", "three"):
         (tmp_path / "file").write_text(text)
         seen.add(gpu_check.commit(tmp_path))
-    assert len(seen) == 3 and all(name.startswith(clean) for name in seen)
+    for text in ("one", "two"):
+        (tmp_path / "new").write_text(text)
+        seen.add(gpu_check.commit(tmp_path))
+    assert len(seen) == 5 and all(name.startswith(clean) for name in seen)
     assert "local changes" not in clean
 
 

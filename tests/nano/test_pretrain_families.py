@@ -1,9 +1,9 @@
-"""Small models of other families are trained from Wan-Nano, are sampled together with it, and resume."""
+"""Small models of other families are trained from Wan-Nano, resume, and are sampled together with it."""
 
 import random
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -20,17 +20,55 @@ CPU = torch.device("cpu")
 SCENE = Scene("circle", "red", "white", "left")
 
 
+@dataclass
+class Seen:
+    """What the training was shown: its noise levels, and whether its clips begin alike."""
+
+    sigmas: list[tuple[float, float]] = field(default_factory=list)
+    from_middle: list[bool] = field(default_factory=list)
+
+
+SEEN = Seen()
+
+
+def command(folder: Path) -> list[str]:
+    return ["--output_dir", str(folder), "--work", str(folder / "states")]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Iterator[Path]:
     """The folder of a finished training, shortened to a step of two clips: high_noise/, i2v/ and states/."""
     folder = tmp_path_factory.mktemp("families")
+    noisy, clips = pretrain_transformer.sample_noisy, pretrain_transformer.training_clips
+
+    def sample_noisy(latents, shift, sigmas):
+        SEEN.sigmas.append(sigmas)
+        return noisy(latents, shift, sigmas)
+
+    def training_clips(count, from_middle):
+        SEEN.from_middle.append(from_middle)
+        return clips(count, from_middle)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain_transformer, "sample_noisy", sample_noisy)
+        patch.setattr(pretrain_transformer, "training_clips", training_clips)
         patch.setattr(pretrain_transformer, "CLIP_BATCH", 2)
         patch.setattr(pretrain_families, "NUM_TESTED", 1)
         short = {name: replace(course, clip_steps=1, num_clips=3) for name, course in COURSES.items()}
         patch.setattr(pretrain_families, "COURSES", short)
-        pretrain_families.main(["--output_dir", str(folder), "--work", str(folder / "states")])
+        pretrain_families.main(command(folder))
         yield folder
+
+
+def test_each_is_trained_at_its_noise_levels_on_clips_that_begin_alike_where_a_frame_is_given(trained):
+    assert SEEN.sigmas[:2] == [(0.875, 1.0), (0.0, 1.0)] and SEEN.from_middle[:2] == [False, True]
+
+
+def test_a_finished_training_is_not_repeated(trained, monkeypatch):
+    weights = {path: path.read_bytes() for path in trained.rglob("*.safetensors")}
+    monkeypatch.setattr(pretrain_transformer, "draw", lambda *_: pytest.fail("a step was taken"))
+    pretrain_families.main(command(trained))
+    assert {path: path.read_bytes() for path in trained.rglob("*.safetensors")} == weights
 
 
 def test_both_are_models_for_the_scripts_with_wan_nanos_other_parts(trained):

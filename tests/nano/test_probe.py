@@ -39,6 +39,15 @@ def test_clips_from_the_middle_and_the_motion_of_a_lesson_are_recognised():
     assert read(leap[:9].repeat_interleave(2, 0)[:17]).motion == "up"
 
 
+def test_growth_is_recognised_with_a_margin():
+    """A shape that grows from the middle ends at 1.53 times its size, where the video follows it exactly."""
+    still = torch.full((17,), 12.0)
+    for ratio, motion in ((1.0, "still"), (1.12, "still"), (1.4, "growing"), (1 / 1.4, "shrinking")):
+        radius = still * ratio ** torch.linspace(0, 1, 17)
+        cover = coverage("square", Track(torch.full((17, 2), 32.0), radius))
+        assert read(to_frames(paint(cover, (224, 44, 44), torch.full((3, 17, 64, 64), 18.0)))).motion == motion
+
+
 def test_noise_and_small_errors_of_colour_change_nothing():
     generator = torch.Generator().manual_seed(0)
     shown = scenes()[::9]

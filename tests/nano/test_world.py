@@ -7,6 +7,7 @@ from dataclasses import astuple
 import pytest
 import torch
 
+from nano.probe import find_shape, read
 from nano.world import (
     BACKGROUNDS,
     COLOURS,
@@ -135,6 +136,18 @@ def test_recoloured_clips_have_random_colours_and_sometimes_a_gradient():
     gradients = [recoloured(RED_CIRCLE, random.Random(seed))[:, 0] for seed in range(100)]
     share = sum((clip[:, 0, 0] - clip[:, -1, -1]).abs().max() > 1 for clip in gradients) / 100
     assert 0.2 < share < 0.6
+
+
+def test_a_dataset_of_a_lesson_shows_its_motion_from_the_middle(tmp_path):
+    write_dataset(tmp_path, 6, seed=3, motion="leaping", from_middle=True)
+    motions, places = [], []
+    for number in range(6):
+        seen = read_frames(tmp_path / f"{number:03d}.mp4", range(FRAMES))
+        motions.append(read(seen).motion)
+        places.append(find_shape(seen[:1].float(), seen[:1, :, :1, :1].float().transpose(0, 1)).middle[0])
+        assert ("tavi" in (tmp_path / f"{number:03d}.txt").read_text()) == (motions[-1] == "leaping")
+    assert motions[3:] == ["leaping"] * 3 and "leaping" not in motions[:3]
+    assert all((place - SIDE / 2).abs().max() < 5 for place in places)
 
 
 def test_a_dataset_has_the_trainers_format_and_depends_on_the_seed_alone(tmp_path):

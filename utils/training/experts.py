@@ -55,8 +55,8 @@ class ExpertOptions:
     )
     expert_range: str = option(
         "own",
-        f"noise levels that each expert trains at; own: those at which it answers; overlap: and {OVERLAP:g} beyond "
-        "their boundary; all: every level",
+        f"noise levels that each expert trains at; own: those at which it answers; overlap: those and {OVERLAP:g} of "
+        "sigma beyond the boundary; all: every level",
         choices=RANGES,
     )
     expert_phase_steps: int = option(200, "with both, steps of one expert before the other takes its turn", minimum=1)
