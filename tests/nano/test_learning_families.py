@@ -136,7 +136,7 @@ def test_a_control_lora_makes_the_text_to_video_model_start_from_a_picture():
 
 def teach_style() -> Figures:
     write_dataset(Path("clips"), CLIPS, seed=0, style=STYLE)
-    loras = trained("--max_train_steps 150 --learning_rate 2e-3 --lora_rank 8", PAIR)
+    loras = trained("--max_train_steps 300 --learning_rate 2e-3 --lora_rank 8", PAIR)
     assert loras.keys() == PAIR.keys()
     trials = make_trials(100, 0)
     stage, styled = Stage(PAIR, [trial.scene for trial in trials], "pair"), [trial.styled for trial in trials]
