@@ -27,7 +27,7 @@ from tests.experiments import (
 from utils.encoding.conditioning import encode_video, to_pixels, to_unit_range
 from utils.media.controls import tile
 
-TESTED = split()[1][:100]
+TESTED = split()[1][:64]
 (MOTION, WORD) = next(iter(LESSONS.items()))
 pytestmark = pytest.mark.nano_families
 
@@ -138,7 +138,7 @@ def teach_style() -> Figures:
     write_dataset(Path("clips"), CLIPS, seed=0, style=STYLE)
     loras = trained("--max_train_steps 300 --learning_rate 2e-3 --lora_rank 8", PAIR)
     assert loras.keys() == PAIR.keys()
-    trials = make_trials(100, 0)
+    trials = make_trials(len(TESTED), 0)
     stage, styled = Stage(PAIR, [trial.scene for trial in trials], "pair"), [trial.styled for trial in trials]
     before, after = stage.film({}, styled), stage.film(loras, styled)
     write_sheet(styled, {"without the LoRAs": before, "with the LoRAs": after})
