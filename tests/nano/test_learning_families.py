@@ -109,7 +109,7 @@ def control() -> Figures:
 def test_a_control_lora_makes_the_image_to_video_model_follow_a_video():
     figures = once(control)
     assert figures["free"]["motion"] <= 0.3 and figures["followed"]["motion"] >= 0.8
-    assert figures["given frame, followed"]["mean dB"] >= 28
+    assert figures["given frame, followed"]["mean dB"] >= 26  # without guidance
 
 
 def control_from_a_picture() -> Figures:
