@@ -8,13 +8,14 @@
 # make gpu-bench   what is left of the measurements on a GPU, in parts of at most eight minutes, and their table
 # make nano-check  proofs that training teaches, on the small Wan
 # make nano-check-families  the same for image-to-video and for two experts; goes on where it was interrupted
+# make nano-check-memory  how many steps optimizers need on the small Wan; about two hours on one free core, resumable
 # make learning    what LoRAs learn on quantised bases of the small Wan; about two hours on one free core, resumable
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test test-slow crash-check families-check nano-check nano-check-families learning gpu-bench check clean
+.PHONY: venv demo test test-slow crash-check families-check nano-check nano-check-families nano-check-memory learning gpu-bench check clean
 
 venv: $(VENV)/.complete
 
@@ -48,6 +49,9 @@ nano-check: venv
 
 nano-check-families: venv
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m nano_families -s
+
+nano-check-memory: venv
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.optimizers
 
 learning: venv
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.learning

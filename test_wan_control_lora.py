@@ -52,6 +52,7 @@ from utils.media.probing import probe
 from utils.setup.base import base_remarks, find_base
 from utils.setup.model import SingleFiles, need_experts, open_given
 from utils.storage.weights import StorageOptions
+from utils.training.attention import SamplingAttention
 from wan.checkpoints import CheckpointError, ModelFiles
 from wan.configs import Family, Grid
 from wan.text2video import Sampler
@@ -126,7 +127,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Options(Content, SingleFiles, Sampling, StorageOptions):
+class Options(Content, SingleFiles, Sampling, SamplingAttention, StorageOptions):
     """Generate a video with a LoRA."""
 
     def __post_init__(self) -> None:
@@ -165,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = open_given(opts, opts.pretrained_model_name_or_path, is_default)
     need_experts(files, (), with_others=True)
     opts.check_storage(files.shape.num_layers)
+    opts.check_attention(pick_device(), is_fp32=opts.weight_dtype == "fp32")
     request = complete(opts, first, files.family)
     del first  # its matrices are read again where they are needed
     for remark in base_remarks(files, opts.lora_path):
@@ -316,7 +318,7 @@ def generate(
     # input channels for one, unless a control LoRA is in it.
     shape = files.shape
     storage = opts.storage(device, shape, noise[0, 0].numel() // math.prod(shape.patch_size), Decisions(str(device)))
-    transformers, latents = Transformers(files, loras, storage, fused.fusions), {}
+    transformers, latents = Transformers(files, loras, storage, fused.fusions, opts.attention), {}
     base = cond if fused.reads_control else base
     if opts.compare:
         latents["without the LoRA"] = sample(request, transformers, noise, base, negative, "without the LoRA")

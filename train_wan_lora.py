@@ -52,6 +52,7 @@ from utils.runs.inputs import (
     open_data,
     open_inputs,
     open_preview,
+    say_encoding,
     workload,
 )
 from utils.runs.rehearsal import ROOM, rehearse_run, rehearse_saving
@@ -95,6 +96,7 @@ class Options(General, SetupOptions, InputOptions, RunOptions):
         self.check_length()
         self.check_names()
         self.check_plan()
+        self.check_optimizer(is_bf16=self.adapter_dtype == "bf16")
         if self.cache_embeddings and self.cache_latents:
             raise UserError("--cache_embeddings stops after the texts, before --cache_latents: give one of them")
         if self.benchmark and (self.cache_embeddings or self.cache_only or self.check_dataset):
@@ -137,6 +139,7 @@ def fit_memory(opts: Options, family: Family, shape: WanShape, plan: Plan, compi
     work, memory = workload(opts, family, shape, plan), budget(opts, family, encoders_on_gpu(opts, plan))
     fit = find_fit(work, memory, given_of(opts, shape.num_layers, compiled), decisions)
     fit.say()
+    say_encoding(opts, family, plan, memory.card)
     return fit
 
 
@@ -145,7 +148,10 @@ def open_session(opts: Options, inputs: Inputs, device: torch.device, compiled: 
     files, plan, roles, samples = inputs.files, inputs.plan, inputs.roles, inputs.samples
     storage = opts.storage(device, files.shape, round(plan.mean_tokens), decisions)
     storage = replace(storage, idle_on_disk=opts.idle_expert == DISK)
-    memory = opts.memory(storage, compiled)
+    windows = plan.largest_batch
+    size = len(windows), windows[0].tokens
+    attention = opts.attention_kernel(device, storage.dtype, files.shape, size, decisions)
+    memory = opts.memory(storage, compiled, attention)
 
     # The other random numbers come from torch's generator: the LoRA's first values, then noise and noise levels.
     torch.manual_seed(opts.seed)
@@ -156,7 +162,7 @@ def open_session(opts: Options, inputs: Inputs, device: torch.device, compiled: 
 
     # Only LoRAs are trained; base models are frozen. A step is one phase, and two experts take turns. A student and its
     # critic would be two phases of one step.
-    learner = Learner([Trainable(r.trainable, adapters[r.name], r.opts.optimizer, opts.ema_decay) for r in roles])
+    learner = Learner([Trainable(r.trainable, adapters[r.name], r.opts.optimizer_spec, opts.ema_decay) for r in roles])
     loss = partial(training_loss, negative=inputs.texts.negative)
     phases = [make_phase(role, adapters[role.name], experts, learner, loss) for role in roles]
     steps = [role.opts.max_train_steps for role in roles]
@@ -219,7 +225,7 @@ def run_settings(opts: Options, inputs: Inputs, session: Session, decisions: Dec
 
 def train(opts: Options, device: torch.device, session: Session, run: Run) -> None:
     """Trains until the last step; validates, saves and previews in between."""
-    metrics, preview, phases = run.metrics, session.preview, session.schedule.phases
+    metrics, preview = run.metrics, session.preview
     val_seed = opts.seed if opts.val_seed is None else opts.val_seed
     save_every = opts.checkpointing_steps, opts.save_every_epochs * session.steps_per_epoch
     # The stream has no end: epoch after epoch. A resumed run skips the batches that it has already used.
@@ -236,8 +242,7 @@ def train(opts: Options, device: torch.device, session: Session, run: Run) -> No
             # Validation: always the same clips, noise and noise levels, so that the numbers can be compared.
             if session.validation and run.is_due(opts.val_steps) and not metrics.is_validated:
                 metrics.flush()  # what follows does not count as training time
-                losses = {phase.name: phase.validate(session.watched(device), val_seed) for phase in phases}
-                metrics.log_validation(losses)
+                metrics.log_validation(session.validate(device, val_seed))
 
             # Previews: always the same prompts from the same noise, so that only the LoRA makes a difference. They come
             # first, because the checkpoint of this step shows one. If they fail, it is written all the same.
@@ -323,6 +328,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return forecast_run(opts, folders, is_default)
     device = pick_device()
     opts.limit_memory(device)
+    opts.check_attention(device, is_fp32=opts.weight_dtype == "fp32")
     check_writable(opts.output_dir)
     files = open_given(opts, name, is_default)
     opts.check_name_for(files.family)

@@ -14,13 +14,19 @@ from torch import Tensor, nn
 
 from benchmarks.measure import FAILED, Clock, Row, Sizes, at_least, cosine, p90, peak_bytes, seconds, skipped
 from benchmarks.models import Inputs, Trainee
-from utils.training.optim import OptimizerSpec, ParameterGroup, Updater
+from utils.training.optim import Updater
+from utils.training.optimizers import OptimizerSpec, ParameterGroup
 
 SPEC = OptimizerSpec(learning_rate=1e-5, weight_decay=0.01, schedule="constant", warmup_steps=0, total_steps=1000)
 COSINE_LIMIT = 0.999  # of all LoRA gradients in bf16
 MATRIX_LIMIT = 0.98  # of those of one matrix: small ones hardly show in the cosine of all
 FP32_LIMIT = 1e-4  # relative difference of the loss, and of all LoRA gradients, in fp32
 LOSS_LIMIT = 5e-3  # relative difference of the loss in bf16
+
+
+def updater_of(trainee: Trainee[nn.Module]) -> Updater:
+    named = {str(index): parameter for index, parameter in enumerate(trainee.parameters)}
+    return Updater([ParameterGroup(named)], SPEC)
 
 
 @dataclass
@@ -37,8 +43,7 @@ class Contestant:
     reserved: int = 0  # bytes that the allocator holds for it
 
     def __post_init__(self) -> None:
-        named = {str(index): parameter for index, parameter in enumerate(self.trainee.parameters)}
-        self.updater = Updater([ParameterGroup(named)], SPEC)
+        self.updater = updater_of(self.trainee)
 
     def begin(self, inputs: Inputs, device: torch.device) -> None:
         """Computes loss and gradients once, without an update."""

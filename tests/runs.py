@@ -16,7 +16,7 @@ from utils.common.checkpoint_names import EXPERTS
 from utils.runs.run import Run, RunSettings, open_run
 from utils.runs.state import Facts, State
 from utils.training.learner import Learner, Trainable, Update
-from utils.training.optim import OptimizerSpec
+from utils.training.optimizers import OptimizerSpec
 from wan.configs import FAMILIES
 
 SPEC = OptimizerSpec(learning_rate=0.01, weight_decay=0.0, schedule="constant", warmup_steps=0, total_steps=10)

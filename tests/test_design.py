@@ -153,7 +153,6 @@ TESTED_ELSEWHERE = {
     "utils/common/errors.py": "tests/utils/common/test_options.py",
     "wan/checkpoints/errors.py": "tests/wan/checkpoints/test_find.py",
     "wan/configs/grid.py": "tests/wan/configs/test_family.py",
-    "wan/modules/attention.py": "tests/benchmarks/test_gpu_check.py",
 }
 
 

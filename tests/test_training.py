@@ -33,7 +33,8 @@ from utils.runs.metrics import Metrics
 from utils.runs.run import Run
 from utils.storage.weights import hold_as
 from utils.training.memory import prepare
-from utils.training.optim import OptimizerSpec, ParameterGroup, Updater
+from utils.training.optim import Updater
+from utils.training.optimizers import OptimizerSpec, ParameterGroup
 from wan.checkpoints import build_transformer, load_transformer
 from wan.checkpoints.transformer import read_config, read_transformer
 from wan.modules.model import is_fp32

@@ -10,7 +10,7 @@ from itertools import groupby
 
 import torch
 
-from benchmarks.contest import Contestant
+from benchmarks.contest import Contestant, updater_of
 from benchmarks.measure import FAILED, Clock, Row, Sizes, count_tokens, skipped
 from benchmarks.models import Inputs, fused, our_trainee, random_inputs
 from utils.training.calibration import Workload
@@ -18,7 +18,6 @@ from utils.training.cards import CARDS
 from utils.training.checkpoint_plan import AUTO, Room
 from utils.training.forecast import CONTEXT, Setting, forecast
 from utils.training.memory import TrainingPass
-from utils.training.optim import bytes_of_first_step
 from utils.training.room import measure_room
 
 STEPS = 3
@@ -70,7 +69,7 @@ def _planned(name: str, sizes: Sizes, grid: Grid, device: torch.device) -> Itera
     assert isinstance(training_pass, TrainingPass)
     plan = training_pass.plan
     resident = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    reserve = bytes_of_first_step(trainee.parameters)
+    reserve = updater_of(trainee).bytes_of_first_step()
     room = measure_room(trainee.model, lambda: torch.autograd.grad(trainee.loss(inputs), trainee.parameters), reserve)
     plan.settle(room)
     chosen = plan.strategies(tokens)

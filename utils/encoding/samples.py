@@ -24,7 +24,8 @@ from utils.encoding.latent_cache import LatentCache, Layout, cached_bytes
 from utils.media.controls import ControlSignal
 from wan.checkpoints import ModelFiles, load_vae, load_vision_encoder, vae_fingerprint, vision_fingerprint
 
-ENCODER_DTYPE = torch.float32
+VISION_DTYPE = torch.float32
+VAE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Loaded = TypeVar("Loaded")
 LoadText = Callable[[str], Tensor]  # from a caption to its embedding (T, E)
 
@@ -42,6 +43,9 @@ class Caches:
     )
     prune_cache: bool = option(
         False, "remove cached latents that this run does not use", requires="cache_latents", affects_training=False
+    )
+    vae_dtype: str = option(
+        "fp32", "dtype of the VAE, for training and previews; bf16: faster, less exact", choices=tuple(VAE_DTYPES)
     )
     cache_dir: Path | None = option(
         None, "where caches are kept (default: .wan_cache in the first dataset)", affects_training=False
@@ -134,18 +138,19 @@ class LatentEncoding:
     files: ModelFiles
     device: torch.device
     control: ControlSignal | None = None
+    vae_dtype: torch.dtype = torch.float32
 
     def load(self) -> Encoders:
-        """The encoders on the device, in fp32. Raises CheckpointError."""
-        vision = load_vision_encoder(self.files, self.device, ENCODER_DTYPE) if self.files.clip else None
-        vae = load_vae(self.files, self.device, ENCODER_DTYPE)
+        """The encoders on the device. Raises CheckpointError."""
+        vision = load_vision_encoder(self.files, self.device, VISION_DTYPE) if self.files.clip else None
+        vae = load_vae(self.files, self.device, self.vae_dtype)
         return Encoders(self.files.family, vae, vision, self.control)
 
     @property
     def layout(self) -> Layout:
         """What is cached of a clip."""
         family = self.files.family
-        vision = vision_fingerprint(self.files, ENCODER_DTYPE) if self.files.clip else ""
+        vision = vision_fingerprint(self.files, VISION_DTYPE) if self.files.clip else ""
         return Layout(family.given, family.given_as, vision, self.control)
 
     def encode_missing(self, root: Path, windows: Sequence[Window], num_workers: int) -> LatentCache:
@@ -153,7 +158,7 @@ class LatentEncoding:
 
         Raises UserError if the disk is too small, and as loading clips does.
         """
-        cache = LatentCache(root, vae_fingerprint(self.files, ENCODER_DTYPE), self.layout)
+        cache = LatentCache(root, vae_fingerprint(self.files, self.vae_dtype), self.layout)
         missing = cache.missing(windows)
         known = len({cache.path(window) for window in windows}) - len(missing)
         say(f"latents: {len(missing)} to encode, {known} cached")

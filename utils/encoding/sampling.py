@@ -17,6 +17,7 @@ from utils.storage.load import Store
 from utils.storage.weights import Storage
 from wan.checkpoints import ModelFiles, Place, build_transformer, cast_to
 from wan.image2video import hold_first
+from wan.modules.attention import SDPA
 from wan.modules.model import WanModel
 from wan.text2video import Sampler, part_at
 
@@ -26,7 +27,7 @@ class Transformers:
 
     They answer as the base model, with the LoRAs of `fusions` in it as in training, until `fuse` is called, and then
     with `loras` too. Where weights are quantised or wait in main memory, these act beside them: added to codes, they
-    would be rounded away.
+    would be rounded away. They attend by `attention`, one of KERNELS.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class Transformers:
         loras: Mapping[str, Sequence[Chosen]],
         storage: Storage,
         fusions: Mapping[str, Fusion] = MappingProxyType({}),
+        attention: str = SDPA,
     ) -> None:
         self.files, self.loras, self.storage, self.fusions = files, loras, storage, fusions
+        self.attention = attention
         self._loaded: tuple[str, WanModel] | None = None
         self._fused = False
         self._store = Store(storage)
@@ -67,6 +70,7 @@ class Transformers:
         label = "the transformer" if len(self.files.transformers) == 1 else f"the {name} expert"
         progress = partial(tqdm, desc=f"loading {label}", unit="tensor", leave=False)
         model = build_transformer(self.files.transformers[name])
+        model.use_attention(self.attention)
         fusion = self.fusions.get(name, Fusion())
         fusion.widen(model)
 

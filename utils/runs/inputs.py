@@ -16,13 +16,15 @@ from utils.data.folders import Folder
 from utils.data.plan import Plan, Window, full_length_windows, largest_window, validation_windows
 from utils.encoding.conditioning import Batch, GivenFrames
 from utils.encoding.latent_cache import format_cache_size
-from utils.encoding.samples import Caches, LatentEncoding, Samples, open_samples
+from utils.encoding.samples import VAE_DTYPES, Caches, LatentEncoding, Samples, open_samples
 from utils.encoding.text import TextEncoding, Texts, encode_texts, negative_prompt_file, shipped_prompts
 from utils.setup.model import SingleFiles
 from utils.training.calibration import Workload
+from utils.training.cards import Card
 from utils.training.experts import Role, plan_experts
+from utils.training.optimizers import KINDS
 from utils.training.phases import TrainingOptions
-from utils.training.planning import OnGpu
+from utils.training.planning import OnGpu, encoding_seconds
 from utils.training.preview import Preview, Scenes, make_preview
 from wan.checkpoints import ModelFiles
 from wan.configs import Family
@@ -99,7 +101,8 @@ def open_inputs(opts: InputOptions, files: ModelFiles, device: torch.device, dat
     # Clips go through the VAE at every step, or once, to the cache; frames that the model is given through a vision
     # encoder too. Without held-out clips validation uses training clips.
     watched = validation_windows(data.val or data.train, plan.limits, opts.val_samples)
-    encoding, windows = LatentEncoding(files, device, opts.control_signal), [*plan.fixed_windows, *watched]
+    encoding = LatentEncoding(files, device, opts.control_signal, VAE_DTYPES[opts.vae_dtype])
+    windows = [*plan.fixed_windows, *watched]
     samples = open_samples(opts, encoding, windows, texts.captions, data.cache_folder, opts.num_workers)
     return Inputs(files, data, plan, roles, adapters, further, texts, samples, watched)
 
@@ -125,7 +128,20 @@ def workload(opts: InputOptions, family: Family, shape: WanShape, plan: Plan) ->
     work = Workload(shape, windows[0].tokens, len(windows), rank, opts.lora_target, len(roles), dtype)
     loaded = len(family.experts) if opts.preview_prompts else len(roles)
     work = replace(work, loaded=loaded, has_average=bool(opts.ema_decay), accumulates=opts.gradient_accumulation > 1)
+    work = replace(work, moment_bytes=KINDS[opts.optimizer].state_bytes)
     return replace(work, fp32_stream=opts.fp32_stream, keeps_ends=opts.keep_end_blocks)
+
+
+def say_encoding(opts: InputOptions, family: Family, plan: Plan, card: Card) -> None:
+    """What the VAE adds to a step by forecast, where it encodes the same clips again and again."""
+    if opts.cache_latents:
+        return
+    windows = plan.largest_batch
+    # Given frames are encoded in a clip of their own length, and so is a control.
+    videos = 1 + (family.given_as == "channels") + opts.control_lora
+    each = encoding_seconds(family, windows[0].bucket, VAE_DTYPES[opts.vae_dtype], card)
+    seconds = len(windows) * videos * each
+    say(f"encoding its clips adds {seconds:.3g} s to such a step: --cache_latents 1 encodes each clip once")
 
 
 def encoders_on_gpu(opts: InputOptions, plan: Plan) -> OnGpu:
@@ -133,6 +149,7 @@ def encoders_on_gpu(opts: InputOptions, plan: Plan) -> OnGpu:
     return OnGpu(
         None if opts.cache_latents else plan.largest_batch[0].bucket,
         _preview_size(plan).bucket if opts.preview_prompts else None,
+        VAE_DTYPES[opts.vae_dtype],
     )
 
 

@@ -24,7 +24,6 @@ from utils.runs.run import RunSettings, write_checkpoint
 from utils.runs.session import Session
 from utils.training.checkpoint_plan import AUTO, CheckpointPlan, Room
 from utils.training.learner import Learner
-from utils.training.optim import bytes_of_first_step
 from utils.training.phases import Phase, TrainingOptions
 from utils.training.room import measure_room
 
@@ -49,7 +48,8 @@ def rehearse_run(
         clip = max(session.validation, key=lambda clip: clip.latents.numel()).to(session.experts.device)
         for phase in phases:
             whose = f" the {phase.name} expert" * (len(phases) > 1)
-            parts[f"validating{whose}"] = partial(replace(phase, sigmas=phase.sigmas[:1]).validate, [clip], 0)
+            brief = replace(phase, sigmas=phase.sigmas[:1])
+            parts[f"validating{whose}"] = partial(session.validate_phase, brief, [clip], 0)
     if session.preview is not None and not opts.benchmark:
         parts["generating a preview"] = partial(session.show, session.preview.in_brief())
     if not opts.benchmark:
@@ -88,6 +88,7 @@ def rehearse_step(
     `spare` is the share of it that is left unused. `accumulates`: whether a pass is made while all gradients exist.
     """
     trained = _trained(phase)
+    updaters = [trainable.updater for trainable in learner.trainables.values()]
 
     def run() -> None:
         with temp_rng(0):  # what is measured is what is tried then
@@ -98,7 +99,7 @@ def rehearse_step(
         run()
 
     def measure() -> Room:
-        room = measure_room(phase.model, run_alone, bytes_of_first_step(learner.parameters))
+        room = measure_room(phase.model, run_alone, sum(updater.bytes_of_first_step() for updater in updaters))
         return replace(room, free=int(room.free * (1 - spare)))
 
     learner.begin_step()
@@ -112,7 +113,8 @@ def rehearse_step(
         phase.step()
         # From the second step on there are the optimizer's moments, also those of other LoRAs.
         known = {id(parameter) for parameter in trained}
-        others = bytes_of_first_step([each for each in learner.parameters if id(each) not in known])
+        idle = [updater for updater in updaters if id(updater.parameters[0]) not in known]
+        others = sum(updater.bytes_of_first_step() for updater in idle)
         _moments = torch.empty(others, dtype=torch.uint8, device=batch.latents.device)
         _run_with_less(run_alone, plan)
     if decisions is not None and plan.room is not None:

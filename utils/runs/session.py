@@ -1,6 +1,6 @@
 """What the training loop needs, once everything is loaded."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,9 @@ from utils.encoding.samples import Samples
 from utils.training.checkpoint_plan import CheckpointPlan
 from utils.training.experts import Experts
 from utils.training.learner import Learner
-from utils.training.phases import Schedule
+from utils.training.phases import Phase, Schedule
 from utils.training.preview import Preview
+from utils.training.validation import Losses
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,20 @@ class Session:
     kept: CheckpointPlan  # what blocks keep for the backward pass
     needed: str  # the flags that the test script needs to show this model
 
-    def watched(self, device: torch.device) -> Iterator[Batch]:
+    def validate(self, device: torch.device, seed: int) -> dict[str, Losses]:
+        """The losses of each phase on the validation clips."""
+        return {phase.name: self.validate_phase(phase, self._watched(device), seed) for phase in self.schedule.phases}
+
+    def validate_phase(self, phase: Phase, clips: Iterable[Batch], seed: int) -> Losses:
+        """The losses of a phase on clips on the device, with what it would export."""
+        with self.learner.as_exported():
+            return phase.validate(clips, seed)
+
+    def _watched(self, device: torch.device) -> Iterator[Batch]:
         """The validation clips, one after another on the device."""
         return (batch.to(device) for batch in tqdm(self.validation, desc="validating", leave=False))
 
     def show(self, preview: Preview) -> list[tuple[str, Tensor]]:
         """The videos of previews."""
-        with self.experts.beside(self.further):
+        with self.learner.as_exported(), self.experts.beside(self.further):
             return preview.generate(self.experts.predict)

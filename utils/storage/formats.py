@@ -67,8 +67,8 @@ def stored_bytes(rows: int, columns: int, format: str) -> int:
     return count if format == "fp8" else count + 4 * rows
 
 
-def need_bitsandbytes() -> None:
-    """Raises UserError unless bitsandbytes is installed and works; makes its operations known to torch.
+def need_bitsandbytes(what: str = "nf4") -> None:
+    """Raises UserError, for `what` needs it, unless bitsandbytes works; makes its operations known to torch.
 
     On some CPUs it would load code from a hub where a package named kernels is installed, and else advises to install
     it. What that code is for, products of codes, is not used here.
@@ -79,7 +79,7 @@ def need_bitsandbytes() -> None:
             importlib.import_module("bitsandbytes")
     except (ImportError, OSError, RuntimeError) as error:  # it loads libraries of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"nf4 needs bitsandbytes, which cannot be imported: {reason}\n{INSTALL}") from None
+        raise UserError(f"{what} needs bitsandbytes, which cannot be imported: {reason}\n{INSTALL}") from None
 
 
 def _row_scale(weight: Tensor, largest: float) -> Tensor:

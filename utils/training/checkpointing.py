@@ -33,7 +33,7 @@ def keep_kernels(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> 
 
 def keep_products(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     """Neither attention kernels nor matrix products are run again."""
-    is_kept = operation._schema.name.startswith((KERNELS, *PRODUCTS))
+    is_kept = operation._schema.name.startswith((*KERNELS, *PRODUCTS))
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_SAVE
 
 

@@ -151,12 +151,17 @@ def count_step(loss: Callable[[], Tensor], accumulating: Iterable[nn.Parameter] 
     return Counts(counter.peak, kept, flops.get(PRODUCT, 0), flops.get(ATTENTION, 0), moved)
 
 
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The bytes that are alive at once while this runs, beyond what was there before."""
+def count_forward(run: Callable[[], object]) -> Counts:
+    """What this takes without gradients."""
     counter = _Counter()
     with torch.no_grad(), counter:
         run()
-    return counter.peak
+    return Counts(counter.peak, 0, counter.flops.get(PRODUCT, 0), counter.flops.get(ATTENTION, 0), counter.moved)
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The bytes that are alive at once while this runs without gradients, beyond what was there before."""
+    return int(count_forward(run).peak_bytes)
 
 
 class _Counter(TorchDispatchMode):
@@ -179,7 +184,7 @@ class _Counter(TorchDispatchMode):
         if operation.kind == ELEMENTWISE:
             self.moved += operation.moved
         else:
-            flops, inside = _work(operation.name, [arg for arg in args if isinstance(arg, Tensor)])
+            flops, inside = _work(operation.name, [arg for arg in args if isinstance(arg, Tensor)], result)
             self.flops[operation.kind] = self.flops.get(operation.kind, 0) + flops
         self.peak = max(self.peak, self.live + inside)
         return result
@@ -197,7 +202,7 @@ class _Counter(TorchDispatchMode):
         self.live += size
 
 
-def _work(name: str, tensors: list[Tensor]) -> tuple[int, int]:
+def _work(name: str, tensors: list[Tensor], result: Any) -> tuple[int, int]:
     """The floating-point operations of a product or an attention, and the bytes of its workspace."""
     if kind_of(name) == ATTENTION:
         backward = "backward" in name
@@ -205,9 +210,7 @@ def _work(name: str, tensors: list[Tensor]) -> tuple[int, int]:
         products = BACKWARD_PRODUCTS if backward else FORWARD_PRODUCTS
         return 2 * products * q.numel() * k.shape[-2], WORKSPACE * q.numel() * backward
     if name == "convolution":
-        # One for each element of the answer and of a kernel. Kernels do not overlap: they cut patches.
-        x, weight = tensors[:2]
-        return 2 * x.numel() * len(weight), 0
+        return 2 * result.numel() * tensors[1][0].numel(), 0
     if name == "convolution_backward":
         grad, _, weight = tensors[:3]
         return 2 * grad.numel() * weight[0].numel(), 0

@@ -23,7 +23,7 @@ from utils.training.memory import Memory
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CONTEXT = 1.0e9  # bytes of CUDA's context, of cuBLAS, and lost between tensors: an estimate, not measured
-MOMENTS, AVERAGE, CONVERTED = 8, 4, 2  # bytes for each number of a LoRA: two of fp32; fp32; bf16
+AVERAGE, CONVERTED = 4, 2  # bytes for each number of a LoRA: fp32; bf16
 # int8 weights are stored rotated: their values in bf16 exist before and after the rotation.
 COPIES = {"fp32": 0, "bf16": 0, "fp8": 1, "fp8_scaled": 2, "int8": 2, "nf4": 1}
 PASSES = {"none": 2}  # of the weights of a block through the kernels; 3 where the forward pass runs again
@@ -34,7 +34,7 @@ DEVICE_WORDS = {
     "blocks": "weights of blocks",
     "ring": "buffers for swapped blocks",
     "others": "embeddings and head",
-    "adapter": "LoRA, gradients, AdamW",
+    "adapter": "LoRA, gradients, optimizer",
     "kept": "activations kept",
     "working": "activations of one block",
     "context": "CUDA",
@@ -243,10 +243,10 @@ def _memory(work: Workload, setting: Setting, costs: Sequence[Cost], weights: St
     return device, HostBytes(setting.streamed * weights.block + ends, inputs, 0)
 
 
-def _bytes_of_number(work: Workload, setting: Setting) -> int:
+def _bytes_of_number(work: Workload, setting: Setting) -> float:
     """What a number of the LoRA takes, without its gradient."""
     # In bf16 a second number holds what the first cannot (`utils.training.kahan`).
-    held = torch.float32.itemsize + MOMENTS + AVERAGE * work.has_average
+    held = torch.float32.itemsize + work.moment_bytes + AVERAGE * work.has_average
     is_converted = setting.dtype == BF16 and not setting.compile and work.adapter_dtype == FP32
     return held + CONVERTED * is_converted
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from utils.adapters.projection import Projection, project, project_backward, project_forward, speaking_adapters
 from utils.training.kept_attention import Answer, Tape, attend, attend_backward
+from wan.modules.attention import Attend
 from wan.modules.model import Block, RMSNorm, rotate, split_by
 
 Layers = Mapping[str, Projection]  # by their names in the block
@@ -50,10 +51,10 @@ class FusedBlock:
         own, cross = block.self_attn, block.cross_attn
         queries, keys = (_Heads(own.num_heads, norm, rotary) for norm in (own.norm_q, own.norm_k))
         inner = [layers[f"self_attn.{name}"] for name in "qkv"]
-        sublayer = _Sublayer(norm1, inner, _Attention(queries, keys, self.tape), layers["self_attn.o"])
+        sublayer = _Sublayer(norm1, inner, _Attention(own.attend, queries, keys, self.tape), layers["self_attn.o"])
         hidden = _apply(sublayer, x, 1 + scale1, shift1, gate1)
 
-        core = _Attention(_Heads(cross.num_heads, cross.norm_q), None, self.tape)
+        core = _Attention(cross.attend, _Heads(cross.num_heads, cross.norm_q), None, self.tape)
         sublayer = _Sublayer(norm3, [layers["cross_attn.q"]], core, layers["cross_attn.o"])
         given = self._keys_and_values(layers, text, image)
         hidden = _apply(sublayer, hidden, weight[None, None], bias[None, None], None, given)
@@ -274,6 +275,7 @@ class _Heads:
 class _Attention:
     """Attention by the queries of the tokens: to their own keys and values, or to given pairs, each apart, summed."""
 
+    kernel: Attend
     queries: _Heads
     keys: _Heads | None  # None: pairs are given
     tape: Tape | None
@@ -285,7 +287,7 @@ class _Attention:
             if self.keys is not None:
                 pairs = self.keys.forward(products[1], shape), self.queries.split(products[2], shape)
             q = self.queries.forward(products[0], shape)
-            return [attend(q, k, v) for k, v in _pairs(pairs)]
+            return [attend(q, k, v, self.kernel) for k, v in _pairs(pairs)]
 
         outputs, answers = zip(*(compute() if self.tape is None else self.tape.play(compute)), strict=True)
         seen = sum(outputs[1:], outputs[0]).flatten(2).flatten(0, 1)
@@ -305,7 +307,10 @@ class _Attention:
             pairs = k, self.queries.split(products[2], shape)
         answers = [Answer(tuple(own), layout) for own, layout in zip(kept[1:], self.layouts, strict=True)]
         heads = self.queries.split(grad, shape)
-        found = [attend_backward(heads, q, k, v, answer) for (k, v), answer in zip(_pairs(pairs), answers, strict=True)]
+        found = [
+            attend_backward(heads, q, k, v, answer, self.kernel)
+            for (k, v), answer in zip(_pairs(pairs), answers, strict=True)
+        ]
         query_grads, pair_grads = [each[0] for each in found], [one for each in found for one in each[1:]]
         query_grad = self.queries.backward(sum(query_grads[1:], query_grads[0]), *query_graph)
         if self.keys is None:

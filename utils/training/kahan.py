@@ -9,6 +9,7 @@ in fp32, updated, and split again.
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from utils.common.tensors import in_parts
+
+MOMENTS = "exp_avg", "exp_avg_sq"
+MIN_QUANTISED, BLOCK = 4096, 256  # numbers; as in bitsandbytes, small tensors stay fp32
 
 
 class KahanAdamW(Optimizer):
@@ -26,6 +30,7 @@ class KahanAdamW(Optimizer):
     """
 
     found_inf: Tensor | None = None
+    _step_supports_amp_scaling = True  # torch's mark of those that take it
 
     def __init__(
         self,
@@ -51,8 +56,8 @@ class KahanAdamW(Optimizer):
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         states = [self._state_of(parameter) for parameter in parameters]
-        names = ("compensation", "exp_avg", "exp_avg_sq", "step")
-        rests, means, squares, steps = ([state[name] for state in states] for name in names)
+        rests, steps = ([state[name] for state in states] for name in ("compensation", "step"))
+        means, squares = ([self._moment(state, name) for state in states] for name in MOMENTS)
         gradients = [p.grad.float() for p in parameters if p.grad is not None]
         (beta1, beta2), lr = group["betas"], group["lr"]
 
@@ -75,10 +80,21 @@ class KahanAdamW(Optimizer):
         rounded = [value.bfloat16() for value in values]
         torch._foreach_sub_(values, rounded)
         next_rests = [value.bfloat16() for value in values]
-        self._keep(
-            [*parameters, *rests, *means, *squares, *steps],
-            [*rounded, *next_rests, *next_means, *next_squares, *next_steps],
-        )
+        olds, news = [*parameters, *rests, *steps], [*rounded, *next_rests, *next_steps]
+        for name, moments in zip(MOMENTS, (next_means, next_squares), strict=True):
+            for state, moment in zip(states, moments, strict=True):
+                stored = self._stored(name, moment)
+                olds += [state[key] for key in stored]
+                news += stored.values()
+        self._keep(olds, news)
+
+    def _moment(self, state: dict[str, Tensor], name: str) -> Tensor:
+        """The fp32 moment of a parameter."""
+        return state[name]
+
+    def _stored(self, name: str, moment: Tensor) -> dict[str, Tensor]:
+        """What a parameter's state holds of an fp32 moment."""
+        return {name: moment}
 
     def _keep(self, olds: list[Tensor], news: list[Tensor]) -> None:
         """Puts the new values in place of the old ones, unless the step is to be skipped."""
@@ -93,8 +109,8 @@ class KahanAdamW(Optimizer):
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+            for name in MOMENTS:
+                state |= self._stored(name, torch.zeros_like(parameter, dtype=torch.float32))
             state["compensation"] = torch.zeros_like(parameter)
         return state
 
@@ -108,6 +124,41 @@ class KahanAdamW(Optimizer):
             if index in state_dict["state"]:
                 saved = state_dict["state"][index]
                 self.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in saved.items()}
+
+
+class KahanAdamW8bit(KahanAdamW):
+    """The same with moments of 8 bits, quantised by bitsandbytes in blocks: codes under their names, and a scale each.
+
+    Dynamic quantisation: https://arxiv.org/abs/2110.02861.
+    """
+
+    def _moment(self, state: dict[str, Tensor], name: str) -> Tensor:
+        from bitsandbytes.functional import dequantize_blockwise
+
+        if _scale(name) not in state:
+            return state[name]
+        code = _code(name, state[name].device)
+        return dequantize_blockwise(state[name], absmax=state[_scale(name)], code=code, blocksize=BLOCK)
+
+    def _stored(self, name: str, moment: Tensor) -> dict[str, Tensor]:
+        from bitsandbytes.functional import quantize_blockwise
+
+        if moment.numel() < MIN_QUANTISED:
+            return {name: moment}
+        codes, how = quantize_blockwise(moment, code=_code(name, moment.device), blocksize=BLOCK)
+        return {name: codes, _scale(name): how.absmax}
+
+
+@cache
+def _code(name: str, device: torch.device) -> Tensor:
+    """The values of the 256 codes of a moment: of both signs for means, of one for squares."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map(signed=name == "exp_avg").to(device)
+
+
+def _scale(name: str) -> str:
+    return f"{name}_scale"
 
 
 def _bias(beta: float, steps: Sequence[Tensor]) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """Attention whose backward pass takes the kernel's answer from where it was kept, instead of running the kernel again.
 
-What a fused kernel of PyTorch returns (its output, the log-sum-exp of the scores, the state of its generator) is all
-that its backward pass needs besides queries, keys and values. Any kernel is served, because PyTorch's own derivative is
-used: the kernel's answer is put in place of its call.
+What a fused kernel returns (its output, the log-sum-exp of the scores, the state of its generator) is all that its
+backward pass needs besides queries, keys and values. Any kernel is served, because its own derivative is used: the
+kernel's answer is put in place of its call.
 
 Shape letters as in `wan.modules.model`.
 """
@@ -17,9 +17,15 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wan.modules.attention import attention
+from wan.modules.attention import Attend, attention
 
-KERNELS = "aten::_scaled_dot_product_"  # what the names of PyTorch's attention kernels begin with
+# What the names of attention kernels begin with: PyTorch's, and those of FlashAttention 2 and 3.
+KERNELS = (
+    "aten::_scaled_dot_product_",
+    "flash_attn::_flash_attn_forward",
+    "flash_attn_3::_flash_attn_forward",
+    "flash_attn_3::fwd",
+)
 
 
 @dataclass(frozen=True)
@@ -56,21 +62,23 @@ class _AtKernel(TorchDispatchMode):
         return self.answer.returned()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Answer]:
-    """`attention` without a graph, and the answer of its kernel."""
+def attend(q: Tensor, k: Tensor, v: Tensor, kernel: Attend = attention) -> tuple[Tensor, Answer]:
+    """Attention without a graph, and the answer of its kernel."""
     mode = _AtKernel()
     # Some kernels leave out what a backward pass needs where nothing asks for gradients. The graph is thrown away:
     # checkpointing around this must not see it, and it must not keep itself alive by what it saved.
     with torch.enable_grad(), saved_tensors_hooks(Tensor.detach, Tensor.detach), mode:
-        out = attention(*(x.detach().requires_grad_() for x in (q, k, v)))
+        out = kernel(*(x.detach().requires_grad_() for x in (q, k, v)))
     return out.detach(), mode.answer or Answer()
 
 
-def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, answer: Answer) -> tuple[Tensor, Tensor, Tensor]:
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, answer: Answer, kernel: Attend = attention
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v. Without a kernel's answer the attention is computed again."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     with torch.enable_grad(), _AtKernel(answer if answer.layout else None):
-        out = attention(*leaves)
+        out = kernel(*leaves)
     dq, dk, dv = torch.autograd.grad(out, leaves, grad)
     return dq, dk, dv
 

@@ -5,7 +5,7 @@ student or its critic, a whole model. A run may have several; they share one ran
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from utils.common.errors import RunError, UserError
 from utils.common.temp_rng import temp_rng
 from utils.training.ema import Ema, average_dtype
-from utils.training.optim import OptimizerSpec, ParameterGroup, Updater
+from utils.training.optim import Updater
+from utils.training.optimizers import OptimizerSpec, groups_of
 
 WATCHED_STEP = 10  # by now every matrix of an adapter must have moved
 
@@ -49,7 +50,7 @@ class Trainable:
     def __init__(self, name: str, adapter: Adapter, spec: OptimizerSpec, ema_decay: float = 0.0) -> None:
         self.name = name
         self.adapter = adapter
-        self.updater = Updater([ParameterGroup(adapter.parameters)], spec)
+        self.updater = Updater(groups_of(adapter.parameters, spec), spec)
         self.ema = Ema(adapter.parameters, ema_decay) if ema_decay else None
 
     def step(self, max_grad_norm: float) -> Update:
@@ -66,7 +67,7 @@ class Trainable:
         """Writes what has been learned, or its average. Reads copies: the parameters keep their values throughout."""
         if average and self.ema is None:
             raise ValueError(f"{self.name} has no average")
-        values = self.ema.values if average and self.ema is not None else self.adapter.parameters
+        values = self.ema.values if average and self.ema is not None else self.updater.values()
         self.adapter.export(path, values, facts)
 
     def _check_learning(self) -> None:
@@ -154,6 +155,14 @@ class Learner:
     def is_whole(self) -> bool:
         """Whether no step is half done: what would be saved now is the outcome of `step` whole steps."""
         return not self._is_updating and self._remaining in (0, self._planned)
+
+    @contextmanager
+    def as_exported(self) -> Iterator[None]:
+        """A span in which the parameters have the values that are exported; afterwards they are as before."""
+        with ExitStack() as stack:
+            for trainable in self.trainables.values():
+                stack.enter_context(trainable.updater.using_values())
+            yield
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:

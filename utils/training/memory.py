@@ -24,6 +24,7 @@ from utils.training.checkpointing import (
 )
 from utils.training.compilation import compiled, decide, saved_seconds
 from utils.training.fused import FusedBlock
+from wan.modules.attention import SDPA
 from wan.modules.model import Block, WanModel, WanShape
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ class Memory:
     compile: bool = False
     fuse: bool = False  # without a compiler: blocks as few autograd Functions that keep less
     stream: torch.dtype = torch.float32  # what the residual stream is rounded to after each block
+    attention: str = SDPA  # of TRAINING_KERNELS
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,12 @@ class MemoryOptions:
             decide("on", device, saved)  # says so where there is no compiler, or none any more
         return mode == "on"
 
-    def memory(self, storage: Storage, compiled: bool) -> Memory:
+    def memory(self, storage: Storage, compiled: bool, attention: str = SDPA) -> Memory:
         """What is done to a model that is held so."""
         stream = torch.float32 if self.fp32_stream else storage.dtype
         # On the CPU the blocks' own operations are as fast in fp32 (benchmarks/RECORDS.md), and they are the reference.
-        return Memory(self.gradient_checkpointing, compiled, storage.device.type == "cuda" and not compiled, stream)
+        fuse = storage.device.type == "cuda" and not compiled
+        return Memory(self.gradient_checkpointing, compiled, fuse, stream, attention)
 
 
 def prepare(
@@ -95,6 +98,7 @@ def prepare(
     stay on the device; a checkpointed block runs again through everything below it, and lets the `stream` fetch its
     weights again; what is compiled is all of that. Models that take turns may share a `plan`.
     """
+    model.use_attention(memory.attention)
     attached = attach(model)
     if memory != Memory() or stream is not None:
         plan = plan or CheckpointPlan(memory.checkpointing, len(model.blocks))

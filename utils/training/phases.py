@@ -13,10 +13,12 @@ from utils.diffusion.flow import Predict
 from utils.diffusion.objectives import Objective
 from utils.encoding.conditioning import Batch, Cond, make_predict
 from utils.storage.weights import StorageOptions
+from utils.training.attention import AttentionOptions
 from utils.training.experts import ExpertOptions, Experts, Role
 from utils.training.learner import Learner, Update
 from utils.training.memory import MemoryOptions
 from utils.training.optim import Optimization
+from utils.training.optimizers import ADAMW
 from utils.training.planning import PlanOptions
 from utils.training.preview import Previews
 from utils.training.validation import Losses, Validation, quantiles, validation_loss
@@ -28,25 +30,36 @@ Opts = TypeVar("Opts", bound="TrainingOptions")
 
 @dataclass(frozen=True)
 class TrainingOptions(
-    Objective, Optimization, ExpertOptions, StorageOptions, MemoryOptions, PlanOptions, Validation, Previews
+    Objective,
+    Optimization,
+    ExpertOptions,
+    StorageOptions,
+    AttentionOptions,
+    MemoryOptions,
+    PlanOptions,
+    Validation,
+    Previews,
 ):
     """training"""
 
     def roles(self, family: Family) -> list[Role[Self]]:
-        """As `ExpertOptions.roles`. Raises UserError too where a warm-up is as long as the training of its expert, and
-        where --idle_expert would be ignored.
+        """As `ExpertOptions.roles`. Raises UserError too where a warm-up is as long as the training of its expert.
+
+        And where a learning rate is not meant for the optimizer, or --idle_expert would be ignored.
         """
         roles = super().roles(family)
         # An expert that is not trained is loaded for previews.
         self.check_idle_expert(len(roles) if self.sample_prompts is None else len(family.experts))
         for role in roles:
             role.opts.check_warmup()
+            role.opts.check_rate()
         return roles
 
     def describe_rate(self) -> str:
         """How fast is learned, and what."""
         distilled = f", guidance {1 + self.distill_cfg:g} distilled" if self.distill_cfg else ""
-        return f"learning rate {self.learning_rate:g}, shift {self.shift:g}{distilled}"
+        by = "" if self.optimizer == ADAMW else f"{self.optimizer}, "
+        return f"{by}learning rate {self.learning_rate:g}, shift {self.shift:g}{distilled}"
 
 
 @dataclass(frozen=True)

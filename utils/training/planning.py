@@ -13,7 +13,7 @@ from utils.common.formatting import readable_size
 from utils.common.options import option
 from utils.training.cards import CARDS, Card, card_like, find_card
 from utils.training.choice import Limits
-from utils.training.counting import peak_bytes
+from utils.training.counting import Counts, count_forward, peak_bytes
 from utils.training.forecast import CONTEXT
 from wan.configs import Family
 from wan.modules.clip import VisionEncoder, VisionShape
@@ -124,6 +124,11 @@ class OnGpu:
 
     encoded: tuple[int, int, int] | None  # the largest sample, where latents are not cached
     decoded: tuple[int, int, int] | None  # previews
+    vae_dtype: torch.dtype = torch.float32
+
+    @property
+    def is_nothing(self) -> bool:
+        return self.encoded is None and self.decoded is None
 
 
 def budget(opts: PlanOptions, family: Family, on_gpu: OnGpu) -> Budget:
@@ -131,7 +136,7 @@ def budget(opts: PlanOptions, family: Family, on_gpu: OnGpu) -> Budget:
 
     Raises UserError where this machine has no GPU, and for one that has too little memory left for the encoders.
     """
-    encoders = encoder_bytes(family) if on_gpu != OnGpu(None, None) else 0
+    encoders = 0 if on_gpu.is_nothing else encoder_bytes(family, on_gpu.vae_dtype)
     card, others = (CARDS[opts.gpu], 0.0) if opts.gpu else (this_card(), taken_by_others())
     opts.check_cap(card.memory)
     memory = card.memory - others
@@ -160,31 +165,52 @@ def taken_by_others() -> float:
     return max(0.0, total - free - CONTEXT)
 
 
-def encoder_bytes(family: Family) -> int:
-    """What the VAE and the vision encoder of a family take in fp32."""
+def encoder_bytes(family: Family, vae_dtype: torch.dtype) -> int:
+    """What the VAE of a family takes, and its vision encoder in fp32."""
     with torch.device("meta"):
-        modules: list[nn.Module] = [_empty_vae(family)]
+        modules: list[nn.Module] = [_empty_vae(family, vae_dtype)]
         if family.clip:
             modules.append(VisionEncoder(VisionShape()))
-    return 4 * sum(math.prod(p.shape) for module in modules for p in module.parameters())
+    return sum(parameter.nbytes for module in modules for parameter in module.parameters())
 
 
 @cache
 def encoding_bytes(family: Family, on_gpu: OnGpu) -> float:
     """The activations at the peak of the VAE, counted on the real code; the workspace of convolutions is not seen."""
-    peaks = [0]
-    with torch.device("meta"):
-        vae = _empty_vae(family)
-        if on_gpu.encoded is not None:
-            width, height, frames = on_gpu.encoded
-            video = torch.empty(1, 3, frames, height, width)
-            peaks.append(video.nbytes + peak_bytes(lambda: vae.encode(video)))
-        if on_gpu.decoded is not None:
-            width, height, frames = on_gpu.decoded
-            latents = torch.empty(1, *vae.latent_shape(frames, height, width))
+    peaks = [0.0]
+    if on_gpu.encoded is not None:
+        width, height, frames = on_gpu.encoded
+        cast = 0 if on_gpu.vae_dtype == torch.float32 else on_gpu.vae_dtype.itemsize  # beside the clip in fp32
+        video = 3 * frames * height * width * (torch.float32.itemsize + cast)
+        peaks.append(video + _encoding(family, on_gpu.encoded, on_gpu.vae_dtype).peak_bytes)
+    if on_gpu.decoded is not None:
+        width, height, frames = on_gpu.decoded
+        with torch.device("meta"):
+            vae = _empty_vae(family, on_gpu.vae_dtype)
+            latents = torch.empty(1, *vae.latent_shape(frames, height, width), dtype=vae.dtype)
             peaks.append(peak_bytes(lambda: vae.decode(latents)))
-    return float(max(peaks))
+    return max(peaks)
 
 
-def _empty_vae(family: Family) -> WanVAE:
-    return (Wan22VAE() if family.vae == "Wan2.2_VAE.pth" else WanVAE()).requires_grad_(False).to("meta")
+def encoding_seconds(family: Family, size: tuple[int, int, int], vae_dtype: torch.dtype, card: Card) -> float:
+    """What the VAE takes to encode a sample of this size (width, height, frames), by the rates of the card.
+
+    Convolutions in fp32 run in TF32, at half the rate of bf16.
+    """
+    counts = _encoding(family, size, vae_dtype)
+    rate = card.products if vae_dtype == torch.bfloat16 else card.products / 2
+    return counts.product_flops / rate + counts.elementwise_bytes / card.bandwidth
+
+
+@cache
+def _encoding(family: Family, size: tuple[int, int, int], dtype: torch.dtype) -> Counts:
+    """What it takes to encode a sample."""
+    width, height, frames = size
+    with torch.device("meta"):
+        vae = _empty_vae(family, dtype)
+        video = torch.empty(1, 3, frames, height, width, dtype=dtype)
+        return count_forward(lambda: vae.encode(video))
+
+
+def _empty_vae(family: Family, dtype: torch.dtype) -> WanVAE:
+    return (Wan22VAE() if family.vae == "Wan2.2_VAE.pth" else WanVAE()).requires_grad_(False).to("meta", dtype)

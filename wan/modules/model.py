@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from wan.modules.attention import attention
+from wan.modules.attention import KERNELS, Attend, attention
 
 FREQUENCY_BASE = 10_000.0  # of the time sinusoid and of the rotary positions
 IMAGE_EPS = 1e-5  # of the norms around the image tokens; every other norm has the eps of the shape
@@ -126,7 +126,12 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with normalised queries and keys: what self and cross attention share."""
+    """Multi-head attention with normalised queries and keys: what self and cross attention share.
+
+    `attend` is the kernel, one of `wan.modules.attention.KERNELS`; `WanModel.use_attention` chooses it.
+    """
+
+    attend: Attend = staticmethod(attention)
 
     def __init__(self, shape: WanShape) -> None:
         super().__init__()
@@ -145,7 +150,7 @@ class SelfAttention(Attention):
         v = self.heads(self.v(x))
         q = rotate(self.heads(self.norm_q(self.q(x))), rotary).to(v.dtype)
         k = rotate(self.heads(self.norm_k(self.k(x))), rotary).to(v.dtype)
-        return self.o(attention(q, k, v).flatten(2))
+        return self.o(self.attend(q, k, v).flatten(2))
 
 
 class CrossAttention(Attention):
@@ -162,10 +167,10 @@ class CrossAttention(Attention):
         v = self.heads(self.v(text))
         q = self.heads(self.norm_q(self.q(x))).to(v.dtype)
         k = self.heads(self.norm_k(self.k(text))).to(v.dtype)
-        seen = attention(q, k, v)
+        seen = self.attend(q, k, v)
         if image is not None:
             k_img = self.heads(self.norm_k_img(self.k_img(image))).to(v.dtype)
-            seen = seen + attention(q, k_img, self.heads(self.v_img(image)))
+            seen = seen + self.attend(q, k_img, self.heads(self.v_img(image)))
         return self.o(seen.flatten(2))
 
 
@@ -283,6 +288,12 @@ class WanModel(nn.Module):
         for block in self.blocks:
             x = block(x, mod, rotary, text, image)
         return self._unpatchify(self.head(x, time), grid)
+
+    def use_attention(self, kernel: str) -> None:
+        """Attends by this kernel, one of `wan.modules.attention.KERNELS`."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.attend = KERNELS[kernel]
 
     def _embed_image(self, image: Tensor | None) -> Tensor | None:
         """Tokens (B, I, image_dim) of the vision encoder -> (B, I, D), for a model that reads them."""

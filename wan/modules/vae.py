@@ -33,6 +33,9 @@ LATENT_STD = (
 MAX_PIXELS_AT_ONCE = 4 * 832 * 480
 
 
+MIN_LENGTH = 1e-12  # that a vector is divided by, as in torch's normalize
+
+
 class Past:
     """The state of one pass over a video: the last input frames of each temporal convolution.
 
@@ -114,8 +117,8 @@ def _needs_onednn(x: Tensor) -> bool:
 class RMSNorm(nn.Module):
     """Scales the channel vector at each position to length sqrt(C), times gamma: x / ||x|| * sqrt(C) * gamma.
 
-    `num_axes` counts the axes behind the channels: 3 for video, 2 for frames. Half precision is normalised in fp32 and
-    rounded once.
+    `num_axes` counts the axes behind the channels: 3 for video, 2 for frames. Of half precision the lengths are fp32,
+    the products are not: in fp32 they would be written and read at twice the size.
     """
 
     def __init__(self, dim: int, num_axes: int) -> None:
@@ -124,8 +127,10 @@ class RMSNorm(nn.Module):
         self.scale = dim**0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        precise = torch.promote_types(x.dtype, torch.float32)
-        return (functional.normalize(x.to(precise), dim=1) * (self.scale * self.gamma.to(precise))).to(x.dtype)
+        if x.dtype.itemsize >= 4:
+            return functional.normalize(x, dim=1) * (self.scale * self.gamma)
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        return x * (self.scale / length.clamp(min=MIN_LENGTH)).to(x.dtype) * self.gamma
 
 
 class ResidualBlock(Causal, nn.Module):
@@ -346,7 +351,8 @@ class WanVAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents (B, z_dim, f, h, w) -> video (B, 3, 4 (f - 1) + 1, H, W), clamped to [-1, 1]."""
-        return self.generate(latents * self.latent_std + self.latent_mean).clamp(-1, 1)
+        z = latents * self.latent_std + self.latent_mean
+        return self.generate(z.to(self.dtype)).clamp(-1, 1)
 
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's answer to a video as `encode` takes it: mean and log-variance, each (B, z_dim, f, h, w)."""

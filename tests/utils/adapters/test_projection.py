@@ -14,7 +14,8 @@ from utils.adapters.initial import load_lora
 from utils.adapters.lora import ADAPTER, add_lora, extract_lora
 from utils.adapters.projection import Projection, in_dtype, project, speaking_adapters
 from utils.training.learner import Trainable
-from utils.training.optim import OptimizerSpec, ParameterGroup, Updater
+from utils.training.optim import Updater
+from utils.training.optimizers import OptimizerSpec, ParameterGroup
 
 FP32, BF16 = torch.float32, torch.bfloat16
 WIDTH, OUT, RANK = 24, 40, 4

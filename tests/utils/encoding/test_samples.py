@@ -22,7 +22,7 @@ from utils.data.scan import scan
 from utils.encoding.samples import CachedSamples, Caches, FreshSamples, LatentEncoding, Samples, open_samples
 from utils.encoding.text import TextEncoding
 from utils.media.controls import ControlSignal
-from wan.checkpoints import open_model, vision_fingerprint
+from wan.checkpoints import open_model, vae_fingerprint, vision_fingerprint
 from wan.configs import FAMILIES
 
 CPU = torch.device("cpu")
@@ -211,6 +211,20 @@ def test_samples_are_opened_as_the_options_say(tmp_path, model, capsys):
     pruned = opened(windows[:1], cache_latents=2, prune_cache=True)
     assert pruned.latents.missing(windows) == windows[1:]
     assert re.search(r"latents: removed \d\.\d+ MB that this run does not use", capsys.readouterr().out)
+
+
+def test_latents_of_a_vae_in_bf16_have_a_place_of_their_own(tmp_path, model):
+    video(tmp_path / "a.mp4", frames=9)
+    windows, files = windows_of(tmp_path), open_model(model)
+    exact, rough = (LatentEncoding(files, CPU, None, dtype) for dtype in (torch.float32, torch.bfloat16))
+    first = exact.encode_missing(tmp_path / "latents", windows, num_workers=0)
+    second = rough.encode_missing(tmp_path / "latents", windows, num_workers=0)
+    assert first.folder != second.folder and first.folder.name == vae_fingerprint(files, torch.float32)
+    assert first.missing(windows) == second.missing(windows) == []
+    for window in windows:
+        one, other = (cache.load(window)["latents"] for cache in (first, second))
+        assert other.dtype == torch.float32 and not torch.equal(one, other)
+        assert (one - other).norm() / one.norm() < 0.05
 
 
 def test_a_cached_file_with_another_condition_ends_with_one_message(tmp_path, model):

@@ -1,5 +1,6 @@
 """What a run needs before a transformer is loaded is opened in an order that finds faults early."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from utils.data.folders import Rules
 from utils.data.plan import make_plan
 from utils.runs import inputs as opening
 from utils.runs.inputs import Inputs, load_texts, open_data, open_inputs, open_preview
+from utils.training.cards import CARDS
 from wan.checkpoints import open_model
+from wan.configs import FAMILIES
 
 CPU = torch.device("cpu")
 COMMAND = "--dataset clips --pretrained_model_name_or_path model --base_res 64 --token_limit 100 --cache_latents 1"
@@ -52,6 +55,30 @@ def test_samples_and_texts_are_ready():
     preview = open_preview(*opened("--sample_prompts fox"), [], seed=3)
     (request,) = preview.requests
     assert request.prompt == "fox" and request.noise.shape == (1, 16, 6, 6, 10) and request.cond.channels is None
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [("", torch.float32), ("--vae_dtype bf16", torch.bfloat16)])
+def test_what_encoding_adds_to_a_step_is_said_where_latents_are_not_cached(flags, dtype, capsys, monkeypatch):
+    opts, inputs = opened(flags)
+    asked = []
+    monkeypatch.setattr(opening, "encoding_seconds", lambda *args: asked.append(args) or 0.25)
+    opening.say_encoding(opts, inputs.files.family, inputs.plan, CARDS["4090"])
+    assert not asked
+    capsys.readouterr()
+    opening.say_encoding(replace(opts, cache_latents=0), inputs.files.family, inputs.plan, CARDS["4090"])
+    bucket = inputs.plan.largest_batch[0].bucket
+    assert asked == [(inputs.files.family, bucket, dtype, CARDS["4090"])]
+    said = "encoding its clips adds {} s to such a step: --cache_latents 1 encodes each clip once\n"
+    assert capsys.readouterr().out == said.format(0.25)
+    both = replace(opts, cache_latents=0, control_lora=True)  # a clip, its given frames, and its control
+    opening.say_encoding(both, FAMILIES["wan2.2-i2v-A14B"], inputs.plan, CARDS["4090"])
+    assert capsys.readouterr().out == said.format(0.75)
+
+
+@pytest.mark.parametrize(("flags", "size"), [("", 8.0), ("--optimizer adamw8bit", 2.1)])
+def test_the_forecast_is_told_what_the_optimizer_keeps(flags, size):
+    opts, inputs = opened(flags)
+    assert opening.workload(opts, inputs.files.family, inputs.files.shape, inputs.plan).moment_bytes == size
 
 
 @pytest.mark.parametrize(("flags", "count"), [("", 1), ("--val_samples 0", 0)])

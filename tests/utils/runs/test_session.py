@@ -15,10 +15,28 @@ def session(**parts: object) -> Session:
     return Session(**empty | parts)
 
 
+class Exporting:
+    """A learner that notes whether its parameters have the values that are exported."""
+
+    is_open = False
+
+    @contextmanager
+    def as_exported(self):
+        self.is_open = True
+        yield
+        self.is_open = False
+
+
 def test_validation_clips_come_one_after_another_to_the_device():
     clips = [Batch(torch.full((1, 2), float(n)), Cond(torch.ones(1, 1, 1))) for n in range(3)]
-    seen = session(validation=clips).watched(torch.device("meta"))
-    assert [clip.latents.device.type for clip in seen] == ["meta"] * 3
+    learner = Exporting()
+
+    def validate(seen, seed):
+        return [clip.latents.device.type for clip in seen], seed, learner.is_open
+
+    schedule = SimpleNamespace(phases=[SimpleNamespace(name="lora", validate=validate)])
+    losses = session(validation=clips, learner=learner, schedule=schedule).validate(torch.device("meta"), 7)
+    assert losses == {"lora": (["meta"] * 3, 7, True)} and not learner.is_open
 
 
 def test_previews_are_shown_with_the_further_loras_beside():
@@ -30,7 +48,9 @@ def test_previews_are_shown_with_the_further_loras_beside():
         yield
         beside.append("closed")
 
-    preview = SimpleNamespace(generate=lambda predict: [*beside, predict])
+    learner = Exporting()
+    preview = SimpleNamespace(generate=lambda predict: [*beside, predict, learner.is_open])
     experts = SimpleNamespace(beside=with_further, predict="velocity")
-    assert session(experts=experts, further={"a": ()}).show(preview) == [{"a": ()}, "velocity"]
+    shown = session(learner=learner, experts=experts, further={"a": ()}).show(preview)
+    assert shown == [{"a": ()}, "velocity", True]
     assert beside[-1] == "closed"

@@ -101,8 +101,8 @@ def test_each_expert_has_the_options_of_the_run_except_for_its_own():
     high, low = (role.opts for role in options(f"--max_train_steps 70 --lora_rank 32 {own}").roles(A14B))
     assert (high.learning_rate, high.lora_rank, high.alpha, high.max_train_steps) == (1e-4, 4, 2, 70)
     assert (low.learning_rate, low.lora_rank, low.alpha, low.max_train_steps) == (1e-5, 32, 8, 30)
-    assert (high.optimizer.learning_rate, high.optimizer.total_steps) == (1e-4, 70)
-    assert low.optimizer.total_steps == 30
+    assert (high.optimizer_spec.learning_rate, high.optimizer_spec.total_steps) == (1e-4, 70)
+    assert low.optimizer_spec.total_steps == 30
     assert options("--low_lora_rank 8").roles(A14B)[1].opts.alpha == 8  # follows the rank, as without experts
 
 

@@ -151,6 +151,8 @@ def test_a_lora_takes_itself_its_gradient_two_moments_and_its_copy():
     work = replace(SMALL, tokens=64, rank=128)
     number = lora_size(work).at(30)
     assert found(work).device.adapter == pytest.approx(number * (4 + 4 + 8 + 2))
+    small = replace(work, moment_bytes=2.1)
+    assert found(small).device.adapter == pytest.approx(number * (4 + 4 + 2.1 + 2))
 
 
 def test_compiled_blocks_move_less_and_keep_what_the_records_say():

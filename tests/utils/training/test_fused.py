@@ -29,7 +29,7 @@ from utils.training.checkpointing import STRATEGIES
 from utils.training.fused import FusedBlock
 from utils.training.learner import Trainable
 from utils.training.memory import Memory, in_fp32
-from utils.training.optim import OptimizerSpec
+from utils.training.optimizers import OptimizerSpec
 from wan.modules.model import WanModel
 
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -13,7 +13,8 @@ from torch.optim import AdamW, Optimizer
 from utils.common.errors import UserError
 from utils.training import kahan
 from utils.training.kahan import KahanAdamW
-from utils.training.optim import OptimizerSpec, ParameterGroup, Updater, bytes_of_first_step
+from utils.training.optim import Updater
+from utils.training.optimizers import OptimizerSpec, ParameterGroup
 
 FP32, BF16 = torch.float32, torch.bfloat16
 SHAPES = ((4, 3), (5,), (2, 2, 2))
@@ -243,7 +244,7 @@ def test_it_takes_bf16_alone():
     with pytest.raises(TypeError, match="not torch.float32"):
         KahanAdamW(parameters_of(FP32))
     mixed = {"a": parameters_of()[0], "b": parameters_of(FP32)[1]}
-    with pytest.raises(TypeError, match="not torch.float32"):
+    with pytest.raises(TypeError, match="one dtype, not"):
         Updater([ParameterGroup(mixed)], SPEC)
 
 
@@ -255,7 +256,7 @@ def test_the_first_step_makes_so_many_bytes_as_are_kept_free_for_it():
         kept = [tensor for state in updater.optimizer.state.values() for tensor in state.values() if tensor.ndim]
         gradients = sum(parameter.nbytes for parameter in updater.parameters)
         assert gradients + sum(tensor.nbytes for tensor in kept) == each * count
-        assert bytes_of_first_step(updater.parameters) == each * count
+        assert updater.bytes_of_first_step() == each * count
 
 
 # ----------------------------------------------------------------------------------------------------------- resuming

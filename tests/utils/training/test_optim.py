@@ -59,7 +59,7 @@ class RunOptions(Optimization):
 def test_epochs_become_steps_of_the_same_options():
     opts = parse_options(RunOptions, ["--epochs", "3", "--seed", "7", "--lr_warmup_steps", "11"])
     assert with_epochs(opts, steps_per_epoch=4) == RunOptions(max_train_steps=12, seed=7, lr_warmup_steps=11)
-    assert with_epochs(opts, 4).optimizer.total_steps == 12
+    assert with_epochs(opts, 4).optimizer_spec.total_steps == 12
     plain = RunOptions(max_train_steps=5)
     assert with_epochs(plain, 4) is plain
 

@@ -16,7 +16,7 @@ from utils.encoding.conditioning import Batch, Cond, make_predict
 from utils.training.experts import Experts
 from utils.training.learner import Learner, Trainable
 from utils.training.memory import Memory, prepare
-from utils.training.optim import OptimizerSpec
+from utils.training.optimizers import OptimizerSpec
 from utils.training.phases import Phase, Schedule, make_phase
 from wan.configs import FAMILIES
 
@@ -87,7 +87,7 @@ def expert_phases(flags: str) -> tuple[Learner, list[Phase], Experts]:
         model = tiny_transformer(tiny_shape(A14B), seed)
         add_lora(model, select_modules(model, ["attn"]), rank=2, alpha=2)
         adapters[role.name] = LoraAdapter(model, role.opts)
-    learner = Learner([Trainable(role.trainable, adapters[role.name], role.opts.optimizer) for role in roles])
+    learner = Learner([Trainable(role.trainable, adapters[role.name], role.opts.optimizer_spec) for role in roles])
     experts = Experts({name: a.model for name, a in adapters.items()}, A14B.boundaries, torch.device("cpu"))
     loss = partial(train_wan_lora.training_loss, negative=None)
     phases = [make_phase(role, adapters[role.name], experts, learner, loss) for role in roles]

@@ -34,6 +34,7 @@ from utils.training.planning import (
     budget,
     encoder_bytes,
     encoding_bytes,
+    encoding_seconds,
     this_card,
 )
 from wan.configs import FAMILIES, Family
@@ -271,14 +272,16 @@ VISION = size("clip_xlm_roberta_vit_h_14", "visual.", ("visual.transformer.31.",
     ],
 )
 def test_the_encoders_take_what_the_released_ones_do_in_fp32(family, expected):
-    assert encoder_bytes(FAMILIES[family]) == expected > 4e8
+    assert encoder_bytes(FAMILIES[family], torch.float32) == expected > 4e8
+    vision = VISION if FAMILIES[family].clip else 0
+    assert encoder_bytes(FAMILIES[family], torch.bfloat16) - vision == (expected - vision) / 2
 
 
 @pytest.mark.parametrize("on_gpu", [NOTHING, OnGpu((64, 64, 5), None)])
 def test_encoders_that_stay_on_the_gpu_take_their_share_of_it_and_that_is_said(on_gpu):
     opts = parse_options(train_wan_lora.Options, "--plan --gpu 4090".split())
     found = budget(opts, I2V, on_gpu)
-    taken = encoder_bytes(I2V) if on_gpu != NOTHING else 0
+    taken = encoder_bytes(I2V, torch.float32) if on_gpu != NOTHING else 0
     assert found.limits.device == CARDS["4090"].memory * (1 - MARGIN) - taken
     assert found.encoders == taken and found.limits.host == ASSUMED_HOST and not found.is_here
     assert (found.limits.encoding > 0) == (on_gpu != NOTHING)
@@ -302,11 +305,28 @@ def test_what_the_vae_takes_while_it_computes_is_that_of_a_real_one(name):
     assert encoding_bytes(family, OnGpu(size, None)) == encoded > 10 * video.nbytes
     assert encoding_bytes(family, OnGpu(None, size)) == decoded and encoding_bytes(family, NOTHING) == 0
     assert encoding_bytes(family, OnGpu(size, size)) == max(encoded, decoded)
+    half, cast = vae.bfloat16(), video.bfloat16()
+    taken = video.nbytes + cast.nbytes + peak_bytes(lambda: half.encode(cast))
+    assert encoding_bytes(family, OnGpu(size, None, torch.bfloat16)) == pytest.approx(taken, rel=0.02)
+
+
+def test_the_time_of_encoding_is_that_of_the_products_and_of_what_moves():
+    """Counted: 51 TFLOP for 25 frames of 832x480, and 340 GB in fp32."""
+    family, card, size = FAMILIES["wan2.1-t2v-1.3B"], CARDS["4090"], (832, 480, 25)
+    exact = encoding_seconds(family, size, torch.float32, card)
+    assert exact == pytest.approx(51e12 / (card.products / 2) + 340e9 / card.bandwidth, rel=0.01)
+    assert 0.45 * exact < encoding_seconds(family, size, torch.bfloat16, card) < 0.55 * exact
+    assert encoding_seconds(family, size, torch.float32, CARDS["h200"]) < exact / 2
 
 
 @pytest.mark.parametrize(
     ("flags", "encoded", "decoded"),
-    [("--cache_latents 0", True, False), ("--sample_prompts a", False, True), ("", False, False)],
+    [
+        ("--cache_latents 0", True, False),
+        ("--sample_prompts a", False, True),
+        ("", False, False),
+        ("--cache_latents 0 --vae_dtype bf16", True, False),
+    ],
 )
 def test_encoders_stay_where_latents_are_not_cached_or_previews_are_drawn(monkeypatch, flags, encoded, decoded, asked):
     seen: list[OnGpu] = []
@@ -318,7 +338,8 @@ def test_encoders_stay_where_latents_are_not_cached_or_previews_are_drawn(monkey
     monkeypatch.setattr(train_wan_lora, "budget", watched)
     train_wan_lora.main(f"{RUN} {MODEL} --gpu 4090 {flags}".split())
     size = (64, 64, 9)
-    assert seen == [OnGpu(size if encoded else None, size if decoded else None)]
+    dtype = torch.bfloat16 if "bf16" in flags else torch.float32
+    assert seen == [OnGpu(size if encoded else None, size if decoded else None, dtype)]
 
 
 # ------------------------------------------------------------------------------------------------- what is planned

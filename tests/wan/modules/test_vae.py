@@ -2,11 +2,13 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import wan.modules.vae
 from tests.manifests import load_manifest
 from tests.tiny import tiny_vae
+from utils.training.counting import count_forward
 from wan.modules.vae import Past, RMSNorm, WanVAE, in_chunks
 
 SIZES = [(16, 16), (24, 40)]
@@ -221,17 +223,41 @@ def test_the_gradient_of_decode_is_its_slope():
     torch.testing.assert_close((gradient * direction).sum(), (ahead - behind) / 2e-6, rtol=1e-6, atol=0)
 
 
-def test_the_norm_in_bf16_is_the_fp32_norm_rounded_once():
+def official_norm(norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    return F.normalize(x, dim=1) * norm.scale * norm.gamma
+
+
+def test_the_norm_in_bf16_is_more_exact_than_the_official_one():
     norm = RMSNorm(96, num_axes=2).bfloat16()
     norm.gamma.data = random_video(96, 1, 1).bfloat16()
-    x = random_video(2, 96, 4, 4).bfloat16()
+    x = random_video(2, 96, 32, 32).bfloat16()
     exact = x.double() / x.double().norm(dim=1, keepdim=True) * 96**0.5 * norm.gamma.double()
-    assert torch.equal(norm(x), exact.bfloat16())
+    ours, theirs = (relative_error(result.double(), exact) for result in (norm(x), official_norm(norm, x)))
+    assert ours < 3 * 2**-9 and ours < theirs
+    assert norm(torch.zeros_like(x)).eq(0).all()
 
 
-def test_a_bf16_vae_stays_near_the_fp32_one(vae):
-    half = tiny_vae().bfloat16()
+@pytest.mark.parametrize("decoding", [False, True])
+def test_in_bf16_no_more_bytes_are_moved_than_by_the_official_code(monkeypatch, decoding):
+    """Counted. Of 25 frames of 832x480 the official encoder moves 253 GB in bf16, and keeps 2.81 GB alive."""
+    with torch.device("meta"):
+        vae = WanVAE().requires_grad_(False).to("meta", torch.bfloat16)
+        video, latents = (torch.empty(1, *size, dtype=torch.bfloat16) for size in ((3, 25, 480, 832), (16, 7, 60, 104)))
+        run = (lambda: vae.decode(latents)) if decoding else (lambda: vae.encode(video))
+        ours = count_forward(run)
+        monkeypatch.setattr(RMSNorm, "forward", official_norm)
+        theirs = count_forward(run)
+    assert ours.elementwise_bytes < theirs.elementwise_bytes and ours.peak_bytes <= theirs.peak_bytes
+    if not decoding:
+        assert ours.elementwise_bytes < 253e9 and ours.peak_bytes < 2.82e9
+
+
+def test_a_bf16_vae_stays_near_the_fp32_one_and_its_statistics_stay_fp32(vae):
+    half = tiny_vae()
+    for parameter in half.parameters():  # as they are loaded
+        parameter.data = parameter.data.bfloat16()
     video, latents = random_video(1, 3, 5, 16, 16), random_latents(1, 16, 2, 2, 2)
-    assert half.encode(video.bfloat16()).dtype == half.decode(latents.bfloat16()).dtype == torch.bfloat16
-    assert relative_error(half.encode(video.bfloat16()).float(), vae.encode(video)) < 0.05
-    assert relative_error(half.decode(latents.bfloat16()).float(), vae.decode(latents)) < 0.05
+    encoded, decoded = half.encode(video.bfloat16()), half.decode(latents)
+    assert encoded.dtype == torch.float32 and decoded.dtype == torch.bfloat16
+    assert relative_error(encoded, vae.encode(video)) < 0.05
+    assert relative_error(decoded.float(), vae.decode(latents)) < 0.05
