@@ -7,7 +7,7 @@
 # make families-check  every family of Wan from clips to a converted LoRA; at most half an hour on two cores
 # make gpu-bench   what is left of the measurements on a GPU, in parts of at most eight minutes, and their table
 # make nano-check  proofs that training teaches, on the small Wan
-# make nano-check-families  the same for image-to-video and for two experts; goes on where it was interrupted
+# make nano-check-families  the same for image-to-video and for two experts; continues where it was interrupted
 # make nano-check-memory  how many steps optimizers need on the small Wan; about two hours on one free core, resumable
 # make learning    what LoRAs learn on quantised bases of the small Wan; about two hours on one free core, resumable
 

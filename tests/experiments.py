@@ -1,4 +1,4 @@
-"""Experiments on small Wans, each in a folder of its own, where an interrupted one goes on."""
+"""Experiments on small Wans, each in a folder of its own, where an interrupted one continues."""
 
 import json
 import random
@@ -67,7 +67,7 @@ def image_to_video() -> dict[str, Path]:
 
 
 def trained(flags: str, parts: dict[str, Path]) -> dict[str, Path]:
-    """The LoRA of each expert, or "lora", trained with the command line on ./clips; an interrupted training goes on."""
+    """The LoRA of each expert, or "lora", trained by the command line on ./clips; an interrupted one continues."""
     given = [word for name, path in parts.items() for word in (f"--{name}", str(path))]
     model = ["--dataset", "clips", "--pretrained_model_name_or_path", str(MODEL), *given]
     resume = ["--resume_from_checkpoint", "latest"] if any(Path("runs").glob(f"*/{CHECKPOINTS}/{STATES}")) else []

@@ -1,4 +1,4 @@
-"""An experiment that was interrupted goes on, and one that is finished is not repeated."""
+"""An experiment that was interrupted continues, and one that is finished is not repeated."""
 
 from pathlib import Path
 

@@ -66,7 +66,7 @@ TRAINING_KERNELS: dict[str, Attend] = {
     "flash3": flash3,
 }
 KERNELS = TRAINING_KERNELS | {SAGE: sage}
-PACKAGES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", SAGE: "sageattention"}  # as they are imported
+PACKAGES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", SAGE: "sageattention"}  # the names to import
 
 
 def is_installed(kernel: str) -> bool:

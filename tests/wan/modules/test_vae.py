@@ -254,7 +254,7 @@ def test_in_bf16_no_more_bytes_are_moved_than_by_the_official_code(monkeypatch, 
 
 def test_a_bf16_vae_stays_near_the_fp32_one_and_its_statistics_stay_fp32(vae):
     half = tiny_vae()
-    for parameter in half.parameters():  # as they are loaded
+    for parameter in half.parameters():  # as when they are loaded
         parameter.data = parameter.data.bfloat16()
     video, latents = random_video(1, 3, 5, 16, 16), random_latents(1, 16, 2, 2, 2)
     encoded, decoded = half.encode(video.bfloat16()), half.decode(latents)
