@@ -1,6 +1,6 @@
 """The program of a child process that inspects media files. Imports little, so that it starts fast.
 
-For each line of input, a question in JSON, it writes lines of JSON: how far it is, and at last the answer.
+It writes READY, and for each line of input, a question in JSON, lines of JSON: how far it is, and at last the answer.
 """
 
 import json
@@ -26,6 +26,7 @@ from utils.media.masks import measure_mask
 from utils.media.probing import probe
 from utils.media.stream import Listen, Progress
 
+READY = "ready\n"
 REPORT_EVERY = 0.2  # seconds
 
 
@@ -49,6 +50,7 @@ def main() -> None:
         os.dup2(reports.fileno(), sys.stderr.fileno())
         os.dup2(reports.fileno(), sys.stdout.fileno())
         listen = _listen_to_ffmpeg(reports.fileno())
+        print(READY, end="", file=answers, flush=True)
         while line := questions.get():
             print(json.dumps(_answer(json.loads(line), listen, answers)), file=answers, flush=True)
 

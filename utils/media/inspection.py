@@ -19,11 +19,12 @@ import psutil
 from tqdm import tqdm
 
 from utils.common.digests import DIGESTS, LATENTS, Digests
+from utils.common.errors import UserError
 from utils.common.files import file_stamp
 from utils.media.description import VIDEO, MediaError, MediaInfo, from_json
 from utils.media.description_cache import DescriptionCache
 from utils.media.files import check_file
-from utils.media.processes import Process, start
+from utils.media.processes import Process, describe_end, end, start
 
 FOLDER = "media"  # of descriptions, in a cache folder
 MAX_CHILDREN = 16
@@ -175,8 +176,8 @@ class Child:
     def ask(self, question: dict[str, Any], move: Callable[[int], None]) -> _Answer:
         """The answer to a question; `move` is called with how many bytes of the file it has read."""
         path = Path(question["path"])
+        process = self._process or self._start()
         try:
-            process = self._process or self._start()
             absolute = {"path": str(path.absolute())}  # a child has a working directory of its own
             print(json.dumps(question | absolute), file=process.stdin, flush=True)
             answer = self._wait(process, move)
@@ -184,9 +185,10 @@ class Child:
                 return _parse_answer(path, answer)
         except NONSENSE:
             answer = None
-        self.end()
+        code = self.end()
         if answer is None:
-            return _Answer(MediaError(path, "reading it crashed: damaged, or not a video that can be decoded"))
+            how = f" ({describe_end(code)})" if code else ""
+            return _Answer(MediaError(path, f"reading it crashed{how}: damaged, or not a video that can be decoded"))
         return _Answer(MediaError(path, f"reading it was given up: {answer['given up']}"))
 
     def _wait(self, process: Process, move: Callable[[int], None]) -> dict[str, Any] | None:
@@ -209,21 +211,26 @@ class Child:
             move(said["position"])
 
     def _start(self) -> Process:
-        process = start()
+        try:
+            process = start()
+        except OSError as error:
+            raise UserError(
+                f"no process can be started to inspect media files: {error.strerror or error}\n"
+                "they need memory and a free process: close other programs, or raise the limits (ulimit -a)"
+            ) from error
         self._process, self._lines = process, queue.SimpleQueue()
         self._reader = threading.Thread(target=_forward, args=(process.stdout, self._lines), daemon=True)
         self._reader.start()
         return process
 
-    def end(self) -> None:
+    def end(self) -> int | None:
+        """The exit code of its process, if it has one."""
         process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
-            self._reader.join()  # its last line was the last one of the child
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):  # what could not be written to a child that has crashed
-                    pipe.close() if pipe else None
+        if process is None:
+            return None
+        process.kill()
+        self._reader.join()  # its last line was the last one of the child
+        return end(process)
 
 
 def _forward(lines: Iterable[str], target: "queue.SimpleQueue[str]") -> None:

@@ -1,11 +1,14 @@
 """Starts the processes that inspect media files.
 
 On Linux this process is forked, which has the modules loaded: starting a program takes longer than decoding a few
-clips. Elsewhere it is a program, since a fork is unsafe (macOS) or does not exist (Windows).
+clips. Elsewhere it is a program, since a fork is unsafe (macOS) or does not exist (Windows), and where a fork does not
+get as far as its first question, since it inherits whatever this process's libraries were doing.
 """
 
+import contextlib
 import gc
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -18,6 +21,7 @@ from utils.media import child
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = (sys.executable, "-m", child.__name__)
+FORK_WITHIN = 60.0  # seconds until a fork is ready, which takes milliseconds
 
 
 class Process(Protocol):
@@ -33,8 +37,37 @@ class Process(Protocol):
 
 
 def start() -> Process:
-    """A process that runs `child.main`."""
-    return fork(child.main) if sys.platform == "linux" else run_program(PROGRAM)
+    """A process that runs `child.main` and waits for questions. Raises OSError where none can be started."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            return _ready(fork(child.main), FORK_WITHIN)
+    return _ready(run_program(PROGRAM), None)
+
+
+def _ready(process: Process, timeout: float | None) -> Process:
+    """The process, which has said that it is ready. Where it has not, it is ended; raises ChildProcessError."""
+    said = process.stdout
+    if said and (timeout is None or select.select([said], [], [], timeout)[0]) and said.readline() == child.READY:
+        return process
+    raise ChildProcessError(f"it ended before it was ready: {describe_end(end(process))}")
+
+
+def end(process: Process) -> int:
+    """Its exit code; it is killed if it still runs."""
+    process.kill()
+    code = process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):  # what could not be written to a process that has crashed
+            pipe.close() if pipe else None
+    return code
+
+
+def describe_end(code: int) -> str:
+    """A name for an exit code of a process, which is negative for a signal on POSIX."""
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"exit code {code}"
 
 
 def run_program(command: tuple[str, ...]) -> Process:

@@ -14,7 +14,7 @@ import pytest
 from tests.clips import damaged, write_clip
 from tests.media import image, video
 from utils.media import child
-from utils.media.child import inspect
+from utils.media.child import READY, inspect
 from utils.media.description import MediaError, MediaInfo, from_json
 from utils.media.masks import measure_mask
 from utils.media.probing import probe
@@ -25,11 +25,17 @@ def question(path, **changes) -> dict:
     return {"path": str(path), "full": True, "mask": False, "threads": 1, "cache": None} | changes
 
 
+def said_after_ready(done: "subprocess.CompletedProcess[str]") -> list[str]:
+    ready, *said = done.stdout.splitlines(keepends=True)
+    assert ready == READY
+    return said
+
+
 def answers_to(questions: list[dict]) -> list[dict]:
     text = "".join(json.dumps(asked) + "\n" for asked in questions)
     done = subprocess.run(PROGRAM, input=text, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=60, check=True)
     assert done.stderr == "", "what FFmpeg reports is not shown to the user"
-    said = [json.loads(line) for line in done.stdout.splitlines()]
+    said = [json.loads(line) for line in said_after_ready(done)]
     return [line for line in said if "position" not in line]
 
 
@@ -97,7 +103,8 @@ def test_what_decoders_print_is_not_taken_for_an_answer(tmp_path):
     asked = json.dumps(question(image(tmp_path / "a.png"))) + "\n"
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, input=asked, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=60, check=True)
-    assert isinstance(from_json(json.loads(done.stdout)["info"]), MediaInfo) and done.stderr == ""
+    (answer,) = map(json.loads, said_after_ready(done))
+    assert isinstance(from_json(answer["info"]), MediaInfo) and done.stderr == ""
 
 
 def test_reports_are_read_to_their_end_and_not_counted_against_the_next_file(tmp_path):
@@ -142,4 +149,5 @@ def test_no_temporary_folder_is_needed_where_memory_does(tmp_path):
     done = subprocess.run(
         PROGRAM, input=asked, cwd=ROOT, capture_output=True, encoding="utf-8", env=nowhere, check=True
     )
-    assert json.loads(done.stdout)["reason"].startswith("damaged after 0.")
+    (answer,) = map(json.loads, said_after_ready(done))
+    assert answer["reason"].startswith("damaged after 0.")

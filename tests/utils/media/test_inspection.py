@@ -1,5 +1,6 @@
 """Children that find everything, and children that hang, crash and lie."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
@@ -18,6 +20,7 @@ import pytest
 
 from tests.clips import write_clip
 from tests.media import image, video
+from utils.common.errors import UserError
 from utils.media import inspection
 from utils.media.description import MediaError, MediaInfo, to_json
 from utils.media.inspection import Child, Inspector, Patience
@@ -246,12 +249,22 @@ def test_a_child_that_works_a_little_now_and_then_is_not_taken_for_one_that_wait
 # --------------------------------------------------------------------------------------------------------- crashes
 
 
-@pytest.mark.parametrize("code", ["os.abort()", "sys.exit()", "os._exit(0)", "os.close(1); time.sleep(60)"])
+ENDS = {
+    "os.abort()": "crashed (SIGABRT):",
+    "sys.exit()": "crashed:",
+    "os._exit(7)": "crashed (exit code 7):",
+    "os.close(1); time.sleep(60)": "crashed (SIGKILL):",
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="exit codes are those of Linux")
+@pytest.mark.parametrize("code", ENDS)
 def test_a_crash_of_a_decoder_is_an_error_of_its_file(monkeypatch, stub, code):
     child(monkeypatch, f"if name == 'b.mp4':\n    {code}\nanswer()")
     first, bad, last = (stub(f"{name}.mp4") for name in "abc")
     found = Inspector(patience=SHORT).inspect([first, bad, last])
-    assert found[bad].reason.startswith("reading it crashed") and found[first].frames == found[last].frames == 5
+    assert found[bad].reason.startswith(f"reading it {ENDS[code]}")
+    assert found[first].frames == found[last].frames == 5
 
 
 GARBAGE = ["not json", "[]", "5", "null", "{}", '{"position": "x"}', '{"reason": null}', '{"reason": null, "info": {}}']
@@ -270,9 +283,11 @@ def test_an_answer_that_is_none_is_an_error_of_its_file(monkeypatch, stub, said)
     assert isinstance(found[bad], MediaError) and found[first].frames == 5
 
 
-def test_a_program_that_cannot_be_started_is_no_error_without_an_end(monkeypatch, stub):
-    monkeypatch.setattr(inspection, "start", partial(run_program, (sys.executable, "-c", "raise SystemExit(3)")))
-    assert inspect_one(stub("a.mp4")).reason.startswith("reading it crashed")
+@pytest.mark.parametrize("error", [BlockingIOError(errno.EAGAIN, "too little"), ChildProcessError("too little")])
+def test_where_no_process_can_be_started_no_file_is_blamed(monkeypatch, stub, error):
+    monkeypatch.setattr(inspection, "start", Mock(side_effect=error))
+    with pytest.raises(UserError, match="no process can be started to inspect media files: too little\n"):
+        inspect_one(stub("a.mp4"))
 
 
 def test_no_process_is_left_running(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ import pytest
 
 from tests.media import video
 from utils.media import processes
-from utils.media.child import inspect, main
+from utils.media.child import READY, inspect, main
 from utils.media.inspection import Inspector
 from utils.media.processes import PROGRAM, ROOT, Process, fork, run_program, start
 
@@ -32,13 +32,13 @@ def run():
         def started(process: Process) -> Process:
             for pipe in (process.stdin, process.stdout):
                 stack.callback(pipe.close)
-            stack.callback(end, process)
+            stack.callback(kill, process)
             return process
 
         yield started
 
 
-def end(process: Process) -> None:
+def kill(process: Process) -> None:
     with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it has ended, and was waited for
         process.kill()
         process.wait()
@@ -49,6 +49,7 @@ def test_either_answers(tmp_path, run, begin):
     question = {"path": str(video(tmp_path / "clip.mp4")), "full": True, "mask": False, "threads": 1, "cache": None}
     process = run(begin())
     print(json.dumps(question), file=process.stdin, flush=True)
+    assert process.stdout.readline() == READY
     answers = map(json.loads, process.stdout)
     assert next(answer for answer in answers if "position" not in answer)["info"]["frames"] == 9
     process.kill()
@@ -58,6 +59,28 @@ def test_either_answers(tmp_path, run, begin):
 def test_a_process_is_forked_where_that_is_safe(monkeypatch, run):
     monkeypatch.setattr(processes, "run_program", lambda command: pytest.fail("a program was started"))
     run(start())
+
+
+def refuse_to_fork() -> int:
+    raise BlockingIOError("too many processes")
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs", "cannot be made"])
+def test_where_a_fork_does_not_get_ready_a_program_is_started(tmp_path, monkeypatch, how):
+    if how == "cannot be made":
+        monkeypatch.setattr(os, "fork", refuse_to_fork)
+    monkeypatch.setattr(processes, "FORK_WITHIN", 0.1 if how == "hangs" else 20)
+    monkeypatch.setattr("utils.media.child.main", os.abort if how == "dies" else partial(time.sleep, 60))
+    before, path = set(psutil.Process().children()), video(tmp_path / "clip.mp4")
+    assert Inspector().inspect([path])[path].frames == 9
+    assert set(psutil.Process().children()) <= before
+
+
+def test_a_program_that_does_not_get_ready_is_an_error(monkeypatch):
+    monkeypatch.setattr("utils.media.child.main", os.abort)
+    monkeypatch.setattr(processes, "PROGRAM", (sys.executable, "-c", "raise SystemExit(3)"))
+    with pytest.raises(ChildProcessError, match="exit code 3"):
+        start()
 
 
 def test_a_fork_has_only_its_own_files_open(tmp_path, run):
