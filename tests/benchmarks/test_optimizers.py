@@ -3,11 +3,25 @@
 import json
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from benchmarks import optimizers
-from benchmarks.optimizers import EVERY, KINDS, SEEDS, STEPS, figures_file, measured, report, train
+from benchmarks.optimizers import (
+    EVERY,
+    KINDS,
+    PROMPTS,
+    SEEDS,
+    STEPS,
+    STYLE,
+    WANTED,
+    Studio,
+    figures_file,
+    measured,
+    report,
+    train,
+)
 from utils.common.errors import RunError
 
 
@@ -50,19 +64,42 @@ def test_a_run_without_all_of_its_checkpoints_ends_the_command(tmp_path, monkeyp
         train(tmp_path, 0, KINDS[0], 1e-3)
 
 
+@pytest.mark.parametrize("guess", [20, 60, 120, 220, 240, STEPS + 1])
 @pytest.mark.parametrize("first", [*range(EVERY, STEPS + 1, EVERY), None])
-def test_the_first_checkpoint_that_shows_the_style_is_found_by_few_measurements(first):
+def test_the_first_checkpoint_that_shows_the_style_is_found_by_few_measurements(first, guess):
     loras = {step: Path(str(step)) for step in range(EVERY, STEPS + 1, EVERY)}
-    shares = {step: 0.8 if first is not None and step >= first else 0.79 for step in loras}
+    counts = {step: WANTED if first is not None and step >= first else WANTED - 1 for step in loras}
     asked: list[int] = []
 
-    def share(path: Path) -> float:
+    def shown(path: Path) -> list[bool]:
         asked.append(int(path.name))
-        return shares[asked[-1]]
+        return [True] * counts[asked[-1]] + [False] * (PROMPTS - counts[asked[-1]])
 
-    found = measured(loras, share)
-    assert found == {"steps": first, "shares": {str(step): shares[step] for step in asked}}
-    assert len(asked) <= 4
+    found = measured(loras, shown, guess)
+    assert found == {"steps": first, "counted": {str(step): f"{counts[step]} of {PROMPTS}" for step in asked}}
+    assert len(asked) <= (2 if first == guess or (first is None and guess > STEPS) else 7)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "videos"), [("x" * PROMPTS, 64), ("." * PROMPTS, 16), ("x." * 32, 32), ("x" * 51 + "." * 13, 64)]
+)
+def test_no_more_videos_are_made_than_decide(monkeypatch, pattern, videos):
+    made: list[int] = []
+
+    def generate(model, vae, texts, noise, negative):
+        made.extend(texts)
+        return texts
+
+    monkeypatch.setattr(optimizers, "load_transformer", lambda *given: None)
+    monkeypatch.setattr(optimizers, "fuse_lora", lambda *given: None)
+    monkeypatch.setattr(optimizers, "read_lora", lambda path: None)
+    monkeypatch.setattr(optimizers, "generate", generate)
+    monkeypatch.setattr(optimizers, "read", lambda video: Mock(style=STYLE if pattern[video] == "x" else "other"))
+    studio = object.__new__(Studio)
+    studio.files, studio.device, studio.vae, studio.negative = Mock(), None, None, None
+    studio.texts = studio.noise = list(range(PROMPTS))
+    assert [style for style in studio.shown(Path("lora"))] == [letter == "x" for letter in pattern[:videos]]
+    assert made == list(range(videos))
 
 
 def test_the_table_marks_the_rate_that_needs_the_fewest_steps(tmp_path, capsys):
@@ -72,7 +109,7 @@ def test_the_table_marks_the_rate_that_needs_the_fewest_steps(tmp_path, capsys):
                 path = figures_file(tmp_path, seed, kind, rate)
                 path.parent.mkdir(exist_ok=True)
                 steps = None if place == 2 else 100 - 40 * place + 20 * seed
-                path.write_text(json.dumps({"steps": steps, "shares": {}}))
+                path.write_text(json.dumps({"steps": steps, "counted": {}}))
     (tmp_path / "run.json").write_text('{"commit": "x"}')
     report(tmp_path)
     said = capsys.readouterr().out.splitlines()
