@@ -98,7 +98,7 @@ def test_no_more_videos_are_made_than_decide(monkeypatch, pattern, videos):
     studio = object.__new__(Studio)
     studio.files, studio.device, studio.vae, studio.negative = Mock(), None, None, None
     studio.texts = studio.noise = list(range(PROMPTS))
-    assert [style for style in studio.shown(Path("lora"))] == [letter == "x" for letter in pattern[:videos]]
+    assert studio.shown(Path("lora")) == [letter == "x" for letter in pattern[:videos]]
     assert made == list(range(videos))
 
 

@@ -1,8 +1,8 @@
 """Starts the processes that inspect media files.
 
 On Linux this process is forked, which has the modules loaded: starting a program takes longer than decoding a few
-clips. Elsewhere it is a program, since a fork is unsafe (macOS) or does not exist (Windows), and where a fork does not
-get as far as its first question, since it inherits whatever this process's libraries were doing.
+clips. Elsewhere it is a program, since a fork is unsafe (macOS) or does not exist (Windows), and where a fork is not
+possible, such as where memory is too little for a second process as large as this one.
 """
 
 import contextlib
@@ -79,7 +79,12 @@ def fork(function: Callable[[], object]) -> Process:
     """A copy of this process that calls a function and ends. Of the files of this process it has none open."""
     questions, to_child = os.pipe()
     from_child, answers = os.pipe()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError:  # such as too little memory for a copy of this process
+        for descriptor in (questions, to_child, from_child, answers):
+            os.close(descriptor)
+        raise
     if pid == 0:
         _become(function, questions, answers)
     os.close(questions)

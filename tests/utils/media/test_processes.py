@@ -1,6 +1,7 @@
 """Processes that are forked, and programs: either runs as if it had just been started."""
 
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -62,7 +63,7 @@ def test_a_process_is_forked_where_that_is_safe(monkeypatch, run):
 
 
 def refuse_to_fork() -> int:
-    raise BlockingIOError("too many processes")
+    raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs", "cannot be made"])
@@ -74,6 +75,14 @@ def test_where_a_fork_does_not_get_ready_a_program_is_started(tmp_path, monkeypa
     before, path = set(psutil.Process().children()), video(tmp_path / "clip.mp4")
     assert Inspector().inspect([path])[path].frames == 9
     assert set(psutil.Process().children()) <= before
+
+
+def test_a_fork_that_cannot_be_made_leaves_no_file_open(monkeypatch):
+    monkeypatch.setattr(os, "fork", refuse_to_fork)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        fork(main)
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_program_that_does_not_get_ready_is_an_error(monkeypatch):
