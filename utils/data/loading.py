@@ -81,7 +81,8 @@ def load_ahead(planned: Iterable[Sequence[Window]], load: Load[T], num_workers: 
     """Each planned batch through `load`, in order, loaded ahead by `num_workers` processes (0: in this process).
 
     The tensors are in page-locked memory if there is a GPU. The global random state is not touched. Closing the
-    iterator ends the workers. It raises `MediaError` for a file that fails, LoaderError if a worker dies or hangs.
+    iterator ends the workers. It raises `MediaError` for a file that fails, LoaderError if a worker cannot be started,
+    dies or hangs.
     """
     loader = DataLoader(
         _Loading(load),
@@ -149,7 +150,11 @@ def _unchanged(loaded: T) -> T:
 
 
 def _unwrapped(loader: Iterable[list[T] | MediaError]) -> Generator[list[T], None, None]:
-    loaded = iter(loader)
+    try:
+        loaded = iter(loader)
+    except OSError as error:  # such as too little memory for a copy of this process
+        reason = error.strerror or error
+        raise LoaderError(f"cannot start processes that load clips: {reason}; fewer --num_workers need less") from None
     try:
         while True:
             try:

@@ -1,10 +1,12 @@
 """Clips are read from tiny videos, here and in worker processes."""
 
+import errno
 import itertools
 import multiprocessing
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -153,6 +156,14 @@ def _dies(window: Window) -> None:
 def test_a_worker_that_is_killed_ends_the_loading_with_a_message(small_set):
     stream = load_ahead(Plan(small_set, LIMITS, 7).epoch(0), _dies, num_workers=1)
     with pytest.raises(LoaderError, match=r"(?s)loading the next clips failed: DataLoader worker .*--num_workers"):
+        next(stream)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process is forked")
+def test_workers_that_cannot_be_started_end_the_loading_with_a_message(monkeypatch, small_set):
+    monkeypatch.setattr(os, "fork", Mock(side_effect=OSError(errno.ENOMEM, "Cannot allocate memory")))
+    stream = load_ahead(Plan(small_set, LIMITS, 7).epoch(0), load_clip, num_workers=2)
+    with pytest.raises(LoaderError, match="clips: Cannot allocate memory; fewer --num_workers need less$"):
         next(stream)
 
 
