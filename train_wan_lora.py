@@ -99,6 +99,8 @@ class Options(General, SetupOptions, InputOptions, RunOptions):
         self.check_optimizer(is_bf16=self.adapter_dtype == "bf16")
         if self.cache_embeddings and self.cache_latents:
             raise UserError("--cache_embeddings stops after the texts, before --cache_latents: give one of them")
+        if self.overlap_encoding and self.cache_latents:
+            raise UserError("--overlap_encoding has no effect with --cache_latents: steps encode nothing")
         if self.benchmark and (self.cache_embeddings or self.cache_only or self.check_dataset):
             raise UserError("--benchmark needs a run: leave out --cache_embeddings, --cache_only and --check_dataset")
 
@@ -329,6 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = pick_device()
     opts.limit_memory(device)
     opts.check_attention(device, is_fp32=opts.weight_dtype == "fp32")
+    opts.check_overlap(device)
     check_writable(opts.output_dir)
     files = open_given(opts, name, is_default)
     opts.check_name_for(files.family)
@@ -354,18 +357,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         if opts.cache_embeddings:
             load_texts(opts, files, device, data)
             return
-        if opts.cache_only:
-            open_inputs(opts, files, device, data, plan)
-            return
 
         # What the machine decides, such as whether blocks are compiled, is the same when a run is resumed.
         decisions = decisions_of(state, device, opts.allow_changes)
+        if opts.cache_only:
+            open_inputs(opts, files, device, data, plan, decisions)
+            return
         tokens = sum(steps.values()) * opts.gradient_accumulation * plan.mean_tokens
         compiled = opts.compiles(device, files.shape, tokens, decisions)
         fit = None
         if opts.plans_for(device):
             fit = fit_memory(opts, files.family, files.shape, plan, compiled, decisions)
-        inputs = open_inputs(opts, files, device, data, plan)
+        inputs = open_inputs(opts, files, device, data, plan, decisions)
 
     run = partial(run_with, opts, inputs, device, compiled, decisions)
     run_until_it_fits(run, fit, state, retries=opts.oom == "retry")

@@ -202,6 +202,8 @@ CONFIGS = [
     ),
     (NOTHING, f"{RUN} --cache_only", "--cache_only requires --cache_latents"),
     (NOTHING, f"{RUN} --caption_dropout 2", "--caption_dropout must be at most 1"),
+    (NOTHING, f"{RUN} --overlap_encoding", "--overlap_encoding needs a CUDA GPU: leave it out"),
+    (NOTHING, f"{RUN} --overlap_encoding --cache_latents", "--overlap_encoding has no effect with --cache_latents"),
     (NOTHING, f"{RUN} --fps auto --max_frame_stride 7", "--max_frame_stride has no effect with this --fps"),
     (NOTHING, f"{RUN} --min_ar 0.7", "--min_ar requires --buckets fine"),
     (NOTHING, f"{RUN} --mask_suffix _m", "--mask_suffix requires --load_mask"),

@@ -86,7 +86,7 @@ def test_the_first_checkpoint_that_shows_the_style_is_found_by_few_measurements(
 def test_no_more_videos_are_made_than_decide(monkeypatch, pattern, videos):
     made: list[int] = []
 
-    def generate(model, vae, texts, noise, negative):
+    def generate(model, vae, texts, noise, negative, sampler):
         made.extend(texts)
         return texts
 

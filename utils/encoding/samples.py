@@ -6,6 +6,7 @@ A training loop sees the same interface, `Samples`, in both cases.
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
@@ -14,13 +15,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.common.console import say
+from utils.common.decisions import Decisions
 from utils.common.digests import LATENTS
+from utils.common.errors import UserError
 from utils.common.formatting import readable_size
 from utils.common.options import option
 from utils.data.loading import Clip, batches, in_thread, load_ahead, load_clip
-from utils.data.plan import Plan, Window
+from utils.data.plan import Plan, Window, largest_window
 from utils.encoding.conditioning import Batch, Encoded, Encoders, collate
 from utils.encoding.latent_cache import LatentCache, Layout, cached_bytes
+from utils.encoding.side_stream import SideStream
+from utils.encoding.vae_layout import FORMATS, faster_layout, use_layout
 from utils.media.controls import ControlSignal
 from wan.checkpoints import ModelFiles, load_vae, load_vision_encoder, vae_fingerprint, vision_fingerprint
 
@@ -47,9 +52,17 @@ class Caches:
     vae_dtype: str = option(
         "fp32", "dtype of the VAE, for training and previews; bf16: faster, less exact", choices=tuple(VAE_DTYPES)
     )
+    overlap_encoding: bool = option(
+        False, "encode the next batch while the GPU computes a step, with the memory of both", affects_training=False
+    )
     cache_dir: Path | None = option(
         None, "where caches are kept (default: .wan_cache in the first dataset)", affects_training=False
     )
+
+    def check_overlap(self, device: torch.device) -> None:
+        """Raises UserError for a device that does one thing after another."""
+        if self.overlap_encoding and device.type != "cuda":
+            raise UserError("--overlap_encoding needs a CUDA GPU: leave it out")
 
 
 class Samples(Protocol):
@@ -61,6 +74,10 @@ class Samples(Protocol):
 
     def load_batch(self, windows: Sequence[Window]) -> Batch:
         """These windows of one bucket as a batch on the device, loaded in this process."""
+        ...
+
+    def hold(self, windows: Sequence[Window]) -> Tensor | None:
+        """The GPU memory that encoding these windows takes beside a step; None where nothing is encoded beside one."""
         ...
 
     def stream(self, plan: Plan, start_batch: int = 0) -> Generator[Batch, None, None]:
@@ -79,6 +96,7 @@ class FreshSamples:
     encoders: Encoders
     texts: LoadText
     num_workers: int = 0  # processes that load clips
+    beside: SideStream | None = None  # on which clips are encoded while the device computes a step
 
     def open_encoders(self) -> Encoders:
         return self.encoders
@@ -89,10 +107,20 @@ class FreshSamples:
 
     def batch(self, clips: Sequence[Clip]) -> Batch:
         """Pixels and captions become latents and text on the VAE's device."""
+        encode = partial(self._encode, clips)
+        return encode() if self.beside is None else self.beside.encode(encode)
+
+    def _encode(self, clips: Sequence[Clip]) -> Batch:
         return collate([self.encoders.encode(clip, self.texts(clip.caption)) for clip in clips])
 
     def load_batch(self, windows: Sequence[Window]) -> Batch:
         return self.batch([self.load(window) for window in windows])
+
+    def hold(self, windows: Sequence[Window]) -> Tensor | None:
+        if self.beside is None:
+            return None
+        clips = [self.load(window) for window in windows]
+        return self.beside.hold(self.beside.peak_of(partial(self._encode, clips)))
 
     def stream(self, plan: Plan, start_batch: int = 0) -> Generator[Batch, None, None]:
         return _stream(batches(plan, self.load, start_batch, self.num_workers), self.batch)
@@ -120,6 +148,9 @@ class CachedSamples:
     def load_batch(self, windows: Sequence[Window]) -> Batch:
         return self.batch([self.load(window) for window in windows])
 
+    def hold(self, windows: Sequence[Window]) -> None:
+        return None
+
     def stream(self, plan: Plan, start_batch: int = 0) -> Generator[Batch, None, None]:
         return _stream(in_thread(batches(plan, self.load, start_batch, self.num_workers)), self.batch)
 
@@ -133,12 +164,27 @@ def _stream(
 
 @dataclass(frozen=True)
 class LatentEncoding:
-    """The encoders of a model, not loaded; `control` is what a control LoRA is trained to follow."""
+    """The encoders of a model, not loaded; `control` is what a control LoRA is trained to follow.
+
+    `decisions` keep in which layout the VAE encodes: on a GPU the faster one, measured. Without them it is the plain
+    one.
+    """
 
     files: ModelFiles
     device: torch.device
     control: ControlSignal | None = None
     vae_dtype: torch.dtype = torch.float32
+    decisions: Decisions | None = None
+
+    def load_for(self, windows: Sequence[Window]) -> Encoders:
+        """The encoders, which encode such windows fast. Raises CheckpointError, and UserError as `Decisions.take`."""
+        encoders = self.load()
+        if self.decisions is not None and self.device.type == "cuda":
+            window = largest_window(windows)
+            measure = partial(faster_layout, encoders.vae, window.width, window.height)
+            layout = self.decisions.take("vae_layout", measure, FORMATS.__contains__, "the layout of the VAE")
+            use_layout(encoders.vae, layout)
+        return encoders
 
     def load(self) -> Encoders:
         """The encoders on the device. Raises CheckpointError."""
@@ -170,7 +216,7 @@ class LatentEncoding:
         return cache
 
     def _encode(self, cache: LatentCache, missing: Sequence[Window], num_workers: int) -> None:
-        encoders, no_text = self.load(), torch.empty(0, 0)
+        encoders, no_text = self.load_for(missing), torch.empty(0, 0)
         with closing(load_ahead([(window,) for window in missing], load_clip, num_workers)) as clips:
             progress = tqdm(clips, "encoding latents", len(missing), unit="clip")
             for window, (clip,) in zip(missing, progress, strict=True):
@@ -182,10 +228,13 @@ def open_samples(
 ) -> Samples:
     """The samples of a run: from the cache in the folder `root`, which is filled for these windows, or fresh ones.
 
-    With `--prune_cache` the cached latents of all other windows are removed.
+    Of what is encoded fresh, the largest window is enough. With `--prune_cache` the cached latents of all other windows
+    are removed.
     """
     if not caches.cache_latents:
-        return FreshSamples(encoding.load(), texts, num_workers)
+        encoders = encoding.load_for(windows)
+        beside = SideStream(encoding.device) if caches.overlap_encoding else None
+        return FreshSamples(encoders, texts, num_workers, beside)
     latents = encoding.encode_missing(root / LATENTS, windows, num_workers)
     if caches.prune_cache:
         say(f"latents: removed {readable_size(latents.prune(windows))} that this run does not use")

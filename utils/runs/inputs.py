@@ -10,6 +10,7 @@ from utils.adapters.attach import DTYPES, AdapterOptions, AdapterPlan
 from utils.adapters.beside import Chosen
 from utils.adapters.choosing import further_loras
 from utils.common.console import say
+from utils.common.decisions import Decisions
 from utils.common.formatting import counted
 from utils.data.dataset import DataOptions, Dataset, open_dataset
 from utils.data.folders import Folder
@@ -86,7 +87,9 @@ def load_texts(opts: InputOptions, files: ModelFiles, device: torch.device, data
     return encode_texts(encoding, data.captions, prompts, data.cache_folder, negatives, others)
 
 
-def open_inputs(opts: InputOptions, files: ModelFiles, device: torch.device, data: Dataset, plan: Plan) -> Inputs:
+def open_inputs(
+    opts: InputOptions, files: ModelFiles, device: torch.device, data: Dataset, plan: Plan, decisions: Decisions
+) -> Inputs:
     """Encodes texts and clips, one encoder after another."""
     # First a rehearsal on transformers without weights: a misspelled layer, or a LoRA file that does not fit, should
     # not cost the minutes of loading.
@@ -101,8 +104,8 @@ def open_inputs(opts: InputOptions, files: ModelFiles, device: torch.device, dat
     # Clips go through the VAE at every step, or once, to the cache; frames that the model is given through a vision
     # encoder too. Without held-out clips validation uses training clips.
     watched = validation_windows(data.val or data.train, plan.limits, opts.val_samples)
-    encoding = LatentEncoding(files, device, opts.control_signal, VAE_DTYPES[opts.vae_dtype])
-    windows = [*plan.fixed_windows, *watched]
+    encoding = LatentEncoding(files, device, opts.control_signal, VAE_DTYPES[opts.vae_dtype], decisions)
+    windows = [*(plan.fixed_windows or plan.largest_batch), *watched]
     samples = open_samples(opts, encoding, windows, texts.captions, data.cache_folder, opts.num_workers)
     return Inputs(files, data, plan, roles, adapters, further, texts, samples, watched)
 
@@ -141,7 +144,8 @@ def say_encoding(opts: InputOptions, family: Family, plan: Plan, card: Card) -> 
     videos = 1 + (family.given_as == "channels") + opts.control_lora
     each = encoding_seconds(family, windows[0].bucket, VAE_DTYPES[opts.vae_dtype], card)
     seconds = len(windows) * videos * each
-    say(f"encoding its clips adds {seconds:.3g} s to such a step: --cache_latents 1 encodes each clip once")
+    adds = f"takes {seconds:.3g} s beside" if opts.overlap_encoding else f"adds {seconds:.3g} s to"
+    say(f"encoding its clips {adds} such a step: --cache_latents 1 encodes each clip once")
 
 
 def encoders_on_gpu(opts: InputOptions, plan: Plan) -> OnGpu:
@@ -150,6 +154,7 @@ def encoders_on_gpu(opts: InputOptions, plan: Plan) -> OnGpu:
         None if opts.cache_latents else plan.largest_batch[0].bucket,
         _preview_size(plan).bucket if opts.preview_prompts else None,
         VAE_DTYPES[opts.vae_dtype],
+        opts.overlap_encoding,
     )
 
 

@@ -115,7 +115,7 @@ class Budget:
     card: Card
     limits: Limits
     is_here: bool  # whether it is that of this machine
-    encoders: float = 0.0  # bytes that encoders take, beside the limits
+    encoders: float = 0.0  # bytes that encoders take during a step, beside the limits
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ class OnGpu:
     encoded: tuple[int, int, int] | None  # the largest sample, where latents are not cached
     decoded: tuple[int, int, int] | None  # previews
     vae_dtype: torch.dtype = torch.float32
+    overlaps: bool = False  # whether samples are encoded while a step computes
 
     @property
     def is_nothing(self) -> bool:
@@ -136,7 +137,10 @@ def budget(opts: PlanOptions, family: Family, on_gpu: OnGpu) -> Budget:
 
     Raises UserError where this machine has no GPU, and for one that has too little memory left for the encoders.
     """
-    encoders = 0 if on_gpu.is_nothing else encoder_bytes(family, on_gpu.vae_dtype)
+    encoders = 0.0 if on_gpu.is_nothing else encoder_bytes(family, on_gpu.vae_dtype)
+    if on_gpu.overlaps:
+        encoders += encoding_bytes(family, replace(on_gpu, decoded=None))
+        on_gpu = replace(on_gpu, encoded=None)
     card, others = (CARDS[opts.gpu], 0.0) if opts.gpu else (this_card(), taken_by_others())
     opts.check_cap(card.memory)
     memory = card.memory - others

@@ -15,9 +15,10 @@ from tests.limits import limits
 from tests.media import image, video
 from tests.tiny import tiny_transformer, write_model
 from utils.adapters.lora import add_lora, select_modules, widen_patch_embedding
+from utils.common.decisions import Decisions
 from utils.common.errors import UserError
 from utils.data.folders import Folder, Rules
-from utils.data.plan import Plan, Window, fixed_windows, flatten_windows
+from utils.data.plan import Plan, Window, fixed_windows, flatten_windows, largest_window
 from utils.data.scan import scan
 from utils.encoding.samples import CachedSamples, Caches, FreshSamples, LatentEncoding, Samples, open_samples
 from utils.encoding.text import TextEncoding
@@ -225,6 +226,59 @@ def test_latents_of_a_vae_in_bf16_have_a_place_of_their_own(tmp_path, model):
         one, other = (cache.load(window)["latents"] for cache in (first, second))
         assert other.dtype == torch.float32 and not torch.equal(one, other)
         assert (one - other).norm() / one.norm() < 0.05
+
+
+class Beside:
+    """Stands for a stream of its own."""
+
+    def __init__(self) -> None:
+        self.encoded = self.held = 0
+
+    def encode(self, make):
+        self.encoded += 1
+        return make()
+
+    def peak_of(self, make) -> int:
+        return 10 * make().latents.numel()
+
+    def hold(self, size: int) -> torch.Tensor:
+        self.held = size
+        return torch.empty(size, dtype=torch.uint8)
+
+
+def test_what_is_encoded_beside_a_step_is_the_same(tmp_path, model):
+    video(tmp_path / "a.mp4", frames=9)
+    windows, beside = windows_of(tmp_path)[:1], Beside()
+    fresh, cached = both(tmp_path, model, windows, None)
+    overlapped = replace(fresh, beside=beside)
+    batch = overlapped.load_batch(windows)
+    assert beside.encoded == 1 and torch.equal(batch.latents, fresh.load_batch(windows).latents)
+    assert overlapped.hold(windows).nbytes == beside.held == 10 * batch.latents.numel()
+    assert fresh.hold(windows) is None and cached.hold(windows) is None
+
+
+def test_the_layout_of_the_vae_is_measured_on_a_gpu_once(tmp_path, model, monkeypatch):
+    """With a stand-in for the GPU."""
+    video(tmp_path / "a.mp4", frames=9)
+    video(tmp_path / "b.mp4", frames=5, size=(96, 64))
+    windows, decisions, measured, used = windows_of(tmp_path), Decisions("GPU A"), [], []
+    monkeypatch.setattr(
+        utils.encoding.samples, "faster_layout", lambda vae, *size: measured.append(size) or "channels_last"
+    )
+    monkeypatch.setattr(utils.encoding.samples, "use_layout", lambda vae, name: used.append(name))
+    monkeypatch.setattr(utils.encoding.samples, "load_vae", lambda files, device, dtype: None)
+    on_gpu = LatentEncoding(open_model(model), torch.device("cuda"), decisions=decisions)
+    assert isinstance(open_samples(Caches(), on_gpu, windows, None, tmp_path, 0), FreshSamples)
+    on_gpu.load_for(windows)
+    largest = largest_window(windows)
+    assert measured == [(largest.width, largest.height)] and used == ["channels_last"] * 2
+    resumed = replace(on_gpu, decisions=Decisions("GPU A", decisions.table()))
+    resumed.load_for(windows)
+    assert len(measured) == 1 and used == ["channels_last"] * 3
+    for unmeasured in (replace(on_gpu, device=CPU), replace(on_gpu, decisions=None)):
+        unmeasured.load_for(windows)
+    on_gpu.load()
+    assert len(measured) == 1 and len(used) == 3
 
 
 def test_a_cached_file_with_another_condition_ends_with_one_message(tmp_path, model):

@@ -9,6 +9,7 @@ import torch
 import train_wan_lora
 from tests.checkout import copy_prompts
 from tests.tiny import write_clips, write_model
+from utils.common.decisions import Decisions
 from utils.common.errors import UserError
 from utils.common.options import parse_options
 from utils.data.folders import Rules
@@ -41,7 +42,7 @@ def opened(flags: str = "") -> tuple[train_wan_lora.Options, Inputs]:
     opts, files = parse_options(train_wan_lora.Options, f"{COMMAND} {flags}".split()), open_model("model")
     data = open_data(opts, opts.folders(Rules.of(opts), None), files.family)
     plan = make_plan(data.train, opts.limits(files.family.grid), opts.seed, opts.cache_latents)
-    return opts, open_inputs(opts, files, CPU, data, plan)
+    return opts, open_inputs(opts, files, CPU, data, plan, Decisions("the CPU"))
 
 
 def test_samples_and_texts_are_ready():
@@ -70,6 +71,9 @@ def test_what_encoding_adds_to_a_step_is_said_where_latents_are_not_cached(flags
     assert asked == [(inputs.files.family, bucket, dtype, CARDS["4090"])]
     said = "encoding its clips adds {} s to such a step: --cache_latents 1 encodes each clip once\n"
     assert capsys.readouterr().out == said.format(0.25)
+    beside = replace(opts, cache_latents=0, overlap_encoding=True)
+    opening.say_encoding(beside, inputs.files.family, inputs.plan, CARDS["4090"])
+    assert capsys.readouterr().out == said.format(0.25).replace("adds 0.25 s to", "takes 0.25 s beside")
     both = replace(opts, cache_latents=0, control_lora=True)  # a clip, its given frames, and its control
     opening.say_encoding(both, FAMILIES["wan2.2-i2v-A14B"], inputs.plan, CARDS["4090"])
     assert capsys.readouterr().out == said.format(0.75)

@@ -1,6 +1,7 @@
 """All that a run will do is done once, with the largest batch, and leaves nothing but a plan."""
 
 import random
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -267,6 +268,20 @@ def test_room_is_left_for_gradients_and_moments_of_all_that_is_trained(monkeypat
     it.learner.trainables["other"] = other
     it.run()
     assert reserves == [3 * 4 * (sum(p.numel() for p in it.parameters) + 1000)]
+
+
+def test_a_step_is_rehearsed_while_the_next_batch_has_its_memory():
+    held, seen = [], []
+
+    def hold(windows: list[str]) -> Tensor:
+        assert windows == ["the largest"]
+        memory = torch.empty(8)
+        held.append(weakref.ref(memory))
+        return memory
+
+    samples, plan = SimpleNamespace(hold=hold), SimpleNamespace(largest_batch=["the largest"])
+    rehearsal._beside_encoding(SimpleNamespace(samples=samples, plan=plan), lambda: seen.append(held[0]() is None))
+    assert seen == [False] and held[0]() is None, "held during the step, and not after it"
 
 
 def test_the_phase_speaks_in_forward_and_backward_and_only_there():

@@ -287,6 +287,17 @@ def test_encoders_that_stay_on_the_gpu_take_their_share_of_it_and_that_is_said(o
     assert (found.limits.encoding > 0) == (on_gpu != NOTHING)
 
 
+def test_what_is_encoded_beside_a_step_takes_its_share_all_the_time():
+    opts = parse_options(train_wan_lora.Options, "--plan --gpu 4090".split())
+    size = (64, 64, 5)
+    plain, beside = (budget(opts, SINGLE, OnGpu(size, None, overlaps=overlaps)) for overlaps in (False, True))
+    encoding = encoding_bytes(SINGLE, OnGpu(size, None))
+    assert plain.limits.device - beside.limits.device == pytest.approx(encoding) and plain.limits.encoding == encoding
+    assert beside.encoders - plain.encoders == pytest.approx(encoding) and beside.limits.encoding == 0
+    previews = budget(opts, SINGLE, OnGpu(size, size, overlaps=True))
+    assert previews.limits.encoding == encoding_bytes(SINGLE, OnGpu(None, size))
+
+
 def test_a_gpu_that_is_too_small_for_the_encoders_is_refused():
     opts = parse_options(train_wan_lora.Options, "--plan --gpu 4090 --vram 2".split())
     with pytest.raises(UserError, match="2.04 GB of GPU memory are too little for the encoders alone"):
@@ -326,6 +337,7 @@ def test_the_time_of_encoding_is_that_of_the_products_and_of_what_moves():
         ("--sample_prompts a", False, True),
         ("", False, False),
         ("--cache_latents 0 --vae_dtype bf16", True, False),
+        ("--cache_latents 0 --overlap_encoding", True, False),
     ],
 )
 def test_encoders_stay_where_latents_are_not_cached_or_previews_are_drawn(monkeypatch, flags, encoded, decoded, asked):
@@ -339,7 +351,8 @@ def test_encoders_stay_where_latents_are_not_cached_or_previews_are_drawn(monkey
     train_wan_lora.main(f"{RUN} {MODEL} --gpu 4090 {flags}".split())
     size = (64, 64, 9)
     dtype = torch.bfloat16 if "bf16" in flags else torch.float32
-    assert seen == [OnGpu(size if encoded else None, size if decoded else None, dtype)]
+    overlaps = "--overlap_encoding" in flags
+    assert seen == [OnGpu(size if encoded else None, size if decoded else None, dtype, overlaps)]
 
 
 # ------------------------------------------------------------------------------------------------- what is planned
