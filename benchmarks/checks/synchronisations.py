@@ -1,4 +1,7 @@
-"""How often a training step waits for the device. During a wait the host cannot prepare the next operations."""
+"""How often a training step waits for the device. During a wait the host cannot prepare the next operations.
+
+And what a step from pixels takes in a row of steps, where nothing waits, with and without encoding beside the step.
+"""
 
 import tempfile
 import warnings
@@ -9,14 +12,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.contest import Contestant
-from benchmarks.measure import FAILED, Clock, Row, Sizes, skipped
+from benchmarks.measure import FAILED, Clock, Row, Sizes, seconds, skipped
 from benchmarks.models import Inputs, Trainee, our_trainee, random_inputs
 from benchmarks.weights import random_vae
+from utils.encoding.side_stream import SideStream
 from utils.training.optim import Updater
 from wan.modules.model import WanModel
 
 MARK = "called a synchronizing"  # part of torch's warning
-WARMUPS = 2
+WARMUPS, IN_A_ROW = 2, 8
 CAPTION = "a caption"
 
 
@@ -29,18 +33,37 @@ def check(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Row]:
     contestant, inputs = Contestant("ours", trainee), random_inputs(sizes, sizes.video, device)
     yield count("the timed step", lambda: contestant.step(inputs), device, limit=0)
     with tempfile.TemporaryDirectory() as folder:
-        from_latents, from_pixels = script_steps(sizes, trainee, contestant.updater, inputs, Path(folder))
+        steps = partial(script_steps, sizes, trainee, contestant.updater, inputs, Path(folder))
+        from_latents, from_pixels = steps()
+        _, beside = steps(SideStream(device))
         yield count("train_wan_lora.py, latents given", from_latents, device, limit=0)
-        yield count("train_wan_lora.py, from pixels", from_pixels, device, limit=0)
+        for name, step in (("from pixels", from_pixels), ("from pixels, encoded beside the step", beside)):
+            yield count(f"train_wan_lora.py, {name}", step, device, limit=0)
+            yield Row(f"a step {name}", in_a_row(step, device), "s", f"mean of {IN_A_ROW} steps in a row")
+
+
+def in_a_row(step: Callable[[], None], device: torch.device) -> float:
+    """The mean seconds of a step where several follow each other, and the host waits for the last one alone."""
+
+    def take_all() -> None:
+        for _ in range(IN_A_ROW):
+            step()
+
+    return seconds(take_all, device) / IN_A_ROW
 
 
 def script_steps(
-    sizes: Sizes, trainee: Trainee[WanModel], updater: Updater, inputs: Inputs, folder: Path
+    sizes: Sizes,
+    trainee: Trainee[WanModel],
+    updater: Updater,
+    inputs: Inputs,
+    folder: Path,
+    beside: SideStream | None = None,
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """The training script's step, made of its own functions: from latents, and from pixels and a caption.
 
-    The embedding of the caption is cached in `folder`. Raises ModuleNotFoundError if a package that the script needs is
-    not installed.
+    Pixels are encoded on the stream `beside`, if there is one. The embedding of the caption is cached in `folder`.
+    Raises ModuleNotFoundError if a package that the script needs is not installed.
     """
     import train_wan_lora as script
     from utils.data.loading import Clip
@@ -60,7 +83,7 @@ def script_steps(
     if device.type == "cuda":
         clip = clip.pin_memory()  # like the clips that the trainer's loader returns
     encoders = Encoders(FAMILIES["wan2.1-t2v-1.3B"], random_vae(sizes.vae_dim, device))
-    batch, samples = Batch(inputs.noisy.clean, Cond(text)), FreshSamples(encoders, texts.load)
+    batch, samples = Batch(inputs.noisy.clean, Cond(text)), FreshSamples(encoders, texts.load, beside=beside)
 
     def train_on(batch: Batch) -> None:
         loss(batch).backward()

@@ -1,4 +1,4 @@
-"""Encoding a clip with the video VAE: time, memory, and the loss of accuracy in bf16."""
+"""Encoding a clip with the video VAE: time, in two layouts of its weights, memory, and the loss of accuracy in bf16."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benchmarks.measure import Clock, Row, Sizes, median_seconds, peak_bytes
 from benchmarks.weights import SEED, random_vae
+from utils.encoding.vae_layout import CHANNELS_LAST, PLAIN, use_layout
 
 WARMUPS, REPEATS = 1, 3
 
@@ -22,8 +23,14 @@ def check(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Row]:
     latents: dict[torch.dtype, Tensor] = {}
     for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
         vae, pixels = vae.to(dtype), video.to(dtype)
-        latents[dtype] = vae.encode(pixels).double()
         encode = partial(vae.encode, pixels)
+        use_layout(vae, CHANNELS_LAST)
+        other = encode().double()
+        spent = median_seconds(encode, device, WARMUPS, REPEATS)
+        use_layout(vae, PLAIN)
+        latents[dtype] = encode().double()
+        error = ((other - latents[dtype]).norm() / latents[dtype].norm()).item()
+        yield Row(f"encode, {name}, channels last", spent, "s", f"relative difference of the latents {error:.1e}")
         peak = peak_bytes(encode, device)
         spent = median_seconds(encode, device, WARMUPS, REPEATS)
         yield Row(f"encode, {name}", spent, "s", f"{frames} frames of {width}x{height}")

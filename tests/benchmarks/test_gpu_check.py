@@ -210,6 +210,9 @@ def test_the_vae_is_timed_and_its_bf16_latents_are_compared():
     rows = values(vae.check(TINY, CPU, Clock(60)))
     assert rows["encode, fp32"].value > 0 and rows["encode, bf16"].value > 0
     assert rows["encode, fp32"].comparison == "5 frames of 16x16"
+    for name, most in (("fp32", 1e-4), ("bf16", 1e-1)):
+        row = rows[f"encode, {name}, channels last"]
+        assert row.value > 0 and float(row.comparison.split()[-1]) < most
     assert 1e-4 < rows["bf16: relative error of the latents"].value < 0.1
 
 
@@ -246,6 +249,12 @@ def test_each_wait_in_a_step_is_counted_and_the_first_one_located():
     assert re.fullmatch(r"limit 1; first at test_gpu_check\.py:\d+", row.comparison)
     assert free.value == 2 and not free.failed
     assert none.value == 0 and none.verdict == "ok"
+
+
+def test_steps_in_a_row_are_timed_together():
+    taken = []
+    assert 0 <= synchronisations.in_a_row(lambda: taken.append(1), CPU) < 1
+    assert len(taken) == synchronisations.IN_A_ROW
 
 
 def test_the_training_scripts_own_functions_take_the_steps_in_which_waits_are_counted(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -227,10 +228,7 @@ def test_where_even_the_least_does_not_fit_that_is_an_error(monkeypatch):
     it = Rehearsal()
     monkeypatch.setattr(rehearsal, "measure_room", lambda *_: Room(6 * TOKENS, 0, TOKENS, COSTS))
 
-    def full(_batch: Batch) -> Tensor:
-        raise torch.OutOfMemoryError("full")
-
-    it.phase = replace(it.phase, loss=full)
+    it.phase = replace(it.phase, loss=Mock(side_effect=torch.OutOfMemoryError("full")))
     with pytest.raises(torch.OutOfMemoryError):
         it.run()
     assert it.plan.strategies(TOKENS) == ["offload"] * 2
@@ -271,17 +269,11 @@ def test_room_is_left_for_gradients_and_moments_of_all_that_is_trained(monkeypat
 
 
 def test_a_step_is_rehearsed_while_the_next_batch_has_its_memory():
-    held, seen = [], []
-
-    def hold(windows: list[str]) -> Tensor:
-        assert windows == ["the largest"]
-        memory = torch.empty(8)
-        held.append(weakref.ref(memory))
-        return memory
-
-    samples, plan = SimpleNamespace(hold=hold), SimpleNamespace(largest_batch=["the largest"])
-    rehearsal._beside_encoding(SimpleNamespace(samples=samples, plan=plan), lambda: seen.append(held[0]() is None))
-    assert seen == [False] and held[0]() is None, "held during the step, and not after it"
+    memory, seen = [torch.empty(8)], []
+    left = weakref.ref(memory[0])
+    samples, plan = SimpleNamespace(hold=lambda windows: memory.pop()), SimpleNamespace(largest_batch=[])
+    rehearsal._beside_encoding(SimpleNamespace(samples=samples, plan=plan), lambda: seen.append(left() is None))
+    assert seen == [False] and left() is None
 
 
 def test_the_phase_speaks_in_forward_and_backward_and_only_there():
