@@ -118,7 +118,7 @@ def learning_rate_factor(step: int, spec: OptimizerSpec) -> float:
 
 
 class Updater:
-    """An optimizer with clipping and a schedule. With AdamW no method waits for the device."""
+    """An optimizer with clipping and a schedule. With AdamW no method of a step waits for the device."""
 
     def __init__(self, groups: Sequence[ParameterGroup], spec: OptimizerSpec) -> None:
         self.spec, self.kind = spec, KINDS[spec.name]
@@ -206,14 +206,12 @@ class Updater:
             parameter.copy_(value)
 
     def bytes_of_first_step(self) -> int:
-        """What the first update makes and keeps: gradients, and what the optimizer keeps of each parameter."""
-        layouts = (self._layout(name) for name in self.named)
-        kept = sum(
-            each.nbytes
-            for layout in layouts
-            for each in layout.state.values()
-            if isinstance(each, Tensor) and each.ndim
-        )
+        """What the first update makes and keeps: gradients, and what the optimizer keeps of each parameter.
+
+        Waits for the device.
+        """
+        starts = {name: float(parameter.detach().any()) for name, parameter in self.named.items()}
+        kept = sum(layout_of(name, self.named[name], self.spec, start).nbytes for name, start in starts.items())
         return kept + sum(parameter.nbytes for parameter in self.parameters)
 
     def _names_of_groups(self) -> list[list[str]]:

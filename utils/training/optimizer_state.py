@@ -41,15 +41,18 @@ class Layout:
         return sum(value.nbytes for value in self.state.values() if isinstance(value, Tensor) and value.ndim)
 
 
-def layout_of(name: str, parameter: Tensor, spec: OptimizerSpec) -> Layout:
-    """That of a parameter of this name and shape, from an update of another one on the CPU."""
+def layout_of(name: str, parameter: Tensor, spec: OptimizerSpec, start: float = 1.0) -> Layout:
+    """That of a parameter of this name and shape, from an update of another one on the CPU.
+
+    All of its numbers are `start`: of a parameter of zeros Prodigy keeps less.
+    """
     role = "".join(part for part in (PATCH, UP) if part in name)  # all that a name decides
-    return _layout(role, parameter.shape, parameter.dtype, spec)
+    return _layout(role, parameter.shape, parameter.dtype, spec, start)
 
 
 @lru_cache(maxsize=64)
-def _layout(name: str, shape: torch.Size, dtype: torch.dtype, spec: OptimizerSpec) -> Layout:
-    parameter = nn.Parameter(torch.ones(shape, dtype=dtype))
+def _layout(name: str, shape: torch.Size, dtype: torch.dtype, spec: OptimizerSpec, start: float) -> Layout:
+    parameter = nn.Parameter(torch.full(shape, start, dtype=dtype))
     parameter.grad = torch.ones_like(parameter)
     optimizer = make_optimizer(groups_of({name: parameter}, spec), spec)
     optimizer.step()

@@ -69,7 +69,7 @@ class Kind:
     averages: bool = False  # what is to be used is not what is trained, but an average
     finds_rate: bool = False  # one rate for all parameters, by itself; --learning_rate is a factor on it
     settings: Mapping[str, float] = field(default_factory=dict)  # what its groups remember, and the least of each
-    state_bytes: float = 8.0  # that it keeps of each number of an fp32 parameter, about
+    state_bytes: float = 8.0  # that it keeps of each number of an fp32 LoRA, about; its up matrices start at zero
 
 
 def _adamw(groups: Groups, _: int) -> Optimizer:
@@ -141,7 +141,7 @@ KINDS = {
         '"prodigyopt>=1.1.2,<2"',
         finds_rate=True,
         settings={"d": 0, "d_max": 0, "d_numerator": -math.inf, "k": 0},
-        state_bytes=16,
+        state_bytes=14,  # 16 of down matrices; of up matrices it keeps a single zero in place of their start
     ),
     "lion": Kind(_lion, *BITSANDBYTES, state_bytes=4),
     SCHEDULE_FREE: Kind(

@@ -41,7 +41,8 @@ def test_prodigy_keeps_a_single_zero_of_zeros():
         kept("prodigy", NAMES[1], torch.zeros(8, 4)),
         layout_of(NAMES[1], torch.ones(8, 4), spec_of("prodigy")),
     )
-    assert state["p0"].shape == ()
+    of_zeros = layout_of(NAMES[1], torch.ones(8, 4), spec_of("prodigy"), start=0.0)
+    assert state["p0"].shape == of_zeros.state["p0"].shape == () and layout.nbytes - of_zeros.nbytes == 4 * 8 * 4
     check_kept(NAMES[1], state, layout.state)
     for damaged in ({"s": torch.zeros(())}, {"p0": torch.tensor(5.0)}):
         with pytest.raises(UserError, match="another shape"):
