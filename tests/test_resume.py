@@ -19,9 +19,19 @@ from tests.tiny import write_clips, write_model
 from utils.common.signals import SIGNALS
 from utils.common.tensor_files import read_tensors
 from utils.runs.state import read_state
+from utils.training.optimizers import KINDS
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 ROOT = Path(__file__).resolve().parents[1]
+OF_EACH = {
+    **{name: f"--optimizer {name}" for name in KINDS},
+    "adamw": "--lora_plus_ratio 4",  # two groups of parameters; with one there are other tests
+    # Only large matrices have moments of 8 bits.
+    "adamw8bit": "--optimizer adamw8bit --lora_rank 96",
+    "adamw8bit in bf16": "--optimizer adamw8bit --lora_rank 96 --adapter_dtype bf16",
+    "prodigy": "--optimizer prodigy --learning_rate 1 --lr_warmup_steps 5",
+    "schedulefree": "--optimizer schedulefree --lr_scheduler constant --ema_decay 0 --lr_warmup_steps 5",
+}
 STEPS = 30
 MANY_STEPS = 60  # of runs that are killed often
 LONGEST_LIFE = 0.5  # seconds from the first new state to a kill: several steps, each with a save
@@ -71,14 +81,19 @@ def wait_for_a_state(folder: Path, process: subprocess.Popen, known: set[Path]) 
         time.sleep(0.01)
 
 
-@pytest.fixture(scope="module")
-def straight(work) -> str:
-    """The folder of an unbroken run, which keeps all its states. In this process, which spares the imports."""
+def run_unbroken(work: Path, output_dir: str, *more: str) -> None:
+    """In this process, which spares the imports."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes
     with contextlib.chdir(work):
-        train_wan_lora.main([*FLAGS, "--output_dir", "straight", "--keep_checkpoints", str(STEPS)])
+        train_wan_lora.main([*FLAGS, "--output_dir", output_dir, *more])
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def straight(work) -> str:
+    """The folder of an unbroken run, which keeps all its states."""
+    run_unbroken(work, "straight", "--keep_checkpoints", str(STEPS))
     return "straight"
 
 
@@ -118,6 +133,18 @@ def test_a_run_that_is_killed_five_times_ends_where_an_unbroken_one_does(work, m
     for seed in seeds:
         kill_and_resume(work, f"killed {seed}", *flags, kills=5, seed=seed)
         assert same(tensors_at(work, f"killed {seed}", MANY_STEPS), expected)
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize(("seed", "more"), [*enumerate(OF_EACH.values(), 6)], ids=OF_EACH)
+def test_a_run_with_each_optimizer_that_is_killed_ends_where_an_unbroken_one_does(work, seed, more):
+    run_unbroken(work, f"unbroken {more}", *more.split())
+    expected = tensors_at(work, f"unbroken {more}")
+    kept = {name: tensor for name, tensor in expected.items() if "/optimizer/" in name}
+    assert any(tensor.dtype == torch.uint8 for tensor in kept.values()) == ("adamw8bit" in more)
+    assert any(name.endswith("/compensation") for name in kept) == ("bf16" in more)
+    kill_and_resume(work, f"killed {seed}", *more.split(), kills=3, seed=seed)
+    assert same(tensors_at(work, f"killed {seed}"), expected)
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="there are no process groups here")
