@@ -17,7 +17,6 @@ Each LoRA and the figures of each row are kept in the output folder. The same co
 import json
 import random
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from benchmarks.gpu_check import commit
 from benchmarks.learning import claim, write_clips, write_json
+from benchmarks.training import LOG, run_trainer
 from nano.demo import MODEL, ROOT, STYLE, TRAINING, make_trials
 from nano.pretrain_families import sampler_of
 from nano.probe import adherence
@@ -37,7 +37,7 @@ from nano.sampling import generate, noise_of
 from nano.world import caption, render, split
 from utils.adapters.fusion import fuse_lora
 from utils.adapters.lora_reader import read_lora
-from utils.common.checkpoint_names import LORA, list_checkpoints
+from utils.common.checkpoint_names import LORA
 from utils.common.console import say
 from utils.common.device import describe, pick_device
 from utils.common.errors import RunError, UserError
@@ -116,24 +116,13 @@ def train(folder: Path, seed: int, kind: str) -> dict[str, Path]:
     clips, runs = seeded / "clips", seeded / f"{kind.replace(' ', '_')}_runs"
     write_clips(clips, seed)
     shutil.rmtree(runs, ignore_errors=True)  # of a start that was interrupted
-    runs.mkdir()
     say(f"seed {seed}, training {kind}")
-    given = ["--dataset", clips, "--output_dir", runs, "--seed", seed, "--pretrained_model_name_or_path", MODEL]
-    given += [*TRAINING, "--val_samples", 0, "--max_train_steps", 2 * STEPS if kind == SHARED else STEPS]
-    if kind != SHARED:
-        given += ["--high_noise", HIGH_NOISE, "--low_noise", MODEL, "--expert_range", kind]
-    with (runs / "log.txt").open("w", encoding="utf-8") as output:
-        command = [sys.executable, str(ROOT / "train_wan_lora.py"), *map(str, given)]
-        if subprocess.run(command, stdout=output, check=False).returncode:
-            raise RunError(f"train_wan_lora.py ended with an error, see above and {output.name}")
-    found = {
-        checkpoint.trainable: path
-        for checkpoints in runs.glob("*/checkpoints")
-        for path, checkpoint in list_checkpoints(checkpoints).items()
-        if checkpoint.step == 2 * STEPS
-    }
+    experts = () if kind == SHARED else ("--high_noise", HIGH_NOISE, "--low_noise", MODEL, "--expert_range", kind)
+    steps = 2 * STEPS if kind == SHARED else STEPS
+    loras = run_trainer(runs, clips, seed, *TRAINING, "--max_train_steps", steps, *experts)
+    found = {checkpoint.trainable: path for path, checkpoint in loras.items() if checkpoint.step == 2 * STEPS}
     if not found.keys() >= set(names.values()):
-        raise RunError(f"train_wan_lora.py has not written the LoRAs of step {2 * STEPS}, see {output.name}")
+        raise RunError(f"train_wan_lora.py has not written the LoRAs of step {2 * STEPS}, see {runs / LOG}")
     for expert, target in targets.items():
         with replacing(target) as unfinished:
             shutil.copyfile(found[names[expert]], unfinished)

@@ -17,7 +17,6 @@ Each LoRA and the outcomes of each row are kept in the output folder. The same c
 import json
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu_check import commit
+from benchmarks.training import LOG, run_trainer
 from nano.demo import CLIPS, HELD_OUT, MODEL, ROOT, STYLE, TRAINING, Trial, make_trials, newest_lora
 from nano.probe import read
 from nano.sampling import BATCH, generate, noise_of
@@ -155,17 +155,9 @@ def train(folder: Path, seed: int, base: str, shape: WanShape) -> None:
     clips, runs = target.parent / "clips", target.with_name(f"{base}_runs")
     write_clips(clips, seed)
     shutil.rmtree(runs, ignore_errors=True)  # of a start that was interrupted
-    runs.mkdir()
     say(f"seed {seed}, training on {base}")
-    given = ("--dataset", clips, "--pretrained_model_name_or_path", MODEL, "--output_dir", runs, "--seed", seed)
-    arguments = [*map(str, given), *TRAINING, "--val_samples", "0", "--weight_dtype", base]
-    log = runs / "log.txt"
-    with log.open("w", encoding="utf-8") as output:
-        script = [sys.executable, str(ROOT / "train_wan_lora.py"), *arguments]
-        code = subprocess.run(script, stdout=output, check=False).returncode
-    if code:
-        raise RunError(f"train_wan_lora.py ended with an error, see above and {log}")
-    check_said(log.read_text(encoding="utf-8"), base, shape)
+    run_trainer(runs, clips, seed, *TRAINING, "--weight_dtype", base)
+    check_said((runs / LOG).read_text(encoding="utf-8"), base, shape)
     with replacing(target) as unfinished:
         shutil.copyfile(newest_lora(runs), unfinished)
 

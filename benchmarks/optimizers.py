@@ -16,7 +16,6 @@ continues with what is missing.
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,12 +28,12 @@ from torch import Tensor
 
 from benchmarks.gpu_check import commit
 from benchmarks.learning import claim, write_clips, write_json
+from benchmarks.training import LOG, run_trainer
 from nano.demo import MODEL, ROOT, STYLE, make_trials
 from nano.probe import read
 from nano.sampling import SAMPLER, generate, load, noise_of
 from utils.adapters.fusion import fuse_lora
 from utils.adapters.lora_reader import read_lora
-from utils.common.checkpoint_names import CHECKPOINTS, STATES, list_checkpoints
 from utils.common.console import say
 from utils.common.device import describe, pick_device
 from utils.common.errors import RunError
@@ -49,7 +48,7 @@ AT_ONCE = 16  # videos
 FRAMES, QUICK = 5, replace(SAMPLER, steps=10)  # enough to see the style
 RANK = 32  # smaller matrices of the small Wan would not be quantised
 TRAINING = (
-    f"--base_res 64 --batch_size 4 --cache_latents --lora_rank {RANK} --val_samples 0 --max_train_steps {STEPS} "
+    f"--base_res 64 --batch_size 4 --cache_latents --lora_rank {RANK} --max_train_steps {STEPS} "
     f"--checkpointing_steps {EVERY}"
 ).split()
 HEADER = ("optimizer", "learning rate", "steps until the style is in 80% of the videos", "by seed")
@@ -111,22 +110,10 @@ def train(folder: Path, seed: int, kind: Kind, rate: float) -> dict[int, Path]:
     runs = figures_file(folder, seed, kind, rate).with_suffix("")
     clips = runs.parent / "clips"
     write_clips(clips, seed)
-    runs.mkdir(exist_ok=True)
-    given = ["--dataset", clips, "--output_dir", runs, "--seed", seed, "--pretrained_model_name_or_path", MODEL]
-    given += [*TRAINING, *kind.flags.split(), "--learning_rate", rate]
-    given += ["--resume_from_checkpoint", "latest"] if any(runs.glob(f"*/{CHECKPOINTS}/{STATES}")) else []
-    with (runs / "log.txt").open("w", encoding="utf-8") as output:
-        command = [sys.executable, str(ROOT / "train_wan_lora.py"), *map(str, given)]
-        if subprocess.run(command, stdout=output, check=False).returncode:
-            raise RunError(f"train_wan_lora.py ended with an error, see above and {output.name}")
-    found = {
-        checkpoint.step: path
-        for checkpoints in runs.glob(f"*/{CHECKPOINTS}")
-        for path, checkpoint in list_checkpoints(checkpoints).items()
-        if checkpoint.trainable is not None
-    }
+    loras = run_trainer(runs, clips, seed, *TRAINING, *kind.flags.split(), "--learning_rate", rate)
+    found = {checkpoint.step: path for path, checkpoint in loras.items()}
     if sorted(found) != list(range(EVERY, STEPS + 1, EVERY)):
-        raise RunError(f"train_wan_lora.py has written checkpoints of the steps {sorted(found)}, see {output.name}")
+        raise RunError(f"train_wan_lora.py has written checkpoints of the steps {sorted(found)}, see {runs / LOG}")
     return found
 
 
