@@ -42,10 +42,10 @@ from utils.common.options import option, parse_options, run_script
 from wan.checkpoints import CheckpointError, load_transformer, open_model
 
 SEEDS = (0, 1, 2)
-EVERY, STEPS = 10, 200
+EVERY, STEPS = 10, 160
 PROMPTS, WANTED = 64, 52  # 80%
 AT_ONCE = 16  # videos
-FRAMES, QUICK = 5, replace(SAMPLER, steps=10)  # enough to see the style
+FRAMES, QUICK = 9, replace(SAMPLER, steps=10)  # enough to see the style
 RANK = 32  # smaller matrices of the small Wan would not be quantised
 TRAINING = (
     f"--base_res 64 --batch_size 4 --cache_latents --lora_rank {RANK} --max_train_steps {STEPS} "
