@@ -138,7 +138,7 @@ def training_loss(
 
 def fit_memory(opts: Options, family: Family, shape: WanShape, plan: Plan, compiled: bool, decisions: Decisions) -> Fit:
     """The fastest setting with which the largest batch fits, by forecast, within what the options leave open."""
-    work, memory = workload(opts, family, shape, plan), budget(opts, family, encoders_on_gpu(opts, plan))
+    work, memory = workload(opts, family, shape, plan), budget(opts, family, encoders_on_gpu(opts, family, plan))
     fit = find_fit(work, memory, given_of(opts, shape.num_layers, compiled), decisions)
     fit.say()
     say_encoding(opts, family, plan, memory.card)

@@ -182,6 +182,7 @@ def report(folder: Path) -> None:
 
 
 def steps_of(path: Path) -> int:
+    """The first step that was found, or one step more than was taken."""
     found: int | None = json.loads(path.read_text(encoding="utf-8"))["steps"]
     return STEPS + 1 if found is None else found
 

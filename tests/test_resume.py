@@ -85,9 +85,11 @@ def run_unbroken(work: Path, output_dir: str, *more: str) -> None:
     """In this process, which spares the imports."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the processes
-    with contextlib.chdir(work):
-        train_wan_lora.main([*FLAGS, "--output_dir", output_dir, *more])
-    torch.set_num_threads(threads)
+    try:
+        with contextlib.chdir(work):
+            train_wan_lora.main([*FLAGS, "--output_dir", output_dir, *more])
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

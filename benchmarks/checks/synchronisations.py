@@ -3,6 +3,7 @@
 And what a step from pixels takes in a row of steps, where nothing waits, with and without encoding beside the step.
 """
 
+import itertools
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,11 +34,9 @@ def check(sizes: Sizes, device: torch.device, clock: Clock) -> Iterator[Row]:
     contestant, inputs = Contestant("ours", trainee), random_inputs(sizes, sizes.video, device)
     yield count("the timed step", lambda: contestant.step(inputs), device, limit=0)
     with tempfile.TemporaryDirectory() as folder:
-        steps = partial(script_steps, sizes, trainee, contestant.updater, inputs, Path(folder))
-        from_latents, from_pixels = steps()
-        _, beside = steps(SideStream(device))
+        from_latents, *others = script_steps(sizes, trainee, contestant.updater, inputs, Path(folder))
         yield count("train_wan_lora.py, latents given", from_latents, device, limit=0)
-        for name, step in (("from pixels", from_pixels), ("from pixels, encoded beside the step", beside)):
+        for name, step in zip(("from pixels", "from pixels, encoded beside the step"), others, strict=True):
             yield count(f"train_wan_lora.py, {name}", step, device, limit=0)
             yield Row(f"a step {name}", in_a_row(step, device), "s", f"mean of {IN_A_ROW} steps in a row")
 
@@ -53,16 +52,11 @@ def in_a_row(step: Callable[[], None], device: torch.device) -> float:
 
 
 def script_steps(
-    sizes: Sizes,
-    trainee: Trainee[WanModel],
-    updater: Updater,
-    inputs: Inputs,
-    folder: Path,
-    beside: SideStream | None = None,
-) -> tuple[Callable[[], None], Callable[[], None]]:
+    sizes: Sizes, trainee: Trainee[WanModel], updater: Updater, inputs: Inputs, folder: Path
+) -> list[Callable[[], None]]:
     """The training script's step, made of its own functions: from latents, and from pixels and a caption.
 
-    Pixels are encoded on the stream `beside`, if there is one. The embedding of the caption is cached in `folder`.
+    On a GPU also from pixels that are encoded beside the step. The embedding of the caption is cached in `folder`.
     Raises ModuleNotFoundError if a package that the script needs is not installed.
     """
     import train_wan_lora as script
@@ -83,13 +77,17 @@ def script_steps(
     if device.type == "cuda":
         clip = clip.pin_memory()  # like the clips that the trainer's loader returns
     encoders = Encoders(FAMILIES["wan2.1-t2v-1.3B"], random_vae(sizes.vae_dim, device))
-    batch, samples = Batch(inputs.noisy.clean, Cond(text)), FreshSamples(encoders, texts.load, beside=beside)
+    batch, samples = Batch(inputs.noisy.clean, Cond(text)), FreshSamples(encoders, texts.load)
 
     def train_on(batch: Batch) -> None:
         loss(batch).backward()
         updater.step(opts.max_grad_norm)
 
-    return lambda: train_on(batch), lambda: train_on(samples.batch([clip]))
+    steps = [lambda: train_on(batch), lambda: train_on(samples.batch([clip]))]
+    if device.type == "cuda":
+        encoded = SideStream(device).encoded(([clip] for _ in itertools.count()), samples.batch)
+        steps.append(lambda: train_on(next(encoded)))
+    return steps
 
 
 def count(name: str, step: Callable[[], None], device: torch.device, limit: int | None = None) -> Row:

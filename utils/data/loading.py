@@ -4,6 +4,8 @@ Letters in shapes: `F` frames, `H` height, `W` width.
 """
 
 import itertools
+import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -150,11 +152,7 @@ def _unchanged(loaded: T) -> T:
 
 
 def _unwrapped(loader: Iterable[list[T] | MediaError]) -> Generator[list[T], None, None]:
-    try:
-        loaded = iter(loader)
-    except OSError as error:  # such as too little memory for a copy of this process
-        reason = error.strerror or error
-        raise LoaderError(f"cannot start processes that load clips: {reason}; fewer --num_workers need less") from None
+    loaded = _started(loader)
     try:
         while True:
             try:
@@ -173,6 +171,20 @@ def _unwrapped(loader: Iterable[list[T] | MediaError]) -> Generator[list[T], Non
         # is no failure, whatever they die of.
         with deaths_ignored():
             del loaded
+
+
+def _started(loader: Iterable[T]) -> Iterator[T]:
+    try:
+        return iter(loader)
+    except (OSError, RuntimeError) as error:  # such as too little memory for a copy of this process
+        reason = getattr(error, "strerror", None) or error
+        # What is left of torch's iterator fails to end itself, and would print a traceback of that.
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        try:
+            traceback.clear_frames(error.__traceback__)
+        finally:
+            sys.unraisablehook = hook
+    raise LoaderError(f"cannot start processes that load clips: {reason}; fewer --num_workers need less")
 
 
 def _read(file: PairedFile, window: Window, read: Read = read_frames) -> Tensor:

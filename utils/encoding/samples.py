@@ -25,11 +25,13 @@ from utils.data.plan import Plan, Window, largest_window
 from utils.encoding.conditioning import Batch, Encoded, Encoders, collate
 from utils.encoding.latent_cache import LatentCache, Layout, cached_bytes
 from utils.encoding.side_stream import SideStream
-from utils.encoding.vae_layout import FORMATS, faster_layout, use_layout
+from utils.encoding.vae_layout import FORMATS, PLAIN, faster_layout, use_layout
 from utils.media.controls import ControlSignal
 from wan.checkpoints import ModelFiles, load_vae, load_vision_encoder, vae_fingerprint, vision_fingerprint
+from wan.modules.vae import WanVAE
 
 VISION_DTYPE = torch.float32
+LAYOUT = "vae_layout"  # what the decision is called
 VAE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Loaded = TypeVar("Loaded")
 LoadText = Callable[[str], Tensor]  # from a caption to its embedding (T, E)
@@ -53,14 +55,16 @@ class Caches:
         "fp32", "dtype of the VAE, for training and previews; bf16: faster, less exact", choices=tuple(VAE_DTYPES)
     )
     overlap_encoding: bool = option(
-        False, "encode the next batch while the GPU computes a step, with the memory of both", affects_training=False
+        False,
+        "on a GPU, where latents are not cached, encode the next batch during a step; takes the memory of both",
+        affects_training=False,
     )
     cache_dir: Path | None = option(
         None, "where caches are kept (default: .wan_cache in the first dataset)", affects_training=False
     )
 
     def check_overlap(self, device: torch.device) -> None:
-        """Raises UserError for a device that does one thing after another."""
+        """Raises UserError for another device than a CUDA GPU."""
         if self.overlap_encoding and device.type != "cuda":
             raise UserError("--overlap_encoding needs a CUDA GPU: leave it out")
 
@@ -76,8 +80,8 @@ class Samples(Protocol):
         """These windows of one bucket as a batch on the device, loaded in this process."""
         ...
 
-    def hold(self, windows: Sequence[Window]) -> Tensor | None:
-        """The GPU memory that encoding these windows takes beside a step; None where nothing is encoded beside one."""
+    def hold(self, windows: Sequence[Window]) -> object:
+        """Keeps the GPU memory that encoding these windows takes beside other work, while the result is kept."""
         ...
 
     def stream(self, plan: Plan, start_batch: int = 0) -> Generator[Batch, None, None]:
@@ -96,7 +100,7 @@ class FreshSamples:
     encoders: Encoders
     texts: LoadText
     num_workers: int = 0  # processes that load clips
-    beside: SideStream | None = None  # on which clips are encoded while the device computes a step
+    beside: SideStream | None = None  # where clips are encoded while the device computes a step
 
     def open_encoders(self) -> Encoders:
         return self.encoders
@@ -107,23 +111,17 @@ class FreshSamples:
 
     def batch(self, clips: Sequence[Clip]) -> Batch:
         """Pixels and captions become latents and text on the VAE's device."""
-        encode = partial(self._encode, clips)
-        return encode() if self.beside is None else self.beside.encode(encode)
-
-    def _encode(self, clips: Sequence[Clip]) -> Batch:
         return collate([self.encoders.encode(clip, self.texts(clip.caption)) for clip in clips])
 
     def load_batch(self, windows: Sequence[Window]) -> Batch:
         return self.batch([self.load(window) for window in windows])
 
-    def hold(self, windows: Sequence[Window]) -> Tensor | None:
-        if self.beside is None:
-            return None
-        clips = [self.load(window) for window in windows]
-        return self.beside.hold(self.beside.peak_of(partial(self._encode, clips)))
+    def hold(self, windows: Sequence[Window]) -> object:
+        return None if self.beside is None else self.beside.hold_peak_of(partial(self.load_batch, windows))
 
     def stream(self, plan: Plan, start_batch: int = 0) -> Generator[Batch, None, None]:
-        return _stream(batches(plan, self.load, start_batch, self.num_workers), self.batch)
+        loaded = batches(plan, self.load, start_batch, self.num_workers)
+        return _stream(loaded, self.batch) if self.beside is None else self.beside.encoded(loaded, self.batch)
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ class CachedSamples:
     def load_batch(self, windows: Sequence[Window]) -> Batch:
         return self.batch([self.load(window) for window in windows])
 
-    def hold(self, windows: Sequence[Window]) -> None:
+    def hold(self, windows: Sequence[Window]) -> object:
         return None
 
     def stream(self, plan: Plan, start_batch: int = 0) -> Generator[Batch, None, None]:
@@ -166,8 +164,8 @@ def _stream(
 class LatentEncoding:
     """The encoders of a model, not loaded; `control` is what a control LoRA is trained to follow.
 
-    `decisions` keep in which layout the VAE encodes: on a GPU the faster one, measured. Without them it is the plain
-    one.
+    `decisions` keep in which layout the VAE encodes: on a GPU the faster one, measured when a run begins. Without them
+    it is the plain one.
     """
 
     files: ModelFiles
@@ -177,14 +175,21 @@ class LatentEncoding:
     decisions: Decisions | None = None
 
     def load_for(self, windows: Sequence[Window]) -> Encoders:
-        """The encoders, which encode such windows fast. Raises CheckpointError, and UserError as `Decisions.take`."""
+        """The encoders, which encode such windows fast. Raises CheckpointError."""
         encoders = self.load()
         if self.decisions is not None and self.device.type == "cuda":
-            window = largest_window(windows)
-            measure = partial(faster_layout, encoders.vae, window.width, window.height)
-            layout = self.decisions.take("vae_layout", measure, FORMATS.__contains__, "the layout of the VAE")
-            use_layout(encoders.vae, layout)
+            use_layout(encoders.vae, self._layout_of_vae(encoders.vae, self.decisions, windows))
         return encoders
+
+    def _layout_of_vae(self, vae: WanVAE, decisions: Decisions, windows: Sequence[Window]) -> str:
+        """That with which the run began, on whatever GPU; states of earlier versions name none, and had the plain one.
+
+        Raises UserError for a state that names another.
+        """
+        known = decisions.made.get(LAYOUT) or (decisions.saved.get(LAYOUT, PLAIN) if decisions.saved else None)
+        if known is not None and known not in FORMATS:
+            raise UserError(f"the saved run's {LAYOUT} is {known!r}: its state is damaged, or of a newer version")
+        return decisions.record(LAYOUT, known or faster_layout(vae, largest_window(windows).bucket))
 
     def load(self) -> Encoders:
         """The encoders on the device. Raises CheckpointError."""

@@ -1,6 +1,14 @@
-"""Encoding beside training: on a CUDA stream of its own, while the GPU still computes the step before."""
+"""Encoding beside training: by a thread, on a CUDA stream of its own, while the GPU still computes the step before.
 
-from collections.abc import Callable
+A thread, since the host cannot ask the device for a whole step ahead: about a thousand requests wait on a stream, and a
+step is more. A stream, since on that of training the batch would wait for the step, of which it needs nothing.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -8,40 +16,56 @@ from torch import Tensor
 from utils.common.tensors import map_tensors
 from utils.encoding.conditioning import Batch
 
+Loaded = TypeVar("Loaded")
+Made = tuple[Batch, torch.Event]  # what was asked of the device, and when it is there
+
 
 class SideStream:
-    """A stream that waits for nothing of what is asked of the device later.
-
-    The host asks for a step and goes on to the next batch at once, long before the device has computed the step. On a
-    stream of its own the batch does not wait for that: what the batch is made of was there before.
-    """
+    """A stream beside that of training, and the memory of what is made on it."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
         self.stream.wait_stream(torch.cuda.current_stream(device))  # which may still be loading the encoders
 
-    def encode(self, make: Callable[[], Batch]) -> Batch:
-        """The batch that `make` asks the device for. What is asked of it afterwards waits for the batch."""
+    def encoded(
+        self, loaded: Generator[Loaded, None, None], encode: Callable[[Loaded], Batch]
+    ) -> Generator[Batch, None, None]:
+        """What `encode` makes of each value, in order; it makes the next one while this one is in use.
+
+        Where taking a value raises, so does this, at most one batch early; where `encode` raises, in its place. Closing
+        the generator ends the thread, and then `loaded`.
+        """
+        with closing(loaded), ThreadPoolExecutor(1, "encoding") as thread:
+            coming = deque[Future[Made]]()
+            for value in loaded:
+                coming.append(thread.submit(self._make, encode, value))
+                if len(coming) > 1:
+                    yield self._taken(*coming.popleft().result())
+            for future in coming:
+                yield self._taken(*future.result())
+
+    def _make(self, encode: Callable[[Loaded], Batch], value: Loaded) -> Made:
         with torch.cuda.stream(self.stream):
-            batch = make()
+            return encode(value), self.stream.record_event()
+
+    def _taken(self, batch: Batch, made: torch.Event) -> Batch:
+        """The batch, for the current stream, which waits for it."""
         current = torch.cuda.current_stream(self.stream.device)
-        current.wait_stream(self.stream)
+        current.wait_event(made)
 
         def used(tensor: Tensor) -> Tensor:
-            tensor.record_stream(current)  # its memory is not given away before that
+            tensor.record_stream(current)  # its memory is given to no other batch before it has been used
             return tensor
 
         return map_tensors(batch, used)
 
-    def peak_of(self, make: Callable[[], Batch]) -> int:
-        """The bytes of GPU memory that making a batch takes at its peak."""
-        torch.cuda.synchronize(self.stream.device)
-        torch.cuda.reset_peak_memory_stats(self.stream.device)
-        before = torch.cuda.memory_allocated(self.stream.device)
-        self.encode(make)
-        return torch.cuda.max_memory_allocated(self.stream.device) - before
-
-    def hold(self, size: int) -> Tensor:
-        """So many bytes of the memory that batches are made in."""
+    def hold_peak_of(self, make: Callable[[], object]) -> Tensor:
+        """As much of this stream's memory as `make` takes at its peak, which is measured."""
+        device = self.stream.device
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         with torch.cuda.stream(self.stream):
-            return torch.empty(size, dtype=torch.uint8, device=self.stream.device)
+            make()
+            taken = torch.cuda.max_memory_allocated(device) - before
+            return torch.empty(taken, dtype=torch.uint8, device=device)

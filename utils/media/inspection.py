@@ -10,10 +10,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 from tqdm import tqdm
@@ -24,7 +25,9 @@ from utils.common.files import file_stamp
 from utils.media.description import VIDEO, MediaError, MediaInfo, from_json
 from utils.media.description_cache import DescriptionCache
 from utils.media.files import check_file
-from utils.media.processes import Process, describe_end, end, start
+from utils.media.processes import GRACE, PROGRAM, Process, describe_end, end, start
+
+T = TypeVar("T")
 
 FOLDER = "media"  # of descriptions, in a cache folder
 MAX_CHILDREN = 16
@@ -128,13 +131,20 @@ def _ask_children(questions: list[dict[str, Any]], patience: Patience) -> dict[P
 
     with bar, ThreadPoolExecutor(count) as pool:
         ordered = sorted(questions, key=lambda question: -sizes[question["path"]])
-        answers = [pool.submit(ask, question) for question in ordered]
         try:
+            answers = [_submitted(pool, partial(ask, question)) for question in ordered]
             return dict(answer.result() for answer in answers)
         finally:  # also where the user interrupts it: no child is waited for
             pool.shutdown(wait=False, cancel_futures=True)
             for child in children:
-                child.end()
+                child.end_for_good()
+
+
+def _submitted(pool: ThreadPoolExecutor, work: Callable[[], T]) -> Future[T]:
+    try:
+        return pool.submit(work)
+    except RuntimeError as error:  # as many threads as there may be
+        raise _cannot_start(error) from error
 
 
 def _size(path: str) -> int:
@@ -172,6 +182,7 @@ class Child:
         self.patience = patience
         self._process: Process | None = None
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._is_over = False
 
     def ask(self, question: dict[str, Any], move: Callable[[int], None]) -> _Answer:
         """The answer to a question; `move` is called with how many bytes of the file it has read."""
@@ -185,10 +196,10 @@ class Child:
                 return _parse_answer(path, answer)
         except NONSENSE:
             answer = None
-        code = self.end()
         if answer is None:
-            how = f" ({describe_end(code)})" if code else ""
+            how = describe_end(self.end(GRACE))
             return _Answer(MediaError(path, f"reading it crashed{how}: damaged, or not a video that can be decoded"))
+        self.end()
         return _Answer(MediaError(path, f"reading it was given up: {answer['given up']}"))
 
     def _wait(self, process: Process, move: Callable[[int], None]) -> dict[str, Any] | None:
@@ -211,26 +222,43 @@ class Child:
             move(said["position"])
 
     def _start(self) -> Process:
+        lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         try:
             process = start()
         except OSError as error:
-            raise UserError(
-                f"no process can be started to inspect media files: {error.strerror or error}\n"
-                "they need memory and a free process: close other programs, or raise the limits (ulimit -a)"
-            ) from error
-        self._process, self._lines = process, queue.SimpleQueue()
-        self._reader = threading.Thread(target=_forward, args=(process.stdout, self._lines), daemon=True)
-        self._reader.start()
+            raise _cannot_start(error.strerror or error) from error
+        reader = threading.Thread(target=_forward, args=(process.stdout, lines), daemon=True)
+        try:
+            reader.start()
+        except RuntimeError as error:  # as many threads as there may be
+            end(process)
+            raise _cannot_start(error) from error
+        self._process, self._lines, self._reader = process, lines, reader
+        if self._is_over:  # while it was starting
+            self.end()
+            raise _cannot_start("interrupted")
         return process
 
-    def end(self) -> int | None:
-        """The exit code of its process, if it has one."""
+    def end(self, grace: float = 0.0) -> int | None:
+        """Ends its process, if it has one: its exit code as `utils.media.processes.end` has it."""
         process, self._process = self._process, None
         if process is None:
             return None
-        process.kill()
-        self._reader.join()  # its last line was the last one of the child
-        return end(process)
+        code = end(process, grace)
+        self._reader.join()
+        return code
+
+    def end_for_good(self) -> None:
+        """Also a process that is just being started."""
+        self._is_over = True
+        self.end()
+
+
+def _cannot_start(reason: object) -> UserError:
+    return UserError(
+        f"cannot start a process that inspects media files: {reason}\n"
+        f"it needs memory and a free process; what else it lacks, this says: python -m {PROGRAM[-1]}"
+    )
 
 
 def _forward(lines: Iterable[str], target: "queue.SimpleQueue[str]") -> None:

@@ -12,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, NoReturn, Protocol
@@ -22,6 +23,7 @@ from utils.media import child
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = (sys.executable, "-m", child.__name__)
 FORK_WITHIN = 60.0  # seconds until a fork is ready, which takes milliseconds
+GRACE = 1.0  # seconds for a process to end that has closed its output
 
 
 class Process(Protocol):
@@ -30,6 +32,10 @@ class Process(Protocol):
     pid: int
     stdin: IO[str] | None
     stdout: IO[str] | None
+
+    def poll(self) -> int | None:
+        """The exit code, which is negative for a signal on POSIX; None while it runs."""
+        ...
 
     def kill(self) -> None: ...
 
@@ -49,25 +55,31 @@ def _ready(process: Process, timeout: float | None) -> Process:
     said = process.stdout
     if said and (timeout is None or select.select([said], [], [], timeout)[0]) and said.readline() == child.READY:
         return process
-    raise ChildProcessError(f"it ended before it was ready: {describe_end(end(process))}")
+    raise ChildProcessError(f"it ended before it was ready{describe_end(end(process, GRACE))}")
 
 
-def end(process: Process) -> int:
-    """Its exit code; it is killed if it still runs."""
-    process.kill()
-    code = process.wait()
+def end(process: Process, grace: float = 0.0) -> int | None:
+    """Ends a process. The exit code of one that has ended by itself, or does within `grace` seconds; else None."""
+    until = time.monotonic() + grace
+    while (code := process.poll()) is None and time.monotonic() < until:
+        time.sleep(0.01)
+    if code is None:
+        process.kill()
+        process.wait()
     for pipe in (process.stdin, process.stdout):
         with contextlib.suppress(OSError):  # what could not be written to a process that has crashed
             pipe.close() if pipe else None
     return code
 
 
-def describe_end(code: int) -> str:
-    """A name for an exit code of a process, which is negative for a signal on POSIX."""
+def describe_end(code: int | None) -> str:
+    """In brackets, how a process has ended by itself; nothing for one that has not, or without an error."""
+    if not code:
+        return ""
     try:
-        return signal.Signals(-code).name
+        return f" ({signal.Signals(-code).name})"
     except ValueError:
-        return f"exit code {code}"
+        return f" (exit code {code})"
 
 
 def run_program(command: tuple[str, ...]) -> Process:
@@ -97,12 +109,25 @@ class _Forked:
         self.pid = pid
         self.stdin: IO[str] | None = stdin
         self.stdout: IO[str] | None = stdout
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        return self._look(os.WNOHANG)
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
 
     def wait(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        code = self._look(0)
+        assert code is not None, "it has been waited for"
+        return code
+
+    def _look(self, how: int) -> int | None:
+        if self._code is None:
+            ended, status = os.waitpid(self.pid, how)
+            self._code = os.waitstatus_to_exitcode(status) if ended else None
+        return self._code
 
 
 def _become(function: Callable[[], object], questions: int, answers: int) -> NoReturn:

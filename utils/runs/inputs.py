@@ -140,21 +140,25 @@ def say_encoding(opts: InputOptions, family: Family, plan: Plan, card: Card) -> 
     if opts.cache_latents:
         return
     windows = plan.largest_batch
-    # Given frames are encoded in a clip of their own length, and so is a control.
-    videos = 1 + (family.given_as == "channels") + opts.control_lora
     each = encoding_seconds(family, windows[0].bucket, VAE_DTYPES[opts.vae_dtype], card)
-    seconds = len(windows) * videos * each
-    adds = f"takes {seconds:.3g} s beside" if opts.overlap_encoding else f"adds {seconds:.3g} s to"
-    say(f"encoding its clips {adds} such a step: --cache_latents 1 encodes each clip once")
+    seconds = len(windows) * _videos(opts, family) * each
+    adds = f"adds{' up to' * opts.overlap_encoding} {seconds:.3g} s to such a step"
+    say(f"encoding its clips {adds}: --cache_latents 1 encodes each clip once")
 
 
-def encoders_on_gpu(opts: InputOptions, plan: Plan) -> OnGpu:
+def _videos(opts: InputOptions, family: Family) -> int:
+    """How many videos of its size are encoded of a clip: itself, its given frames as a clip of their own, a control."""
+    return 1 + (family.given_as == "channels") + opts.control_lora
+
+
+def encoders_on_gpu(opts: InputOptions, family: Family, plan: Plan) -> OnGpu:
     """What the encoders do while the transformer is loaded."""
     return OnGpu(
         None if opts.cache_latents else plan.largest_batch[0].bucket,
         _preview_size(plan).bucket if opts.preview_prompts else None,
         VAE_DTYPES[opts.vae_dtype],
         opts.overlap_encoding,
+        _videos(opts, family) + opts.control_i2v,  # the control is copied to get the first frame of the clip
     )
 
 

@@ -43,8 +43,7 @@ def rehearse_run(
     largest = max(phases, key=lambda phase: sum(parameter.numel() for parameter in _trained(phase)))
     accumulates = opts.gradient_accumulation > 1
     step = partial(rehearse_step, largest, batch, session.kept, learner, decisions, spare, accumulates)
-    train = step if opts.benchmark else partial(_beside_encoding, session, step)
-    parts: dict[str, Callable[[], object]] = {"training": train}
+    parts: dict[str, Callable[[], object]] = {"training": step}
     if session.validation and not opts.benchmark:
         clip = max(session.validation, key=lambda clip: clip.latents.numel()).to(session.experts.device)
         for phase in phases:
@@ -55,6 +54,7 @@ def rehearse_run(
         parts["generating a preview"] = partial(session.show, session.preview.in_brief())
     if not opts.benchmark:
         parts["saving"] = save
+    _held = session.samples.hold(session.plan.largest_batch)  # the next batch may be encoded during any of them
     rehearse(learner, parts)
 
 
@@ -130,12 +130,6 @@ def rehearse_saving(learner: Learner, settings: RunSettings, folder: Path) -> No
             write_checkpoint(Path(place), learner, settings, {"bad_steps": 0, "validated_at": -1, "means": {}})
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {error.strerror}") from None
-
-
-def _beside_encoding(session: Session, step: Callable[[], None]) -> None:
-    """Rehearses a step while the next batch takes the memory that encoding it will take, if it is encoded then."""
-    _held = session.samples.hold(session.plan.largest_batch)
-    step()
 
 
 def _kept_room(decisions: Decisions, measure: Callable[[], Room]) -> Room:

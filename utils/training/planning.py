@@ -126,6 +126,7 @@ class OnGpu:
     decoded: tuple[int, int, int] | None  # previews
     vae_dtype: torch.dtype = torch.float32
     overlaps: bool = False  # whether samples are encoded while a step computes
+    videos: int = 1  # of its size that a sample is made of, as pixels
 
     @property
     def is_nothing(self) -> bool:
@@ -184,8 +185,8 @@ def encoding_bytes(family: Family, on_gpu: OnGpu) -> float:
     peaks = [0.0]
     if on_gpu.encoded is not None:
         width, height, frames = on_gpu.encoded
-        cast = 0 if on_gpu.vae_dtype == torch.float32 else on_gpu.vae_dtype.itemsize  # beside the clip in fp32
-        video = 3 * frames * height * width * (torch.float32.itemsize + cast)
+        cast = 0 if on_gpu.vae_dtype == torch.float32 else on_gpu.vae_dtype.itemsize  # of the one that is encoded
+        video = 3 * frames * height * width * (on_gpu.videos * torch.float32.itemsize + cast)
         peaks.append(video + _encoding(family, on_gpu.encoded, on_gpu.vae_dtype).peak_bytes)
     if on_gpu.decoded is not None:
         width, height, frames = on_gpu.decoded

@@ -356,16 +356,16 @@ class WanVAE(nn.Module):
 
     def posterior(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """The encoder's answer to a video as `encode` takes it: mean and log-variance, each (B, z_dim, f, h, w)."""
-        step = self.stride[0] * self._latent_frames_at_once(video[:, 0, 0].numel())
+        step = self.stride[0] * self.latent_frames_at_once(video[:, 0, 0].numel())
         mu, log_variance = in_chunks(self._encode_chunk, first_and_rest(video, step)).chunk(2, dim=1)
         return mu, log_variance
 
     def generate(self, z: Tensor) -> Tensor:
         """z (B, z_dim, f, h, w), drawn from a posterior, not normalised -> video (B, 3, 4 (f - 1) + 1, H, W)."""
-        step = self._latent_frames_at_once(z[:, 0, 0].numel() * self.stride[1] * self.stride[2])
+        step = self.latent_frames_at_once(z[:, 0, 0].numel() * self.stride[1] * self.stride[2])
         return in_chunks(self._decode_chunk, first_and_rest(z, step))
 
-    def _latent_frames_at_once(self, pixels: int) -> int:
+    def latent_frames_at_once(self, pixels: int) -> int:
         """How many latent frames are processed together, for frames of so many pixels in the whole batch."""
         return max(1, MAX_PIXELS_AT_ONCE // (self.stride[0] * pixels))
 

@@ -4,6 +4,7 @@ import re
 import threading
 from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -231,54 +232,59 @@ def test_latents_of_a_vae_in_bf16_have_a_place_of_their_own(tmp_path, model):
 class Beside:
     """Stands for a stream of its own."""
 
-    def __init__(self) -> None:
-        self.encoded = self.held = 0
+    def encoded(self, loaded, encode):
+        with closing(loaded):
+            for clips in loaded:
+                yield encode(clips)
 
-    def encode(self, make):
-        self.encoded += 1
-        return make()
-
-    def peak_of(self, make) -> int:
-        return 10 * make().latents.numel()
-
-    def hold(self, size: int) -> torch.Tensor:
-        self.held = size
-        return torch.empty(size, dtype=torch.uint8)
+    def hold_peak_of(self, make) -> torch.Tensor:
+        return make().latents
 
 
 def test_what_is_encoded_beside_a_step_is_the_same(tmp_path, model):
     video(tmp_path / "a.mp4", frames=9)
-    windows, beside = windows_of(tmp_path)[:1], Beside()
+    video(tmp_path / "b.mp4", frames=13)
+    windows = windows_of(tmp_path)
     fresh, cached = both(tmp_path, model, windows, None)
-    overlapped = replace(fresh, beside=beside)
-    batch = overlapped.load_batch(windows)
-    assert beside.encoded == 1 and torch.equal(batch.latents, fresh.load_batch(windows).latents)
-    assert overlapped.hold(windows).nbytes == beside.held == 10 * batch.latents.numel()
+    overlapped = replace(fresh, beside=Beside())
+    plan = Plan([window.source for window in windows], LIMITS, 7)
+    with closing(overlapped.stream(plan)) as found, closing(fresh.stream(plan)) as expected:
+        for one, other in islice(zip(found, expected, strict=True), 5):
+            assert torch.equal(one.latents, other.latents)
+    assert torch.equal(overlapped.hold(windows[:1]), fresh.load_batch(windows[:1]).latents)
     assert fresh.hold(windows) is None and cached.hold(windows) is None
 
 
-def test_the_layout_of_the_vae_is_measured_on_a_gpu_once(tmp_path, model, monkeypatch):
+def test_the_layout_of_the_vae_is_measured_on_a_gpu_when_a_run_begins(tmp_path, model, monkeypatch):
     """With a stand-in for the GPU."""
     video(tmp_path / "a.mp4", frames=9)
     video(tmp_path / "b.mp4", frames=5, size=(96, 64))
     windows, decisions, measured, used = windows_of(tmp_path), Decisions("GPU A"), [], []
-    monkeypatch.setattr(
-        utils.encoding.samples, "faster_layout", lambda vae, *size: measured.append(size) or "channels_last"
-    )
-    monkeypatch.setattr(utils.encoding.samples, "use_layout", lambda vae, name: used.append(name))
-    monkeypatch.setattr(utils.encoding.samples, "load_vae", lambda files, device, dtype: None)
+    stand_ins = {
+        "faster_layout": lambda vae, size: measured.append(size) or "channels_last",
+        "use_layout": lambda vae, name: used.append(name),
+        "load_vae": lambda files, device, dtype: None,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(utils.encoding.samples, name, stand_in)
     on_gpu = LatentEncoding(open_model(model), torch.device("cuda"), decisions=decisions)
     assert isinstance(open_samples(Caches(), on_gpu, windows, None, tmp_path, 0), FreshSamples)
     on_gpu.load_for(windows)
-    largest = largest_window(windows)
-    assert measured == [(largest.width, largest.height)] and used == ["channels_last"] * 2
-    resumed = replace(on_gpu, decisions=Decisions("GPU A", decisions.table()))
-    resumed.load_for(windows)
-    assert len(measured) == 1 and used == ["channels_last"] * 3
+    assert measured == [largest_window(windows).bucket] and used == ["channels_last"] * 2
+    for device, saved, layout in (
+        ("GPU A", decisions.table(), "channels_last"),
+        ("GPU B", decisions.table(), "channels_last"),
+        ("GPU A", {"device": "GPU A"}, "contiguous"),  # of an earlier version
+    ):
+        resumed = Decisions(device, saved)
+        replace(on_gpu, decisions=resumed).load_for(windows)
+        assert used.pop() == layout == resumed.made["vae_layout"]
+    with pytest.raises(UserError, match="the saved run's vae_layout is 'x': its state is damaged"):
+        replace(on_gpu, decisions=Decisions("GPU A", decisions.table() | {"vae_layout": "x"})).load_for(windows)
     for unmeasured in (replace(on_gpu, device=CPU), replace(on_gpu, decisions=None)):
         unmeasured.load_for(windows)
     on_gpu.load()
-    assert len(measured) == 1 and len(used) == 3
+    assert len(measured) == 1 and len(used) == 2
 
 
 def test_a_cached_file_with_another_condition_ends_with_one_message(tmp_path, model):

@@ -39,39 +39,59 @@ def test_nearly_every_convolution_is_given_what_it_returns(vae):
     assert sum(seen) / len(seen) > 0.7
 
 
-@pytest.mark.parametrize(
-    ("plain", "channels_last", "chosen"), [(0.02, 0.01, CHANNELS_LAST), (0.01, 0.02, PLAIN), (0.01, 0.0099, PLAIN)]
-)
-def test_the_faster_layout_is_chosen_and_said(vae, monkeypatch, capsys, plain, channels_last, chosen):
-    times = {PLAIN: plain, CHANNELS_LAST: channels_last}
-    monkeypatch.setattr(vae_layout, "_measure", lambda vae, name, width, height: times[name])
-    assert faster_layout(vae, 832, 480) == chosen
-    said = f"layout of the VAE: {chosen}; 9 frames of 832x480 take contiguous {1e3 * plain:.0f} ms, channels_last"
-    assert capsys.readouterr().out.startswith(said)
-
-
-def test_both_layouts_are_really_measured(vae, monkeypatch):
-    seen, encode = [], vae.encode
+@pytest.fixture
+def clock(monkeypatch, vae) -> dict[str, float]:
+    """How long encoding takes in each layout; what is encoded is in `seen`, by size and layout."""
+    times, seen, encode = {PLAIN: 0.02, CHANNELS_LAST: 0.01}, [], vae.encode
+    now = 0.0
 
     def watched(video):
-        seen.append((tuple(video.shape), vae.conv1.weight.is_contiguous(memory_format=torch.channels_last_3d)))
+        nonlocal now
+        is_last = vae.encoder.conv1.weight.stride()[1] == 1
+        now += times[CHANNELS_LAST if is_last else PLAIN]
+        seen.append((tuple(video.shape), is_last))
         return encode(video)
 
     monkeypatch.setattr(vae, "encode", watched)
-    assert faster_layout(vae, 64, 32) in FORMATS
+    monkeypatch.setattr(vae_layout, "_now", lambda device: now)
+    times["seen"] = seen
+    return times
+
+
+@pytest.mark.parametrize(
+    ("plain", "channels_last", "chosen"), [(0.02, 0.01, CHANNELS_LAST), (0.01, 0.02, PLAIN), (0.01, 0.0095, PLAIN)]
+)
+def test_the_faster_layout_is_chosen_and_said(vae, clock, capsys, plain, channels_last, chosen):
+    clock |= {PLAIN: plain, CHANNELS_LAST: channels_last}
+    assert faster_layout(vae, (64, 32, 5)) == chosen
+    said = f"layout of the VAE: {chosen}; 5 frames of 64x32 take contiguous {1e3 * plain:.0f} ms, channels_last"
+    assert capsys.readouterr().out.startswith(said)
     each = vae_layout.WARMUPS + vae_layout.REPEATS
-    assert [shape for shape, _ in seen] == [(1, 3, 9, 32, 64)] * 2 * each
-    strides = {name: vae.encoder.conv1.weight.stride() for name in FORMATS if use_layout(vae, name) is None}
-    assert strides[PLAIN] != strides[CHANNELS_LAST]
+    assert clock["seen"] == [((1, 3, 5, 32, 64), False), ((1, 3, 5, 32, 64), True)] * each, "in turns"
+
+
+@pytest.mark.parametrize(("frames", "measured"), [(1, 1), (5, 5), (33, 25)])
+def test_no_more_frames_are_measured_than_a_clip_has_nor_than_two_chunks(vae, clock, monkeypatch, frames, measured):
+    monkeypatch.setattr(vae, "latent_frames_at_once", lambda pixels: 3 if pixels == 64 * 32 else 1)
+    faster_layout(vae, (64, 32, frames))
+    assert {shape[2] for shape, _ in clock["seen"]} == {measured}
+
+
+def test_a_layout_with_other_latents_is_not_taken(vae, clock, monkeypatch, capsys):
+    encode = vae.encode
+    wrong = {False: 1.0, True: 1.1}
+    monkeypatch.setattr(vae, "encode", lambda video: encode(video) * wrong[vae.encoder.conv1.weight.stride()[1] == 1])
+    assert faster_layout(vae, (64, 32, 5)) == PLAIN
+    assert capsys.readouterr().out == "layout of the VAE: contiguous; in the other one latents differ by 1.0e-01\n"
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("memory is full"), RuntimeError("no kernel\nat x")])
 def test_where_a_layout_does_not_run_the_plain_one_stays(vae, monkeypatch, capsys, error):
-    def measure(vae, name, width, height):
-        if name == CHANNELS_LAST:
+    def encode(video):
+        if vae.encoder.conv1.weight.stride()[1] == 1:
             raise error
-        return 1.0
+        return video
 
-    monkeypatch.setattr(vae_layout, "_measure", measure)
-    assert faster_layout(vae, 64, 32) == PLAIN
-    assert capsys.readouterr().out == f"the VAE's layout stays {PLAIN}: {str(error).splitlines()[0]}\n"
+    monkeypatch.setattr(vae, "encode", encode)
+    assert faster_layout(vae, (64, 32, 5)) == PLAIN
+    assert capsys.readouterr().out == f"layout of the VAE: {PLAIN}; {str(error).splitlines()[0]}\n"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from utils.media.description import MediaError, MediaInfo, to_json
 from utils.media.inspection import Child, Inspector, Patience
 from utils.media.masks import measure_mask
 from utils.media.probing import probe
-from utils.media.processes import run_program
+from utils.media.processes import Process, run_program
 
 SHORT = Patience(cpu=0.5, idle=1.0)
 ANSWER = {
@@ -253,7 +254,8 @@ ENDS = {
     "os.abort()": "crashed (SIGABRT):",
     "sys.exit()": "crashed:",
     "os._exit(7)": "crashed (exit code 7):",
-    "os.close(1); time.sleep(60)": "crashed (SIGKILL):",
+    "raise SystemExit(3)": "crashed (exit code 3):",
+    "os.close(1); time.sleep(60)": "crashed:",  # it has not ended by itself
 }
 
 
@@ -286,8 +288,40 @@ def test_an_answer_that_is_none_is_an_error_of_its_file(monkeypatch, stub, said)
 @pytest.mark.parametrize("error", [BlockingIOError(errno.EAGAIN, "too little"), ChildProcessError("too little")])
 def test_where_no_process_can_be_started_no_file_is_blamed(monkeypatch, stub, error):
     monkeypatch.setattr(inspection, "start", Mock(side_effect=error))
-    with pytest.raises(UserError, match="no process can be started to inspect media files: too little\n"):
+    with pytest.raises(UserError, match="cannot start a process that inspects media files: too little\n"):
         inspect_one(stub("a.mp4"))
+
+
+@pytest.mark.parametrize("whose", [ThreadPoolExecutor, threading.Thread])
+def test_where_there_can_be_no_more_threads_that_is_said_and_no_process_is_left(monkeypatch, stub, whose):
+    before, path = set(psutil.Process().children()), stub("a.mp4")
+    child(monkeypatch, "answer()")
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if (whose is threading.Thread) == thread.daemon:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(UserError, match="inspects media files: can't start new thread\n"):
+        inspect_one(path)
+    assert set(psutil.Process().children()) <= before
+
+
+def test_a_process_that_was_started_too_late_is_ended(monkeypatch):
+    before = set(psutil.Process().children())
+    late = Child(SHORT)
+    started = partial(run_program, (sys.executable, "-c", "import time; time.sleep(60)"))
+
+    def end_meanwhile() -> Process:
+        late.end_for_good()
+        return started()
+
+    monkeypatch.setattr(inspection, "start", end_meanwhile)
+    with pytest.raises(UserError, match="interrupted"):
+        late.ask({"path": "a.mp4"}, lambda position: None)
+    assert set(psutil.Process().children()) <= before
 
 
 def test_no_process_is_left_running(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from tests.media import video
 from utils.media import processes
 from utils.media.child import READY, inspect, main
 from utils.media.inspection import Inspector
-from utils.media.processes import PROGRAM, ROOT, Process, fork, run_program, start
+from utils.media.processes import PROGRAM, ROOT, Process, describe_end, end, fork, run_program, start
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process is forked")
 
@@ -125,6 +125,30 @@ def test_a_fork_has_no_handler_of_its_parent(run):
         assert process.stdout.read() == "" and process.wait() == -signal.SIGTERM
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+def program(code: str) -> Process:
+    return run_program((sys.executable, "-c", f"import os, sys, time\n{code}"))
+
+
+@pytest.mark.parametrize(
+    ("begin", "ended"),
+    [
+        (partial(program, "sys.exit(7)"), " (exit code 7)"),
+        (partial(program, "os.abort()"), " (SIGABRT)"),
+        (partial(program, "pass"), ""),
+        (partial(program, "time.sleep(60)"), ""),
+        (partial(fork, partial(os.kill, os.getpid(), 0)), ""),
+        (partial(fork, os.abort), " (SIGABRT)"),
+        (partial(fork, partial(int, "x")), " (exit code 1)"),
+        (partial(fork, partial(time.sleep, 60)), ""),
+    ],
+)
+def test_how_a_process_has_ended_by_itself_is_said_and_nothing_of_it_is_left(begin, ended):
+    process = begin()
+    assert describe_end(end(process, grace=0.5 if not ended else 20.0)) == ended
+    assert process.poll() is not None and process.stdin.closed and process.stdout.closed
+    assert end(process) is not None, "a second time it is known"
 
 
 def test_an_error_in_a_fork_ends_the_fork_without_a_word(run, capfd):

@@ -73,7 +73,7 @@ def test_what_encoding_adds_to_a_step_is_said_where_latents_are_not_cached(flags
     assert capsys.readouterr().out == said.format(0.25)
     beside = replace(opts, cache_latents=0, overlap_encoding=True)
     opening.say_encoding(beside, inputs.files.family, inputs.plan, CARDS["4090"])
-    assert capsys.readouterr().out == said.format(0.25).replace("adds 0.25 s to", "takes 0.25 s beside")
+    assert capsys.readouterr().out == said.format("up to 0.25")
     both = replace(opts, cache_latents=0, control_lora=True)  # a clip, its given frames, and its control
     opening.say_encoding(both, FAMILIES["wan2.2-i2v-A14B"], inputs.plan, CARDS["4090"])
     assert capsys.readouterr().out == said.format(0.75)
@@ -122,3 +122,15 @@ def test_a_negative_prompt_is_encoded_where_something_is_guided(flags, negative)
     opts, inputs = opened(flags)
     texts = load_texts(opts, inputs.files, CPU, inputs.data)
     assert (texts.negative is not None) == negative
+
+
+def test_the_plan_counts_every_video_that_a_clip_is_encoded_from():
+    opts, inputs = opened()
+    for changes, family, videos in (
+        ({}, "wan2.1-t2v-1.3B", 1),
+        ({"control_lora": True}, "wan2.1-t2v-1.3B", 2),
+        ({"control_lora": True, "control_i2v": True}, "wan2.1-t2v-1.3B", 3),
+        ({"control_lora": True}, "wan2.2-i2v-A14B", 3),
+    ):
+        asked = opening.encoders_on_gpu(replace(opts, **changes), FAMILIES[family], inputs.plan)
+        assert asked.videos == videos

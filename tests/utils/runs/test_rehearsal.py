@@ -24,6 +24,7 @@ from utils.common.decisions import Decisions
 from utils.common.errors import RunError, UserError
 from utils.common.tensor_files import read_tensors
 from utils.encoding.conditioning import Batch, Cond
+from utils.encoding.samples import FreshSamples
 from utils.runs import rehearsal
 from utils.runs.rehearsal import rehearse, rehearse_saving, rehearse_step
 from utils.runs.run import RunSettings
@@ -268,14 +269,6 @@ def test_room_is_left_for_gradients_and_moments_of_all_that_is_trained(monkeypat
     assert reserves == [3 * 4 * (sum(p.numel() for p in it.parameters) + 1000)]
 
 
-def test_a_step_is_rehearsed_while_the_next_batch_has_its_memory():
-    memory, seen = [torch.empty(8)], []
-    left = weakref.ref(memory[0])
-    samples, plan = SimpleNamespace(hold=lambda windows: memory.pop()), SimpleNamespace(largest_batch=[])
-    rehearsal._beside_encoding(SimpleNamespace(samples=samples, plan=plan), lambda: seen.append(left() is None))
-    assert seen == [False] and left() is None
-
-
 def test_the_phase_speaks_in_forward_and_backward_and_only_there():
     it = Rehearsal("full")
     spans, seen = [], []
@@ -394,7 +387,9 @@ def test_without_validation_and_previews_only_a_step_and_a_checkpoint_are_rehear
     monkeypatch.chdir(tmp_path)
     write_model(Path("model"))
     write_clips(Path("clips"))
-    done: list[str] = []
-    monkeypatch.setattr(rehearsal, "rehearse", lambda learner, parts: done.extend(parts))
+    memory, done = [torch.empty(8)], []
+    left = weakref.ref(memory[0])
+    monkeypatch.setattr(FreshSamples, "hold", lambda samples, windows: memory.pop())
+    monkeypatch.setattr(rehearsal, "rehearse", lambda learner, parts: done.extend([*parts, left() is not None]))
     train_wan_lora.main(f"{COMMAND} {STEPS} --val_samples 0".split())
-    assert done == ["training", "saving"]
+    assert done == ["training", "saving", True] and left() is None, "the memory of the next batch was held"

@@ -316,6 +316,7 @@ def test_what_the_vae_takes_while_it_computes_is_that_of_a_real_one(name):
     assert encoding_bytes(family, OnGpu(size, None)) == encoded > 10 * video.nbytes
     assert encoding_bytes(family, OnGpu(None, size)) == decoded and encoding_bytes(family, NOTHING) == 0
     assert encoding_bytes(family, OnGpu(size, size)) == max(encoded, decoded)
+    assert encoding_bytes(family, OnGpu(size, None, videos=3)) == encoded + 2 * video.nbytes
     half, cast = vae.bfloat16(), video.bfloat16()
     taken = video.nbytes + cast.nbytes + peak_bytes(lambda: half.encode(cast))
     assert encoding_bytes(family, OnGpu(size, None, torch.bfloat16)) == pytest.approx(taken, rel=0.02)

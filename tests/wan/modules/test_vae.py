@@ -147,7 +147,7 @@ def test_every_frame_changes_the_latents_from_its_own_on(vae, monkeypatch):
 
 @pytest.mark.parametrize(("pixels", "expected"), [(64 * 64, 97), (8 * 64 * 64, 12), (832 * 480, 1), (1280 * 720, 1)])
 def test_no_more_goes_through_at_once_than_one_latent_frame_of_480p(vae, pixels, expected):
-    assert vae._latent_frames_at_once(pixels) == expected
+    assert vae.latent_frames_at_once(pixels) == expected
 
 
 def test_passes_over_two_videos_may_interleave(vae):
