@@ -1,0 +1,104 @@
+"""Distillation into a few steps by distribution matching: what the student learns from its teacher and its critic.
+
+The student answers with clean latents x0 at the noise levels of its few steps. Its distribution is moved towards the
+teacher's, along the difference of two scores: that of the teacher at x0 with new noise, and that of the critic, which
+learns the student's own distribution by flow matching. DMD2, https://arxiv.org/abs/2405.14867, equations 1 to 3.
+
+Shapes: latents (B, C, F, H, W), sigma (B,); everything fp32.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.diffusion.flow import (
+    NUM_TIMESTEPS,
+    Condition,
+    Noisy,
+    Predict,
+    add_noise,
+    sample_noisy,
+    shift_sigma,
+    velocity_to_latents,
+)
+
+TINY = 1e-8  # keeps a sample whose x0 is exactly the teacher's from dividing by zero
+
+
+def step_sigmas(timesteps: Sequence[float], shift: float) -> list[float]:
+    """The noise levels of a list of steps on the 0..1000 scale before the shift, such as 1000, 750, 500, 250."""
+    return [shift_sigma(torch.tensor(step / NUM_TIMESTEPS, dtype=torch.float64), shift).item() for step in timesteps]
+
+
+def own_steps(sigmas: Sequence[float], interval: tuple[float, float]) -> list[float]:
+    """The steps of one expert: it answers at its lower boundary, and below its upper one, or up to pure noise."""
+    low, high = interval
+    return [sigma for sigma in sigmas if low <= sigma and (sigma < high or high == 1)]
+
+
+def noised_to_steps(clean: Tensor, sigmas: Sequence[float]) -> Noisy:
+    """Where the student starts from data: each sample at one of its steps. Drawn from torch's global random state."""
+    levels = torch.tensor(sigmas, device=clean.device, dtype=torch.float32)
+    chosen = levels[torch.randint(len(sigmas), (len(clean),), device=clean.device)]
+    return add_noise(clean, torch.randn_like(clean), chosen)
+
+
+@torch.no_grad()
+def roll_out(
+    student: Predict[Condition], noise: Tensor, cond: Condition, sigmas: Sequence[float], exit_at: int
+) -> Noisy:
+    """Where the student starts from its own samples: what it has made of `noise` before step `exit_at`, counted from 0.
+
+    Each step predicts x0 and adds new noise of the next level: https://arxiv.org/abs/2303.01469, algorithm 1. Drawn
+    from torch's global random state. Raises ValueError unless the first step is at pure noise.
+    """
+    if sigmas[0] != 1:
+        raise ValueError(f"a student starts from noise at noise level 1, not at {sigmas[0]:g}")
+    sigma = torch.ones(len(noise), device=noise.device)
+    noisy = Noisy(noise, torch.zeros_like(noise), noise, sigma)
+    for following in sigmas[1 : exit_at + 1]:
+        latents = predict_latents(student, noisy, cond)
+        noisy = add_noise(latents, torch.randn_like(latents), torch.full_like(sigma, following))
+    return noisy
+
+
+def predict_latents(predict: Predict[Condition], noisy: Noisy, cond: Condition) -> Tensor:
+    """The clean latents x0 that a model sees in noisy ones."""
+    velocity = predict(noisy.latents, noisy.timestep, cond)
+    return velocity_to_latents(noisy.latents, velocity.float(), noisy.sigma)
+
+
+def matching_gradient(latents: Tensor, teacher: Tensor, critic: Tensor) -> Tensor:
+    """The direction (B, C, F, H, W) in which the student's x0 leaves the teacher's distribution.
+
+    (critic - teacher) / mean |x0 - teacher|, the mean over each sample: the weight of DMD's equation 8,
+    https://arxiv.org/abs/2311.18828. `teacher` and `critic` are what these see in x0 with noise.
+    """
+    distance = (latents - teacher).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    return (critic - teacher) / distance.clamp(min=TINY)
+
+
+def matching_loss(latents: Tensor, gradient: Tensor) -> Tensor:
+    """A scalar whose gradient with respect to the latents is `gradient`, divided by the number of their values."""
+    return 0.5 * F.mse_loss(latents, (latents - gradient).detach())
+
+
+def student_loss(
+    latents: Tensor,
+    teacher: Predict[Condition],
+    critic: Predict[Condition],
+    cond: Condition,
+    shift: float,
+    interval: tuple[float, float],
+) -> Tensor:
+    """Matches the distribution of the student's x0 to the teacher's, at noise levels of `interval`, after the shift.
+
+    The teacher's answers are guided already. Outside of the interval of an expert they would mean nothing.
+    """
+    with torch.no_grad():
+        noisy = sample_noisy(latents.detach(), shift, interval)
+        seen = [predict_latents(predict, noisy, cond) for predict in (teacher, critic)]
+        gradient = matching_gradient(noisy.clean, *seen)
+    return matching_loss(latents, gradient)
