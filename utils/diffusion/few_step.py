@@ -10,7 +10,6 @@ Shapes: latents (B, C, F, H, W), sigma (B,); everything fp32.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from utils.diffusion.flow import (
@@ -23,6 +22,7 @@ from utils.diffusion.flow import (
     shift_sigma,
     velocity_to_latents,
 )
+from utils.diffusion.objectives import squared_error
 
 TINY = 1e-8  # keeps a sample whose x0 is exactly the teacher's from dividing by zero
 
@@ -80,9 +80,12 @@ def matching_gradient(latents: Tensor, teacher: Tensor, critic: Tensor) -> Tenso
     return (critic - teacher) / distance.clamp(min=TINY)
 
 
-def matching_loss(latents: Tensor, gradient: Tensor) -> Tensor:
-    """A scalar whose gradient with respect to the latents is `gradient`, divided by the number of their values."""
-    return 0.5 * F.mse_loss(latents, (latents - gradient).detach())
+def matching_loss(latents: Tensor, gradient: Tensor, weight: Tensor | None = None) -> Tensor:
+    """A scalar whose gradient with respect to the latents is `gradient`, divided by the number of their values.
+
+    A `weight` (B, F, H, W) says how much each position counts.
+    """
+    return 0.5 * squared_error(latents, (latents - gradient).detach(), weight)
 
 
 def student_loss(
@@ -92,13 +95,15 @@ def student_loss(
     cond: Condition,
     shift: float,
     interval: tuple[float, float],
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Matches the distribution of the student's x0 to the teacher's, at noise levels of `interval`, after the shift.
 
-    The teacher's answers are guided already. Outside of the interval of an expert they would mean nothing.
+    The teacher's answers are guided already. Outside of the interval of an expert they would mean nothing. A `weight`
+    (B, F, H, W) says how much each position counts.
     """
     with torch.no_grad():
         noisy = sample_noisy(latents.detach(), shift, interval)
         seen = [predict_latents(predict, noisy, cond) for predict in (teacher, critic)]
         gradient = matching_gradient(noisy.clean, *seen)
-    return matching_loss(latents, gradient)
+    return matching_loss(latents, gradient, weight)

@@ -1,0 +1,183 @@
+"""A student, its critic and their teacher on one frozen base: as three models of the same weights would learn."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.adapted import fill
+from tests.tiny import TINY_SHAPE, tiny_shape, tiny_transformer
+from utils.adapters.lora import adapter_parameters, add_lora, select_modules, speaking
+from utils.diffusion.few_step import noised_to_steps, predict_latents, student_loss
+from utils.diffusion.flow import sample_noisy
+from utils.diffusion.objectives import squared_error
+from utils.encoding.conditioning import Batch, Cond, make_predict, replace_text
+from utils.training.few_step import CRITIC, STUDENT, FewStep, guided_together
+from utils.training.memory import Memory, prepare
+from wan.configs import FAMILIES
+from wan.modules.model import WanModel
+from wan.text2video import guided
+
+SIGMAS, INTERVAL, SHIFT, GUIDANCE = [1.0, 0.75], (0.2, 0.9), 3.0, 4.0
+T2V, TI2V, I2V = (FAMILIES[name] for name in ("wan2.1-t2v-1.3B", "wan2.2-ti2v-5B", "wan2.2-i2v-A14B"))
+
+
+def base(checkpointing: str = "none", family=T2V, adapters: tuple[str, ...] = (STUDENT, CRITIC)) -> WanModel:
+    """A model with these adapters, which change its answers: each of them always in the same way."""
+    model = tiny_transformer(tiny_shape(family))
+
+    def attach(model: WanModel) -> None:
+        for name in adapters:
+            add_lora(model, select_modules(model, ["attn"]), rank=2, alpha=2, adapter=name)
+            fill(adapter_parameters(model, name).values(), seed={STUDENT: 1, CRITIC: 2}[name])
+
+    prepare(model, Memory(checkpointing), attach)
+    return model
+
+
+def make_batch(family=T2V, batch: int = 2) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    drawn = partial(torch.randn, generator=generator)
+    latents = drawn(batch, family.out_dim, 2, 4, 6)
+    cond = Cond(drawn(batch, 5, TINY_SHAPE.text_dim))
+    if family.given_as == "channels":
+        cond = replace(cond, channels=drawn(batch, family.in_dim - family.out_dim, 2, 4, 6))
+    if family.given_as == "latents":
+        cond = replace(cond, first=latents[:, :, :1].clone())
+    return Batch(latents, cond)
+
+
+NEGATIVE = torch.randn(3, TINY_SHAPE.text_dim, generator=torch.Generator().manual_seed(9))
+
+
+def few_step(model: WanModel, **changes) -> FewStep:
+    return FewStep(model, **{"sigmas": SIGMAS, "interval": INTERVAL, "shift": SHIFT, "guidance": GUIDANCE,
+                             "negative": NEGATIVE} | changes)  # fmt: skip
+
+
+def outcome(loss: Tensor, parameters: dict[str, nn.Parameter]) -> list[Tensor]:
+    return [loss.detach(), *torch.autograd.grad(loss, list(parameters.values()))]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("family", [T2V, I2V], ids=lambda family: family.name)
+def test_one_base_gives_the_losses_and_gradients_of_three_models(checkpointing, family):
+    batch, shared = make_batch(family), few_step(base(checkpointing, family))
+    student, critic = (base("none", family, (name,)) for name in (STUDENT, CRITIC))
+    teacher = base("none", family, ())
+
+    torch.manual_seed(5)
+    with speaking(shared.model, STUDENT):
+        found = outcome(shared.student_loss(batch), adapter_parameters(shared.model, STUDENT))
+    torch.manual_seed(5)
+    latents = predict_latents(make_predict(student), noised_to_steps(batch.latents, SIGMAS), batch.cond)
+    guide = partial(guided_together, make_predict(teacher), negative=NEGATIVE, guidance=GUIDANCE)
+    loss = student_loss(latents, guide, make_predict(critic), batch.cond, SHIFT, INTERVAL)
+    assert same(found, outcome(loss, adapter_parameters(student, STUDENT)))
+
+    torch.manual_seed(6)
+    with speaking(shared.model, CRITIC):
+        found = outcome(shared.critic_loss(batch), adapter_parameters(shared.model, CRITIC))
+    torch.manual_seed(6)
+    with torch.no_grad():
+        latents = predict_latents(make_predict(student), noised_to_steps(batch.latents, SIGMAS), batch.cond)
+    noisy = sample_noisy(latents, SHIFT, INTERVAL)
+    loss = squared_error(make_predict(critic)(noisy.latents, noisy.timestep, batch.cond), noisy.velocity)
+    assert same(found, outcome(loss, adapter_parameters(critic, CRITIC)))
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) > 1 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_there_is_one_base_in_memory():
+    shared = base()
+    adapters = [adapter_parameters(shared, name) for name in (STUDENT, CRITIC)]
+    stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in shared.parameters()}
+    alone = sum(parameter.nbytes for parameter in base(adapters=()).parameters())
+    assert sum(stored.values()) == alone + sum(p.nbytes for adapter in adapters for p in adapter.values())
+
+
+def test_neither_loss_reaches_the_other_adapter():
+    shared = few_step(base())
+    for name, loss in ((STUDENT, shared.student_loss), (CRITIC, shared.critic_loss)):
+        with speaking(shared.model, name):
+            loss(make_batch()).backward()
+        for adapter in (STUDENT, CRITIC):
+            grads = [parameter.grad for parameter in adapter_parameters(shared.model, adapter).values()]
+            assert all(grad is None for grad in grads) if adapter != name else all(grad.any() for grad in grads)
+        shared.model.zero_grad()
+
+
+# ------------------------------------------------------------------------------------------------------- the teacher
+
+
+@pytest.mark.parametrize("family", [T2V, I2V, TI2V], ids=lambda family: family.name)
+@pytest.mark.parametrize("length", [3, 5, 8])
+def test_guidance_in_one_pass_is_guidance_in_two(family, length):
+    predict, batch, timestep = (
+        make_predict(base(family=family, adapters=())),
+        make_batch(family),
+        torch.tensor([900.0, 300]),
+    )
+    negative = torch.randn(length, TINY_SHAPE.text_dim, generator=torch.Generator().manual_seed(3))
+    cond = replace(batch.cond, held=torch.tensor([True, False])) if family is TI2V else batch.cond
+    answer = partial(predict, batch.latents, timestep)
+    expected = guided(answer, cond, replace_text(cond, negative), GUIDANCE)
+    found = guided_together(predict, batch.latents, timestep, cond, negative, GUIDANCE)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(guided_together(predict, batch.latents, timestep, cond, negative, 1.0), answer(cond))
+
+
+# ------------------------------------------------------------------------------------------- where the student starts
+
+
+@pytest.mark.parametrize("rolls_out", [False, True])
+def test_the_student_starts_from_clips_or_from_its_own_samples(rolls_out, monkeypatch):
+    sigmas, asked = [1.0, 0.75, 0.5] if rolls_out else [0.75, 0.5], []
+    shared = few_step(base(), rolls_out=rolls_out, sigmas=sigmas)
+    forward = shared.model.forward
+
+    def watched(latents, timestep, *rest):
+        asked.append((timestep.tolist(), torch.is_grad_enabled()))
+        return forward(latents, timestep, *rest)
+
+    monkeypatch.setattr(shared.model, "forward", watched)
+    batch, exits = make_batch(), set()
+    other = replace(batch, latents=batch.latents + 1)
+    for seed in range(12):
+        asked.clear()
+        values = []
+        for clips in (batch, other):
+            torch.manual_seed(seed)
+            with speaking(shared.model, STUDENT):
+                values.append(shared.student_loss(clips).item())
+        assert (values[0] == values[1]) == rolls_out, "a student that rolls out reads no clip"
+        steps = asked[: len(asked) // 2 - 2]  # the last two are the teacher's and the critic's
+        assert [grad for _, grad in steps] == [False] * (len(steps) - 1) + [True]
+        if rolls_out:
+            assert [levels for levels, _ in steps] == [[1000] * 2, [750] * 2, [500] * 2][: len(steps)]
+        exits.add(len(steps))
+    assert exits == ({1, 2, 3} if rolls_out else {1})
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_first_frame_that_is_given_counts_nothing(share):
+    shared, batch = few_step(base(family=TI2V), held_share=share), make_batch(TI2V)
+    seen = []
+    predicted = shared._sample
+
+    def watched(*given):
+        latents = predicted(*given)
+        latents.retain_grad()
+        seen.append(latents)
+        return latents
+
+    object.__setattr__(shared, "_sample", watched)
+    with speaking(shared.model, STUDENT):
+        shared.student_loss(batch).backward()
+    (latents,) = seen
+    assert torch.equal(latents[:, :, :1], batch.cond.first) == bool(share)
+    assert latents.grad[:, :, :1].any() != bool(share) and latents.grad[:, :, 1:].any()
