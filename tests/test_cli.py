@@ -161,9 +161,9 @@ def test_diffusers_applies_the_converted_file_as_it_was_trained(lora, converted)
 
 
 def test_generating_writes_an_mp4_at_the_models_rate_and_a_contact_sheet(work, lora):
-    sizes = "--width 96 --height 64 --frames 5 --steps 2".split()
+    sizes = "--width 96 --height 64 --frames 5 --steps 2 --solver lcm".split()
     result = run("test_wan_control_lora.py", "--lora_path", lora, "--prompt", "a cat", "--compare", *sizes, cwd=work)
-    assert "without the LoRA | with the LoRA" in result.stdout
+    assert "without the LoRA | with the LoRA" in result.stdout and "2 steps of lcm" in result.stdout
     video = work / "outputs" / "samples" / "wan-lora-00000006_seed42.mp4"
     info = probe(video)
     assert (info.width, info.height, info.frames, info.fps) == (2 * 96, 64, 5, 16)

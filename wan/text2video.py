@@ -8,10 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from wan.utils.fm_solvers import Solver, make_solver
+from wan.utils.fm_solvers import NUM_TIMESTEPS, Solver, make_solver
 
 Condition = TypeVar("Condition")
-NUM_TIMESTEPS = 1000
 VelocityField = Callable[[Tensor, Tensor], Tensor]  # latents (B, C, F, H, W), timestep (B,) -> velocity
 
 
@@ -24,6 +23,7 @@ class Sampler:
     guidance: tuple[float, ...]  # from high noise to low
     shift: float  # of the noise levels; above 1: more steps at high noise
     boundaries: tuple[float, ...] = ()  # noise levels at and above which a guidance holds, for all but the last
+    seed: int = 0  # of the noise that a solver adds between its steps
 
     @property
     def is_guided(self) -> bool:
@@ -49,7 +49,8 @@ class Sampler:
             answer = partial(predict, latents, timestep)
             return answer(cond) if uncond is None else guided(answer, cond, uncond, self.guidance_at(timestep))
 
-        return sample(velocity, noise, make_solver(self.solver, self.steps, self.shift, noise.device), progress)
+        solver = make_solver(self.solver, self.steps, self.shift, noise.device, self.seed)
+        return sample(velocity, noise, solver, progress)
 
     def guidance_at(self, timestep: Tensor) -> float:
         """The guidance at a timestep (B,), which all samples share."""

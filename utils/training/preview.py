@@ -22,6 +22,7 @@ from utils.encoding.text import Texts, read_prompt
 from wan.configs import Family
 from wan.modules.vae import WanVAE
 from wan.text2video import Sampler
+from wan.utils.fm_solvers import SOLVERS
 
 BRIEFLY = 4  # steps in which both experts are asked, whatever the shift of their family
 
@@ -42,6 +43,13 @@ class Previews:
     )
     sample_steps: int = option(
         20, "sampling steps of a preview", minimum=1, requires="sample_prompts", affects_training=False
+    )
+    sample_solver: str = option(
+        "unipc",
+        "solver of previews; lcm: of models distilled into few steps",
+        choices=SOLVERS,
+        requires="sample_prompts",
+        affects_training=False,
     )
     sample_guidance: tuple[float, ...] = option(
         (),
@@ -96,7 +104,7 @@ class Previews:
         if len(guidance) not in (1, len(family.experts)):
             count = counted(len(family.experts), "expert")
             raise UserError(f"--sample_guidance has {len(guidance)} values, but the model {count}")
-        return Sampler("unipc", self.sample_steps, guidance, family.shift_at(*size), family.boundaries)
+        return Sampler(self.sample_solver, self.sample_steps, guidance, family.shift_at(*size), family.boundaries)
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,8 @@ class Preview:
         for number, request in enumerate(self.requests, 1):
             batch = Batch(request.noise, request.cond).to(device)
             progress = partial(tqdm, desc=f"preview {number} of {len(self.requests)}", unit="step", leave=False)
-            latents = denoise(self.sampler, predict, batch.latents, batch.cond, negative, progress)
+            sampler = replace(self.sampler, seed=number)
+            latents = denoise(sampler, predict, batch.latents, batch.cond, negative, progress)
             with torch.no_grad():
                 frames = to_pixels(self.vae.decode(latents)[0])
             if request.control is not None:

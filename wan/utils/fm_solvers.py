@@ -1,4 +1,4 @@
-"""Flow-matching solvers on Wan's official noise grids, built on diffusers' schedulers."""
+"""Flow-matching solvers: diffusers' on Wan's official noise grid, and that of models distilled into few steps."""
 
 from typing import Protocol
 
@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SOLVERS = ("unipc", "euler")
+NUM_TIMESTEPS = 1000
+LCM = "lcm"
+SOLVERS = ("unipc", "euler", LCM)
 
 
 class Solver(Protocol):
@@ -28,11 +30,51 @@ def sigma_grid(num_steps: int, shift: float) -> np.ndarray:
     return shift * s / (1 + (shift - 1) * s)
 
 
-def make_solver(name: str, num_steps: int, shift: float, device: torch.device) -> Solver:
-    """A fresh solver on the official grid: "unipc" or "euler".
+def few_step_grid(num_steps: int, shift: float) -> np.ndarray:
+    """The noise levels of ComfyUI's scheduler "simple": every 1000 / num_steps of its 1000, from 1 downward, shifted.
 
-    UniPC is the official default (order 2, bh2). Its timesteps are truncated to integers, as the official ones are.
+    Four steps are at 1000, 750, 500 and 250 before the shift.
     """
+    s = (NUM_TIMESTEPS - np.floor(np.arange(num_steps) * (NUM_TIMESTEPS / num_steps))) / NUM_TIMESTEPS
+    return shift * s / (1 + (shift - 1) * s)
+
+
+class LcmSolver:
+    """Steps of a model that was distilled into few: what it sees in noisy latents, with new noise of the next level.
+
+    https://arxiv.org/abs/2303.01469, algorithm 1; ComfyUI's sampler "lcm". Noise continues the sequence of the seed,
+    whose first is the noise that sampling begins with.
+    """
+
+    def __init__(self, sigmas: np.ndarray, seed: int, device: torch.device) -> None:
+        self.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float32, device=device)
+        self.timesteps = self.sigmas[:-1] * NUM_TIMESTEPS
+        self._generator = torch.Generator().manual_seed(seed)
+        self._index = 0
+
+    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, *, return_dict: bool) -> tuple[Tensor]:
+        sigma, following = self.sigmas[self._index : self._index + 2]
+        clean = sample - sigma * model_output
+        self._index += 1
+        if self._index == len(self.timesteps):
+            return (clean,)
+        if self._index == 1:
+            self._draw(sample)
+        return (torch.lerp(clean, self._draw(sample), following),)
+
+    def _draw(self, like: Tensor) -> Tensor:
+        """Noise drawn on the CPU, so that a seed gives the same noise whatever the device."""
+        return torch.randn(like.shape, generator=self._generator).to(like.device)
+
+
+def make_solver(name: str, num_steps: int, shift: float, device: torch.device, seed: int = 0) -> Solver:
+    """A fresh solver: "unipc" or "euler" on the official grid, or "lcm" on that of few steps.
+
+    UniPC is the official default (order 2, bh2). Its timesteps are truncated to integers, as the official ones are. The
+    seed is that of the noise which "lcm" adds.
+    """
+    if name == LCM:
+        return LcmSolver(few_step_grid(num_steps, shift), seed, device)
     sigmas = sigma_grid(num_steps, shift)
     # Importing diffusers takes most of a second, which a run without previews need not wait for.
     # The grid is shifted already: the schedulers' own shift must stay 1, else it would be shifted twice.

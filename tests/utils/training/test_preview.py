@@ -80,6 +80,15 @@ def test_a_preview_leaves_the_random_state_and_no_gradient(vae):
     assert torch.equal(state, torch.get_rng_state()) and model.asked and not model.with_gradient
 
 
+def test_noise_between_steps_is_the_same_each_time_and_another_for_each_preview(vae):
+    (request,) = make_requests([("fox", text(1))], FREE, 7, encoders_of(vae))
+    preview = Preview([request, request], None, Sampler("lcm", 3, (1.0,), 5.0), 16, vae)
+    (_, first), (_, second) = preview.generate(Model())
+    assert not torch.equal(first, second)
+    for (_, again), before in zip(preview.generate(Model()), (first, second), strict=True):
+        assert torch.equal(again, before)
+
+
 def test_a_brief_preview_is_the_largest_one_in_a_single_step(vae):
     small, large = (
         make_requests([(name, text(1))], Scenes(size), 0, encoders_of(vae))[0]
@@ -236,6 +245,7 @@ def test_previews_are_sampled_as_their_family_is_unless_options_say_otherwise():
     a14b = FAMILIES["wan2.2-t2v-A14B"]
     sampler = Previews(sample_steps=7).preview_sampler(a14b, a14b.size, distilled=False)
     assert sampler == Sampler("unipc", 7, (4.0, 3.0), 12.0, (0.875,))
+    assert Previews(sample_solver="lcm").preview_sampler(a14b, a14b.size, distilled=False).solver == "lcm"
     assert Previews().preview_sampler(a14b, a14b.size, distilled=True).guidance == (1.0,)
     assert Previews(sample_guidance=(2.0,)).preview_sampler(a14b, a14b.size, distilled=True).guidance == (2.0,)
     assert Previews(sample_guidance=(0.0,)).preview_sampler(I2V, I2V.size, distilled=False).guidance == (0.0,)

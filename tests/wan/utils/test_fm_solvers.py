@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from wan.utils.fm_solvers import SOLVERS, make_solver, sigma_grid
+from wan.utils.fm_solvers import LCM, SOLVERS, few_step_grid, make_solver, sigma_grid
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,8 @@ def test_the_grid_has_the_official_values(steps, shift):
 @pytest.mark.parametrize("shift", [1.0, 5.0, 16.0])
 def test_a_solver_steps_through_the_grid_shifted_once_and_ends_at_0(name, shift):
     solver = make_solver(name, 20, shift, CPU)
-    np.testing.assert_allclose(solver.sigmas.numpy(), [*sigma_grid(20, shift), 0.0], atol=1e-6)
+    grid = few_step_grid if name == LCM else sigma_grid
+    np.testing.assert_allclose(solver.sigmas.numpy(), [*grid(20, shift), 0.0], atol=1e-6)
     assert len(solver.timesteps) == 20
 
 
@@ -34,5 +35,48 @@ def test_timesteps_are_truncated_for_unipc_and_exact_for_euler():
 
 
 def test_an_unknown_solver_is_refused_by_name():
-    with pytest.raises(ValueError, match="unknown solver 'heun'; known: unipc, euler"):
+    with pytest.raises(ValueError, match="unknown solver 'heun'; known: unipc, euler, lcm"):
         make_solver("heun", 20, 5.0, CPU)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 8])
+def test_the_grid_of_few_steps_is_that_of_comfyui(steps, shift):
+    """Its scheduler "simple", which takes entries of a table of 1000 noise levels, from the last one down."""
+    t = torch.arange(1, 1001).double() / 1000
+    table = shift * t / (1 + (shift - 1) * t)
+    expected = [float(table[-(1 + int(x * (1000 / steps)))]) for x in range(steps)]
+    assert few_step_grid(steps, shift).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_few_steps_of_released_models():
+    assert [round(1000 * sigma) for sigma in few_step_grid(4, 5.0)] == [1000, 938, 833, 625]
+    assert [round(1000 * sigma) for sigma in few_step_grid(4, 12.0)] == [1000, 973, 923, 800]
+
+
+def test_lcm_takes_what_the_model_sees_and_adds_noise_of_the_next_level():
+    """As ComfyUI's sampler "lcm" with the noise of flow models: sigma * noise + (1 - sigma) * latents."""
+    solver, generator = make_solver("lcm", 3, 5.0, CPU, seed=7), torch.Generator().manual_seed(7)
+    shape, sigmas = (1, 4, 2, 3, 3), few_step_grid(3, 5.0)
+    latents = torch.randn(shape, generator=generator)  # as sampling begins
+    for number, timestep in enumerate(solver.timesteps):
+        assert timestep.item() == pytest.approx(1000 * sigmas[number])
+        seen = torch.full(shape, float(number))
+        velocity = (latents - seen) / sigmas[number].astype(np.float32)
+        (latents,) = solver.step(velocity, timestep, latents, return_dict=False)
+        sigma = float(sigmas[number + 1]) if number < 2 else 0.0
+        noise = torch.randn(shape, generator=generator) if number < 2 else 0.0
+        torch.testing.assert_close(latents, sigma * noise + (1 - sigma) * seen)
+
+
+def test_the_noise_of_lcm_depends_on_its_seed_and_not_on_torchs():
+    def run(seed: int) -> torch.Tensor:
+        torch.randn(3)
+        solver, latents = make_solver("lcm", 4, 5.0, CPU, seed), torch.ones(1, 2, 1, 2, 2)
+        before = torch.get_rng_state()
+        for timestep in solver.timesteps[:3]:
+            (latents,) = solver.step(latents, timestep, latents, return_dict=False)
+        assert torch.equal(torch.get_rng_state(), before)
+        return latents
+
+    assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
