@@ -119,7 +119,7 @@ class Sampling:
         aliases=("cfg",),
     )
     shift: float | None = option(None, "shift of the noise levels (default: the model's)", minimum=0.01)
-    solver: str = option("unipc", "solver of the sampling steps; lcm: of models distilled into few", choices=SOLVERS)
+    solver: str = option("unipc", "solver of the sampling steps; lcm: for models distilled into few", choices=SOLVERS)
     seed: int = option(42, "seed of the noise", minimum=0, maximum=MAX_SEED)
     strength: float = option(1.0, "strength of the LoRA")
     compare: bool = option(False, "also generate without the LoRA, from the same noise, side by side")
@@ -223,7 +223,7 @@ def complete(opts: Options, first: LoraFile, family: Family) -> Request:
         width=width,
         height=height,
         frames=opts.frames or frames,
-        sampler=Sampler(opts.solver, steps, guidance, shift, family.boundaries, opts.seed),
+        sampler=Sampler(opts.solver, steps, guidance, shift, family.boundaries, (opts.seed,)),
         seed=opts.seed,
         pictures=pictures,
         input_video=opts.input_video,

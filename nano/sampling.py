@@ -1,6 +1,7 @@
 """Generates many small videos at once, for the probe."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -69,6 +70,7 @@ def generate(
         for begin in tqdm(range(0, len(samples), BATCH), "generating", leave=False, unit="batch"):
             batch = collate(samples[begin : begin + BATCH]).to(device)
             uncond = None if negative is None else replace_text(batch.cond, negative)
-            latents = sampler.denoise(predict, batch.latents, batch.cond, uncond)
+            numbers = tuple(range(begin, begin + len(batch.latents)))  # the noise of a video is its own
+            latents = replace(sampler, seeds=numbers).denoise(predict, batch.latents, batch.cond, uncond)
             videos += [to_pixels(vae.decode(one[None])[0]) for one in latents]
     return videos

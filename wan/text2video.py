@@ -23,7 +23,7 @@ class Sampler:
     guidance: tuple[float, ...]  # from high noise to low
     shift: float  # of the noise levels; above 1: more steps at high noise
     boundaries: tuple[float, ...] = ()  # noise levels at and above which a guidance holds, for all but the last
-    seed: int = 0  # of the noise that a solver adds between its steps
+    seeds: tuple[int, ...] = (0,)  # one for each sample, of the noise that a solver adds between its steps
 
     @property
     def is_guided(self) -> bool:
@@ -49,7 +49,7 @@ class Sampler:
             answer = partial(predict, latents, timestep)
             return answer(cond) if uncond is None else guided(answer, cond, uncond, self.guidance_at(timestep))
 
-        solver = make_solver(self.solver, self.steps, self.shift, noise.device, self.seed)
+        solver = make_solver(self.solver, self.steps, self.shift, noise.device, self.seeds)
         return sample(velocity, noise, solver, progress)
 
     def guidance_at(self, timestep: Tensor) -> float:

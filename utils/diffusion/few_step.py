@@ -2,7 +2,7 @@
 
 The student answers with clean latents x0 at the noise levels of its few steps. Its distribution is moved towards the
 teacher's, along the difference of two scores: that of the teacher at x0 with new noise, and that of the critic, which
-learns the student's own distribution by flow matching. DMD2, https://arxiv.org/abs/2405.14867, equations 1 to 3.
+learns the student's own distribution by flow matching. DMD2, https://arxiv.org/abs/2405.14867, section 3.
 
 Shapes: latents (B, C, F, H, W), sigma (B,); everything fp32.
 """
@@ -28,8 +28,12 @@ TINY = 1e-8  # keeps a sample whose x0 is exactly the teacher's from dividing by
 
 
 def step_sigmas(timesteps: Sequence[float], shift: float) -> list[float]:
-    """The noise levels of a list of steps on the 0..1000 scale before the shift, such as 1000, 750, 500, 250."""
-    return [shift_sigma(torch.tensor(step / NUM_TIMESTEPS, dtype=torch.float64), shift).item() for step in timesteps]
+    """The noise levels of a list of steps on the 0..1000 scale before the shift, such as 1000, 750, 500, 250.
+
+    Rounded to nine digits, so that a step at the boundary of two experts is exactly there, and pure noise is 1.
+    """
+    levels = torch.tensor(timesteps, dtype=torch.float64) / NUM_TIMESTEPS
+    return [round(sigma, 9) for sigma in shift_sigma(levels, shift).tolist()]
 
 
 def own_steps(sigmas: Sequence[float], interval: tuple[float, float]) -> list[float]:
@@ -70,14 +74,17 @@ def predict_latents(predict: Predict[Condition], noisy: Noisy, cond: Condition) 
     return velocity_to_latents(noisy.latents, velocity.float(), noisy.sigma)
 
 
-def matching_gradient(latents: Tensor, teacher: Tensor, critic: Tensor) -> Tensor:
+def matching_gradient(latents: Tensor, teacher: Tensor, critic: Tensor, weight: Tensor | None = None) -> Tensor:
     """The direction (B, C, F, H, W) in which the student's x0 leaves the teacher's distribution.
 
-    (critic - teacher) / mean |x0 - teacher|, the mean over each sample: the weight of DMD's equation 8,
-    https://arxiv.org/abs/2311.18828. `teacher` and `critic` are what these see in x0 with noise.
+    (critic - teacher) / mean |x0 - teacher|, the mean over each sample, by `weight` (B, F, H, W): equations 7 and 8 of
+    DMD, https://arxiv.org/abs/2311.18828, without their alpha, as is usual. `teacher` and `critic` are what these see
+    in x0 with noise.
     """
-    distance = (latents - teacher).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
-    return (critic - teacher) / distance.clamp(min=TINY)
+    distance = (latents - teacher).abs().mean(dim=1)
+    weight = torch.ones_like(distance) if weight is None else weight
+    mean = (distance * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3)).clamp(min=TINY)
+    return (critic - teacher) / mean.clamp(min=TINY).view(-1, 1, 1, 1, 1)
 
 
 def matching_loss(latents: Tensor, gradient: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -99,11 +106,13 @@ def student_loss(
 ) -> Tensor:
     """Matches the distribution of the student's x0 to the teacher's, at noise levels of `interval`, after the shift.
 
+    A scalar for its gradient: its own value, half the mean square of that, need not fall while the student learns.
+
     The teacher's answers are guided already. Outside of the interval of an expert they would mean nothing. A `weight`
     (B, F, H, W) says how much each position counts.
     """
     with torch.no_grad():
         noisy = sample_noisy(latents.detach(), shift, interval)
-        seen = [predict_latents(predict, noisy, cond) for predict in (teacher, critic)]
-        gradient = matching_gradient(noisy.clean, *seen)
+        real, fake = (predict_latents(predict, noisy, cond) for predict in (teacher, critic))
+        gradient = matching_gradient(noisy.clean, real, fake, weight)
     return matching_loss(latents, gradient, weight)

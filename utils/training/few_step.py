@@ -24,7 +24,8 @@ STUDENT, CRITIC = "student", "critic"  # the adapters of a model
 class FewStep:
     """The losses of a student and of its critic, each of which a phase asks for while it speaks.
 
-    Both draw from torch's global random state.
+    Both draw from torch's global random state. A mask of a clip has no effect: what is compared are distributions.
+    Raises ValueError without a step, and for a roll-out that does not begin at pure noise.
     """
 
     model: WanModel
@@ -36,13 +37,19 @@ class FewStep:
     held_share: float = 0.0  # of the samples that are given their first latent frame, where they can be
     rolls_out: bool = False  # whether the student starts from its own samples, and not from clips
 
+    def __post_init__(self) -> None:
+        if not self.sigmas:
+            raise ValueError("a student has at least one step")
+        if self.rolls_out and self.sigmas[0] != 1:
+            raise ValueError(f"a student that rolls out begins at noise level 1, not at {self.sigmas[0]:g}")
+
     def student_loss(self, batch: Batch) -> Tensor:
-        """The distance of the student's samples from the teacher's distribution, a scalar. The student speaks."""
+        """As `utils.diffusion.few_step.student_loss`, for the student's samples. The student speaks."""
         cond = draw_held(batch.cond, self.held_share)
         latents = self._sample(batch, cond)
         teacher, critic = self._voice(None), self._voice(CRITIC)
         guide = partial(guided_together, teacher, negative=self.negative, guidance=self.guidance)
-        return student_loss(latents, guide, critic, cond, self.shift, self.interval, loss_weight(batch, cond))
+        return student_loss(latents, guide, critic, cond, self.shift, self.interval, _weight(batch, cond))
 
     def critic_loss(self, batch: Batch) -> Tensor:
         """How far the critic's velocity is from that of the student's samples, a scalar. The critic speaks."""
@@ -51,7 +58,7 @@ class FewStep:
             latents = self._sample(batch, cond)
         noisy = sample_noisy(latents, self.shift, self.interval)
         velocity = make_predict(self.model)(noisy.latents, noisy.timestep, cond)
-        return squared_error(velocity, noisy.velocity, loss_weight(batch, cond))
+        return squared_error(velocity, noisy.velocity, _weight(batch, cond))
 
     def _sample(self, batch: Batch, cond: Cond) -> Tensor:
         """What the student, which speaks, makes of noisy latents at one of its steps: clean ones."""
@@ -73,6 +80,11 @@ class FewStep:
                 return make_predict(self.model)(latents, timestep, cond)
 
         return answer
+
+
+def _weight(batch: Batch, cond: Cond) -> Tensor | None:
+    """How much each position counts: a first frame that is given does not."""
+    return loss_weight(replace(batch, mask=None), cond)
 
 
 def guided_together(

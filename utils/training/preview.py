@@ -46,7 +46,7 @@ class Previews:
     )
     sample_solver: str = option(
         "unipc",
-        "solver of previews; lcm: of models distilled into few steps",
+        "solver of previews; lcm: for models distilled into few steps",
         choices=SOLVERS,
         requires="sample_prompts",
         affects_training=False,
@@ -115,6 +115,7 @@ class Request:
     noise: Tensor  # (1, C, F, H, W)
     cond: Cond
     control: Tensor | None = None  # (F, 3, H, W) uint8: what `cond` makes it follow, to be shown beside it
+    seed: int = 0  # of the noise
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Preview:
     def generate(self, predict: Predict[Cond]) -> list[tuple[str, Tensor]]:
         """Each prompt with its video (F, 3, H, W) uint8; a control is shown to the left of the video that follows it.
 
-        Draws no random numbers, and returns its memory to the driver.
+        Leaves torch's random state as it is, and returns its memory to the driver.
         """
         device = self.vae.device
         negative = None if self.negative is None else self.negative.to(device)
@@ -144,7 +145,7 @@ class Preview:
         for number, request in enumerate(self.requests, 1):
             batch = Batch(request.noise, request.cond).to(device)
             progress = partial(tqdm, desc=f"preview {number} of {len(self.requests)}", unit="step", leave=False)
-            sampler = replace(self.sampler, seed=number)
+            sampler = replace(self.sampler, seeds=(request.seed,))
             latents = denoise(sampler, predict, batch.latents, batch.cond, negative, progress)
             with torch.no_grad():
                 frames = to_pixels(self.vae.decode(latents)[0])
@@ -200,7 +201,7 @@ def make_requests(
         if encoders.control is not None and cond.channels is not None:
             followed = cond.channels[0, -encoders.family.out_dim :].to(vae.device)
             control = to_pixels(vae.decode(followed[None])[0])
-        requests.append(Request(prompt, seeded_noise(shape, seed + index), cond, control))
+        requests.append(Request(prompt, seeded_noise(shape, seed + index), cond, control, seed + index))
     return requests
 
 

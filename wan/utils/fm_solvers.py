@@ -1,5 +1,6 @@
 """Flow-matching solvers: diffusers' on Wan's official noise grid, and that of models distilled into few steps."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -31,7 +32,7 @@ def sigma_grid(num_steps: int, shift: float) -> np.ndarray:
 
 
 def few_step_grid(num_steps: int, shift: float) -> np.ndarray:
-    """The noise levels of ComfyUI's scheduler "simple": every 1000 / num_steps of its 1000, from 1 downward, shifted.
+    """The noise levels of ComfyUI's scheduler "simple": every (1000 / num_steps)-th of its 1000, from 1 down, shifted.
 
     Four steps are at 1000, 750, 500 and 250 before the shift.
     """
@@ -42,14 +43,14 @@ def few_step_grid(num_steps: int, shift: float) -> np.ndarray:
 class LcmSolver:
     """Steps of a model that was distilled into few: what it sees in noisy latents, with new noise of the next level.
 
-    https://arxiv.org/abs/2303.01469, algorithm 1; ComfyUI's sampler "lcm". Noise continues the sequence of the seed,
-    whose first is the noise that sampling begins with.
+    https://arxiv.org/abs/2303.01469, algorithm 1; ComfyUI's sampler "lcm". Each sample has noise of its own seed, after
+    the noise that sampling begins with in the seed's sequence.
     """
 
-    def __init__(self, sigmas: np.ndarray, seed: int, device: torch.device) -> None:
+    def __init__(self, sigmas: np.ndarray, seeds: Sequence[int], device: torch.device) -> None:
         self.sigmas = torch.tensor([*sigmas, 0.0], dtype=torch.float32, device=device)
         self.timesteps = self.sigmas[:-1] * NUM_TIMESTEPS
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._index = 0
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, *, return_dict: bool) -> tuple[Tensor]:
@@ -64,17 +65,18 @@ class LcmSolver:
 
     def _draw(self, like: Tensor) -> Tensor:
         """Noise drawn on the CPU, so that a seed gives the same noise whatever the device."""
-        return torch.randn(like.shape, generator=self._generator).to(like.device)
+        drawn = [torch.randn(like[:1].shape, generator=generator) for generator in self._generators]
+        return torch.cat(drawn).to(like.device)
 
 
-def make_solver(name: str, num_steps: int, shift: float, device: torch.device, seed: int = 0) -> Solver:
+def make_solver(name: str, num_steps: int, shift: float, device: torch.device, seeds: Sequence[int] = (0,)) -> Solver:
     """A fresh solver: "unipc" or "euler" on the official grid, or "lcm" on that of few steps.
 
     UniPC is the official default (order 2, bh2). Its timesteps are truncated to integers, as the official ones are. The
-    seed is that of the noise which "lcm" adds.
+    `seeds`, one for each sample, are those of the noise which "lcm" adds.
     """
     if name == LCM:
-        return LcmSolver(few_step_grid(num_steps, shift), seed, device)
+        return LcmSolver(few_step_grid(num_steps, shift), seeds, device)
     sigmas = sigma_grid(num_steps, shift)
     # Importing diffusers takes most of a second, which a run without previews need not wait for.
     # The grid is shifted already: the schedulers' own shift must stay 1, else it would be shifted twice.

@@ -18,7 +18,7 @@ from utils.diffusion.few_step import (
 )
 from utils.diffusion.flow import add_noise, latents_to_velocity
 from wan.configs import FAMILIES
-from wan.text2video import guided
+from wan.text2video import guided, part_at
 
 MEANS = {"cond": torch.tensor([1.5, -0.5]), "uncond": torch.tensor([0.5, 0.5])}
 DEVIATION = torch.tensor([0.3, 1.2])
@@ -100,6 +100,17 @@ def test_the_gradient_is_the_difference_of_the_estimates_by_the_distance_of_each
     assert matching_gradient(latents, latents, latents).eq(0).all(), "not NaN"
 
 
+def test_what_counts_nothing_does_not_change_the_gradient_of_the_rest():
+    latents, seen, other = torch.randn(3, 2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    weight = torch.ones(2, 3, 2, 2)
+    weight[:, 0] = 0
+    rough = seen.clone()
+    rough[:, :, 0] *= 100
+    before, after = (matching_gradient(latents, each, other, weight)[:, :, 1:] for each in (seen, rough))
+    assert torch.equal(before, after)
+    assert not torch.equal(before, matching_gradient(latents, rough, other)[:, :, 1:])
+
+
 def test_the_loss_has_that_gradient():
     latents, gradient = torch.randn(2, 2, 4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     latents.requires_grad_()
@@ -144,6 +155,23 @@ def test_steps_are_shifted_and_split_at_the_boundary(family, high, low):
     found = [own_steps(sigmas, expert.sigmas) for expert in family.experts]
     assert [[round(1000 * sigma) for sigma in own] for own in found] == [high, low] and sigmas[0] == 1
     assert step_sigmas([1000, 500], 1.0) == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("steps", "shift", "family"), [([1000, 600], 6.0, "wan2.2-i2v-A14B"), ([1000, 700], 3.0, "wan2.2-t2v-A14B")]
+)
+def test_a_step_at_the_boundary_is_of_the_expert_that_answers_there(steps, shift, family):
+    family = FAMILIES[family]
+    sigmas = step_sigmas(steps, shift)
+    for number, expert in enumerate(family.experts):
+        timesteps = [torch.tensor([sigma]) * 1000 for sigma in own_steps(sigmas, expert.sigmas)]
+        assert all(part_at(family.boundaries, timestep) == number for timestep in timesteps)
+    assert own_steps(sigmas, family.experts[0].sigmas) == sigmas and sigmas[1] == family.boundaries[0]
+
+
+@pytest.mark.parametrize("shift", [0.01, 0.11, 0.15, 3.0, 12.0])
+def test_the_first_step_is_pure_noise_whatever_the_shift(shift):
+    assert step_sigmas([1000], shift) == [1.0]
 
 
 def test_the_expert_above_answers_at_the_boundary_itself():

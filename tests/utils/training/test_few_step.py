@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.adapted import fill
-from tests.tiny import TINY_SHAPE, tiny_shape, tiny_transformer
+from tests.tiny import IMAGE_DIM, TINY_SHAPE, tiny_shape, tiny_transformer
 from utils.adapters.lora import adapter_parameters, add_lora, select_modules, speaking
 from utils.diffusion.few_step import noised_to_steps, predict_latents, student_loss
 from utils.diffusion.flow import sample_noisy
@@ -21,7 +21,8 @@ from wan.modules.model import WanModel
 from wan.text2video import guided
 
 SIGMAS, INTERVAL, SHIFT, GUIDANCE = [1.0, 0.75], (0.2, 0.9), 3.0, 4.0
-T2V, TI2V, I2V = (FAMILIES[name] for name in ("wan2.1-t2v-1.3B", "wan2.2-ti2v-5B", "wan2.2-i2v-A14B"))
+NAMES = ("wan2.1-t2v-1.3B", "wan2.2-ti2v-5B", "wan2.2-i2v-A14B", "wan2.1-flf2v-14B-720P")
+T2V, TI2V, I2V, FLF2V = (FAMILIES[name] for name in NAMES)
 
 
 def base(checkpointing: str = "none", family=T2V, adapters: tuple[str, ...] = (STUDENT, CRITIC)) -> WanModel:
@@ -44,6 +45,8 @@ def make_batch(family=T2V, batch: int = 2) -> Batch:
     cond = Cond(drawn(batch, 5, TINY_SHAPE.text_dim))
     if family.given_as == "channels":
         cond = replace(cond, channels=drawn(batch, family.in_dim - family.out_dim, 2, 4, 6))
+    if family.clip:
+        cond = replace(cond, image=drawn(batch, 6, IMAGE_DIM))
     if family.given_as == "latents":
         cond = replace(cond, first=latents[:, :, :1].clone())
     return Batch(latents, cond)
@@ -61,7 +64,7 @@ def outcome(loss: Tensor, parameters: dict[str, nn.Parameter]) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, list(parameters.values()))]
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
 @pytest.mark.parametrize("family", [T2V, I2V], ids=lambda family: family.name)
 def test_one_base_gives_the_losses_and_gradients_of_three_models(checkpointing, family):
     batch, shared = make_batch(family), few_step(base(checkpointing, family))
@@ -114,7 +117,7 @@ def test_neither_loss_reaches_the_other_adapter():
 # ------------------------------------------------------------------------------------------------------- the teacher
 
 
-@pytest.mark.parametrize("family", [T2V, I2V, TI2V], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", [T2V, I2V, TI2V, FLF2V], ids=lambda family: family.name)
 @pytest.mark.parametrize("length", [3, 5, 8])
 def test_guidance_in_one_pass_is_guidance_in_two(family, length):
     predict, batch, timestep = (
@@ -181,3 +184,23 @@ def test_a_first_frame_that_is_given_counts_nothing(share):
     (latents,) = seen
     assert torch.equal(latents[:, :, :1], batch.cond.first) == bool(share)
     assert latents.grad[:, :, :1].any() != bool(share) and latents.grad[:, :, 1:].any()
+
+
+def test_a_mask_of_a_clip_has_no_effect():
+    shared, batch = few_step(base()), make_batch()
+    masked = replace(batch, mask=torch.zeros(2, 2, 4, 6).index_fill_(3, torch.tensor([0]), 1.0))
+    for loss in (shared.student_loss, shared.critic_loss):
+        values = []
+        for each in (batch, masked):
+            torch.manual_seed(0)
+            values.append(loss(each).item())
+        assert values[0] == values[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"sigmas": []}, "at least one step"), ({"sigmas": [0.8], "rolls_out": True}, "not at 0.8")],
+)
+def test_steps_that_no_student_could_take_are_refused_at_once(changes, message):
+    with pytest.raises(ValueError, match=message):
+        few_step(base(), **changes)

@@ -11,6 +11,7 @@ from tests.media import image
 from tests.tiny import tiny_vae
 from utils.common.errors import UserError
 from utils.data.loading import Clip
+from utils.diffusion.flow import seeded_noise
 from utils.encoding.conditioning import Batch, Cond, collate, to_pixels
 from utils.encoding.pictures import load_pictures
 from utils.media.controls import ControlSignal
@@ -80,9 +81,12 @@ def test_a_preview_leaves_the_random_state_and_no_gradient(vae):
     assert torch.equal(state, torch.get_rng_state()) and model.asked and not model.with_gradient
 
 
-def test_noise_between_steps_is_the_same_each_time_and_another_for_each_preview(vae):
-    (request,) = make_requests([("fox", text(1))], FREE, 7, encoders_of(vae))
-    preview = Preview([request, request], None, Sampler("lcm", 3, (1.0,), 5.0), 16, vae)
+def test_the_noise_between_steps_is_that_of_the_request_in_every_preview(vae):
+    asked = make_requests([("fox", text(1)), ("fox", text(1))], FREE, 7, encoders_of(vae))
+    assert [request.seed for request in asked] == [7, 8]
+    assert all(torch.equal(request.noise, seeded_noise(request.noise.shape, request.seed)) for request in asked)
+    same_start = [replace(request, noise=asked[0].noise) for request in asked]
+    preview = Preview(same_start, None, Sampler("lcm", 3, (1.0,), 5.0), 16, vae)
     (_, first), (_, second) = preview.generate(Model())
     assert not torch.equal(first, second)
     for (_, again), before in zip(preview.generate(Model()), (first, second), strict=True):

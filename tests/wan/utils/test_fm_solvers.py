@@ -56,7 +56,7 @@ def test_few_steps_of_released_models():
 
 def test_lcm_takes_what_the_model_sees_and_adds_noise_of_the_next_level():
     """As ComfyUI's sampler "lcm" with the noise of flow models: sigma * noise + (1 - sigma) * latents."""
-    solver, generator = make_solver("lcm", 3, 5.0, CPU, seed=7), torch.Generator().manual_seed(7)
+    solver, generator = make_solver("lcm", 3, 5.0, CPU, seeds=(7,)), torch.Generator().manual_seed(7)
     shape, sigmas = (1, 4, 2, 3, 3), few_step_grid(3, 5.0)
     latents = torch.randn(shape, generator=generator)  # as sampling begins
     for number, timestep in enumerate(solver.timesteps):
@@ -69,10 +69,10 @@ def test_lcm_takes_what_the_model_sees_and_adds_noise_of_the_next_level():
         torch.testing.assert_close(latents, sigma * noise + (1 - sigma) * seen)
 
 
-def test_the_noise_of_lcm_depends_on_its_seed_and_not_on_torchs():
-    def run(seed: int) -> torch.Tensor:
+def test_the_noise_of_lcm_depends_on_the_seeds_of_its_samples_alone():
+    def run(*seeds: int) -> torch.Tensor:
         torch.randn(3)
-        solver, latents = make_solver("lcm", 4, 5.0, CPU, seed), torch.ones(1, 2, 1, 2, 2)
+        solver, latents = make_solver("lcm", 4, 5.0, CPU, seeds), torch.ones(len(seeds), 2, 1, 2, 2)
         before = torch.get_rng_state()
         for timestep in solver.timesteps[:3]:
             (latents,) = solver.step(latents, timestep, latents, return_dict=False)
@@ -80,3 +80,4 @@ def test_the_noise_of_lcm_depends_on_its_seed_and_not_on_torchs():
         return latents
 
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
+    assert torch.equal(run(2, 1), torch.cat([run(2), run(1)])), "whatever else is sampled"
