@@ -1,4 +1,4 @@
-"""LoRAs that benchmarks train with the trainer's command line, on the small Wan that ships with the project."""
+"""The trainer as benchmarks start it: what it is given, how it is resumed, and what it has written."""
 
 import subprocess
 import sys
