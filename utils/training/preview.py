@@ -137,7 +137,7 @@ class Preview:
     def generate(self, predict: Predict[Cond]) -> list[tuple[str, Tensor]]:
         """Each prompt with its video (F, 3, H, W) uint8; a control is shown to the left of the video that follows it.
 
-        Leaves torch's random state as it is, and returns its memory to the driver.
+        Does not change torch's random state, and returns its memory to the driver.
         """
         device = self.vae.device
         negative = None if self.negative is None else self.negative.to(device)
