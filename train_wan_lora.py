@@ -11,7 +11,7 @@ utils/adapters (LoRA on the model), utils/training (what learns), utils/runs (wh
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.adapters.attach import LoraAdapter
 from utils.adapters.lora import speaking
 from utils.adapters.model_card import ModelCard
 from utils.common.console import say
@@ -33,10 +34,10 @@ from utils.common.options import option, parse_options, run_script, to_json, tra
 from utils.common.signals import Stop, stop_on_signals
 from utils.common.temp_rng import MAX_SEED
 from utils.data.folders import Folder, Rules, check_paired_files
-from utils.data.plan import Plan, largest_window, make_plan
+from utils.data.plan import Plan, make_plan
 from utils.data.tables import format_plan
 from utils.diffusion.flow import sample_noisy
-from utils.diffusion.objectives import guided_target, squared_error
+from utils.diffusion.objectives import Loss, guided_target, squared_error, sum_losses
 from utils.encoding.conditioning import Batch, draw_held, inject_noise, loss_weight, make_predict, replace_text
 from utils.encoding.pictures import needed_flags
 from utils.encoding.text_length import say_cut_captions
@@ -44,6 +45,7 @@ from utils.media.controls import FROM_FILE
 from utils.runs.attempts import run_until_it_fits
 from utils.runs.benchmark import benchmark
 from utils.runs.ending import save_on_exit
+from utils.runs.few_steps import make_few_steps, watch_variety
 from utils.runs.inputs import (
     InputOptions,
     Inputs,
@@ -64,11 +66,18 @@ from utils.setup.model import find_given_family, find_given_tokenizer, given_sha
 from utils.training.checkpoint_plan import CheckpointPlan
 from utils.training.compilation import explain_failed_compilation
 from utils.training.conditions import check_conditions
-from utils.training.experts import DISK, OWN_RANGE, base_contents, load_experts
+from utils.training.experts import DISK, OWN_RANGE, Experts, base_contents, load_experts
 from utils.training.fit import Fit, find_fit, given_of
-from utils.training.learner import Learner, Trainable
+from utils.training.learner import Learner
 from utils.training.optim import with_epochs
-from utils.training.phases import Schedule, make_phase
+from utils.training.phases import (
+    Phase,
+    Schedule,
+    count_updates,
+    make_few_step_phases,
+    make_phase,
+    make_trainables,
+)
 from utils.training.planning import budget
 from utils.training.validation import hold_share
 from wan.checkpoints import CheckpointError
@@ -101,6 +110,11 @@ class Options(General, SetupOptions, InputOptions, RunOptions):
             raise UserError("--cache_embeddings stops after the texts, before --cache_latents: give one of them")
         if self.overlap_encoding and self.cache_latents:
             raise UserError("--overlap_encoding has no effect with --cache_latents: steps encode nothing")
+        if self.few_step and (self.control_lora or self.benchmark):
+            which = "--control_lora" if self.control_lora else "--benchmark"
+            raise UserError(f"{which} is not for --few_step: leave it out")
+        if self.critic_alignment and self.adapter_dtype == "bf16":
+            raise UserError("--critic_alignment would be lost in bf16 matrices: leave out --adapter_dtype bf16")
         if self.benchmark and (self.cache_embeddings or self.cache_only or self.check_dataset):
             raise UserError("--benchmark needs a run: leave out --cache_embeddings, --cache_only and --check_dataset")
 
@@ -110,8 +124,8 @@ class Options(General, SetupOptions, InputOptions, RunOptions):
 
 def training_loss(
     batch: Batch, opts: Options, sigmas: tuple[float, float], model: WanModel, negative: Tensor | None
-) -> Tensor:
-    """How far the model's velocity is from its target: a scalar, fp32."""
+) -> Loss:
+    """How far the model's velocity is from its target, fp32. With --few_step: utils/training/few_step.py."""
     # Flow matching. Latents move in a straight line to Gaussian noise, and each clip is shown at a noise level of its
     # own: uniform in 0..1, then shifted towards noise, where the layout of a video is decided. One of several experts
     # sees only the levels of its --expert_range.
@@ -130,7 +144,21 @@ def training_loss(
     # Black regions of a mask count a little too: with weight zero the LoRA could do anything to them. A first frame
     # that the model is given counts nothing.
     weight = loss_weight(batch, cond, opts.mask_floor)
-    return squared_error(predict(noisy.latents, noisy.timestep, cond), target, weight)
+    return Loss(squared_error(predict(noisy.latents, noisy.timestep, cond), target, weight))
+
+
+def make_turns(
+    opts: Options, inputs: Inputs, adapters: Mapping[str, LoraAdapter], experts: Experts, learner: Learner
+) -> list[list[Phase]]:
+    """The phases of a step, by whose turn it is: most runs have one of one, and two experts take turns."""
+    if opts.few_step:  # a LoRA and its critic are two phases of one step
+        losses = make_few_steps(inputs, adapters, experts)
+        return [
+            make_few_step_phases(role, adapters[role.name], experts, learner, losses[role.name])
+            for role in inputs.roles
+        ]
+    loss = partial(training_loss, negative=inputs.texts.negative)
+    return [[make_phase(role, adapters[role.name], experts, learner, loss)] for role in inputs.roles]
 
 
 # --------------------------------------------------------------------------------------------- before the first step
@@ -158,17 +186,14 @@ def open_session(opts: Options, inputs: Inputs, device: torch.device, compiled: 
     # The other random numbers come from torch's generator: the LoRA's first values, then noise and noise levels.
     torch.manual_seed(opts.seed)
     kept = CheckpointPlan(memory.checkpointing, files.shape.num_layers)
-    with_others = bool(inputs.texts.previews)
+    with_others = bool(inputs.texts.previews or inputs.high)
     with doing("loading the transformer"):
         experts, adapters = load_experts(roles, inputs.adapters, files, memory, kept, storage, with_others)
 
-    # Only LoRAs are trained; base models are frozen. A step is one phase, and two experts take turns. A student and its
-    # critic would be two phases of one step.
-    learner = Learner([Trainable(r.trainable, adapters[r.name], r.opts.optimizer_spec, opts.ema_decay) for r in roles])
-    loss = partial(training_loss, negative=inputs.texts.negative)
-    phases = [make_phase(role, adapters[role.name], experts, learner, loss) for role in roles]
-    steps = [role.opts.max_train_steps for role in roles]
-    schedule = Schedule([[phase] for phase in phases], steps, opts.expert_phase_steps)
+    # Only LoRAs are trained; base models are frozen.
+    learner = Learner([each for role in roles for each in make_trainables(role, adapters[role.name])])
+    turns = make_turns(opts, inputs, adapters, experts, learner)
+    schedule = Schedule(turns, [role.opts.max_train_steps for role in roles], opts.expert_phase_steps)
     steps_per_epoch = plan.steps_per_epoch(opts.gradient_accumulation)
     say(f"\n{format_plan(plan, steps_per_epoch, schedule.total_steps)} on {describe(device)}")
     for role in roles:
@@ -177,7 +202,7 @@ def open_session(opts: Options, inputs: Inputs, device: torch.device, compiled: 
     # A condition that is lost on its way to the model costs hours, and shows only in the result.
     # The longest clips have every condition; a still has no first frame that could be given.
     batch = samples.load_batch(max(plan.epoch(0), key=lambda windows: windows[0].frames))
-    for phase, adapter in zip(phases, adapters.values(), strict=True):
+    for (phase, *_), adapter in zip(turns, adapters.values(), strict=True):
         with phase.speaking(), doing("checking the conditions"):
             check_conditions(adapter, batch, phase.sigmas[2], files.family.given, opts.control_lora)
 
@@ -185,10 +210,25 @@ def open_session(opts: Options, inputs: Inputs, device: torch.device, compiled: 
         clips = tqdm(inputs.watched, "encoding validation clips", leave=False, disable=not inputs.watched)
         validation = [inputs.load_batch(window) for window in clips]
     preview = open_preview(opts, inputs, validation, opts.seed) if inputs.texts.previews else None
-    validation = hold_share(validation, opts.held_share)
+    validation, variety = hold_share(validation, opts.held_share), {}
+    if opts.few_step:  # its loss says nothing about a student; how much its samples differ does
+        few_steps = make_few_steps(inputs, adapters, experts)
+        variety = watch_variety(inputs, few_steps, [student for student, _ in turns], validation, decisions)
+        validation = []
     needed = opts.flags(files) + opts.storage_flags + needed_flags(files.family, opts.control_signal)
     return Session(
-        learner, schedule, experts, samples, plan, steps_per_epoch, validation, preview, inputs.further, kept, needed
+        learner,
+        schedule,
+        experts,
+        samples,
+        plan,
+        steps_per_epoch,
+        validation,
+        preview,
+        inputs.further,
+        kept,
+        needed,
+        variety,
     )
 
 
@@ -215,9 +255,10 @@ def run_settings(opts: Options, inputs: Inputs, session: Session, decisions: Dec
     about |= {"control_i2v": "true"} if opts.control_i2v else {}
     about |= {} if opts.expert_range == OWN_RANGE else {"expert_range": opts.expert_range}
     options, facts = to_json(opts), Facts(training_table(opts), data.fingerprint, decisions.table(), base)
+    about |= opts.about_few_steps(inputs.files.family, inputs.size)
     about |= {"options": options} if opts.metadata == EVERYTHING else {}
-    size = largest_window(data.windows).bucket[:2]
-    card = ModelCard(inputs.files.family, about["base_model"], size, data.clips_by_folder, opts.trigger or "")
+    clips, family = data.clips_by_folder, inputs.files.family
+    card = ModelCard(family, about["base_model"], inputs.size, clips, opts.trigger or "")
     total = session.schedule.total_steps
     return RunSettings(opts.output_dir, total, opts.max_grad_norm, options, facts, about, card, opts.name)
 
@@ -231,7 +272,7 @@ def train(opts: Options, device: torch.device, session: Session, run: Run) -> No
     val_seed = opts.seed if opts.val_seed is None else opts.val_seed
     save_every = opts.checkpointing_steps, opts.save_every_epochs * session.steps_per_epoch
     # The stream has no end: epoch after epoch. A resumed run skips the batches that it has already used.
-    used = session.schedule.updates_before(run.step) * opts.gradient_accumulation
+    used = session.schedule.updates_taken * opts.gradient_accumulation
     stream = session.samples.stream(session.plan, used)
     # Loading ends first: while a checkpoint is saved, there are no worker processes left that could die.
     with run, stop_on_signals() as stop, save_on_exit(run, stop), closing(stream):
@@ -242,9 +283,9 @@ def train(opts: Options, device: torch.device, session: Session, run: Run) -> No
                 raise KeyboardInterrupt
 
             # Validation: always the same clips, noise and noise levels, so that the numbers can be compared.
-            if session.validation and run.is_due(opts.val_steps) and not metrics.is_validated:
+            if session.is_watched and run.is_due(opts.val_steps) and not metrics.is_validated:
                 metrics.flush()  # what follows does not count as training time
-                metrics.log_validation(session.validate(device, val_seed))
+                metrics.log_validation(session.validate(device, val_seed), session.measure_variety())
 
             # Previews: always the same prompts from the same noise, so that only the LoRA makes a difference. They come
             # first, because the checkpoint of this step shows one. If they fail, it is written all the same.
@@ -276,18 +317,18 @@ def take_step(opts: Options, session: Session, run: Run, stream: Iterator[Batch]
     due, tokens = session.schedule.due(), 0
     session.learner.begin_step(len(due))
     for phase in due:
-        loss = torch.zeros(())
+        losses = []
         with phase.speaking():
             for batch in islice(stream, opts.gradient_accumulation):
-                share = phase.loss(batch) / opts.gradient_accumulation
-                share.backward()
-                loss = loss + share.detach()
+                loss = phase.loss(batch) / opts.gradient_accumulation
+                loss.value.backward()
+                losses.append(loss.detach())
                 tokens += batch.tokens(session.experts.patch_size)
 
         # The optimizer step. A second Ctrl-C ends the run at once, but not in here: half an update cannot be saved.
         with stop.held():
             update = phase.step()
-        run.metrics.log(phase.name, loss, update)
+        run.metrics.log(phase.name, sum_losses(losses), update)
     run.metrics.end_step(tokens)
 
 
@@ -335,7 +376,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_writable(opts.output_dir)
     files = open_given(opts, name, is_default)
     opts.check_name_for(files.family)
-    need_experts(files, [role.name for role in opts.roles(files.family)], bool(opts.preview_prompts))
+    need_experts(files, [role.name for role in opts.roles(files.family)], opts.loads_others)
     opts.check_storage(files.shape.num_layers)
     data = open_data(opts, folders, files.family)
     opts.say_unheard(data.train)
@@ -344,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # samples therefore does not depend on worker processes, and a resumed run continues in it.
     plan = make_plan(data.train, opts.limits(files.family.grid), opts.seed, opts.cache_latents)
     opts = with_epochs(opts, plan.steps_per_epoch(opts.gradient_accumulation))
-    steps = {role.trainable: role.opts.max_train_steps for role in opts.roles(files.family)}
+    steps = {name: count for role in opts.roles(files.family) for name, count in count_updates(role).items()}
 
     # A resumed run must have the options and clips of the saved one. Differences are listed, and are an error without
     # --allow_changes.

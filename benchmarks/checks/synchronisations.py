@@ -80,7 +80,7 @@ def script_steps(
     batch, samples = Batch(inputs.noisy.clean, Cond(text)), FreshSamples(encoders, texts.load)
 
     def train_on(batch: Batch) -> None:
-        loss(batch).backward()
+        loss(batch).value.backward()
         updater.step(opts.max_grad_norm)
 
     steps = [lambda: train_on(batch), lambda: train_on(samples.batch([clip]))]

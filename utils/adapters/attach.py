@@ -122,9 +122,19 @@ class LoraAdapter:
         """The matrices by their names in the model."""
         return adapter_parameters(self.model, self.name)
 
+    def named(self, name: str) -> "LoraAdapter":
+        """Another adapter of the same model and modules."""
+        return replace(self, name=name)
+
     def speaking(self) -> AbstractContextManager[None]:
         """A span in which the model answers with this adapter, forward and backward."""
         return speaking(self.model, self.name)
+
+    @torch.no_grad()
+    def take_values(self, other: "LoraAdapter", share: float = 1.0) -> None:
+        """Moves its matrices towards those of another adapter of the same modules, by a share of the way."""
+        for own, values in zip(self.parameters.values(), other.parameters.values(), strict=True):
+            own.lerp_(values, share)
 
     def export(self, path: Path, values: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
         """Writes the LoRA file with these values of `parameters`. Raises LoraError."""
@@ -151,6 +161,7 @@ class AdapterPlan:
     init: LoraFile | None = None
     facts: Mapping[str, str] = field(default_factory=dict)  # of the base model, for the metadata of LoRA files
     notes: tuple[str, ...] = ()  # what of the LoRA files is not as in them, or not as it seems, a sentence each
+    copies: tuple[str, ...] = ()  # further adapters of the model, which begin with the values of the first
 
     def widen(self, model: WanModel) -> None:
         """Gives the patch embedding the inputs that a fused control LoRA reads."""
@@ -167,18 +178,23 @@ class AdapterPlan:
         return cast if self.fusion is None else self.fusion.place(cast)
 
     def attach(self, model: WanModel, name: str = ADAPTER) -> LoraAdapter:
-        """Puts the adapter on a frozen transformer; control widens the input first.
+        """Puts the adapter on a frozen transformer, and its copies; control widens the input first.
 
-        Raises UserError for modules that are not there and for an --init_lora that does not fit.
+        It answers until another is asked to. Raises UserError for modules that are not there and for an --init_lora
+        that does not fit.
         """
         modules = select_modules(model, self.opts.lora_target, self.opts.lora_blocks)
         if self.opts.control_lora:
             widen_patch_embedding(model, model.shape.in_dim + model.shape.out_dim)
             modules.append(PATCH)
-        add_lora(model, modules, self.opts.lora_rank, self.opts.alpha, name, DTYPES[self.opts.adapter_dtype])
+        for each in (name, *self.copies):
+            add_lora(model, modules, self.opts.lora_rank, self.opts.alpha, each, DTYPES[self.opts.adapter_dtype])
         if self.init is not None:
             load_lora(model, self.init, name)
-        return LoraAdapter(model, self.opts, name, self.facts)
+        adapter = LoraAdapter(model, self.opts, name, self.facts)
+        for copied in self.copies:
+            adapter.named(copied).take_values(adapter)
+        return adapter
 
 
 def plan_adapter(

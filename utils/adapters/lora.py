@@ -100,9 +100,10 @@ def adapted_layers(model: nn.Module, adapter: str | None = None) -> dict[str, Lo
     return {name: layer for name, layer in layers.items() if adapter is None or adapter in layer.lora_A}
 
 
-def adapter_parameters(model: nn.Module, adapter: str = ADAPTER) -> dict[str, nn.Parameter]:
-    """The parameters of an adapter by their names in the model."""
-    return {name: p for name, p in model.named_parameters() if "lora_" in name and f".{adapter}." in name}
+def adapter_parameters(model: nn.Module, adapter: str | None = ADAPTER) -> dict[str, nn.Parameter]:
+    """The parameters of an adapter, or of all, by their names in the model."""
+    own = "." if adapter is None else f".{adapter}."
+    return {name: p for name, p in model.named_parameters() if "lora_" in name and own in name}
 
 
 @contextmanager

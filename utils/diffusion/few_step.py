@@ -8,6 +8,7 @@ Shapes: latents (B, C, F, H, W), sigma (B,); everything fp32.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,22 +50,24 @@ def noised_to_steps(clean: Tensor, sigmas: Sequence[float]) -> Noisy:
     return add_noise(clean, torch.randn_like(clean), chosen)
 
 
+def pure_noise(noise: Tensor) -> Noisy:
+    """Where sampling begins: noise at level 1."""
+    return Noisy(noise, torch.zeros_like(noise), noise, torch.ones(len(noise), device=noise.device))
+
+
 @torch.no_grad()
 def roll_out(
-    student: Predict[Condition], noise: Tensor, cond: Condition, sigmas: Sequence[float], exit_at: int
+    student: Predict[Condition], start: Noisy, cond: Condition, sigmas: Sequence[float], exit_at: int
 ) -> Noisy:
-    """Where the student starts from its own samples: what it has made of `noise` before step `exit_at`, counted from 0.
+    """Where the student starts from its own samples: what it has made of `start` before step `exit_at`, from 0.
 
-    Each step predicts x0 and adds new noise of the next level: https://arxiv.org/abs/2303.01469, algorithm 1. Drawn
-    from torch's global random state. Raises ValueError unless the first step is at pure noise.
+    `start` is at the first of its steps. Each predicts x0 and adds new noise of the next level:
+    https://arxiv.org/abs/2303.01469, algorithm 1. Drawn from torch's global random state.
     """
-    if sigmas[0] != 1:
-        raise ValueError(f"a student starts from noise at noise level 1, not at {sigmas[0]:g}")
-    sigma = torch.ones(len(noise), device=noise.device)
-    noisy = Noisy(noise, torch.zeros_like(noise), noise, sigma)
+    noisy = start
     for following in sigmas[1 : exit_at + 1]:
         latents = predict_latents(student, noisy, cond)
-        noisy = add_noise(latents, torch.randn_like(latents), torch.full_like(sigma, following))
+        noisy = add_noise(latents, torch.randn_like(latents), torch.full_like(noisy.sigma, following))
     return noisy
 
 
@@ -74,17 +77,21 @@ def predict_latents(predict: Predict[Condition], noisy: Noisy, cond: Condition) 
     return velocity_to_latents(noisy.latents, velocity.float(), noisy.sigma)
 
 
-def matching_gradient(latents: Tensor, teacher: Tensor, critic: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The direction (B, C, F, H, W) in which the student's x0 leaves the teacher's distribution.
-
-    (critic - teacher) / mean |x0 - teacher|, the mean over each sample, by `weight` (B, F, H, W): equations 7 and 8 of
-    DMD, https://arxiv.org/abs/2311.18828, without their alpha, as is usual. `teacher` and `critic` are what these see
-    in x0 with noise.
-    """
+def distance_to_teacher(latents: Tensor, teacher: Tensor, weight: Tensor | None = None) -> Tensor:
+    """mean |x0 - teacher| of each sample (B,), by `weight` (B, F, H, W). `teacher` is what it sees in noisy x0."""
     distance = (latents - teacher).abs().mean(dim=1)
     weight = torch.ones_like(distance) if weight is None else weight
-    mean = (distance * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3)).clamp(min=TINY)
-    return (critic - teacher) / mean.clamp(min=TINY).view(-1, 1, 1, 1, 1)
+    return (distance * weight).sum(dim=(1, 2, 3)) / weight.sum(dim=(1, 2, 3)).clamp(min=TINY)
+
+
+def matching_gradient(teacher: Tensor, critic: Tensor, distance: Tensor) -> Tensor:
+    """The direction (B, C, F, H, W) in which the student's x0 leaves the teacher's distribution.
+
+    (critic - teacher) / mean |x0 - teacher|, with the `distance` (B,) of each sample: equations 7 and 8 of DMD,
+    https://arxiv.org/abs/2311.18828, without their alpha, as is usual. `teacher` and `critic` are what these see in x0
+    with noise.
+    """
+    return (critic - teacher) / distance.clamp(min=TINY).view(-1, 1, 1, 1, 1)
 
 
 def matching_loss(latents: Tensor, gradient: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -95,6 +102,13 @@ def matching_loss(latents: Tensor, gradient: Tensor, weight: Tensor | None = Non
     return 0.5 * squared_error(latents, (latents - gradient).detach(), weight)
 
 
+class Matched(NamedTuple):
+    """A loss, and how far the student's samples are from what the teacher sees in them; scalars."""
+
+    loss: Tensor  # for its gradient: half the mean square of that, which need not fall while the student learns
+    distance: Tensor
+
+
 def student_loss(
     latents: Tensor,
     teacher: Predict[Condition],
@@ -103,10 +117,8 @@ def student_loss(
     shift: float,
     interval: tuple[float, float],
     weight: Tensor | None = None,
-) -> Tensor:
+) -> Matched:
     """Matches the distribution of the student's x0 to the teacher's, at noise levels of `interval`, after the shift.
-
-    A scalar for its gradient: its own value, half the mean square of that, need not fall while the student learns.
 
     The teacher's answers are guided already. Outside of the interval of an expert they would mean nothing. A `weight`
     (B, F, H, W) says how much each position counts.
@@ -114,5 +126,6 @@ def student_loss(
     with torch.no_grad():
         noisy = sample_noisy(latents.detach(), shift, interval)
         real, fake = (predict_latents(predict, noisy, cond) for predict in (teacher, critic))
-        gradient = matching_gradient(noisy.clean, real, fake, weight)
-    return matching_loss(latents, gradient, weight)
+        distance = distance_to_teacher(noisy.clean, real, weight)
+        gradient = matching_gradient(real, fake, distance)
+    return Matched(matching_loss(latents, gradient, weight), distance.mean())

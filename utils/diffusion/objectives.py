@@ -1,6 +1,7 @@
 """An objective is a target (the velocity that the model should predict) and a distance (how far off it was)."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,6 +24,39 @@ class Objective:
         "negative prompt of --distill_cfg, a text or embedding file (default: the model's)",
         requires="distill_cfg",
     )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is made smaller, and what is watched beside it; all scalars.
+
+    Where there is a `limit`, a running mean of the loss above that of the limit means that training diverges.
+    """
+
+    value: Tensor
+    limit: Tensor | None = None
+    watched: Mapping[str, Tensor] = field(default_factory=dict)  # by the names that they are logged under
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Loss":
+        """A loss of what `function` makes of each scalar."""
+        limit = None if self.limit is None else function(self.limit)
+        return Loss(function(self.value), limit, {name: function(value) for name, value in self.watched.items()})
+
+    def __truediv__(self, count: int) -> "Loss":
+        return self.map(lambda value: value / count)
+
+    def detach(self) -> "Loss":
+        return self.map(Tensor.detach)
+
+
+def sum_losses(losses: Sequence[Loss]) -> Loss:
+    """The sum of the losses of one phase, one by one."""
+    total = losses[0]
+    for loss in losses[1:]:
+        limit = None if total.limit is None or loss.limit is None else total.limit + loss.limit
+        watched = {name: value + loss.watched[name] for name, value in total.watched.items()}
+        total = Loss(total.value + loss.value, limit, watched)
+    return total
 
 
 @torch.no_grad()

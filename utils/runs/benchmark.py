@@ -59,7 +59,7 @@ def time_steps(learner: Learner, phase: Phase, batch: Batch, device: torch.devic
     def step() -> None:
         learner.begin_step()
         with phase.speaking():
-            phase.loss(batch).backward()
+            phase.loss(batch).value.backward()
         phase.step()
 
     with learner.unchanged():

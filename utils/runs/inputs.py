@@ -22,7 +22,9 @@ from utils.encoding.text import TextEncoding, Texts, encode_texts, negative_prom
 from utils.setup.model import SingleFiles
 from utils.training.calibration import Workload
 from utils.training.cards import Card
+from utils.training.distillation import finished_student
 from utils.training.experts import Role, plan_experts
+from utils.training.few_step import CRITIC
 from utils.training.optimizers import KINDS
 from utils.training.phases import TrainingOptions
 from utils.training.planning import OnGpu, encoding_seconds
@@ -38,6 +40,11 @@ CPU = torch.device("cpu")
 class InputOptions(SingleFiles, DataOptions, Caches, GivenFrames, AdapterOptions, TrainingOptions):
     """what is trained, and on what"""
 
+    @property
+    def loads_others(self) -> bool:
+        """Whether an expert that is not trained is loaded too: for previews, or to begin with its samples."""
+        return bool(self.preview_prompts or self.high_lora)
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -52,6 +59,12 @@ class Inputs:
     texts: Texts
     samples: Samples
     watched: list[Window]  # for validation
+    high: Chosen | None = None  # the finished LoRA of the high-noise expert, for few-step distillation of the other
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The (width, height) of the largest clip."""
+        return largest_window(self.data.windows).bucket[:2]
 
     def load_batch(self, window: Window) -> Batch:
         """A window alone, in main memory."""
@@ -80,7 +93,7 @@ def load_texts(opts: InputOptions, files: ModelFiles, device: torch.device, data
     # Distillation and guided previews also need a negative prompt. --cache_embeddings encodes all that ship with us.
     prompts, family = opts.preview_prompts, files.family
     sampler = opts.preview_sampler(family, family.size, bool(opts.distill_cfg))
-    guided = bool(opts.distill_cfg) or (bool(prompts) and sampler.is_guided)
+    guided = bool(opts.distill_cfg) or opts.few_step or (bool(prompts) and sampler.is_guided)
     negatives = [opts.distill_negative or negative_prompt_file(family)] if guided else []
     others = shipped_prompts() if opts.cache_embeddings else []
     encoding = TextEncoding(files, device, opts.text_encoder_dtype)
@@ -96,6 +109,9 @@ def open_inputs(
     roles = opts.roles(files.family)
     adapters = plan_experts(roles, files)
     opts.preview_images(files.family, _preview_size(plan).frames)
+    if opts.few_step:
+        adapters = {name: replace(plan, copies=(CRITIC,)) for name, plan in adapters.items()}
+    high = None if opts.high_lora is None else finished_student(opts.high_lora, opts, files)
     further = further_loras(opts.also_lora, files, {name: plan.facts for name, plan in adapters.items()})
 
     # The text encoder takes 11 GB. It is loaded only if an embedding is missing, and freed before the next model.
@@ -107,7 +123,7 @@ def open_inputs(
     encoding = LatentEncoding(files, device, opts.control_signal, VAE_DTYPES[opts.vae_dtype], decisions)
     windows = [*(plan.fixed_windows or plan.largest_batch), *watched]
     samples = open_samples(opts, encoding, windows, texts.captions, data.cache_folder, opts.num_workers)
-    return Inputs(files, data, plan, roles, adapters, further, texts, samples, watched)
+    return Inputs(files, data, plan, roles, adapters, further, texts, samples, watched, high)
 
 
 def open_preview(opts: InputOptions, inputs: Inputs, validation: list[Batch], seed: int) -> Preview:
@@ -129,7 +145,7 @@ def workload(opts: InputOptions, family: Family, shape: WanShape, plan: Plan) ->
     windows, roles = plan.largest_batch, opts.roles(family)
     rank, dtype = max(role.opts.lora_rank for role in roles), DTYPES[opts.adapter_dtype]
     work = Workload(shape, windows[0].tokens, len(windows), rank, opts.lora_target, len(roles), dtype)
-    loaded = len(family.experts) if opts.preview_prompts else len(roles)
+    loaded = len(family.experts) if opts.loads_others else len(roles)
     work = replace(work, loaded=loaded, has_average=bool(opts.ema_decay), accumulates=opts.gradient_accumulation > 1)
     work = replace(work, moment_bytes=KINDS[opts.optimizer].state_bytes)
     return replace(work, fp32_stream=opts.fp32_stream, keeps_ends=opts.keep_end_blocks)

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypedDict
 
 import psutil
@@ -16,16 +17,20 @@ from tqdm import tqdm
 
 from utils.common.checkpoint_names import preview_name, sheet_name
 from utils.common.errors import RunError
+from utils.diffusion.objectives import Loss
 from utils.media.contact_sheet import contact_sheet
 from utils.media.frames import save_image, write_video
 from utils.runs.tensorboard import TensorBoardLog
 from utils.training.learner import Update
 from utils.training.validation import Losses
+from utils.training.variety import COLLAPSED
 
 LOG_SECONDS = 1.0
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"
 SMOOTHING = 0.98
 MAX_BAD_STEPS = 3
+NO_NUMBERS: Mapping[str, float] = MappingProxyType({})
+FEWEST = 20  # updates whose running mean says something
 SAMPLES = "samples"  # the folder of previews
 ORDINARY = "train"  # the phase of a run that has one
 
@@ -37,28 +42,29 @@ class _Numbers:
     step: int
     phase: str
     learning_rate: float
-    values: Tensor  # loss and gradient norm, (2,) on the CPU
+    names: Sequence[str]
+    values: Tensor  # on the CPU, one for each name
     arrived: torch.cuda.Event | None
 
     @classmethod
-    def of(cls, step: int, phase: str, learning_rate: float, values: Tensor) -> "_Numbers":
+    def of(cls, step: int, phase: str, learning_rate: float, named: Mapping[str, Tensor]) -> "_Numbers":
+        names, values = [*named], torch.stack([*named.values()])
         if values.device.type != "cuda":
-            return cls(step, phase, learning_rate, values, None)
+            return cls(step, phase, learning_rate, names, values, None)
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         host.copy_(values, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        return cls(step, phase, learning_rate, host, arrived)
+        return cls(step, phase, learning_rate, names, host, arrived)
 
     def has_arrived(self) -> bool:
         return self.arrived is None or self.arrived.query()
 
-    def read(self) -> tuple[float, float]:
-        """Loss and gradient norm; waits for them."""
+    def read(self) -> dict[str, float]:
+        """By name; waits for them."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        loss, grad_norm = self.values.tolist()
-        return loss, grad_norm
+        return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -68,13 +74,20 @@ class Means:
     smooth: float = 0.0  # the loss
     weight: float = 0.0  # the sum of all weights so far, which approaches 1
     clipped: float = 0.0  # 1 for each update whose gradient was clipped, 0 for others
+    limit: float = 0.0  # of the loss, where there is one
 
-    def after(self, loss: float, grad_norm: float, max_grad_norm: float) -> "Means":
+    def after(self, loss: float, grad_norm: float, max_grad_norm: float, limit: float = 0.0) -> "Means":
         """The means after one more update. `clipped` stays where no gradient is clipped (`max_grad_norm` 0)."""
         smooth = SMOOTHING * self.smooth + (1 - SMOOTHING) * loss
         weight = SMOOTHING * self.weight + (1 - SMOOTHING)
         clipped = SMOOTHING * self.clipped + (1 - SMOOTHING) * (grad_norm > max_grad_norm)
-        return Means(smooth, weight, clipped if max_grad_norm else self.clipped)
+        limit = SMOOTHING * self.limit + (1 - SMOOTHING) * limit
+        return Means(smooth, weight, clipped if max_grad_norm else self.clipped, limit)
+
+    @property
+    def diverges(self) -> bool:
+        """Whether the loss is above its limit, if it has one, over enough updates."""
+        return 0 < self.limit < self.smooth and self.weight >= 1 - SMOOTHING**FEWEST
 
     @property
     def loss(self) -> float:
@@ -135,13 +148,17 @@ class Metrics:
         """Whether this step has its previews, perhaps from before the run was interrupted."""
         return (self.folder / SAMPLES / sheet_name(self.step)).exists()
 
-    def log(self, phase: str, loss: Tensor, update: Update) -> None:
+    def log(self, phase: str, loss: Loss, update: Update) -> None:
         """Notes an update of the step that is being taken."""
-        values = torch.stack([loss.detach(), update.grad_norm])
-        self._pending.append(_Numbers.of(self.step + 1, phase, update.learning_rate, values))
+        named = {"loss": loss.value, "grad_norm": update.grad_norm, **loss.watched}
+        named |= {} if loss.limit is None else {"loss_limit": loss.limit}
+        self._pending.append(_Numbers.of(self.step + 1, phase, update.learning_rate, named))
 
     def end_step(self, tokens: int) -> None:
-        """Counts a step. Raises RunError once loss or gradients were not finite several times in a row."""
+        """Counts a step.
+
+        Raises RunError once loss or gradients were not finite several times in a row, and where a phase diverges.
+        """
         self.step += 1
         self._tokens += tokens
         self._steps += 1
@@ -156,24 +173,30 @@ class Metrics:
     def _write_arrived(self, wait: bool) -> None:
         while self._pending and (wait or self._pending[0].has_arrived()):
             numbers = self._pending.popleft()
-            self._write_update(numbers, *numbers.read())
+            self._write_update(numbers, numbers.read())
         if self._steps:
             self._write_speed()
 
-    def _write_update(self, numbers: _Numbers, loss: float, grad_norm: float) -> None:
-        step, phase = numbers.step, numbers.phase
+    def _write_update(self, numbers: _Numbers, values: Mapping[str, float]) -> None:
+        step, phase, loss, grad_norm = numbers.step, numbers.phase, values["loss"], values["grad_norm"]
         self._phase = phase
         self.board.scalar(f"{phase}/learning_rate", numbers.learning_rate, step)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._skipped(step, loss, grad_norm)
             return
         self._bad_steps = 0
-        means = self._means[phase] = self.means(phase).after(loss, grad_norm, self.max_grad_norm)
-        self.board.scalar(f"{phase}/loss", loss, step)
+        limit = values.get("loss_limit", 0.0)
+        means = self._means[phase] = self.means(phase).after(loss, grad_norm, self.max_grad_norm, limit)
+        for name, value in values.items():
+            self.board.scalar(f"{phase}/{name}", value, step)
         self.board.scalar(f"{phase}/loss_smooth", means.loss, step)
-        self.board.scalar(f"{phase}/grad_norm", grad_norm, step)
         if self.max_grad_norm:
             self.board.scalar(f"{phase}/clipped_share", means.clipped_share, step)
+        if means.diverges:
+            raise RunError(
+                f"step {step}: the {phase} diverges: its mean loss is {means.loss:.3f}, and would be "
+                f"{means.limit / means.weight:.3f} if it answered zero\ntry a lower learning rate for it"
+            )
 
     def _skipped(self, step: int, loss: float, grad_norm: float) -> None:
         self._bad_steps += 1
@@ -198,12 +221,25 @@ class Metrics:
         """The running means of a phase, of all steps whose numbers were read."""
         return self._means.get(phase, Means())
 
-    def log_validation(self, measured: Mapping[str, Losses]) -> None:
-        """Writes for each phase one loss per noise level and their mean. The step is validated then."""
+    def log_validation(self, measured: Mapping[str, Losses], variety: Mapping[str, float] = NO_NUMBERS) -> None:
+        """Writes for each phase one loss per noise level and their mean. The step is validated then.
+
+        `variety` is that of students as a share of their teachers'. Raises RunError where one has collapsed.
+        """
         for phase, losses in measured.items():
             self._write_validation(phase, losses)
+        for phase, share in variety.items():
+            self.board.scalar(f"val/{phase}/variety", share, self.step)
+            self.say(f"step {self.step}: samples of the {phase} differ {share:.2f} times as much as the teacher's")
         self._validated_at = self.step
         self.restart_clock()
+        for phase, share in variety.items():
+            if not share >= COLLAPSED:
+                raise RunError(
+                    f"step {self.step}: the {phase} has collapsed: it makes almost the same of every noise, less than "
+                    f"{COLLAPSED:g} of the teacher's variance\ntry a lower --learning_rate, or a higher "
+                    "--learning_rate_critic or --gen_update_interval"
+                )
 
     def _write_validation(self, phase: str, losses: Losses) -> None:
         prefix, of_phase = ("val", "") if phase == ORDINARY else (f"val/{phase}", f" of {phase}")

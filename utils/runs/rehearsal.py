@@ -88,15 +88,14 @@ def rehearse_step(
     The room is one of the `decisions` where these are given: compiled blocks round differently under another plan.
     `spare` is the share of it that is left unused. `accumulates`: whether a pass is made while all gradients exist.
     """
-    trained = _trained(phase)
     updaters = [trainable.updater for trainable in learner.trainables.values()]
 
     def run() -> None:
         with temp_rng(0):  # what is measured is what is tried then
-            phase.loss(batch).backward()
+            phase.loss(batch).value.backward()
 
     def run_alone() -> None:
-        _drop_gradients(trained)
+        _drop_gradients(_trained(phase))
         run()
 
     def measure() -> Room:
@@ -113,7 +112,7 @@ def rehearse_step(
             run()
         phase.step()
         # From the second step on there are the optimizer's moments, also those of other LoRAs.
-        known = {id(parameter) for parameter in trained}
+        known = {id(parameter) for parameter in _trained(phase)}
         idle = [updater for updater in updaters if id(updater.parameters[0]) not in known]
         others = sum(updater.bytes_of_first_step() for updater in idle)
         _moments = torch.empty(others, dtype=torch.uint8, device=batch.latents.device)
@@ -146,6 +145,7 @@ def _kept_room(decisions: Decisions, measure: Callable[[], Room]) -> Room:
 
 
 def _trained(phase: Phase) -> list[nn.Parameter]:
+    """Those of the adapter that answers."""
     return [parameter for parameter in phase.model.parameters() if parameter.requires_grad]
 
 

@@ -91,7 +91,8 @@ class RunOptions:
 class Run:
     """A folder, a learner, and the metrics of what it does.
 
-    `last_saved_files` are the LoRAs of the last checkpoint, one for each trainable; empty where none was written.
+    `last_saved_files` are the LoRAs of the last checkpoint, one for each that is exported; empty where none was
+    written.
     """
 
     def __init__(self, folder: Path, learner: Learner, metrics: Metrics, settings: "RunSettings") -> None:
@@ -100,7 +101,7 @@ class Run:
         self.metrics = metrics
         self.settings = settings
         self.checkpoints = folder / CHECKPOINTS
-        files = [settings.file_of(self.step, name).find(self.checkpoints) for name in learner.trainables]
+        files = [settings.file_of(self.step, name).find(self.checkpoints) for name in learner.exported]
         self.last_saved_files = [] if None in files else [path for path in files if path is not None]
         self._saved_step = self.step if self.last_saved_files else None
         self._saved_at = time.monotonic()
@@ -130,7 +131,7 @@ class Run:
         self.metrics.log_previews(videos, fps)
 
     def save(self) -> list[Path]:
-        """Writes what each trainable has learned, its average, and the state from which the run can be resumed.
+        """Writes what is exported of what was learned, its average, and the state from which the run can be resumed.
 
         Returns the files of what was learned, without averages and state. The state comes last: where there is one, the
         rest is whole. Raises RunError where the disk refuses, and for values that are not finite.
@@ -202,7 +203,7 @@ def write_checkpoint(
     """Writes what `Run.save` says to a folder, and returns what it returns. Raises RunError as it does."""
     written = []
     try:
-        for name, trainable in learner.trainables.items():
+        for name, trainable in learner.exported.items():
             about = {"steps": str(learner.step), **settings.about} | ({EXPERT_KEY: name} if name in EXPERTS else {})
             for average in (False, True) if trainable.ema else (False,):
                 file = settings.file_of(learner.step, name, average)

@@ -37,7 +37,8 @@ from utils.training.learner import Learner, StateDict
 FACTS, CHECKSUM = "facts", "sha256"
 FORMAT = 3
 COUNTS = ("bad_steps", "validated_at")
-MEANS = tuple(field.name for field in fields(Means))
+MEANS = {field.name for field in fields(Means)}
+FORMER_MEANS = MEANS - {"limit"}  # of version 0.2, and of the first states of format 3
 CHANGES_SHOWN = 20
 
 
@@ -310,7 +311,7 @@ def _check_facts(content: Mapping[str, Any], step: object) -> None:
     if not isinstance(metrics["validated_at"], int) or not isinstance(metrics["means"], dict):
         raise TypeError("metrics")
     for means in metrics["means"].values():
-        if means.keys() != set(MEANS) or not all(_is_finite(value) for value in means.values()):
+        if means.keys() not in (MEANS, FORMER_MEANS) or not all(_is_finite(value) for value in means.values()):
             raise ValueError("metrics")
 
 
@@ -324,14 +325,14 @@ def _is_finite(value: object) -> bool:
 
 def _metrics_of_one_phase(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Today's form of metrics from before there were several phases."""
-    if metrics.keys() != {*COUNTS, *MEANS}:
+    if metrics.keys() != {*COUNTS, *FORMER_MEANS}:
         raise ValueError("metrics")
-    means = {ORDINARY: {name: metrics[name] for name in MEANS}}
+    means = {ORDINARY: {name: metrics[name] for name in FORMER_MEANS}}
     return {name: metrics[name] for name in COUNTS} | {"means": means}
 
 
 def _facts_of_0_1(content: Mapping[str, Any]) -> dict[str, Any]:
-    metrics = {name: content[name] for name in ("bad_steps", *MEANS)}
+    metrics = {name: content[name] for name in ("bad_steps", *FORMER_MEANS)}
     metrics["validated_at"] = content["step"]  # whatever was due came before the state
     facts = {name: content[name] for name in ("step", "options", "data")}
     return facts | {"metrics": _metrics_of_one_phase(metrics), "learner": None}

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from utils.adapters.attach import AdapterOptions, AdapterPlan, LoraAdapter, plan_adapter, plan_fusion
 from utils.adapters.beside import Chosen, beside
+from utils.adapters.lora import adapter_parameters
 from utils.adapters.provenance import content_hash, files_of
 from utils.common.checkpoint_names import LORA
 from utils.common.console import say
@@ -150,6 +151,10 @@ class Role(Generic[T]):
         """The name that its metrics appear under."""
         return "train" if self.alone else self.name
 
+    def named(self, part: str) -> str:
+        """The name of a part of it, such as its critic."""
+        return part if self.alone else f"{self.name}_{part}"
+
     @property
     def label(self) -> str:
         """What a line about it begins with."""
@@ -184,10 +189,10 @@ class Experts:
         self.active: str | None = next(iter(models))  # None: experts were being exchanged, which was interrupted
         self._further: Mapping[str, Sequence[Chosen]] = {}
         self._undo = ExitStack()  # of those that act on the active expert
-        for model in models.values():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.to(device)
+        adapters = [p for model in models.values() for p in adapter_parameters(model, None).values()]
+        for parameter in adapters:
+            parameter.data = parameter.data.to(device)
+        self._stay = {id(parameter) for parameter in adapters}
 
     def activate(self, name: str) -> None:
         """Brings an expert's base weights to the device, and those of the other to where they wait.
@@ -208,6 +213,15 @@ class Experts:
         self.activate(name)
         with adapter():
             yield
+
+    @contextmanager
+    def answering(self, name: str, adapter: Callable[[], AbstractContextManager[None]]) -> Iterator[Predict[Cond]]:
+        """A span in which this expert answers with an adapter; afterwards the one before is on the device again."""
+        before = self.active
+        with self.speaking(name, adapter):
+            yield make_predict(self.models[name])
+        if before is not None:
+            self.activate(before)
 
     @contextmanager
     def beside(self, loras: Mapping[str, Sequence[Chosen]]) -> Iterator[None]:
@@ -244,12 +258,11 @@ class Experts:
             self._on_disk[coming].read(_progress(f"reading the {coming} expert"))
 
     def _base(self, name: str) -> Iterator[Tensor]:
-        """The parameters that are not trained, and the buffers, without what is in a stream, or may be on disk."""
+        """The parameters of the base, and the buffers, without what is in a stream, or may be on disk."""
         model = self.models[name]
         on_disk = {id(tensor) for tensor in self._on_disk[name].tensors} if self._on_disk else set[int]()
-        frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
-        for tensor in chain(frozen, model.buffers()):
-            if id(tensor) not in on_disk and not any(stream.holds(tensor) for stream in self._streams):
+        for tensor in chain(model.parameters(), model.buffers()):
+            if id(tensor) not in self._stay | on_disk and not any(stream.holds(tensor) for stream in self._streams):
                 yield tensor
 
     @property

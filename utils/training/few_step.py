@@ -1,23 +1,31 @@
 """Few-step distillation on one frozen base: student and critic are adapters, and the base alone is the teacher."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.adapters.lora import speaking
+from utils.adapters.lora import ADAPTER, speaking
 from utils.common.tensors import map_tensors
-from utils.diffusion.few_step import noised_to_steps, predict_latents, roll_out, student_loss
-from utils.diffusion.flow import Noisy, Predict, sample_noisy
-from utils.diffusion.objectives import squared_error
+from utils.diffusion.few_step import noised_to_steps, predict_latents, pure_noise, roll_out, student_loss
+from utils.diffusion.flow import Noisy, Predict, add_noise, sample_noisy
+from utils.diffusion.objectives import Loss, squared_error
 from utils.encoding.conditioning import Batch, Cond, draw_held, loss_weight, make_predict, replace_text
 from wan.image2video import hold_first
 from wan.modules.model import WanModel
 
-STUDENT, CRITIC = "student", "critic"  # the adapters of a model
+STUDENT, CRITIC = ADAPTER, "critic"  # the adapters of a model
+
+
+@dataclass(frozen=True)
+class Upper:
+    """The finished student of the expert above, from whose samples this one starts."""
+
+    sigmas: Sequence[float]  # its steps
+    answering: Callable[[], AbstractContextManager[Predict[Cond]]]  # a span in which it is there to answer
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class FewStep:
     """The losses of a student and of its critic, each of which a phase asks for while it speaks.
 
     Both draw from torch's global random state. A mask of a clip has no effect: what is compared are distributions.
-    Raises ValueError without a step, and for a roll-out that does not begin at pure noise.
+    Raises ValueError without a step, and for a roll-out that begins neither at pure noise nor with an expert above.
     """
 
     model: WanModel
@@ -36,29 +44,53 @@ class FewStep:
     negative: Tensor  # (T, E), the text that the teacher is guided away from
     held_share: float = 0.0  # of the samples that are given their first latent frame, where they can be
     rolls_out: bool = False  # whether the student starts from its own samples, and not from clips
+    upper: Upper | None = None  # for a roll-out that does not begin at pure noise
 
     def __post_init__(self) -> None:
         if not self.sigmas:
             raise ValueError("a student has at least one step")
-        if self.rolls_out and self.sigmas[0] != 1:
+        if self.rolls_out and self.upper is None and self.sigmas[0] != 1:
             raise ValueError(f"a student that rolls out begins at noise level 1, not at {self.sigmas[0]:g}")
 
-    def student_loss(self, batch: Batch) -> Tensor:
+    def student_loss(self, batch: Batch) -> Loss:
         """As `utils.diffusion.few_step.student_loss`, for the student's samples. The student speaks."""
         cond = draw_held(batch.cond, self.held_share)
         latents = self._sample(batch, cond)
-        teacher, critic = self._voice(None), self._voice(CRITIC)
-        guide = partial(guided_together, teacher, negative=self.negative, guidance=self.guidance)
-        return student_loss(latents, guide, critic, cond, self.shift, self.interval, _weight(batch, cond))
+        matched = student_loss(
+            latents, self.teach, self._voice(CRITIC), cond, self.shift, self.interval, _weight(batch, cond)
+        )
+        return Loss(matched.loss, watched={"distance": matched.distance})
 
-    def critic_loss(self, batch: Batch) -> Tensor:
-        """How far the critic's velocity is from that of the student's samples, a scalar. The critic speaks."""
+    def critic_loss(self, batch: Batch) -> Loss:
+        """How far the critic's velocity is from that of the student's samples. The critic speaks.
+
+        It diverges where it is farther than an answer of zero would be.
+        """
         cond = draw_held(batch.cond, self.held_share)
         with torch.no_grad(), speaking(self.model, STUDENT):
             latents = self._sample(batch, cond)
-        noisy = sample_noisy(latents, self.shift, self.interval)
+        noisy, weight = sample_noisy(latents, self.shift, self.interval), _weight(batch, cond)
         velocity = make_predict(self.model)(noisy.latents, noisy.timestep, cond)
-        return squared_error(velocity, noisy.velocity, _weight(batch, cond))
+        limit = squared_error(torch.zeros_like(velocity), noisy.velocity, weight)
+        return Loss(squared_error(velocity, noisy.velocity, weight), limit)
+
+    def teach(self, latents: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+        """The teacher's guided velocity, whoever speaks around it."""
+        return guided_together(self._voice(None), latents, timestep, cond, self.negative, self.guidance)
+
+    @torch.no_grad()
+    def first(self, batch: Batch, cond: Cond) -> Noisy:
+        """Latents at the first of the steps: noise, clips with noise, or samples of the expert above with noise."""
+        noise, sigma = torch.randn_like(batch.latents), torch.full((len(batch.latents),), self.sigmas[0])
+        if self.sigmas[0] == 1:
+            return pure_noise(noise)
+        clean = batch.latents
+        if self.rolls_out and self.upper is not None:
+            with self.upper.answering() as predict:
+                start = pure_noise(torch.randn_like(noise))
+                noisy = roll_out(predict, start, cond, self.upper.sigmas, len(self.upper.sigmas) - 1)
+                clean = predict_latents(predict, noisy, cond)
+        return add_noise(clean, noise, sigma.to(noise.device))
 
     def _sample(self, batch: Batch, cond: Cond) -> Tensor:
         """What the student, which speaks, makes of noisy latents at one of its steps: clean ones."""
@@ -69,8 +101,7 @@ class FewStep:
         if not self.rolls_out:
             return noised_to_steps(batch.latents, self.sigmas)
         exit_at = int(torch.randint(len(self.sigmas), ()))
-        noise = torch.randn_like(batch.latents)
-        return roll_out(make_predict(self.model), noise, cond, self.sigmas, exit_at)
+        return roll_out(make_predict(self.model), self.first(batch, cond), cond, self.sigmas, exit_at)
 
     def _voice(self, adapter: str | None) -> Predict[Cond]:
         """The answers of an adapter, or of the base, whoever speaks around it."""

@@ -45,10 +45,16 @@ class Update:
 
 
 class Trainable:
-    """An adapter with its optimizer, schedule and average; `name` tells its files from those of others."""
+    """An adapter with its optimizer, schedule and average; `name` tells its files from those of others.
 
-    def __init__(self, name: str, adapter: Adapter, spec: OptimizerSpec, ema_decay: float = 0.0) -> None:
+    One that is not `exported`, such as a critic, becomes no file of its own: it is in the state alone.
+    """
+
+    def __init__(
+        self, name: str, adapter: Adapter, spec: OptimizerSpec, ema_decay: float = 0.0, exported: bool = True
+    ) -> None:
         self.name = name
+        self.exported = exported
         self.adapter = adapter
         self.updater = Updater(groups_of(adapter.parameters, spec), spec)
         self.ema = Ema(adapter.parameters, ema_decay) if ema_decay else None
@@ -132,6 +138,11 @@ class Learner:
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained."""
         return [p for trainable in self.trainables.values() for p in trainable.adapter.parameters.values()]
+
+    @property
+    def exported(self) -> dict[str, Trainable]:
+        """Those that become files, by name."""
+        return {name: trainable for name, trainable in self.trainables.items() if trainable.exported}
 
     def begin_step(self, num_updates: int = 1) -> None:
         """Opens a step of so many updates. One that is interrupted before its first update is repeated by a resume.

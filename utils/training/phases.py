@@ -2,23 +2,24 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Self, TypeVar
 
-from torch import Tensor
-
 from utils.adapters.attach import LoraAdapter
+from utils.common.errors import UserError
 from utils.diffusion.flow import Predict
-from utils.diffusion.objectives import Objective
+from utils.diffusion.objectives import Loss, Objective
 from utils.encoding.conditioning import Batch, Cond, make_predict
 from utils.storage.weights import StorageOptions
 from utils.training.attention import AttentionOptions
-from utils.training.experts import ExpertOptions, Experts, Role
-from utils.training.learner import Learner, Update
+from utils.training.distillation import FewStepOptions
+from utils.training.experts import OWN_RANGE, ExpertOptions, Experts, Role
+from utils.training.few_step import CRITIC, STUDENT, FewStep
+from utils.training.learner import Learner, Trainable, Update
 from utils.training.memory import MemoryOptions
 from utils.training.optim import Optimization
-from utils.training.optimizers import ADAMW
+from utils.training.optimizers import ADAMW, OptimizerSpec
 from utils.training.planning import PlanOptions
 from utils.training.preview import Previews
 from utils.training.validation import Losses, Validation, quantiles, validation_loss
@@ -31,6 +32,7 @@ Opts = TypeVar("Opts", bound="TrainingOptions")
 @dataclass(frozen=True)
 class TrainingOptions(
     Objective,
+    FewStepOptions,
     Optimization,
     ExpertOptions,
     StorageOptions,
@@ -45,9 +47,13 @@ class TrainingOptions(
     def roles(self, family: Family) -> list[Role[Self]]:
         """As `ExpertOptions.roles`. Raises UserError too where a warm-up is as long as the training of its expert.
 
-        And where a learning rate is not meant for the optimizer, or --idle_expert would be ignored.
+        And where a learning rate is not meant for the optimizer, --idle_expert would be ignored, or few steps cannot be
+        distilled so.
         """
         roles = super().roles(family)
+        if self.few_step:
+            self.check_few_step(family, [role.expert for role in roles])
+            self._check_objective(min(role.opts.max_train_steps for role in roles))
         # An expert that is not trained is loaded for previews.
         self.check_idle_expert(len(roles) if self.sample_prompts is None else len(family.experts))
         for role in roles:
@@ -55,11 +61,49 @@ class TrainingOptions(
             role.opts.check_rate()
         return roles
 
+    def _check_objective(self, num_steps: int) -> None:
+        """Raises UserError for options that would be ignored, and for a run in which the LoRA has no update."""
+        if self.distill_cfg:
+            raise UserError("--few_step distils guidance too, see --real_guidance_scale: leave out --distill_cfg")
+        if self.shift != Objective.shift:
+            raise UserError("--shift would be ignored: with --few_step it is --few_step_shift")
+        if self.expert_range != OWN_RANGE:
+            raise UserError("--expert_range would be ignored: with --few_step an expert has its own noise levels")
+        if self.mask_floor != Objective.mask_floor:
+            raise UserError("--mask_floor would be ignored: --few_step compares distributions, not positions")
+        if num_steps < self.gen_update_interval and not self.epochs:
+            raise UserError(
+                f"--max_train_steps {num_steps} is below --gen_update_interval {self.gen_update_interval}: "
+                "the LoRA would not be trained"
+            )
+
+    def num_updates(self, name: str) -> int:
+        """Those of one adapter in the whole run: of the LoRA, or of its critic."""
+        is_rare = self.few_step and name != CRITIC
+        return self.max_train_steps // self.gen_update_interval if is_rare else self.max_train_steps
+
+    def spec_of(self, name: str) -> OptimizerSpec:
+        """How one adapter learns. The LoRA and its critic warm up over the same steps of the run."""
+        spec = self.optimizer_spec
+        if not self.few_step:
+            return spec
+        if name == CRITIC:
+            rate = self.learning_rate if self.learning_rate_critic is None else self.learning_rate_critic
+            return replace(spec, learning_rate=rate)
+        warmup = self.lr_warmup_steps // self.gen_update_interval
+        return replace(spec, total_steps=self.num_updates(name), warmup_steps=warmup)
+
     def describe_rate(self) -> str:
         """How fast is learned, and what."""
+        if self.few_step:
+            return self._describe_few_steps()
         distilled = f", guidance {1 + self.distill_cfg:g} distilled" if self.distill_cfg else ""
         by = "" if self.optimizer == ADAMW else f"{self.optimizer}, "
         return f"{by}learning rate {self.learning_rate:g}, shift {self.shift:g}{distilled}"
+
+    def _describe_few_steps(self) -> str:
+        rates = f"learning rate {self.learning_rate:g}, of its critic {self.spec_of(CRITIC).learning_rate:g}"
+        return f"{rates}, an update after each {self.gen_update_interval} of the critic, on {self.distill_input}"
 
 
 @dataclass(frozen=True)
@@ -72,17 +116,18 @@ class Phase:
     average; `taken` counts these updates. `sigmas` are the noise levels to validate at. Metrics appear under `name`.
 
     Ordinary training is one phase. Two experts are two phases that take turns; a student and its critic are two that
-    share a step.
+    share a step. One that is not due in each step is due in the last of `every` so many of its turn.
     """
 
     name: str
     speaking: Callable[[], AbstractContextManager[None]]
     predict: Predict[Cond]
-    loss: Callable[[Batch], Tensor]
+    loss: Callable[[Batch], Loss]
     step: Callable[[], Update]
     taken: Callable[[], int]
     sigmas: Sequence[float]
     model: WanModel
+    every: int = 1
 
     def validate(self, clips: Iterable[Batch], seed: int) -> Losses:
         """The losses on these clips, on the device, at the noise levels of the phase."""
@@ -90,22 +135,67 @@ class Phase:
             return Losses(validation_loss(self.predict, clips, seed, self.sigmas), self.sigmas)
 
 
+def make_trainables(role: Role[Opts], adapter: LoraAdapter) -> list[Trainable]:
+    """What is trained of a role: its LoRA, and in few-step distillation the critic, which is not exported."""
+    opts = role.opts
+    student = Trainable(role.trainable, adapter, opts.spec_of(STUDENT), opts.ema_decay)
+    if not opts.few_step:
+        return [student]
+    return [student, Trainable(role.named(CRITIC), adapter.named(CRITIC), opts.spec_of(CRITIC), exported=False)]
+
+
+def count_updates(role: Role[Opts]) -> dict[str, int]:
+    """The updates in the whole run of what is trained of a role, by the names of `make_trainables`."""
+    critic = {role.named(CRITIC): role.opts.num_updates(CRITIC)} if role.opts.few_step else {}
+    return {role.trainable: role.opts.num_updates(STUDENT), **critic}
+
+
 def make_phase(
     role: Role[Opts],
     adapter: LoraAdapter,
     experts: Experts,
     learner: Learner,
-    loss: Callable[..., Tensor],
+    loss: Callable[..., Loss],
 ) -> Phase:
     """The update of one LoRA: it speaks, forward and backward, and its optimizer follows.
 
-    `loss` maps a batch to a scalar, given the role's `opts` and `sigmas`, and the `model`.
+    `loss` maps a batch to a loss, given the role's `opts` and `sigmas`, and the `model`.
     """
     loss = partial(loss, opts=role.opts, sigmas=role.sigmas, model=adapter.model)
-    update = partial(learner.update, role.trainable, role.opts.max_grad_norm)
+    return _phase(role, adapter, experts, learner.trainables[role.trainable], learner, loss)
+
+
+def make_few_step_phases(
+    role: Role[Opts], adapter: LoraAdapter, experts: Experts, learner: Learner, few_step: FewStep
+) -> list[Phase]:
+    """The updates of a student, which is the LoRA, and of its critic."""
+    critic, opts, name = adapter.named(CRITIC), role.opts, role.named(CRITIC)
+    student = _phase(role, adapter, experts, learner.trainables[role.trainable], learner, few_step.student_loss)
+    follower = _phase(role, critic, experts, learner.trainables[name], learner, few_step.critic_loss)
+
+    def step() -> Update:
+        update = student.step()
+        # Implicit distribution alignment of SenseFlow, https://arxiv.org/abs/2506.00523: the critic follows the student
+        # into what it has just become.
+        if opts.critic_alignment:
+            critic.take_values(adapter, opts.critic_alignment)
+        return update
+
+    student_name, every = role.named("student"), opts.gen_update_interval
+    return [replace(student, name=student_name, step=step, every=every), replace(follower, name=name)]
+
+
+def _phase(
+    role: Role[Opts],
+    adapter: LoraAdapter,
+    experts: Experts,
+    trainable: Trainable,
+    learner: Learner,
+    loss: Callable[[Batch], Loss],
+) -> Phase:
+    update = partial(learner.update, trainable.name, role.opts.max_grad_norm)
     span = partial(experts.speaking, role.name, adapter.speaking)
-    updater = learner.trainables[role.trainable].updater
-    sigmas = quantiles(*role.expert.sigmas)
+    sigmas, updater = quantiles(*role.expert.sigmas), trainable.updater
     predict, model = make_predict(adapter.model), adapter.model
     return Phase(role.phase, span, predict, loss, update, lambda: updater.step_count, sigmas, model)
 
@@ -114,7 +204,7 @@ def make_phase(
 class Schedule:
     """Which phases each step has: those of whose turn it is, `length` steps in a row, until each has taken its own.
 
-    Ordinary training has one turn of one phase, two experts have two. All turns have as many phases.
+    Ordinary training has one turn of one phase, two experts have two. Of each turn one phase is due in every step.
     """
 
     turns: Sequence[Sequence[Phase]]
@@ -133,12 +223,14 @@ class Schedule:
 
     def due(self) -> Sequence[Phase]:
         """The phases of the next step, all of which belong to it."""
-        taken = [phases[0].taken() for phases in self.turns]
-        return self.turns[in_turn(taken, self.steps, self.length)]
+        taken = [max(phase.taken() for phase in phases) for phases in self.turns]
+        turn = in_turn(taken, self.steps, self.length)
+        return [phase for phase in self.turns[turn] if (taken[turn] + 1) % phase.every == 0]
 
-    def updates_before(self, step: int) -> int:
-        """The number of phases in all of the steps before this one."""
-        return step * len(self.turns[0])
+    @property
+    def updates_taken(self) -> int:
+        """The number of updates so far, of all phases."""
+        return sum(phase.taken() for phase in self.phases)
 
 
 def in_turn(taken: Sequence[int], steps: Sequence[int], length: int) -> int:
