@@ -13,6 +13,7 @@ from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_writer import write_lora
 from utils.adapters.model_card import ModelCard
 from utils.common.checkpoint_names import EXPERTS
+from utils.diffusion.objectives import Loss
 from utils.runs.run import Run, RunSettings, open_run
 from utils.runs.state import Facts, State
 from utils.training.learner import Learner, Trainable, Update
@@ -79,7 +80,7 @@ def open_a_run(output_dir: Path, state: State | None = None, max_grad_norm: floa
 def log(run: Run, loss: float, grad_norm: float = 1.0, phase: str = "train") -> None:
     """A whole step with these numbers."""
     run.learner.step += 1
-    run.metrics.log(phase, torch.tensor(loss), Update(torch.tensor(grad_norm), 0.5))
+    run.metrics.log(phase, Loss(torch.tensor(loss)), Update(torch.tensor(grad_norm), 0.5))
     run.metrics.end_step(tokens=100)
 
 

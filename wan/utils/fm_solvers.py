@@ -78,20 +78,26 @@ def make_solver(name: str, num_steps: int, shift: float, device: torch.device, s
     if name == LCM:
         return LcmSolver(few_step_grid(num_steps, shift), seeds, device)
     sigmas = sigma_grid(num_steps, shift)
-    # Importing diffusers takes most of a second, which a run without previews need not wait for.
-    # The grid is shifted already: the schedulers' own shift must stay 1, else it would be shifted twice.
     if name == "unipc":
-        from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
-
-        solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
-        solver.set_timesteps(sigmas=sigmas, device=device)
-    elif name == "euler":
-        from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-
-        solver = FlowMatchEulerDiscreteScheduler(shift=1.0)
-        solver.set_timesteps(sigmas=sigmas, device=device)
-    else:
+        return unipc(sigmas, device)
+    if name != "euler":
         raise ValueError(f"unknown solver {name!r}; known: {', '.join(SOLVERS)}")
+    # Importing diffusers takes most of a second, which a run without previews need not wait for.
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    # The grid is shifted already: the schedulers' own shift must stay 1, else it would be shifted twice.
+    solver = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    solver.set_timesteps(sigmas=sigmas, device=device)
+    solver.set_begin_index(0)
+    return solver
+
+
+def unipc(sigmas: np.ndarray, device: torch.device) -> Solver:
+    """UniPC over these noise levels, descending; the last step is to 0."""
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+    solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
+    solver.set_timesteps(sigmas=sigmas, device=device)
     # Truncated timesteps can repeat; counted from the beginning, a repeated one is not mistaken for the other.
     solver.set_begin_index(0)
     return solver

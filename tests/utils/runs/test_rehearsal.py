@@ -23,6 +23,7 @@ from tests.trainees import SITUATIONS, inputs_of, loss_of, prepare_again, traine
 from utils.common.decisions import Decisions
 from utils.common.errors import RunError, UserError
 from utils.common.tensor_files import read_tensors
+from utils.diffusion.objectives import Loss
 from utils.encoding.conditioning import Batch, Cond
 from utils.encoding.samples import FreshSamples
 from utils.runs import rehearsal
@@ -52,11 +53,11 @@ class Rehearsal:
         step = partial(self.learner.update, "lora", 1.0)
         self.phase = Phase("lora", nullcontext, None, self.loss, step, None, (), self.model)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Batch) -> Loss:
         self.asked += 1
         self.strategies.append(self.plan.strategies(TOKENS))
         noise = torch.randn_like(batch.latents) * random.random()
-        return loss_of(self.model(batch.latents + noise, self.timestep, batch.cond.text))
+        return Loss(loss_of(self.model(batch.latents + noise, self.timestep, batch.cond.text)))
 
     def run(self, decisions: Decisions | None = None) -> None:
         step = partial(rehearse_step, self.phase, self.batch, self.plan, self.learner, decisions)
@@ -310,7 +311,7 @@ def test_two_rehearsals_draw_the_same_numbers():
     for it, seed in ((first, 1), (second, 2)):
         torch.manual_seed(seed)
         own = it.loss
-        it.phase = replace(it.phase, loss=lambda batch, own=own: losses.append(value := own(batch)) or value)
+        it.phase = replace(it.phase, loss=lambda batch, own=own: losses.append((loss := own(batch)).value) or loss)
         it.run()
     assert len(losses) == 6 and all(map(torch.equal, losses[:3], losses[3:]))
     assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[1], losses[2])  # there was an update

@@ -12,7 +12,7 @@ from tests.tiny import IMAGE_DIM, TINY_SHAPE, tiny_shape, tiny_transformer
 from utils.adapters.lora import adapter_parameters, add_lora, select_modules, speaking
 from utils.diffusion.few_step import noised_to_steps, predict_latents, student_loss
 from utils.diffusion.flow import sample_noisy
-from utils.diffusion.objectives import squared_error
+from utils.diffusion.objectives import Loss, squared_error
 from utils.encoding.conditioning import Batch, Cond, make_predict, replace_text
 from utils.training.few_step import CRITIC, STUDENT, FewStep, guided_together
 from utils.training.memory import Memory, prepare
@@ -60,7 +60,8 @@ def few_step(model: WanModel, **changes) -> FewStep:
                              "negative": NEGATIVE} | changes)  # fmt: skip
 
 
-def outcome(loss: Tensor, parameters: dict[str, nn.Parameter]) -> list[Tensor]:
+def outcome(loss: Tensor | Loss, parameters: dict[str, nn.Parameter]) -> list[Tensor]:
+    loss = loss.value if isinstance(loss, Loss) else loss
     return [loss.detach(), *torch.autograd.grad(loss, list(parameters.values()))]
 
 
@@ -77,7 +78,7 @@ def test_one_base_gives_the_losses_and_gradients_of_three_models(checkpointing, 
     torch.manual_seed(5)
     latents = predict_latents(make_predict(student), noised_to_steps(batch.latents, SIGMAS), batch.cond)
     guide = partial(guided_together, make_predict(teacher), negative=NEGATIVE, guidance=GUIDANCE)
-    loss = student_loss(latents, guide, make_predict(critic), batch.cond, SHIFT, INTERVAL)
+    loss = student_loss(latents, guide, make_predict(critic), batch.cond, SHIFT, INTERVAL).loss
     assert same(found, outcome(loss, adapter_parameters(student, STUDENT)))
 
     torch.manual_seed(6)
@@ -107,7 +108,7 @@ def test_neither_loss_reaches_the_other_adapter():
     shared = few_step(base())
     for name, loss in ((STUDENT, shared.student_loss), (CRITIC, shared.critic_loss)):
         with speaking(shared.model, name):
-            loss(make_batch()).backward()
+            loss(make_batch()).value.backward()
         for adapter in (STUDENT, CRITIC):
             grads = [parameter.grad for parameter in adapter_parameters(shared.model, adapter).values()]
             assert all(grad is None for grad in grads) if adapter != name else all(grad.any() for grad in grads)
@@ -156,7 +157,7 @@ def test_the_student_starts_from_clips_or_from_its_own_samples(rolls_out, monkey
         for clips in (batch, other):
             torch.manual_seed(seed)
             with speaking(shared.model, STUDENT):
-                values.append(shared.student_loss(clips).item())
+                values.append(shared.student_loss(clips).value.item())
         assert (values[0] == values[1]) == rolls_out, "a student that rolls out reads no clip"
         steps = asked[: len(asked) // 2 - 2]  # the last two are the teacher's and the critic's
         assert [grad for _, grad in steps] == [False] * (len(steps) - 1) + [True]
@@ -180,7 +181,7 @@ def test_a_first_frame_that_is_given_counts_nothing(share):
 
     object.__setattr__(shared, "_sample", watched)
     with speaking(shared.model, STUDENT):
-        shared.student_loss(batch).backward()
+        shared.student_loss(batch).value.backward()
     (latents,) = seen
     assert torch.equal(latents[:, :, :1], batch.cond.first) == bool(share)
     assert latents.grad[:, :, :1].any() != bool(share) and latents.grad[:, :, 1:].any()
@@ -193,7 +194,7 @@ def test_a_mask_of_a_clip_has_no_effect():
         values = []
         for each in (batch, masked):
             torch.manual_seed(0)
-            values.append(loss(each).item())
+            values.append(loss(each).value.item())
         assert values[0] == values[1]
 
 

@@ -12,6 +12,7 @@ from utils.adapters.attach import AdapterOptions, LoraAdapter
 from utils.adapters.lora import add_lora, select_modules
 from utils.common.options import parse_options
 from utils.diffusion.flow import sample_noisy
+from utils.diffusion.objectives import Loss
 from utils.encoding.conditioning import Batch, Cond, make_predict
 from utils.training.experts import Experts
 from utils.training.learner import Learner, Trainable
@@ -55,8 +56,8 @@ def test_each_of_two_phases_changes_its_own_adapter_alone(checkpointing):
     learner = Learner([Trainable(name, adapter, SPEC) for name, adapter in adapters.items()])
     predict, timestep = make_predict(adapters["student"].model), torch.tensor([500.0])
 
-    def loss(batch: Batch) -> Tensor:
-        return predict(batch.latents, timestep, batch.cond).square().mean()
+    def loss(batch: Batch) -> Loss:
+        return Loss(predict(batch.latents, timestep, batch.cond).square().mean())
 
     phases = [
         Phase(name, adapter.speaking, predict, loss, partial(learner.update, name, 1.0), lambda: 0, (), adapter.model)
@@ -66,7 +67,7 @@ def test_each_of_two_phases_changes_its_own_adapter_alone(checkpointing):
     for phase in phases:
         before = {name: values(adapter) for name, adapter in adapters.items()}
         with phase.speaking():
-            phase.loss(make_batch()).backward()
+            phase.loss(make_batch()).value.backward()
         phase.step()
         changed = {name for name, adapter in adapters.items() if not same(before[name], values(adapter))}
         assert changed == {phase.name}
@@ -115,7 +116,7 @@ def test_an_experts_phase_changes_its_own_lora_alone_at_its_own_noise_levels_and
         with phase.speaking():
             assert experts.active == phase.name
             for _ in range(8):
-                phase.loss(i2v_batch()).backward()
+                phase.loss(i2v_batch()).value.backward()
         assert phase.step().learning_rate == rate
         changed = {
             name for name, trainable in learner.trainables.items() if not same(before[name], values(trainable.adapter))
@@ -214,15 +215,49 @@ def test_a_run_whose_options_have_changed_still_gives_each_expert_its_own_steps(
     assert turns(steps, turn, taken) == expected
 
 
-def test_a_step_of_experts_is_one_update_so_that_batches_are_counted_by_steps():
-    schedule = make_schedule((5, 3), 2, {"h": 0, "l": 0})
-    assert schedule.total_steps == 8
-    assert [schedule.updates_before(step) for step in range(9)] == list(range(9))
+def test_a_step_of_experts_is_one_update():
+    schedule = make_schedule((5, 3), 2, {"h": 2, "l": 1})
+    assert schedule.total_steps == 8 and schedule.updates_taken == 3
 
 
-def test_two_phases_of_one_turn_share_every_step():
-    taken = {"critic": 3, "student": 3}
-    both = [Phase(name, None, None, None, None, partial(taken.__getitem__, name), (), None) for name in taken]
-    schedule = Schedule([both], (5,))
-    assert [phase.name for phase in schedule.due()] == ["critic", "student"] and schedule.phases == both
-    assert schedule.total_steps == 5 and schedule.updates_before(3) == 6
+# ------------------------------------------------------------------------------------------------ a student's phases
+
+
+def student_and_critic(every: int, turns: int = 1, length: int = 1) -> tuple[Schedule, dict[str, int]]:
+    """The phases of students, "s", and critics, "c", numbered by their experts, and what each has taken."""
+    taken = {f"{letter}{turn}": 0 for turn in range(turns) for letter in "sc"}
+    count = {name: partial(taken.__getitem__, name) for name in taken}
+    phases = {n: Phase(n, None, None, None, None, count[n], (), None, every if "s" in n else 1) for n in taken}
+    return Schedule([[phases[f"s{turn}"], phases[f"c{turn}"]] for turn in range(turns)], (7,) * turns, length), taken
+
+
+def order_of(schedule: Schedule, taken: dict[str, int], steps: int) -> list[str]:
+    """Who is due in each of so many steps."""
+    order = []
+    for _ in range(steps):
+        due = [phase.name for phase in schedule.due()]
+        for name in due:
+            taken[name] += 1
+        order.append(" ".join(due))
+    return order
+
+
+def test_a_student_is_due_in_the_last_of_so_many_steps_of_its_critic():
+    schedule, taken = student_and_critic(every=3)
+    assert order_of(schedule, taken, 7) == ["c0", "c0", "s0 c0", "c0", "c0", "s0 c0", "c0"]
+    assert schedule.total_steps == 7 and schedule.updates_taken == 9
+
+
+def test_students_of_two_experts_count_the_steps_of_their_own_turns():
+    schedule, taken = student_and_critic(every=2, turns=2, length=3)
+    assert order_of(schedule, taken, 10) == [
+        "c0", "s0 c0", "c0", "c1", "s1 c1", "c1", "s0 c0", "c0", "s0 c0", "s1 c1",
+    ]  # fmt: skip
+
+
+def test_a_resumed_run_has_the_order_of_the_whole_one():
+    for step in range(14):
+        schedule, taken = student_and_critic(every=2, turns=2, length=3)
+        whole = order_of(schedule, taken, 14)
+        schedule, taken = student_and_critic(every=2, turns=2, length=3)
+        assert order_of(schedule, taken, step) + order_of(schedule, taken, 14 - step) == whole
