@@ -13,6 +13,7 @@ NUM_FINE = 9
 
 # (threshold, shape): a picture gets the first shape whose threshold its width / height exceeds.
 _SHAPES = ((1.528, (16, 9)), (1.15, (4, 3)), (0.884, (1, 1)), (0.669, (3, 4)), (0.0, (9, 16)))
+ASPECTS = tuple(f"{across}:{down}" for _, (across, down) in _SHAPES)
 _RELEASED_SIZES = {
     624: {(16, 9): (832, 480), (4, 3): (704, 544), (1, 1): (624, 624)},
     960: {(16, 9): (1280, 720), (4, 3): (1088, 832), (1, 1): (960, 960)},

@@ -18,12 +18,15 @@ from utils.data.folders import FULL, DatasetOptions, Folder, Rules
 from utils.data.notices import Notice, format_notices
 from utils.data.parts import Parts, dataset_name, media_elsewhere, notices_of, split_folders
 from utils.data.plan import Batching, Limits, Plan, Window, full_length_windows
+from utils.data.prompts import PromptOptions, prompt_sources, stand_for_videos
 from utils.data.scan import Problem, Scan, Source, survey
-from utils.data.tables import format_buckets, format_clips
+from utils.data.tables import format_buckets, format_clips, format_prompts
 from utils.data.walking import NoMediaError
 from utils.media.inspection import Inspector
+from wan.configs import Family
 from wan.configs.grid import Grid
 
+CACHE = ".wan_cache"
 NOTICED = 2.0  # seconds
 
 
@@ -81,16 +84,18 @@ def open_dataset(
     cache_folder: Path | None = None,
     skip_bad_files: bool = False,
     decode_check: str = FULL,
+    student: Family | None = None,
 ) -> Dataset:
     """Finds the clips of all folders and prints them as a table, after a line for each kind of file that is not used.
 
-    The caches' default folder is in the first folder.
+    The caches' default folder is in the first folder. For a `student` that starts from its own samples, given by its
+    family, images stand for videos, as `stand_for_videos` says.
 
     Raises UserError with a list of the files that cannot be used, each with its reason; with `skip_bad_files` they are
     printed instead. Also raises it if a part holds no media, no clip is left, or one frame exceeds the token limit.
     """
     _say_rounded_frames(folders, limits.grid)
-    cache = cache_folder or folders[0].path / ".wan_cache"
+    cache = cache_folder or folders[0].path / CACHE
     inspector = Inspector(cache, full=decode_check == FULL)
     train: list[Source] = []
     val: list[Source] = []
@@ -104,6 +109,7 @@ def open_dataset(
         for path, kept in ((parts.train, train), (parts.held_out, val)):
             if path is not None:
                 found = _survey(parts, Folder(path, folder.rules), model_fps, used, inspector)
+                found = found if student is None else stand_for_videos(found, student)
                 kept += found.sources
                 problems += found.problems
                 notices += found.notices
@@ -121,6 +127,22 @@ def open_dataset(
     if not train:
         raise UserError(f"no usable clip is left in {' '.join(str(folder.path) for folder in folders)}")
     return Dataset(train, val, windows, cache)
+
+
+def open_prompts(
+    options: PromptOptions, rules: Rules, limits: Limits, family: Family, cache_folder: Path | None = None
+) -> Dataset:
+    """The dataset that --prompts are, printed as a table. Nothing of it is held out.
+
+    The caches' default folder is beside the list. Raises UserError as `prompt_sources` does, and if one frame exceeds
+    the token limit.
+    """
+    sources = prompt_sources(options, rules, family)
+    _say_rounded_frames([Folder(sources[0].folder, rules)], limits.grid)
+    windows = full_length_windows(sources, limits)
+    say(format_prompts(windows))
+    say(f"\n{format_buckets(Plan(sources, limits, seed=0).epoch(0))}")
+    return Dataset(sources, [], windows, cache_folder or sources[0].path.parent / CACHE)
 
 
 def _survey(parts: Parts, part: Folder, model_fps: float, used: Sequence[Path], inspector: Inspector) -> Scan:

@@ -180,7 +180,7 @@ def resolve_folders(dataset: Path | None, config: Path | None, rules: Rules, tab
         return read_folders(config, rules, tables_only)
     if dataset is None:
         raise UserError("--dataset is missing: the folder with your clips and captions (--dataset_config: several)")
-    _check_ignored(rules, vars(rules))
+    check_ignored(rules, vars(rules))
     return [Folder(dataset, rules)]
 
 
@@ -193,7 +193,7 @@ def check_paired_files(folders: Sequence[Folder], uses_controls: bool, needs_mas
         raise UserError("--mask_floor requires masks: see --load_mask and --mask_folder")
 
 
-def _check_ignored(rules: Rules, given: Iterable[str]) -> None:
+def check_ignored(rules: Rules, given: Iterable[str]) -> None:
     """Raises UserError if one of the `given` rules differs from its default but has no effect beside the others."""
     strided = rules.fps == "native" and rules.frame_sampling in ("random", "head", "middle")
     ignored = {
@@ -238,7 +238,7 @@ def _folder(config: Path, number: int, table: dict[str, Any], defaults: Rules) -
             changes[name] = config.parent / changes[name]
     rules = replace(defaults, **changes)
     try:
-        _check_ignored(rules, changes)
+        check_ignored(rules, changes)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return Folder(config.parent / expand_home(path), rules)

@@ -9,7 +9,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -40,6 +40,7 @@ class Clip:
     """Pixels of one window: uint8 RGB (3, F, H, W), the same of its control, and its mask as uint8 (F, H, W).
 
     `first` is the frame that a model is given in place of the first one, (3, 1, H, W), if the clip has such a picture.
+    `length` is the number of frames where `pixels` are only those of them that a model is given.
     """
 
     pixels: Tensor
@@ -47,6 +48,7 @@ class Clip:
     control: Tensor | None = None
     mask: Tensor | None = None
     first: Tensor | None = None
+    length: int | None = None
 
     def pin_memory(self) -> "Clip":
         """In page-locked memory, from which copies to a GPU are asynchronous; torch's loader calls this."""
@@ -64,6 +66,16 @@ def load_clip(window: Window) -> Clip:
     mask = _read(source.mask, window, read_mask_frames)[0].contiguous() if source.mask else None
     first = _read(window.first, window)[:, :1] if window.first else None
     return Clip(pixels, window.caption, control, mask, first)
+
+
+def load_given(window: Window, places: Sequence[int]) -> Clip:
+    """Reads of a window only the frames that a model is given: `places` are 0, the first, or that and -1, the last.
+
+    A window of one frame has both in one. Raises as `load_clip` does.
+    """
+    indices = tuple(dict.fromkeys(window.indices[place] for place in places))
+    source = replace(window.source, control=None, mask=None)
+    return replace(load_clip(replace(window, source=source, indices=indices)), length=window.frames)
 
 
 def batches(plan: Plan, load: Load[T], start_batch: int = 0, num_workers: int = 0) -> Generator[list[T], None, None]:

@@ -49,8 +49,8 @@ class Source:
     """A usable media file: its captions, of which each sample takes one, and the frames that samples may use.
 
     `frame_indices` number frames of the file, ascending: every frame, or the frames at the folder's frame rate. They
-    end where a shorter control or mask ends, or at the folder's `max_duration`. `first` is a picture that a model is
-    given in place of the file's first frame.
+    end where a shorter control or mask ends, or at the folder's `max_duration`. Where an image stands for a video, they
+    are those of that video. `first` is a picture that a model is given in place of the file's first frame.
     """
 
     path: Path

@@ -1,13 +1,13 @@
 """What a run prints about its dataset before a model is loaded: clips, buckets, problems, and the plan."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from utils.common.formatting import counted, format_table, one_line, shorten
-from utils.data.buckets import seen_share
+from utils.data.buckets import count_tokens, seen_share
 from utils.data.caption_files import is_unicode
 from utils.data.names import natural_order
 from utils.data.plan import Plan, Window
@@ -42,6 +42,30 @@ def format_clips(
         status = ", ".join(["cannot be used, see below", *_name_remarks(names[place.path])])
         rows.append((names[place.path], "", "", "", "", 0, "", status))
     return format_table(("file", "size", "fps", "frames", "bucket", "tokens", "caption", "status"), rows)
+
+
+def format_prompts(windows: Sequence[Window]) -> str:
+    """One row per resolution at which the lines of a list are trained: their number, and the video of each."""
+    by_bucket: dict[tuple[int, int, int], list[Window]] = defaultdict(list)
+    for window in windows:
+        by_bucket[window.bucket].append(window)
+    rows = []
+    for at_bucket in by_bucket.values():
+        first, prompts = at_bucket[0], [window.caption for window in at_bucket]
+        repeated = len(prompts) - len(set(prompts))
+        remarks = [f"{counted(repeated, 'line')} repeated"] * bool(repeated)
+        rows.append(
+            (
+                one_line(first.source.path.name),
+                len(prompts),
+                _frames(first),
+                f"{first.width}x{first.height}",
+                first.tokens,
+                _caption(prompts[0]),
+                ", ".join([*remarks, *_length_remarks(first)]) or "ok",
+            )
+        )
+    return format_table(("file", "prompts", "frames", "bucket", "tokens", "first prompt", "status"), rows)
 
 
 def format_buckets(batches: Sequence[Sequence[Window]]) -> str:
@@ -125,17 +149,27 @@ def _display_order(places: Iterable[_Place]) -> dict[_Place, tuple[object, ...]]
 def _clip_row(window: Window, name: str, model_fps: float, prefix: str) -> tuple[str | int, ...]:
     source, info = window.source, window.source.info
     caption, *others = source.captions
-    short = shorten(one_line(" ".join(caption.split())), CAPTION_WIDTH)
+    short = _caption(caption)
     return (
         name,
         f"{info.width}x{info.height}",
         "image" if info.is_image else f"{info.fps or 0:.4g}",
-        f"{info.frames}" if info.frames == window.frames else f"{info.frames} -> {window.frames}",
+        _frames(window),
         f"{window.width}x{window.height}",
         window.tokens,
         f"{short} (+{len(others)})" if others else short,
         prefix + (", ".join([*_name_remarks(name), *_remarks(window, model_fps)]) or "ok"),
     )
+
+
+def _caption(text: str) -> str:
+    return shorten(one_line(" ".join(text.split())), CAPTION_WIDTH)
+
+
+def _frames(window: Window) -> str:
+    """How many frames there are, and how many of them are used."""
+    there, used = window.source.info.frames, window.frames
+    return f"{there}" if there == used else f"{there} -> {used}"
 
 
 def _name_remarks(name: str) -> list[str]:
@@ -145,7 +179,7 @@ def _name_remarks(name: str) -> list[str]:
 def _remarks(window: Window, model_fps: float) -> list[str]:
     """What the user should know about a clip that can be used."""
     source, info = window.source, window.source.info
-    remarks = [*info.notes, *_rate_remarks(source, model_fps)]
+    remarks = [*info.notes, *_rate_remarks(source, model_fps), *(_length_remarks(window) if info.is_image else [])]
     paired = (other for other in (source.control, source.mask) if other and not other.info.is_image)
     common_frames = min((other.info.frames for other in paired), default=info.frames)
     if common_frames < info.frames:
@@ -163,6 +197,15 @@ def _remarks(window: Window, model_fps: float) -> list[str]:
     if seen < NOTABLE_CROP:
         remarks.append(f"only {_percent(seen)} of the picture is seen")
     return remarks
+
+
+def _length_remarks(window: Window) -> list[str]:
+    """Where a video without pixels is shorter than it was meant to be: nothing else would say so."""
+    meant = len(window.source.frame_indices)
+    if window.frames == meant:
+        return []
+    needed = count_tokens(window.width, window.height, meant, window.grid)
+    return [f"{meant} frames need --token_limit {needed}"]
 
 
 def _rate_remarks(source: Source, model_fps: float) -> list[str]:

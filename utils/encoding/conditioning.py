@@ -47,8 +47,13 @@ class GivenFrames:
         """The share of samples whose first latent frame is held, of those where it can be."""
         return 0.5 if self.i2v_probability is None else self.i2v_probability
 
-    def check_given(self, family: Family, reads_first: bool) -> None:
-        """Raises UserError for a family where the option, or start pictures of clips, would have no effect."""
+    def check_given(self, family: Family, reads_first: bool, has_frames: bool = True) -> None:
+        """Raises UserError for a family where the option, or start pictures of clips, would have no effect.
+
+        Prompts alone have no frames.
+        """
+        if self.i2v_probability is not None and not has_frames:
+            raise UserError("--i2v_probability has no effect with --prompts: there are no frames to give")
         if self.i2v_probability is not None and family.given_as != "latents":
             always = "is always given its frames" if family.given else "is given no frames"
             raise UserError(f"--i2v_probability has no effect: this model {always}")
@@ -135,7 +140,13 @@ class Encoders:
 
     @torch.no_grad()
     def encode(self, clip: Clip, text: Tensor) -> Encoded:
-        """Encodes a clip and what the model is conditioned on; `text` (T, E) is the clip's caption."""
+        """Encodes a clip and what the model is conditioned on; `text` (T, E) is the clip's caption.
+
+        The latents are zeros where only the frames that the model is given were read. Raises ValueError where a control
+        would have to be made of the others.
+        """
+        if clip.length is not None:
+            return self._encode_given(clip, text, clip.length)
         video, mask = self._load(clip.pixels), None
         latents = encode_video(video, self.vae)
         if self.family.given_as == "latents" and clip.first is None and video.shape[1] > 1:
@@ -165,6 +176,13 @@ class Encoders:
         seen = torch.stack([picture[:, 0] for picture in pictures.values()])
         image = None if self.vision is None else rearrange(self.vision.encode(seen), "given V I -> (given V) I").float()
         return Cond(text, frame_channels(pictures, num_frames, self.vae), image)
+
+    def _encode_given(self, clip: Clip, text: Tensor, num_frames: int) -> Encoded:
+        if self.control is not None:
+            raise ValueError("a control is made of every frame of a clip")
+        shape = self.vae.latent_shape(num_frames, *clip.pixels.shape[2:])
+        pictures = self._given_of(clip, self._load(clip.pixels))
+        return Encoded(torch.zeros(shape, device=self.vae.device), self.condition(text, pictures, num_frames))
 
     def add_control(self, cond: Cond, control: Tensor, first: Tensor | None = None) -> Cond:
         """With the latents of a control video (3, F, H, W) as the last channels.

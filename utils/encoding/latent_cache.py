@@ -11,7 +11,7 @@ of their own.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,22 +40,25 @@ class Layout:
     given_as: str = ""  # as in the family's row
     vision: str = ""  # the fingerprint of the vision encoder, if there is one
     control: ControlSignal | None = None
+    given_alone: bool = False  # whether nothing else is cached: no latents, and no mask for their loss
 
     def names(self, window: Window) -> set[str]:
-        """The names of a window's parts."""
+        """The names of a window's parts. A lone frame that the model is not given has none, where these are alone."""
         conditional = {
+            "latents": not self.given_alone,
             "channels": self.control is not None or self.given_as == "channels",
             "image": bool(self.vision),
             "first": self.given_as == "latents" and window.frames > 1,
-            "mask": window.source.mask is not None,
+            "mask": window.source.mask is not None and not self.given_alone,
         }
-        return {"latents", *(name for name, needed in conditional.items() if needed)}
+        return {name for name, needed in conditional.items() if needed}
 
     @property
     def facts(self) -> dict[str, object]:
         """What the parts depend on; nothing where they are latents and a control as in version 0.1."""
         keeps_first = self.control is not None and self.control.keeps_first
         every = {"given": self.given, "given_as": self.given_as, "vision": self.vision, "keeps_first": keeps_first}
+        every |= {"given_alone": self.given_alone}
         return {name: fact for name, fact in every.items() if fact}
 
 
@@ -136,15 +139,16 @@ class LatentCache:
         return freed
 
 
-def cached_bytes(windows: Iterable[Window], family: Family, has_control: bool) -> int:
-    """The size of what is cached of these windows, all of it fp32."""
-    channels = family.in_dim + family.out_dim * has_control
+def cached_bytes(windows: Iterable[Window], family: Family, has_control: bool, given_alone: bool = False) -> int:
+    """The size of what is cached of these windows, all of it fp32; `given_alone` as in `Layout`."""
+    channels = family.in_dim + family.out_dim * (has_control - given_alone)
     vision = VISION_TOKENS * len(family.given) * family.shape.image_dim
     first = family.out_dim if family.given_as == "latents" else 0
-    return 4 * sum(_latents(window, channels, first) + vision for window in windows)
+    masks = 0 if given_alone else 1
+    return 4 * sum(_latents(window, channels, first, masks) + vision for window in windows)
 
 
-def _latents(window: Window, channels: int, first: int) -> int:
+def _latents(window: Window, channels: int, first: int, masks: int) -> int:
     """The numbers of a window's latents, masks and conditions, `first` channels of them in a first frame of its own.
 
     A clip of one frame has no such frame.
@@ -152,12 +156,16 @@ def _latents(window: Window, channels: int, first: int) -> int:
     positions = window.tokens * LATENTS_PER_TOKEN
     latent_frames = 1 + (window.frames - 1) // window.grid.frame
     given = first * positions // latent_frames if window.frames > 1 else 0
-    return positions * (channels + (window.source.mask is not None)) + given
+    return positions * (channels + masks * (window.source.mask is not None)) + given
 
 
-def format_cache_size(data: Dataset, limits: Limits, family: Family, has_control: bool) -> str:
-    """One line: the disk space of both caches."""
+def format_cache_size(
+    data: Dataset, limits: Limits, family: Family, has_control: bool, places: Sequence[int] | None = None
+) -> str:
+    """One line: the disk space of both caches. `places` are the only frames that are read of a clip, if not all are."""
+    texts = f"each of {counted(len(set(data.captions)), 'text')} at most {readable_size(LONGEST_EMBEDDING)}"
+    if places is not None and not places:
+        return f"on disk: {texts}"
     windows = flatten_windows(fixed_windows(data.train, limits, 1))
-    latents, texts = readable_size(cached_bytes(windows, family, has_control)), len(set(data.captions))
-    longest = readable_size(LONGEST_EMBEDDING)
-    return f"on disk: --cache_latents N takes N times {latents}, each of {counted(texts, 'text')} at most {longest}"
+    latents = readable_size(cached_bytes(windows, family, has_control, places is not None))
+    return f"on disk: --cache_latents N takes N times {latents}, {texts}"

@@ -1,6 +1,7 @@
 """How planned windows become batches on the device: through the VAE at every step, or from the latent cache.
 
-A training loop sees the same interface, `Samples`, in both cases.
+A training loop sees the same interface, `Samples`, in both cases. It does so too where a student starts from its own
+samples, and latents are only a shape: `utils/encoding/starts.py`.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -20,11 +21,12 @@ from utils.common.digests import LATENTS
 from utils.common.errors import UserError
 from utils.common.formatting import readable_size
 from utils.common.options import option
-from utils.data.loading import Clip, batches, in_thread, load_ahead, load_clip
+from utils.data.loading import Clip, Load, batches, in_thread, load_ahead, load_clip, load_given
 from utils.data.plan import Plan, Window, largest_window
 from utils.encoding.conditioning import Batch, Encoded, Encoders, collate
 from utils.encoding.latent_cache import LatentCache, Layout, cached_bytes
 from utils.encoding.side_stream import SideStream
+from utils.encoding.starts import BlankLatents
 from utils.encoding.vae_layout import FORMATS, PLAIN, faster_layout, use_layout
 from utils.media.controls import ControlSignal
 from wan.checkpoints import ModelFiles, load_vae, load_vision_encoder, vae_fingerprint, vision_fingerprint
@@ -68,6 +70,12 @@ class Caches:
         if self.overlap_encoding and device.type != "cuda":
             raise UserError("--overlap_encoding needs a CUDA GPU: leave it out")
 
+    def check_encoding(self, places: Sequence[int] | None) -> None:
+        """Raises UserError for options of encoding where no frame of a clip is read. `places` as in LatentEncoding."""
+        for name in ("cache_latents", "overlap_encoding"):
+            if places is not None and not places and getattr(self, name):
+                raise UserError(f"--{name} has no effect: this run starts from noise and texts, and encodes no clip")
+
 
 class Samples(Protocol):
     """What a training loop sees of `FreshSamples` and `CachedSamples`."""
@@ -101,13 +109,10 @@ class FreshSamples:
     texts: LoadText
     num_workers: int = 0  # processes that load clips
     beside: SideStream | None = None  # where clips are encoded while the device computes a step
+    load: Load[Clip] = load_clip  # what is read of a window
 
     def open_encoders(self) -> Encoders:
         return self.encoders
-
-    @staticmethod
-    def load(window: Window) -> Clip:
-        return load_clip(window)
 
     def batch(self, clips: Sequence[Clip]) -> Batch:
         """Pixels and captions become latents and text on the VAE's device."""
@@ -124,11 +129,19 @@ class FreshSamples:
         return _stream(loaded, self.batch) if self.beside is None else self.beside.encoded(loaded, self.batch)
 
 
+class Stored(Protocol):
+    """What a sample is made of besides its text."""
+
+    def load(self, window: Window) -> dict[str, Tensor]:
+        """As `Encoded.parts`, on the CPU."""
+        ...
+
+
 @dataclass(frozen=True)
 class CachedSamples:
     """Clips were encoded before: encoders are needed for previews alone, which `load_encoders` for themselves."""
 
-    latents: LatentCache
+    latents: Stored
     texts: LoadText
     device: torch.device
     load_encoders: Callable[[], Encoders]
@@ -165,7 +178,8 @@ class LatentEncoding:
     """The encoders of a model, not loaded; `control` is what a control LoRA is trained to follow.
 
     `decisions` keep in which layout the VAE encodes: on a GPU the faster one, measured when a run begins. Without them
-    it is the plain one.
+    it is the plain one. `places` are the only frames that are read of a clip, as `places_to_read` says; without them
+    all are.
     """
 
     files: ModelFiles
@@ -173,6 +187,12 @@ class LatentEncoding:
     control: ControlSignal | None = None
     vae_dtype: torch.dtype = torch.float32
     decisions: Decisions | None = None
+    places: tuple[int, ...] | None = None
+
+    @property
+    def read(self) -> Load[Clip]:
+        """How what is encoded of a window is loaded; other processes can be given it."""
+        return load_clip if self.places is None else partial(load_given, places=self.places)
 
     def load_for(self, windows: Sequence[Window]) -> Encoders:
         """The encoders, which encode such windows fast. Raises CheckpointError."""
@@ -202,7 +222,7 @@ class LatentEncoding:
         """What is cached of a clip."""
         family = self.files.family
         vision = vision_fingerprint(self.files, VISION_DTYPE) if self.files.clip else ""
-        return Layout(family.given, family.given_as, vision, self.control)
+        return Layout(family.given, family.given_as, vision, self.control, self.places is not None)
 
     def encode_missing(self, root: Path, windows: Sequence[Window], num_workers: int) -> LatentCache:
         """The cache under `root` with all these windows; prints how many had to be encoded.
@@ -214,7 +234,7 @@ class LatentEncoding:
         known = len({cache.path(window) for window in windows}) - len(missing)
         say(f"latents: {len(missing)} to encode, {known} cached")
         if missing:
-            size = cached_bytes(missing, self.files.family, self.control is not None)
+            size = cached_bytes(missing, self.files.family, self.control is not None, self.places is not None)
             cache.check_disk_space(size)
             say(f"latents: writing {readable_size(size)} to {cache.folder}")
             self._encode(cache, missing, num_workers)
@@ -222,10 +242,11 @@ class LatentEncoding:
 
     def _encode(self, cache: LatentCache, missing: Sequence[Window], num_workers: int) -> None:
         encoders, no_text = self.load_for(missing), torch.empty(0, 0)
-        with closing(load_ahead([(window,) for window in missing], load_clip, num_workers)) as clips:
+        with closing(load_ahead([(window,) for window in missing], self.read, num_workers)) as clips:
             progress = tqdm(clips, "encoding latents", len(missing), unit="clip")
             for window, (clip,) in zip(missing, progress, strict=True):
-                cache.store(window, encoders.encode(clip, no_text).parts())
+                parts = encoders.encode(clip, no_text).parts()
+                cache.store(window, {name: parts[name] for name in parts if name in cache.layout.names(window)})
 
 
 def open_samples(
@@ -234,13 +255,16 @@ def open_samples(
     """The samples of a run: from the cache in the folder `root`, which is filled for these windows, or fresh ones.
 
     Of what is encoded fresh, the largest window is enough. With `--prune_cache` the cached latents of all other windows
-    are removed.
+    are removed. Where no frame of a clip is read, no encoder is loaded.
     """
+    if encoding.places == ():
+        return CachedSamples(BlankLatents(encoding.files.family), texts, encoding.device, encoding.load)
     if not caches.cache_latents:
         encoders = encoding.load_for(windows)
         beside = SideStream(encoding.device) if caches.overlap_encoding else None
-        return FreshSamples(encoders, texts, num_workers, beside)
-    latents = encoding.encode_missing(root / LATENTS, windows, num_workers)
+        return FreshSamples(encoders, texts, num_workers, beside, encoding.read)
+    cache = encoding.encode_missing(root / LATENTS, windows, num_workers)
     if caches.prune_cache:
-        say(f"latents: removed {readable_size(latents.prune(windows))} that this run does not use")
+        say(f"latents: removed {readable_size(cache.prune(windows))} that this run does not use")
+    latents = cache if encoding.places is None else BlankLatents(encoding.files.family, cache)
     return CachedSamples(latents, texts, encoding.device, encoding.load)

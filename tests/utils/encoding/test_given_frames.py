@@ -243,6 +243,12 @@ def test_an_option_of_given_frames_without_effect_is_refused(share, reads_first,
         GivenFrames(share).check_given(family, reads_first)
 
 
+def test_prompts_alone_have_no_frames_to_give():
+    with pytest.raises(UserError, match="--i2v_probability has no effect with --prompts: there are no frames to give"):
+        GivenFrames(0.5).check_given(TI2V, reads_first=False, has_frames=False)
+    GivenFrames().check_given(TI2V, reads_first=False, has_frames=False)
+
+
 def test_an_option_of_given_frames_with_an_effect_is_taken():
     GivenFrames(0.5).check_given(TI2V, reads_first=True)
     GivenFrames(0.0).check_given(TI2V, reads_first=False)

@@ -192,6 +192,7 @@ def test_the_name_depends_on_what_the_model_is_given_and_through_what(tmp_path):
         Layout((0,), "channels"), Layout((0, -1), "channels"), Layout((0,), "latents"),
         Layout((0,), "channels", "clip a"), Layout((0,), "channels", "clip b"), Layout((0, -1), "channels", "clip a"),
         Layout((0,), "channels", "clip a", TILE), Layout((0,), "latents", "", TILE),
+        Layout((0,), "channels", given_alone=True), Layout((0,), "latents", given_alone=True),
     ]  # fmt: skip
     window = written_window(tmp_path)
     paths = [LatentCache(tmp_path, "vae", layout).path(window) for layout in layouts]
@@ -227,6 +228,7 @@ def test_a_file_has_the_parts_that_its_family_reads(tmp_path, layout, frames, na
     assert layout.names(window) == {"latents"} | names
     masked = replace(window, source=written_window(tmp_path, "mask").source)
     assert layout.names(masked) == {"latents", "mask"} | names
+    assert replace(layout, given_alone=True).names(masked) == names
 
 
 @pytest.mark.parametrize("control", [None, TILE])
