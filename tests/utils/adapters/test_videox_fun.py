@@ -1,12 +1,16 @@
 """Commands written for VideoX-Fun: each of its names arrives as the value that it means here."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 import train_wan_lora
-from tests.tiny import tiny_shape, tiny_transformer
+from tests.checkout import copy_prompts
+from tests.media import video
+from tests.tiny import tiny_shape, tiny_transformer, write_model
 from utils.adapters.lora import select_modules
+from utils.adapters.lora_reader import read_lora
 from utils.common.errors import UserError
 from utils.common.options import parse_options
 from wan.configs import FAMILIES
@@ -83,6 +87,27 @@ def test_a_config_file_may_have_the_same_names(tmp_path):
     (tmp_path / "run.toml").write_text("\n".join(map(as_toml, GUIDE)), encoding="utf-8")
     opts = parse_options(OPTIONS, ["--config", str(tmp_path / "run.toml")])
     assert {name: getattr(opts, name) for name in MEANT} == MEANT
+
+
+def test_the_command_trains_what_it_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", copy_prompts(tmp_path / "embeddings"))
+    family = FAMILIES["wan2.2-i2v-A14B"]
+    write_model(Path("models/Wan2.2-I2V-A14B"), family)
+    video(Path("datasets/clips/train/1.mp4"), frames=17, caption=None)
+    video(Path("datasets/clips/train/2.mp4"), frames=9, caption=None)
+    rows = [{"file_path": f"train/{number}.mp4", "text": "a clip", "type": "video"} for number in (1, 2)]
+    Path("datasets/clips/metadata.json").write_text(json.dumps(rows), encoding="utf-8")
+    small = "--image_sample_size 64 --video_sample_size 64 --token_sample_size 64 --dataloader_num_workers 0"
+    train_wan_lora.main([*GUIDE, *small.split(), "--num_train_epochs", "2", "--val_samples", "1"])
+    printed = capsys.readouterr().out
+    assert "17 -> 9" in printed and "9 -> 5" in printed  # every second frame
+    (path,) = Path("output_dir_distill").glob("*/checkpoints/wan-lora-00000004*low_noise.safetensors")
+    lora = read_lora(path)
+    layers = {name.split(".", 2)[2] for name in lora.pairs}
+    assert layers == {f"{attn}_attn.{part}" for attn in ("self", "cross") for part in "qkv"} | {"ffn.0", "ffn.2"}
+    assert {(pair.rank, pair.alpha) for pair in lora.pairs.values()} == {(64, 32.0)}
+    assert list(Path("output_dir_distill").glob("*/checkpoints/state-00000004.safetensors"))
 
 
 @pytest.mark.parametrize("family", ["wan2.1-t2v-1.3B", "wan2.1-i2v-14B-480P", "wan2.2-i2v-A14B"])
