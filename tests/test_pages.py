@@ -40,7 +40,7 @@ SMALL = "--base_res 64 --token_limit 60 --num_workers 0 --val_samples 1 --lr_war
 # The same by VideoX-Fun's names: a name that is given twice has its last value, two names of an option are an error.
 SMALL_SIZES = (
     "--video_sample_size 64 --image_sample_size 64 --token_sample_size 64 --video_sample_n_frames 5 "
-    "--dataloader_num_workers 0 --num_train_epochs 1 --val_samples 1"
+    "--dataloader_num_workers 0 --num_train_epochs 5 --val_samples 1"
 )
 SHORT = "--width 64 --height 64 --frames 5 --steps 1"
 FAMILY_PAGES = ("wan21_t2v", "wan21_i2v", "wan21_flf2v", "wan22_ti2v_5b", "wan22_t2v_a14b", "wan22_i2v_a14b")

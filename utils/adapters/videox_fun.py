@@ -27,7 +27,7 @@ def _mixed_precision(values: list[object]) -> dict[str, object]:
 
 
 def _config_path(values: list[object]) -> dict[str, object]:
-    say(f"--config_path {_one('config_path', values)} is not needed: what it says of the model is read from its files")
+    say(f"--config_path {_one('config_path', values)} is not needed: what it says is known of each model")
     return {}
 
 

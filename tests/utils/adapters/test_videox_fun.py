@@ -1,12 +1,15 @@
 """Commands written for VideoX-Fun: each of its names arrives as the value that it means here."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 import train_wan_lora
 from tests.checkout import copy_prompts
+from tests.documents import ROOT, commands, read
 from tests.media import video
 from tests.tiny import tiny_shape, tiny_transformer, write_model
 from utils.adapters.lora import select_modules
@@ -15,7 +18,7 @@ from utils.common.errors import UserError
 from utils.common.options import parse_options
 from wan.configs import FAMILIES
 
-OPTIONS = train_wan_lora.Options
+OPTIONS, PAGE = train_wan_lora.Options, ROOT / "docs" / "videox_fun.md"
 # The guide's command, "Wan distill without deepspeed", but for the options of the distillation itself.
 GUIDE = """
   --config_path="config/wan2.2/wan_civitai_i2v.yaml" --pretrained_model_name_or_path=models/Wan2.2-I2V-A14B
@@ -87,6 +90,16 @@ def test_a_config_file_may_have_the_same_names(tmp_path):
     (tmp_path / "run.toml").write_text("\n".join(map(as_toml, GUIDE)), encoding="utf-8")
     opts = parse_options(OPTIONS, ["--config", str(tmp_path / "run.toml")])
     assert {name: getattr(opts, name) for name in MEANT} == MEANT
+
+
+def test_the_page_has_the_same_command_and_a_row_for_each_of_its_options():
+    (command,) = commands(PAGE)
+    shown = {argument.removeprefix("--").partition("=")[0] for argument in shlex.split(command)[2:]}
+    names = {argument.removeprefix("--").partition("=")[0] for argument in GUIDE}
+    assert shown == names | {"few_step", "learning_rate_critic"}
+    rows = "".join(line for line in read(PAGE).splitlines() if line.startswith("| `") or line.startswith("| DeepSpeed"))
+    listed = set(re.findall(r"`(\w+)(?:=[^`]*)?`", rows))
+    assert (names | {"learning_rate_critic", "random_frame_crop", "resume_from_checkpoint"}) <= listed
 
 
 def test_the_command_trains_what_it_says(tmp_path, monkeypatch, capsys):
