@@ -24,13 +24,12 @@ from tqdm import tqdm
 
 from utils.adapters.attach import LoraAdapter
 from utils.adapters.lora import speaking
-from utils.adapters.model_card import ModelCard
 from utils.common.console import say
 from utils.common.decisions import Decisions
 from utils.common.device import describe, doing, explain_out_of_memory, pick_device
 from utils.common.errors import UserError
 from utils.common.files import check_writable
-from utils.common.options import option, parse_options, run_script, to_json, training_table
+from utils.common.options import option, parse_options, run_script
 from utils.common.signals import Stop, stop_on_signals
 from utils.common.temp_rng import MAX_SEED
 from utils.data.folders import Folder, Rules, check_paired_files
@@ -41,13 +40,12 @@ from utils.diffusion.objectives import Loss, guided_target, squared_error, sum_l
 from utils.encoding.conditioning import Batch, draw_held, inject_noise, loss_weight, make_predict, replace_text
 from utils.encoding.pictures import needed_flags
 from utils.encoding.text_length import say_cut_captions
-from utils.media.controls import FROM_FILE
+from utils.runs.about import DescribedOptions, run_settings
 from utils.runs.attempts import run_until_it_fits
 from utils.runs.benchmark import benchmark
 from utils.runs.ending import save_on_exit
 from utils.runs.few_steps import make_few_steps, watch_variety
 from utils.runs.inputs import (
-    InputOptions,
     Inputs,
     encoders_on_gpu,
     load_texts,
@@ -58,15 +56,15 @@ from utils.runs.inputs import (
     workload,
 )
 from utils.runs.rehearsal import ROOM, rehearse_run, rehearse_saving
-from utils.runs.run import EVERYTHING, Run, RunOptions, RunSettings, open_run
+from utils.runs.run import Run, open_run
 from utils.runs.session import Session
-from utils.runs.state import Facts, State, check_resume_compatible, decisions_of, find_state
-from utils.setup.download import SetupOptions, set_up
+from utils.runs.state import State, check_resume_compatible, decisions_of, find_state
+from utils.setup.download import set_up
 from utils.setup.model import find_given_family, find_given_tokenizer, given_shape, need_experts, open_given
 from utils.training.checkpoint_plan import CheckpointPlan
 from utils.training.compilation import explain_failed_compilation
 from utils.training.conditions import check_conditions
-from utils.training.experts import DISK, OWN_RANGE, Experts, base_contents, load_experts
+from utils.training.experts import DISK, Experts, base_contents, load_experts
 from utils.training.fit import Fit, find_fit, given_of
 from utils.training.learner import Learner
 from utils.training.optim import with_epochs
@@ -98,7 +96,7 @@ class General:
 
 
 @dataclass(frozen=True)
-class Options(General, SetupOptions, InputOptions, RunOptions):
+class Options(General, DescribedOptions):
     """Train a LoRA for a Wan video model on your own clips."""
 
     def __post_init__(self) -> None:
@@ -110,11 +108,9 @@ class Options(General, SetupOptions, InputOptions, RunOptions):
             raise UserError("--cache_embeddings stops after the texts, before --cache_latents: give one of them")
         if self.overlap_encoding and self.cache_latents:
             raise UserError("--overlap_encoding has no effect with --cache_latents: steps encode nothing")
-        if self.few_step and (self.control_lora or self.benchmark):
-            which = "--control_lora" if self.control_lora else "--benchmark"
-            raise UserError(f"{which} is not for --few_step: leave it out")
-        if self.critic_alignment and self.adapter_dtype == "bf16":
-            raise UserError("--critic_alignment would be lost in bf16 matrices: leave out --adapter_dtype bf16")
+        self.check_start()
+        if self.few_step and self.benchmark:
+            raise UserError("--benchmark times ordinary steps: leave out --few_step")
         if self.benchmark and (self.cache_embeddings or self.cache_only or self.check_dataset):
             raise UserError("--benchmark needs a run: leave out --cache_embeddings, --cache_only and --check_dataset")
 
@@ -247,22 +243,6 @@ def forecast_run(opts: Options, folders: list[Folder], is_default: bool) -> None
         fit_memory(opts, family, shape, plan, opts.compile == "on", Decisions(opts.gpu or ""))
 
 
-def run_settings(opts: Options, inputs: Inputs, session: Session, decisions: Decisions) -> RunSettings:
-    """What is written of a run into its folder, its states and its LoRAs."""
-    data, base = inputs.data, base_contents(inputs.roles, inputs.files)
-    control = FROM_FILE if any(source.control for source in data.train) else opts.control_type * opts.control_lora
-    about = {**opts.base(opts.pretrained_model_name_or_path), "control": control, "shift": f"{opts.shift:g}"}
-    about |= {"control_i2v": "true"} if opts.control_i2v else {}
-    about |= {} if opts.expert_range == OWN_RANGE else {"expert_range": opts.expert_range}
-    options, facts = to_json(opts), Facts(training_table(opts), data.fingerprint, decisions.table(), base)
-    about |= opts.about_few_steps(inputs.files.family, inputs.size)
-    about |= {"options": options} if opts.metadata == EVERYTHING else {}
-    clips, family = data.clips_by_folder, inputs.files.family
-    card = ModelCard(family, about["base_model"], inputs.size, clips, opts.trigger or "")
-    total = session.schedule.total_steps
-    return RunSettings(opts.output_dir, total, opts.max_grad_norm, options, facts, about, card, opts.name)
-
-
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 
@@ -349,7 +329,7 @@ def run_with(
     with explain_out_of_memory(), explain_failed_compilation():
         session = open_session(planned, inputs, device, compiled, decisions)
         # The state has the options as they were given; what was chosen, also in the rehearsal, is in the decisions.
-        settings = partial(run_settings, opts, inputs, session, decisions)
+        settings = partial(run_settings, opts, inputs, session.schedule.total_steps, decisions)
         save = partial(rehearse_saving, session.learner, settings(), folder)
         rehearse_run(session, opts, save, decisions if compiled else None, spare)
         if opts.benchmark:
@@ -365,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     # What is wrong with options, clips or a state is found here, before anything takes long.
-    folders = opts.folders(Rules.of(opts), opts.config)
+    folders = [] if opts.prompts else opts.folders(Rules.of(opts), opts.config)
     check_paired_files(folders, opts.control_lora, needs_masks=opts.mask_floor != Options.mask_floor)
     if opts.check_dataset or opts.plan:  # a released model need not be downloaded for these
         return forecast_run(opts, folders, is_default)

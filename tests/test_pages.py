@@ -3,6 +3,7 @@
 Flags that make a command short are appended. Where a page names files of a run, those of the last run are put there.
 """
 
+import json
 import re
 import shlex
 import shutil
@@ -36,9 +37,14 @@ RUN = re.compile(r"outputs/2026-01-31_12-00-00/checkpoints/[\w-]+-(\d{8})\.safet
 SINGLE = re.compile(r"ComfyUI/models/[\w./-]+\.safetensors")
 STORED = {"fp8_scaled": "fp8-scaled-old", "fp16": "fp16"}  # by a part of the file's name
 SMALL = "--base_res 64 --token_limit 60 --num_workers 0 --val_samples 1 --lr_warmup_steps 0"
+# The same by VideoX-Fun's names: a name that is given twice has its last value, two names of an option are an error.
+SMALL_SIZES = (
+    "--video_sample_size 64 --image_sample_size 64 --token_sample_size 64 --video_sample_n_frames 5 "
+    "--dataloader_num_workers 0 --num_train_epochs 5 --val_samples 1"
+)
 SHORT = "--width 64 --height 64 --frames 5 --steps 1"
 FAMILY_PAGES = ("wan21_t2v", "wan21_i2v", "wan21_flf2v", "wan22_ti2v_5b", "wan22_t2v_a14b", "wan22_i2v_a14b")
-PAGES = (*FAMILY_PAGES, "models", "memory", "diffusion_pipe", "onetrainer", "datasets")
+PAGES = (*FAMILY_PAGES, "models", "memory", "diffusion_pipe", "onetrainer", "videox_fun", "datasets")
 
 
 @pytest.fixture
@@ -55,6 +61,9 @@ def desk(tmp_path: Path, monkeypatch) -> None:
     for place in ("my_clips/train/a_first.png", "start.png", "end.png"):
         save_image(Path(place), Image.new("RGB", (160, 96), "olive"))
     video(Path("small.mp4"), caption=None)
+    listed = [{"file_path": "train/1.mp4", "text": "a clip", "type": "video"}]
+    clip = video(Path("datasets/internal_datasets/train/1.mp4"), caption=None)
+    (clip.parents[1] / "metadata.json").write_text(json.dumps(listed), encoding="utf-8")
     Path("prompts.txt").write_text("a red cat\na blue house\n", encoding="utf-8")
 
     write_foreign_lora(Path("epoch50/adapter_model.safetensors"))
@@ -97,6 +106,8 @@ def shortened(arguments: list[str]) -> list[str]:
     """A command line of the trainer, made short; its model is there."""
     opts = parse_options(train_wan_lora.Options, arguments)
     write_released(opts.pretrained_model_name_or_path)
+    if opts.video_sample_size:
+        return [*arguments, *SMALL_SIZES.split()]
     lengths = ["--epochs", "1"] if opts.epochs else ["--max_train_steps", "2"]
     lengths += ["--high_max_train_steps", "2"] if opts.high_max_train_steps else []
     lengths += ["--sample_steps", "1"] if opts.sample_prompts else []

@@ -38,6 +38,7 @@ from utils.adapters.provenance import (
     readable_records,
     to_metadata,
 )
+from utils.adapters.videox_fun import VIDEOX_FUN
 from utils.adapters.wantraining import TRAINER
 from utils.common.errors import UserError
 from utils.common.options import Replaced, option
@@ -56,8 +57,10 @@ ALONE = "transformer"  # the name of a model's only transformer
 class Lora:
     """LoRA"""
 
-    lora_rank: int = option(16, "rank of the matrices", minimum=1)
-    lora_alpha: float | None = option(None, "the LoRA's strength is alpha / rank (default: the rank)", minimum=0.001)
+    lora_rank: int = option(16, "rank of the matrices", minimum=1, aliases=("rank",))
+    lora_alpha: float | None = option(
+        None, "the LoRA's strength is alpha / rank (default: the rank)", minimum=0.001, aliases=("network_alpha",)
+    )
     lora_target: tuple[str, ...] = option(("attn",), "attn, all-linear, or patterns like self_attn.q ffn.* img_emb.*")
     lora_blocks: str | None = option(None, "blocks to adapt: 1, or 0,2, or 4-9 (default: all)")
     adapter_dtype: str = option(
@@ -105,7 +108,7 @@ class Control:
 class AdapterOptions(Lora, Control):
     """adapter"""
 
-    replaced: ClassVar[Replaced] = TRAINER
+    replaced: ClassVar[Replaced] = {**TRAINER, **VIDEOX_FUN}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class Row:
     place: str  # such as "line 2", counted as editors do, or "row 1" of a list in JSON
     name: str  # a path, as written
     texts: tuple[str, ...]
+    kind: str = ""  # what it says that the file is, as written; nothing where it does not
 
 
 def is_visible(text: str) -> bool:
@@ -201,7 +202,8 @@ def _parse_row(row: Any, place: str, per_line: bool, not_unicode: str) -> Row:
         raise UnusableError(not_unicode)
     if len(texts) > 1 and not per_line:
         raise UnusableError(f"{place} has several texts: pass --caption_per_line to draw one per sample")
-    return Row(place, name, tuple(line for part in texts for line in split_lines(part.strip(), per_line)))
+    kind = next((values["type"] for values in spellings if values.get("type")), "")
+    return Row(place, name, tuple(line for part in texts for line in split_lines(part.strip(), per_line)), str(kind))
 
 
 def _can_be_name(name: str) -> bool:

@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -92,8 +92,10 @@ def open_dataset(
     family, images stand for videos, as `stand_for_videos` says.
 
     Raises UserError with a list of the files that cannot be used, each with its reason; with `skip_bad_files` they are
-    printed instead. Also raises it if a part holds no media, no clip is left, or one frame exceeds the token limit.
+    printed instead. Also raises it if a part holds no media, no clip is left, one frame exceeds the token limit, or the
+    limit has no effect.
     """
+    _check_token_limit(folders, limits)
     _say_rounded_frames(folders, limits.grid)
     cache = cache_folder or folders[0].path / CACHE
     inspector = Inspector(cache, full=decode_check == FULL)
@@ -104,11 +106,12 @@ def open_dataset(
     notes: list[str] = []
     used = _other_folders(folders)
     for folder in folders:
-        parts = split_folders(folder.path)
+        parts = split_folders(folder.path, is_listed=folder.rules.clip_list is not None)
         notices += notices_of(parts, used)
         for path, kept in ((parts.train, train), (parts.held_out, val)):
             if path is not None:
-                found = _survey(parts, Folder(path, folder.rules), model_fps, used, inspector)
+                rules = folder.rules if kept is train else replace(folder.rules, clip_list=None)
+                found = _survey(parts, Folder(path, rules), model_fps, used, inspector)
                 found = found if student is None else stand_for_videos(found, student)
                 kept += found.sources
                 problems += found.problems
@@ -160,6 +163,13 @@ def _other_folders(folders: Sequence[Folder]) -> list[Path]:
     rules = [folder.rules for folder in folders]
     paired = [path for rule in rules for path in (rule.control_folder, rule.mask_folder) if path]
     return [*(folder.path for folder in folders), *paired]
+
+
+def _check_token_limit(folders: Sequence[Folder], limits: Limits) -> None:
+    """Raises UserError for a limit beside sizes that have their own in all folders."""
+    if limits.token_limit != Batching.token_limit and all(folder.rules.has_sizes for folder in folders):
+        fewer = "for fewer tokens lower the sizes or --video_sample_n_frames"
+        raise UserError(f"--token_limit has no effect with --video_sample_size: leave it out; {fewer}")
 
 
 def _say_cost(inspector: Inspector) -> None:

@@ -10,6 +10,7 @@ from utils.common.options import convert_table, expand_home, option
 from utils.common.toml import check_paths, read_toml
 from utils.data.buckets import BUCKETS, Shapes
 from utils.data.captions import CAPTION_SOURCES
+from utils.data.sample_sizes import SampleSizes
 
 FULL, FAST = "full", "fast"
 FRAME_SAMPLINGS = ("random", "head", "middle", "uniform", "chunks", "slide")
@@ -27,7 +28,10 @@ class DatasetOptions:
     """dataset"""
 
     dataset: Path | None = option(
-        None, "folder with your clips and captions; may hold train/ and val/", affects_training=False
+        None,
+        "folder with your clips and captions; may hold train/ and val/",
+        affects_training=False,
+        aliases=("train_data_dir",),
     )
     dataset_config: Path | None = option(
         None, "TOML file with a [[dataset]] table for each of several folders", affects_training=False
@@ -54,7 +58,7 @@ class DatasetOptions:
 
 
 @dataclass(frozen=True)
-class Rules:
+class Rules(SampleSizes):
     """samples (a dataset config can set these for each folder)"""
 
     base_res: tuple[int, ...] = option(
@@ -74,17 +78,33 @@ class Rules:
     max_frame_stride: int = option(
         2, "with --fps native, use every 1st to Nth frame; drawn at random per sample", minimum=1
     )
+    frame_stride: int = option(
+        0, "use exactly every Nth frame; 0: see --max_frame_stride", minimum=0, aliases=("video_sample_stride",)
+    )
     max_frames: int = option(
-        0, "most frames of a sample, rounded up to 4n + 1; 0: as many as --token_limit allows", minimum=0
+        0,
+        "most frames of a sample, rounded up to 4n + 1; 0: as many as --token_limit allows",
+        minimum=0,
+        aliases=("video_sample_n_frames",),
     )
     max_duration: float = option(0.0, "use only the first N seconds of each clip; 0: all of it", minimum=0)
     random_frame_length: bool = option(False, "draw the number of frames at random too, up to the most that fits")
+    random_frame_crop: bool = option(False, "draw a smaller number of frames for one in ten samples")
     frame_sampling: str = option(
         "random",
         "which frames of a clip that is too long; chunks and slide: all, in several samples",
         choices=FRAME_SAMPLINGS,
     )
     repeats: float = option(1.0, "how often an epoch uses each clip; 0.5: every other one", minimum=0.001)
+    video_repeat: int = option(
+        1, "how often an epoch uses each video, beside --repeats; images once; 0: the same as 1", minimum=0
+    )
+    clip_list: Path | None = option(
+        None,
+        "JSON or CSV file of the clips to use, below the dataset's folder, and their captions (see docs/datasets.md)",
+        affects_training=False,
+        aliases=("train_data_meta",),
+    )
     captions: str = option(
         "files", "where captions come from: caption files or the clip's file name", choices=CAPTION_SOURCES
     )
@@ -119,12 +139,17 @@ class Rules:
         """These rules as text for a fingerprint: two runs with the same text treat a clip alike.
 
         A rule that version 0.1 did not have is listed only if it differs from its default, so that a state from before
-        can be resumed. The folders of controls and masks are not listed: the content of their files counts.
+        can be resumed. The folders of controls and masks are not listed: the content of their files counts. Nor is the
+        list of clips: its captions count.
         """
-        values = vars(self) | {"control_folder": None, "mask_folder": None}
+        values = vars(self) | {"control_folder": None, "mask_folder": None, "clip_list": None}
         later = sorted(spec.name for spec in fields(self) if spec.name not in _RULES_OF_0_1)
         changed = [name for name in later if values[name] != getattr(type(self), name)]
         return f"Rules({', '.join(f'{name}={values[name]!r}' for name in (*_RULES_OF_0_1, *changed))})"
+
+    def sides(self, is_image: bool) -> tuple[int, ...]:
+        """The sides in pixels of the squares whose area a sample may have: one is drawn."""
+        return self.sample_sides(is_image) if self.has_sizes else self.base_res
 
     @property
     def shapes(self) -> Shapes:
@@ -194,10 +219,20 @@ def check_paired_files(folders: Sequence[Folder], uses_controls: bool, needs_mas
 
 
 def check_ignored(rules: Rules, given: Iterable[str]) -> None:
-    """Raises UserError if one of the `given` rules differs from its default but has no effect beside the others."""
+    """Raises UserError if one of the `given` rules differs from its default but has no effect beside the others.
+
+    Also for sizes that contradict each other.
+    """
     strided = rules.fps == "native" and rules.frame_sampling in ("random", "head", "middle")
     ignored = {
+        "base_res": (rules.has_sizes, "and --video_sample_size both say how large samples are: give one of them"),
         "max_frame_stride": (not strided, "has no effect with this --fps or --frame_sampling"),
+        "frame_stride": (
+            not strided or rules.max_frame_stride != Rules.max_frame_stride,
+            "has no effect with this --fps, --frame_sampling or --max_frame_stride",
+        ),
+        "random_frame_crop": (rules.random_frame_length, "and --random_frame_length both draw: give one of them"),
+        "captions": (rules.clip_list is not None, "has no effect with --clip_list, which has the captions"),
         "min_ar": (rules.buckets != "fine", "requires --buckets fine"),
         "max_ar": (rules.buckets != "fine", "requires --buckets fine"),
         "caption_per_line": (rules.captions == "filename", "has no effect with --captions filename"),
@@ -207,6 +242,7 @@ def check_ignored(rules: Rules, given: Iterable[str]) -> None:
     for name, (is_ignored, reason) in ignored.items():
         if is_ignored and name in given and getattr(rules, name) != getattr(Rules, name):
             raise UserError(f"--{name} {reason}")
+    rules.check_sizes(rules.max_frames)
 
 
 def read_folders(config: Path, defaults: Rules, tables_only: bool) -> list[Folder]:
@@ -233,7 +269,7 @@ def _folder(config: Path, number: int, table: dict[str, Any], defaults: Rules) -
         raise UserError(f"{where} needs a path: the folder with the clips")
     check_paths(path, "path", config)
     changes = convert_table(Rules, values, where, config)
-    for name in ("control_folder", "mask_folder"):
+    for name in ("control_folder", "mask_folder", "clip_list"):
         if name in changes:
             changes[name] = config.parent / changes[name]
     rules = replace(defaults, **changes)

@@ -149,9 +149,9 @@ def find_unasked(rules: Rules) -> list[Pairing]:
     return [pairing for pairing in pairings if pairing.suffix]
 
 
-def match_start_pictures(clips: Sequence[Path], media: Media) -> Matches:
-    """The pictures that are named as start pictures of videos among the clips."""
-    pictures = [path for path in START_PICTURES.named(clips) if media.is_still(path)]
+def match_start_pictures(clips: Sequence[Path], files: Sequence[Path], media: Media) -> Matches:
+    """The pictures among the files that are named as start pictures of videos among the clips."""
+    pictures = [path for path in START_PICTURES.named(files) if media.is_still(path)]
     matches = START_PICTURES.match(clips, pictures)
     return Matches(START_PICTURES, {clip: [] if media.is_still(clip) else found for clip, found in matches.of.items()})
 

@@ -33,14 +33,17 @@ class Parts:
         return [*([self.held_out] if self.held_out else []), *self.unused]
 
 
-def split_folders(dataset: Path) -> Parts:
-    """Finds `train` and the first of `VALIDATION`, in any letter case where nothing has the exact name."""
+def split_folders(dataset: Path, is_listed: bool = False) -> Parts:
+    """Finds `train` and the first of `VALIDATION`, in any letter case where nothing has the exact name.
+
+    Where a list says what is trained on (`is_listed`), that is not `train` alone, but what is in no other part.
+    """
     try:
         names = sorted(os.listdir(dataset))
     except OSError:  # reported where the folder is scanned
         names = []
     folders = [dataset / name for name in names if os.path.isdir(dataset / name)]
-    train, *others = _named(folders, (TRAINING,)) or [dataset]
+    train, *others = ([] if is_listed else _named(folders, (TRAINING,))) or [dataset]
     held_out = _named(folders, VALIDATION)
     return Parts(dataset, train, held_out[0] if held_out else None, (*others, *held_out[1:]))
 

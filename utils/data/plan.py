@@ -19,6 +19,7 @@ from utils.media.description import MIN_VIDEO_FRAMES
 from wan.configs.grid import Grid
 
 T = TypeVar("T")
+CROPPED_SHARE = 0.1  # of samples that --random_frame_crop gives fewer frames
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,13 @@ class Batching:
         "most tokens per clip, (w/16) * (h/16) * ((frames-1)/4 + 1); on Wan 2.2 TI2V-5B w/32 and h/32",
         minimum=1,
     )
-    batch_size: int = option(1, "clips of equal size per step", minimum=1)
+    batch_size: int = option(1, "clips of equal size per step", minimum=1, aliases=("train_batch_size",))
     num_workers: int = option(
-        2, "processes that load the next clips during a training step", minimum=0, affects_training=False
+        2,
+        "processes that load the next clips during a training step",
+        minimum=0,
+        affects_training=False,
+        aliases=("dataloader_num_workers",),
     )
 
     def limits(self, grid: Grid) -> "Limits":
@@ -112,9 +117,10 @@ class Plan:
     def epoch(self, epoch: int) -> list[tuple[Window, ...]]:
         """The batches of one epoch in order: at most `batch_size` windows of equal bucket each.
 
-        An epoch uses each source as often as its folder's `repeats`. For the fraction of `repeats`, successive epochs
-        take successive sources of a fixed order, so that over many epochs all are used equally often. An epoch after
-        the first may be empty. Raises `UserError` if one frame exceeds `token_limit`.
+        An epoch uses each source as often as its folder's `repeats`, and videos `video_repeat` times that. For the
+        fraction of `repeats`, successive epochs take successive sources of a fixed order, so that over many epochs all
+        are used equally often. An epoch after the first may be empty. Raises `UserError` if one frame exceeds
+        `token_limit`.
         """
         rng = random.Random(f"{self.seed}/{epoch}")
         buckets = defaultdict(list)
@@ -139,8 +145,8 @@ class Plan:
     def _windows(self, index: int, rng: random.Random) -> Iterator[Window]:
         """The windows of one use of a source. A generator: captions are drawn between the draws of the windows."""
         source = self.sources[index]
-        windows = _draw_windows(source, self.limits, rng) if self.fixed is None else _choose(self.fixed[index], rng)
-        for window in windows:
+        fixed = None if self.fixed is None else self.fixed[index]
+        for window in _draw_windows(source, source.sides, self.limits, rng) if fixed is None else _choose(fixed, rng):
             yield replace(window, caption=_draw_caption(source, rng))
 
     def _source_indices(self, epoch: int) -> list[int]:
@@ -154,7 +160,8 @@ class Plan:
             # How many sources the fraction has used before and after this epoch; rounded, as 3 * 0.1 * 10 exceeds 3.
             first, last = (math.ceil(round(count * fraction * len(group), 6)) for count in (epoch, epoch + 1))
             order = _shuffled(group, random.Random(f"{self.seed}/{folder.name}"))
-            used += group * int(whole) + [order[turn % len(group)] for turn in range(first, last)]
+            in_turn = group * int(whole) + [order[turn % len(group)] for turn in range(first, last)]
+            used += [index for index in in_turn for _ in range(self.sources[index].uses)]
         return used
 
 
@@ -169,7 +176,7 @@ def make_plan(sources: Sequence[Source], limits: Limits, seed: int, num_fixed: i
 
 
 def fixed_windows(sources: Sequence[Source], limits: Limits, count: int) -> list[list[WindowGroup]]:
-    """The window groups to cache of each source at every `base_res`: its middle if `count` is 1, else `count` draws.
+    """The window groups to cache of each source at every side: its middle if `count` is 1, else `count` draws.
 
     They depend on the source and the limits alone, so that another run finds them in the cache.
     """
@@ -182,13 +189,13 @@ def flatten_windows(fixed: Sequence[Sequence[WindowGroup]]) -> list[Window]:
 
 
 def validation_windows(sources: Sequence[Source], limits: Limits, count: int) -> list[Window]:
-    """The middle of at most `count` sources, evenly spaced in their order, at the first `base_res` of each.
+    """The middle of at most `count` sources, evenly spaced in their order, at the first side of each.
 
     Raises `UserError` as `max_frames` does.
     """
     count = min(count, len(sources))
     chosen = (sources[index * len(sources) // count] for index in range(count))
-    return [middle_window(source, source.rules.base_res[0], limits) for source in chosen]
+    return [middle_window(source, source.sides[0], limits) for source in chosen]
 
 
 def largest_window(windows: Iterable[Window]) -> Window:
@@ -197,58 +204,62 @@ def largest_window(windows: Iterable[Window]) -> Window:
 
 
 def full_length_windows(sources: Sequence[Source], limits: Limits) -> list[Window]:
-    """The longest window of each source at every `base_res`. Raises `max_frames`' `UserError`, naming the file."""
+    """The longest window of each source at every side. Raises `max_frames`' `UserError`, naming the file."""
     windows = []
     for source in sources:
         try:
-            windows += [middle_window(source, base_res, limits) for base_res in source.rules.base_res]
+            windows += [middle_window(source, side, limits) for side in source.sides]
         except UserError as error:
             raise UserError(f"{source.path}: {error}") from None
     return windows
 
 
-def middle_window(source: Source, base_res: int, limits: Limits) -> Window:
+def middle_window(source: Source, side: int, limits: Limits) -> Window:
     """The middle frames of a source, as many as fit, cropped to the middle of the picture, with the first caption.
 
-    The first frames of a source that has a start picture.
+    The first frames of a source that has a start picture. `side` is one of the source's.
     """
-    width, height, frames = _largest_bucket(source, base_res, limits)
-    first = 0 if source.first else (len(source.frame_indices) - frames) // 2
-    indices = tuple(source.frame_indices[first : first + frames])
+    width, height, frames = _largest_bucket(source, side, limits)
+    stride = source.rules.frame_stride or 1
+    length = (frames - 1) * stride + 1
+    first = 0 if source.first else (len(source.frame_indices) - length) // 2
+    indices = tuple(source.frame_indices[first : first + length : stride])
     return Window(source, source.captions[0], width, height, indices, (0.5, 0.5), limits.grid)
 
 
 def _fixed_groups(source: Source, limits: Limits, count: int) -> Iterator[WindowGroup]:
-    for base_res in source.rules.base_res:
+    for side in source.sides:
         if count == 1 and not source.rules.covers_clip:
-            yield (middle_window(source, base_res, limits),)
+            yield (middle_window(source, side, limits),)
             continue
-        at_base_res = replace(source, rules=replace(source.rules, base_res=(base_res,)))
         for number in range(count):
-            rng = random.Random(f"{source.path.name}/{base_res}/{number}")
-            drawn = _draw_windows(at_base_res, limits, rng)
-            windows = [replace(window, position=(0.5, 0.5)) for window in drawn] if count == 1 else drawn
-            yield tuple(replace(window, source=source) for window in windows)
+            rng = random.Random(f"{source.path.name}/{side}/{number}")
+            drawn = _draw_windows(source, (side,), limits, rng)
+            yield tuple(replace(window, position=(0.5, 0.5)) for window in drawn) if count == 1 else tuple(drawn)
 
 
-def _largest_bucket(source: Source, base_res: int, limits: Limits) -> tuple[int, int, int]:
+def _largest_bucket(source: Source, side: int, limits: Limits) -> tuple[int, int, int]:
     """Width, height and the most frames, a multiple of `grid.frame` plus 1, by the limits, the rules and the source."""
     rules, grid = source.rules, limits.grid
-    width, height = bucket_size(source.info.width, source.info.height, base_res, grid, rules.shapes)
-    available = (len(source.frame_indices) - 1) // grid.frame * grid.frame + 1
+    width, height = bucket_size(source.info.width, source.info.height, side, grid, rules.shapes)
+    available = (source.num_frames - 1) // grid.frame * grid.frame + 1
+    if rules.has_sizes:
+        # A bucket may have a few pixels more than its square, and fewer where a clip is not enlarged.
+        most = round_up_frames(rules.max_frames, grid)
+        return width, height, min(available, rules.frames_of_area(min(side**2, width * height), most, grid.frame))
     frames = min(available, max_frames(width, height, limits.token_limit, grid))
     return width, height, min(frames, round_up_frames(rules.max_frames, grid)) if rules.max_frames else frames
 
 
-def _draw_windows(source: Source, limits: Limits, rng: random.Random) -> Iterator[Window]:
-    """One use of a source: several windows if its rules cover long clips, else one."""
+def _draw_windows(source: Source, sides: Sequence[int], limits: Limits, rng: random.Random) -> Iterator[Window]:
+    """One use of a source at one of these sides: several windows if its rules cover long clips, else one."""
     rules, step = source.rules, limits.grid.frame
-    buckets = [
-        _largest_bucket(source, base_res, limits) for base_res in rules.base_res
-    ]  # a bad one raises, drawn or not
+    buckets = [_largest_bucket(source, side, limits) for side in sides]  # a bad one raises, drawn or not
     width, height, frames = _choose(buckets, rng)
     if rules.random_frame_length:
         frames = 1 + step * _draw_index((frames - 1) // step + 1, rng)
+    elif rules.random_frame_crop and rng.random() < CROPPED_SHARE and frames > step:
+        frames = 1 + step * _draw_index((frames - 1) // step, rng)
     for places in _draw_places(source, frames, step, rng):
         indices = tuple(source.frame_indices[place] for place in places)
         position = rng.random(), rng.random()
@@ -278,8 +289,8 @@ def _draw_places(source: Source, frames: int, step: int, rng: random.Random) -> 
     if rules.frame_sampling == "slide":
         yield from (range(first, first + frames) for first in (*range(0, last, max(frames // 2, 1)), last))
         return
-    stride = 1
-    if rules.fps == "native":
+    stride = rules.frame_stride or 1
+    if rules.fps == "native" and not rules.frame_stride:
         stride = max(min(1 + _draw_index(rules.max_frame_stride, rng), (available - 1) // max(frames - 1, 1)), 1)
     num_starts = available - (frames - 1) * stride
     start = 0 if source.first else {"head": 0, "middle": (num_starts - 1) // 2}.get(rules.frame_sampling)

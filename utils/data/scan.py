@@ -6,19 +6,21 @@ an image format may hold a picture or an animation.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from utils.common.console import say
 from utils.data.captions import Captions, find_captions, find_orphans
+from utils.data.clip_list import read_clip_list
 from utils.data.folders import Folder, Rules
 from utils.data.notices import Kind, Notice, format_notices
 from utils.data.pairing import (
     CONTROL,
     MASK,
     START,
+    START_PICTURES,
     Matches,
     Media,
     Pairing,
@@ -33,6 +35,7 @@ from utils.media.inspection import Inspector
 from utils.media.masks import BLACK
 
 _UNREAD = Kind("file", f"not read, as no decoder here knows the format: {CONVERT}")
+_UNLISTED = Kind("file", "not used, as --clip_list does not name it")
 _ORPHAN = Kind("caption file", "not used, as no clip has this name")
 
 
@@ -62,6 +65,21 @@ class Source:
     control: PairedFile | None = None
     mask: PairedFile | None = None
     first: PairedFile | None = None
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The sides in pixels of the squares whose area a sample may have."""
+        return self.rules.sides(self.info.is_image)
+
+    @property
+    def uses(self) -> int:
+        """How often it is used where a clip is used once: videos as often as the rules repeat them."""
+        return 1 if self.info.is_image else max(self.rules.video_repeat, 1)
+
+    @property
+    def num_frames(self) -> int:
+        """The most frames that a sample can have: those at the folder's frame stride."""
+        return -(-len(self.frame_indices) // (self.rules.frame_stride or 1))
 
     @property
     def files(self) -> list[Path]:
@@ -125,10 +143,13 @@ def survey(
     `dataset` is the folder that this one is a part of: captions may lie there. Hidden files, hidden folders and the
     folders `exclude` are skipped. Raises `UserError` if the folder is missing, `NoMediaError` if it holds no media; a
     bad file is a problem, never an exception. Controls, masks and start pictures that the rules do not use are neither.
+    With a list of clips, only files that it names are sources, and `dataset` is the folder itself.
     """
     rules = folder.rules
     skipped = [*exclude, *(path for path in (rules.control_folder, rules.mask_folder) if path)]
     files = _find_files(folder, skipped)
+    if rules.clip_list is not None:
+        return _survey_listed(folder, model_fps, files, inspector or Inspector())
     media = _inspect(files, inspector or Inspector())
     pairs = _pair(folder, files, media, dataset)
     captions = find_captions(folder.path, pairs.clips, rules.captions, rules.caption_per_line, dataset)
@@ -200,7 +221,7 @@ class _Pairs:
 
 
 def _pair(folder: Folder, files: _Files, media: Media, dataset: Path | None) -> _Pairs:
-    starts = match_start_pictures(files.clips, media)
+    starts = match_start_pictures(files.clips, files.clips, media)
     asked, unasked = ([starts], []) if folder.rules.reads_first else ([], [starts])
     unasked += [pairing.match(files.clips, pairing.named(files.clips)) for pairing in find_unasked(folder.rules)]
     unused = _find_unused(folder, files.clips, unasked, dataset)
@@ -237,7 +258,7 @@ def _judge(
     """A source of each clip that nothing is wrong with, and whatever is wrong with clips and other files."""
     sources, faults = [], list(captions.file_problems)
     faults += [(path, fault) for path, fault in files.faults.items() if path not in files.media]
-    twins = _find_twins(pairs.clips)
+    twins = {} if folder.rules.clip_list else _find_twins(pairs.clips)
     for path in pairs.clips:
         reasons = [found[path] for found in (captions.problems, media.unusable, twins) if path in found]
         reasons += [reason for match in pairs.matches for reason in match.problems(path, media)]
@@ -251,6 +272,29 @@ def _judge(
         others = match.unmatched(files.others.get(match.pairing, []))
         faults += [(path, f"there is no clip for this {match.pairing.name}") for path in others]
     return sources, [Problem(path, reason, folder.path) for path, reason in faults]
+
+
+def _survey_listed(folder: Folder, model_fps: float, files: _Files, inspector: Inspector) -> Scan:
+    """What `survey` finds where a list says which files are used. Raises `UserError` for a list that cannot be read."""
+    rules = folder.rules
+    assert rules.clip_list is not None
+    listed = read_clip_list(rules.clip_list, folder.path, files.clips, rules.caption_per_line)
+    clips = [path for path in files.clips if path in listed.rows]
+    unlisted = [path for path in files.clips if path not in listed.rows]
+    starts = START_PICTURES.named(unlisted) if rules.reads_first else []
+    used = replace(files, clips=clips + starts)
+    faults = {path: fault for path, fault in files.faults.items() if path in used.media or path.is_dir()}
+    used = replace(used, faults=faults)
+    media = _inspect(used, inspector)
+    for path in clips:
+        if path in media.infos and (misfit := listed.misfit(path, media.infos[path])):
+            media.unusable.setdefault(path, misfit)
+    matches = [pairing.match(clips, paths) for pairing, paths in files.others.items()]
+    matches += [match_start_pictures(clips, starts, media)] if rules.reads_first else []
+    sources, problems = _judge(folder, model_fps, used, media, _Pairs(clips, matches, {}), listed.captions)
+    apart = {path for match in matches for path in match.clips}
+    unused = {_UNLISTED: [path for path in unlisted if path not in apart]}
+    return Scan(sources, problems, _notices(unused, matches, folder.path), [])
 
 
 def _find_twins(clips: Sequence[Path]) -> dict[Path, str]:
@@ -282,8 +326,9 @@ def _source(
     ends = [(other.info.frames, name) for name, other in paired.items() if not other.info.is_image]
     frames, shortest = min([(info.frames, ""), *ends])
     indices = _frame_indices(info, frames, rules, rules.rate(model_fps))
-    if not info.is_image and len(indices) < MIN_VIDEO_FRAMES:
-        left = f"only {len(indices)} of its {info.frames} frames {'is' if len(indices) == 1 else 'are'} left"
+    num_left = len(indices[:: rules.frame_stride or 1])
+    if not info.is_image and num_left < MIN_VIDEO_FRAMES:
+        left = f"only {num_left} of its {info.frames} frames {'is' if num_left == 1 else 'are'} left"
         raise ValueError(f"{left}{_limits(rules, model_fps, shortest)}: a video needs at least {MIN_VIDEO_FRAMES}")
     captions = tuple(rules.caption_prefix + text for text in texts)
     control, mask, first = (paired.get(name) for name in (CONTROL, MASK, START))
@@ -291,9 +336,10 @@ def _source(
 
 
 def _limits(rules: Rules, model_fps: float, shortest: str) -> str:
-    """What leaves fewer frames than a video has: a rate, the longest duration, the end of a control or mask."""
+    """What leaves fewer frames than a video has: a rate, a stride, the longest duration, the end of another file."""
     rate = rules.rate(model_fps)
     limits = [f" at {rate:g} frames per second"] if rate is not None else []
+    limits += [f" with --frame_stride {rules.frame_stride}"] if rules.frame_stride > 1 else []
     limits += [f" in its first {rules.max_duration:g} s"] if rules.max_duration else []
     return "".join([*limits, f" before its {shortest} ends" if shortest else ""])
 

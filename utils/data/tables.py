@@ -213,7 +213,8 @@ def _rate_remarks(source: Source, model_fps: float) -> list[str]:
     info, rate = source.info, source.rules.rate(model_fps)
     if info.is_image or not info.fps:
         return []
-    gap, speed = _uneven_gap(source), f"at {model_fps / info.fps:.2g}x its speed"
+    shown = info.fps / (source.rules.frame_stride or 1)
+    gap, speed = _uneven_gap(source), f"at {model_fps / shown:.2g}x its speed"
     if rate is not None:
         is_slow = info.fps < SLOWER_THAN * rate
         if gap:
@@ -222,8 +223,8 @@ def _rate_remarks(source: Source, model_fps: float) -> list[str]:
             return [few + mean] if gap * SLOWER_THAN * rate > 1 else []
         return [f"below {rate:g} fps: all its frames are used, {speed}"] if is_slow else []
     remarks = []
-    if abs(info.fps / model_fps - 1) > NOTABLE_SPEED:
-        remedy = ", see --fps auto" if info.fps > model_fps and not gap else ""
+    if abs(shown / model_fps - 1) > NOTABLE_SPEED:
+        remedy = ", see --fps auto" if shown > model_fps and not gap else ""
         remarks.append(f"will play {speed}{remedy}")
     return [*remarks, f"uneven: frames up to {gap:.2f} s apart, see --fps auto"] if gap else remarks
 

@@ -30,6 +30,13 @@ from wan.modules.clip import VisionEncoder
 from wan.modules.model import WanModel
 from wan.modules.vae import WanVAE
 
+NORMAL, I2V, TI2V = "normal", "i2v", "ti2v"
+MODES = {
+    NORMAL: "is given no frames",
+    I2V: "is always given its frames",
+    TI2V: "is given its first frame in some samples",
+}
+
 
 @dataclass(frozen=True)
 class GivenFrames:
@@ -40,6 +47,14 @@ class GivenFrames:
         "share of samples that are given their first frame, for Wan 2.2 TI2V-5B (default: 0.5)",
         minimum=0,
         maximum=1,
+    )
+
+    train_mode: str | None = option(
+        None,
+        "what the model must be; normal: given no frames; i2v: always given its frames; ti2v: its first frame, in some "
+        "samples (default: whatever it is)",
+        choices=tuple(MODES),
+        affects_training=False,
     )
 
     @property
@@ -57,10 +72,22 @@ class GivenFrames:
         if self.i2v_probability is not None and family.given_as != "latents":
             always = "is always given its frames" if family.given else "is given no frames"
             raise UserError(f"--i2v_probability has no effect: this model {always}")
+        self._check_mode(family)
         if reads_first and not family.given:
             raise UserError("--load_first_frame has no effect: this model is given no frames")
         if reads_first and self.i2v_probability == 0:
             raise UserError("--load_first_frame has no effect with --i2v_probability 0: no sample is given its frame")
+
+    def _check_mode(self, family: Family) -> None:
+        """Raises UserError for a --train_mode that is not how this model is trained."""
+        given, is_mixed = self.train_mode, family.given_as == "latents"
+        mode = TI2V if is_mixed and self.held_share else I2V if family.given and not is_mixed else NORMAL
+        if given in (None, mode):
+            return
+        others = {(TI2V, NORMAL): ", or --i2v_probability 0", (NORMAL, TI2V): ", or leave out --i2v_probability 0"}
+        other = others.get((mode, given), "") if is_mixed else ""
+        is_for = f"--train_mode {given} is for a model that {MODES[given]}, but this one {MODES[mode]}"
+        raise UserError(f"{is_for}: give --train_mode {mode}{other}")
 
 
 @dataclass(frozen=True)

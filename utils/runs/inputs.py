@@ -11,13 +11,16 @@ from utils.adapters.beside import Chosen
 from utils.adapters.choosing import further_loras
 from utils.common.console import say
 from utils.common.decisions import Decisions
+from utils.common.errors import UserError
 from utils.common.formatting import counted
-from utils.data.dataset import DataOptions, Dataset, open_dataset
-from utils.data.folders import Folder
+from utils.data.dataset import DataOptions, Dataset, open_dataset, open_prompts
+from utils.data.folders import Folder, Rules
 from utils.data.plan import Plan, Window, full_length_windows, largest_window, validation_windows
+from utils.data.prompts import PromptOptions, check_prompts
 from utils.encoding.conditioning import Batch, GivenFrames
 from utils.encoding.latent_cache import format_cache_size
 from utils.encoding.samples import VAE_DTYPES, Caches, LatentEncoding, Samples, open_samples
+from utils.encoding.starts import places_to_read
 from utils.encoding.text import TextEncoding, Texts, encode_texts, negative_prompt_file, shipped_prompts
 from utils.setup.model import SingleFiles
 from utils.training.calibration import Workload
@@ -37,8 +40,20 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class InputOptions(SingleFiles, DataOptions, Caches, GivenFrames, AdapterOptions, TrainingOptions):
+class InputOptions(SingleFiles, DataOptions, PromptOptions, Caches, GivenFrames, AdapterOptions, TrainingOptions):
     """what is trained, and on what"""
+
+    def check_start(self) -> None:
+        """Raises UserError for options that do not go with few-step distillation, or with where it starts."""
+        check_prompts(self, self, Rules.of(self), self.few_step, self.rolls_out)
+        if self.few_step and self.control_lora:
+            raise UserError("--few_step has no control: leave out --control_lora, and train the control without it")
+        if self.critic_alignment and self.adapter_dtype == "bf16":
+            raise UserError("--critic_alignment would be lost in bf16 matrices: leave out --adapter_dtype bf16")
+
+    def places(self, family: Family) -> tuple[int, ...] | None:
+        """The only frames that are read of a clip; None: all of them."""
+        return places_to_read(family, self.prompts is None) if self.rolls_out else None
 
     @property
     def loads_others(self) -> bool:
@@ -74,17 +89,26 @@ class Inputs:
 def open_data(opts: InputOptions, folders: list[Folder], family: Family) -> Dataset:
     """Finds the clips, checks every file, and prints a table of them, before anything that takes long."""
     # Options for which this model has no use are an error.
-    opts.check_given(family, any(folder.rules.reads_first for folder in folders))
+    opts.check_given(family, any(folder.rules.reads_first for folder in folders), opts.prompts is None)
     opts.check_control(family)
     opts.roles(family)
-    limits = opts.limits(family.grid)
-    data = open_dataset(folders, limits, family.fps, opts.cache_dir, opts.skip_bad_files, opts.decode_check)
-    if opts.val_samples and not data.val:
+    limits, places = opts.limits(family.grid), opts.places(family)
+    opts.check_encoding(places)
+    if opts.few_step and any(folder.rules.reads_mask for folder in folders):
+        raise UserError(
+            "masks would be ignored: --few_step compares distributions. Leave out --load_mask, --mask_folder"
+        )
+    if opts.prompts is not None:
+        data = open_prompts(opts, Rules.of(opts), limits, family, opts.cache_dir)
+    else:
+        check, student = (opts.skip_bad_files, opts.decode_check), family if opts.rolls_out else None
+        data = open_dataset(folders, limits, family.fps, opts.cache_dir, *check, student)
+    if opts.val_samples and not data.val and not opts.few_step:
         say("\nno clips are held out in val/: validation is on training clips, which says less")
-    if family.given_as == "channels" and data.num_images:
+    if family.given_as == "channels" and data.num_images and not opts.rolls_out:
         images = counted(data.num_images, "image")
         say(f"{images}: this model is given the first frame, so of an image it sees the answer")
-    say(format_cache_size(data, limits, family, opts.control_lora))
+    say(format_cache_size(data, limits, family, opts.control_lora, places))
     return data
 
 
@@ -120,7 +144,8 @@ def open_inputs(
     # Clips go through the VAE at every step, or once, to the cache; frames that the model is given through a vision
     # encoder too. Without held-out clips validation uses training clips.
     watched = validation_windows(data.val or data.train, plan.limits, opts.val_samples)
-    encoding = LatentEncoding(files, device, opts.control_signal, VAE_DTYPES[opts.vae_dtype], decisions)
+    dtype, places = VAE_DTYPES[opts.vae_dtype], opts.places(files.family)
+    encoding = LatentEncoding(files, device, opts.control_signal, dtype, decisions, places)
     windows = [*(plan.fixed_windows or plan.largest_batch), *watched]
     samples = open_samples(opts, encoding, windows, texts.captions, data.cache_folder, opts.num_workers)
     return Inputs(files, data, plan, roles, adapters, further, texts, samples, watched, high)
@@ -153,7 +178,7 @@ def workload(opts: InputOptions, family: Family, shape: WanShape, plan: Plan) ->
 
 def say_encoding(opts: InputOptions, family: Family, plan: Plan, card: Card) -> None:
     """What the VAE adds to a step by forecast, where it encodes the same clips again and again."""
-    if opts.cache_latents:
+    if opts.cache_latents or not _videos(opts, family):
         return
     windows = plan.largest_batch
     each = encoding_seconds(family, windows[0].bucket, VAE_DTYPES[opts.vae_dtype], card)
@@ -163,14 +188,17 @@ def say_encoding(opts: InputOptions, family: Family, plan: Plan, card: Card) -> 
 
 
 def _videos(opts: InputOptions, family: Family) -> int:
-    """How many videos of its size are encoded of a clip: itself, its given frames as a clip of their own, a control."""
-    return 1 + (family.given_as == "channels") + opts.control_lora
+    """How many videos of its size are encoded of a clip: itself, its given frames as a clip of their own, a control.
+
+    A lone first frame, which takes little, counts as none.
+    """
+    return (opts.places(family) is None) + (family.given_as == "channels" and opts.prompts is None) + opts.control_lora
 
 
 def encoders_on_gpu(opts: InputOptions, family: Family, plan: Plan) -> OnGpu:
     """What the encoders do while the transformer is loaded."""
     return OnGpu(
-        None if opts.cache_latents else plan.largest_batch[0].bucket,
+        None if opts.cache_latents or not _videos(opts, family) else plan.largest_batch[0].bucket,
         _preview_size(plan).bucket if opts.preview_prompts else None,
         VAE_DTYPES[opts.vae_dtype],
         opts.overlap_encoding,

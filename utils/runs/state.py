@@ -151,7 +151,8 @@ def find_state(wanted: str, output_dir: Path) -> State:
             return read_state(path)
         except UserError as error:
             say(f"skipped: {error}")
-    raise UserError(f"--resume_from_checkpoint {wanted}: there is no usable training state in {where}")
+    absent = "" if wanted == "latest" or where.exists() else ": it does not exist; give latest, or the folder of a run"
+    raise UserError(f"--resume_from_checkpoint {wanted}: there is no usable training state in {where}{absent}")
 
 
 def _from_last_to_first(runs: Iterable[Iterable[Path]]) -> Iterator[Path]:

@@ -16,6 +16,7 @@ from utils.common.options import option
 from utils.training.optimizer_state import Layout, check_kept, check_settings, is_number, layout_of, numbers_of
 from utils.training.optimizers import (
     ADAMW,
+    EPSILON,
     KINDS,
     OptimizerSpec,
     ParameterGroup,
@@ -33,7 +34,12 @@ class Optimization:
     """optimization"""
 
     max_train_steps: int = option(1000, "optimizer steps; with two experts, of each", minimum=1)
-    epochs: int = option(0, "train N epochs instead of --max_train_steps; with two experts, each; 0: off", minimum=0)
+    epochs: int = option(
+        0,
+        "train N epochs instead of --max_train_steps; with two experts, each; 0: off",
+        minimum=0,
+        aliases=("num_train_epochs",),
+    )
     optimizer: str = option(ADAMW, "what updates the LoRA", choices=tuple(KINDS))
     learning_rate: float = option(1e-5, "base learning rate", minimum=0)
     lora_plus_ratio: float = option(
@@ -47,8 +53,13 @@ class Optimization:
     )
     lr_scheduler: str = option("constant", "learning rate schedule after the warm-up", choices=SCHEDULES)
     lr_warmup_steps: int = option(0, "steps over which the learning rate rises linearly to its base value", minimum=0)
-    weight_decay: float = option(0.01, "weight decay", minimum=0)
-    gradient_accumulation: int = option(1, "batches per optimizer step", minimum=1)
+    weight_decay: float = option(0.01, "weight decay", minimum=0, aliases=("adam_weight_decay",))
+    adam_epsilon: float = option(
+        EPSILON, "what AdamW adds to the root of the second moment: larger, smaller updates", minimum=1e-30
+    )
+    gradient_accumulation: int = option(
+        1, "batches per optimizer step", minimum=1, aliases=("gradient_accumulation_steps",)
+    )
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: no clipping", minimum=0)
     ema_decay: float = option(
         0.0, "keep a moving average of the LoRA and write it too; try 0.99", minimum=0, maximum=0.99999
@@ -71,6 +82,9 @@ class Optimization:
         if is_bf16 and not kind.takes_bf16:
             takes = " or ".join(name for name, kind in KINDS.items() if kind.takes_bf16)
             raise UserError(f"{given} would lose small updates of bf16 matrices: take {takes}, or --adapter_dtype fp32")
+        if not kind.takes_epsilon and self.adam_epsilon != EPSILON:
+            takes = " or ".join(name for name, kind in KINDS.items() if kind.takes_epsilon)
+            raise UserError(f"{given} has no --adam_epsilon: leave it out, or take {takes}")
         if kind.averages and (self.lr_scheduler != "constant" or self.ema_decay):
             raise UserError(f"{given} averages, and needs no schedule: leave out --lr_scheduler and --ema_decay")
         if kind.finds_rate and (self.lora_plus_ratio, self.input_lr_scale) != (1, 1):
@@ -93,6 +107,7 @@ class Optimization:
             self.optimizer,
             self.lora_plus_ratio,
             self.input_lr_scale,
+            self.adam_epsilon,
         )
 
 

@@ -21,6 +21,7 @@ from wan.names import PATCH
 
 Groups = list[dict[str, Any]]
 ADAMW, PRODIGY, MUON, SCHEDULE_FREE = "adamw", "prodigy", "muon", "schedulefree"
+EPSILON = 1e-8  # torch's and bitsandbytes' own
 UP = ".lora_B."  # in the names of the up matrices; Muon is for these
 
 
@@ -36,6 +37,7 @@ class OptimizerSpec:
     name: str = ADAMW
     up_scale: float = 1.0  # of the learning rate, for up matrices (LoRA+, https://arxiv.org/abs/2402.12354)
     input_scale: float = 1.0  # and for the patch embedding
+    epsilon: float = EPSILON  # of those that take one
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Kind:
     library: str = ""
     requirement: str = ""
     takes_bf16: bool = False
+    takes_epsilon: bool = False  # AdamW's, as a setting of its groups
     averages: bool = False  # what is to be used is not what is trained, but an average
     finds_rate: bool = False  # one rate for all parameters, by itself; --learning_rate is a factor on it
     settings: Mapping[str, float] = field(default_factory=dict)  # what its groups remember, and the least of each
@@ -132,8 +135,8 @@ def _without_mark(group: Mapping[str, Any]) -> dict[str, Any]:
 
 BITSANDBYTES = "bitsandbytes", '"bitsandbytes>=0.49,<0.52"'
 KINDS = {
-    ADAMW: Kind(_adamw, takes_bf16=True),
-    "adamw8bit": Kind(_adamw8bit, *BITSANDBYTES, takes_bf16=True, state_bytes=2.1),
+    ADAMW: Kind(_adamw, takes_bf16=True, takes_epsilon=True),
+    "adamw8bit": Kind(_adamw8bit, *BITSANDBYTES, takes_bf16=True, takes_epsilon=True, state_bytes=2.1),
     "adafactor": Kind(_adafactor, state_bytes=0.25),
     PRODIGY: Kind(
         _prodigy,
@@ -149,6 +152,7 @@ KINDS = {
         "schedulefree",
         '"schedulefree>=1.4,<2"',
         averages=True,
+        takes_epsilon=True,
         settings={"k": 0, "weight_sum": 0, "lr_max": -1, "scheduled_lr": 0},
     ),
     MUON: Kind(_muon, state_bytes=6),
@@ -213,6 +217,8 @@ def make_optimizer(groups: Sequence[ParameterGroup], spec: OptimizerSpec) -> Opt
         }
         for group in groups
     ]
+    if KINDS[spec.name].takes_epsilon:
+        settings = [each | {"eps": spec.epsilon} for each in settings]
     if spec.name == MUON:
         settings = [each | {"use_muon": group.use_muon} for each, group in zip(settings, groups, strict=True)]
     return KINDS[spec.name].make(settings, spec.warmup_steps)

@@ -285,3 +285,14 @@ def test_a_name_cannot_break_the_list_of_problems(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"^1 file cannot be used:\n  .*a\\nb\\x1b\.mp4: it has no caption") as caught:
         open_dataset([Folder(tmp_path, SMALL)], LIMITS, 16.0)
     assert len(str(caught.value).splitlines()) == 3
+
+
+def test_a_token_limit_beside_sizes_is_refused_where_no_folder_would_heed_it(tmp_path):
+    video(tmp_path / "a/fox.mp4")
+    sized = Folder(tmp_path / "a", Rules(video_sample_size=64, max_frames=5))
+    with pytest.raises(
+        UserError, match="--token_limit has no effect with --video_sample_size: leave it out; for fewer"
+    ):
+        open_dataset([sized], limits(5_000), 16.0)
+    plain = Folder(tmp_path / "a", Rules(base_res=(64,)))
+    assert len(open_dataset([sized, plain], limits(5_000), 16.0, decode_check="fast").train) == 2

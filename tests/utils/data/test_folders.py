@@ -68,6 +68,14 @@ IGNORED = {
         {"max_frame_stride": 3, "fps": "auto"},
         {"max_frame_stride": 3, "frame_sampling": "uniform"},
     ],
+    "--frame_stride has no effect with this --fps, --frame_sampling or --max_frame_stride": [
+        {"frame_stride": 2, "fps": "auto"},
+        {"frame_stride": 1, "frame_sampling": "chunks"},
+        {"frame_stride": 2, "max_frame_stride": 3},
+    ],
+    "--random_frame_crop and --random_frame_length both draw": [
+        {"random_frame_crop": True, "random_frame_length": True}
+    ],
     "--min_ar requires --buckets fine": [{"min_ar": 0.7}],
     "--max_ar requires --buckets fine": [{"max_ar": 3.0}],
     "--caption_per_line has no effect with --captions filename": [{"caption_per_line": True, "captions": "filename"}],

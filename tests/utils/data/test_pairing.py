@@ -138,7 +138,8 @@ def test_sizes_and_rates_must_agree_but_for_rounding():
 def starts(unreadable: str = "", **infos: MediaInfo) -> dict[str, str]:
     """By clip: the start picture. Dots in names are written as two underscores."""
     described = {Path(name.replace("__", ".")): info for name, info in infos.items()}
-    found = match_start_pictures([*described, *paths(unreadable)], Media(described, {}))
+    files = [*described, *paths(unreadable)]
+    found = match_start_pictures(files, files, Media(described, {}))
     return {str(clip): " ".join(map(str, own)) for clip, own in found.of.items() if own}
 
 

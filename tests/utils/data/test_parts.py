@@ -26,6 +26,11 @@ def test_a_dataset_has_the_name_of_its_folder_and_not_of_its_part(tmp_path, monk
         assert dataset_name(part) == "foxes"
 
 
+def test_a_list_is_of_the_whole_dataset_but_for_what_is_held_out(tmp_path):
+    parts = split_folders(dataset(tmp_path, "train", "val", "test"), is_listed=True)
+    assert (parts.train, parts.held_out, parts.unused) == (tmp_path, tmp_path / "val", (tmp_path / "test",))
+
+
 @pytest.mark.parametrize(
     ("names", "train", "held_out", "unused", "said"),
     [

@@ -191,6 +191,8 @@ def times(*milliseconds: int) -> Timeline:
             {"a.mp4": MediaInfo(64, 48, 16, 64.0)},
             *({"fps": "auto"}, "only 4 of its 16 frames are left at 16 frames per second"),
         ),
+        ({}, {"frame_stride": 14}, None),
+        ({}, {"frame_stride": 15}, "only 4 of its 60 frames are left with --frame_stride 15"),
         ({}, {"max_duration": 0.001}, "only 1 of its 60 frames is left in its first 0.001 s"),
         ({}, {"max_duration": 0.22}, None),
         (

@@ -47,6 +47,8 @@ def test_long_captions_are_cut_and_others_are_counted():
 def test_remarks_say_what_the_user_may_not_expect():
     assert row(source(fps=24.0))[-1] == "will play at 0.67x its speed, see --fps auto"
     assert row(source(fps=8.0))[-1] == "will play at 2x its speed"
+    assert row(source(fps=32.0, frame_stride=2))[-1] == "ok"
+    assert row(source(fps=16.0, frame_stride=2))[-1] == "will play at 2x its speed"
     assert row(source(fps=17.0))[-1] == "ok"
     assert row(replace(source(fps=8.0), rules=Rules(fps="auto")))[-1] == (
         "below 16 fps: all its frames are used, at 2x its speed"

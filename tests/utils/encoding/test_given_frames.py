@@ -254,3 +254,22 @@ def test_an_option_of_given_frames_with_an_effect_is_taken():
     GivenFrames(0.0).check_given(TI2V, reads_first=False)
     GivenFrames().check_given(FLF2V, reads_first=True)
     GivenFrames().check_given(T2V, reads_first=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "share", "mode"),
+    [(T2V, None, "normal"), (I2V, None, "i2v"), (FLF2V, None, "i2v"), (TI2V, None, "ti2v"), (TI2V, 1.0, "ti2v"),
+     (TI2V, 0.0, "normal")],
+)  # fmt: skip
+def test_a_train_mode_must_be_that_of_the_model(family, share, mode):
+    GivenFrames(share, train_mode=mode).check_given(family, reads_first=False)
+    for other in {"normal", "i2v", "ti2v"} - {mode}:
+        with pytest.raises(UserError, match=f"--train_mode {other} is for a model .*: give --train_mode {mode}"):
+            GivenFrames(share, train_mode=other).check_given(family, reads_first=False)
+
+
+def test_what_the_5b_model_is_trained_for_is_a_matter_of_its_share_of_given_frames():
+    with pytest.raises(UserError, match="give --train_mode ti2v, or --i2v_probability 0$"):
+        GivenFrames(train_mode="normal").check_given(TI2V, reads_first=False)
+    with pytest.raises(UserError, match="give --train_mode normal, or leave out --i2v_probability 0$"):
+        GivenFrames(0.0, train_mode="ti2v").check_given(TI2V, reads_first=False)

@@ -138,3 +138,8 @@ def test_of_a_run_that_is_named_the_highest_step_is_resumed(runs, below):
     date(state_of(runs, OLD, 100), 50)
     assert find_state(str(runs / OLD / below), runs).step == 200
     assert find_state(str(state_of(runs, OLD, 100)), runs).step == 100
+
+
+def test_a_name_that_is_not_there_such_as_those_of_other_trainers_is_answered_with_what_to_give(runs):
+    with pytest.raises(UserError, match="in checkpoint-50: it does not exist; give latest, or the folder of a run"):
+        find_state("checkpoint-50", runs)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from utils.common.errors import UserError
 from utils.common.imports import hidden
 from utils.training.optim import Optimization, Updater
-from utils.training.optimizers import KINDS, OptimizerSpec, check_library, groups_of
+from utils.training.optimizers import EPSILON, KINDS, OptimizerSpec, check_library, groups_of
 
 SHAPES = {
     "blocks.0.self_attn.q.lora_A.default.weight": (32, 160),  # large enough for 8 bits
@@ -90,6 +90,40 @@ def test_each_learns(name, dtype):
         updater.step(0.0)
     with updater.using_values():
         assert error_of(updater, target) < before / 2
+
+
+with_epsilon = [(name, dtype) for name, kind in KINDS.items() if kind.takes_epsilon
+                for dtype in (torch.float32, torch.bfloat16) if dtype == torch.float32 or kind.takes_bf16]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "dtype"), with_epsilon)
+def test_an_epsilon_as_large_as_the_gradient_halves_the_first_update(name, dtype):
+    moved = {}
+    for epsilon in (1e-12, EPSILON, 1e-2):
+        updater = updater_of(name, dtype, epsilon=epsilon, weight_decay=0.0)
+        parameter = updater.named[ATTN_UP]
+        for each in updater.parameters:
+            each.grad = torch.full_like(each, 1e-2)
+        updater.step(0.0)
+        moved[epsilon] = float(parameter.detach().abs().mean())
+    assert moved[1e-12] == pytest.approx(RATES[name], rel=0.02) == moved[EPSILON]
+    assert moved[1e-2] == pytest.approx(RATES[name] / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_an_epsilon_is_refused_where_there_is_none_and_is_not_part_of_a_state(name):
+    opts = Optimization(optimizer=name, adam_epsilon=1e-10)
+    if not KINDS[name].takes_epsilon:
+        with pytest.raises(UserError, match=f"--optimizer {name} has no --adam_epsilon: leave it out, or take adamw"):
+            opts.check_optimizer(is_bf16=False)
+        return
+    opts.check_optimizer(is_bf16=False)
+    assert opts.optimizer_spec.epsilon == 1e-10
+    before, after = updater_of(name), updater_of(name, epsilon=1e-10)
+    step(before, 0)
+    after.check_state_dict(before.state_dict())
+    after.load_state_dict(before.state_dict())
+    assert {group["eps"] for group in after.optimizer.param_groups} == {1e-10}
 
 
 @each_dtype
