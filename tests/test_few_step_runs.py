@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import train_wan_lora
 from tests.tiny import write_clips, write_model
 from utils.adapters.lora_reader import read_lora
 from utils.common.errors import RunError, UserError
 from utils.common.tensor_files import read_tensors
+from utils.media.frames import save_image
 from utils.training import variety
 from wan.configs import FAMILIES
 
@@ -138,3 +140,55 @@ def test_the_teachers_variety_is_measured_once_in_a_run(work, monkeypatch):
     train("--val_samples 1 --val_steps 3")
     monkeypatch.setattr(variety.Variety, "of_teacher", lambda self: pytest.fail("it is in the state"))
     train("--val_samples 1 --val_steps 3 --resume_from_checkpoint latest")
+
+
+# ------------------------------------------------------------------------------------------- prompts or pictures alone
+
+ROLLOUT = "--distill_input rollout --base_res 64 --max_frames 5 --token_limit 60 --num_workers 0"
+
+
+def train_from(start: str, more: str = "") -> Path:
+    common = COMMON.replace("--dataset clips", start).replace("--base_res 64 --token_limit 60 --num_workers 0", ROLLOUT)
+    train_wan_lora.main([*common.split(), *more.split()])
+    (folder,) = Path("runs").glob("*/checkpoints")
+    return folder
+
+
+@pytest.mark.parametrize("work", ["wan2.1-t2v-1.3B", "wan2.2-ti2v-5B"], indirect=True)
+def test_prompts_alone_are_enough_for_models_that_start_from_text(work, monkeypatch, capsys):
+    Path("prompts.txt").write_text("a fox in snow\na boat\n\na red bus\n", encoding="utf-8")
+    shutil.rmtree("clips")
+    monkeypatch.setattr("utils.encoding.samples.load_vae", lambda *_: pytest.fail("the VAE is not needed"))
+    flags = "--val_samples 1 --val_steps 3"
+    folder = train_from("--prompts prompts.txt", flags)
+    said = capsys.readouterr().out
+    assert "a fox in snow" in said and "samples of the student differ" in said and "adds" not in said
+    straight = read_tensors(folder / "state-00000008.safetensors")[0]
+    for path in folder.glob("*-00000008*"):
+        path.unlink()
+    train_from("--prompts prompts.txt", f"{flags} --resume_from_checkpoint latest")
+    again = read_tensors(folder / "state-00000008.safetensors")[0]
+    assert again.keys() == straight.keys() and all(torch.equal(again[key], straight[key]) for key in again)
+
+
+@pytest.mark.parametrize("work", ["wan2.2-i2v-A14B", "wan2.2-ti2v-5B"], indirect=True)
+def test_pictures_with_captions_are_enough_for_models_that_start_from_one(work, capsys):
+    Path("pictures").mkdir()
+    save_image(Path("pictures/fox.png"), Image.new("RGB", (96, 64), "orange"))
+    Path("pictures/fox.txt").write_text("a fox", encoding="utf-8")
+    folder = train_from("--dataset pictures", "--val_samples 1 --val_steps 8")
+    assert list(folder.glob("wan-lora-*"))
+    assert "fox.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("work", ["wan2.2-i2v-A14B"], indirect=True)
+def test_a_model_that_is_given_frames_cannot_be_trained_on_prompts(work):
+    Path("prompts.txt").write_text("a fox\n", encoding="utf-8")
+    with pytest.raises(UserError, match="give a folder of pictures with captions instead"):
+        train_from("--prompts prompts.txt")
+
+
+def test_prompts_are_for_students_that_start_from_their_own_samples(work):
+    Path("prompts.txt").write_text("a fox\n", encoding="utf-8")
+    with pytest.raises(UserError, match="--prompts requires --few_step with --distill_input rollout"):
+        train_wan_lora.main("--prompts prompts.txt --pretrained_model_name_or_path model".split())

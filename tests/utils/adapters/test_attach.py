@@ -185,6 +185,25 @@ def test_an_adapter_is_planned_without_weights_and_attached_to_a_model_that_has_
     assert adapter.describe() == "1,152 trainable parameters: rank 4, alpha 4"
 
 
+def test_copies_of_an_adapter_begin_with_its_values_and_the_first_answers():
+    model = tiny_transformer()
+    plan = replace(plan_adapter(options(), layout()), copies=("critic",))
+    first = plan.attach(model)
+    other = first.named("critic")
+    assert len(first.parameters) == len(other.parameters) > 0
+    pairs = list(zip(first.parameters.values(), other.parameters.values(), strict=True))
+    assert all(torch.equal(own, copied) and own is not copied for own, copied in pairs)
+    fill(first.parameters.values(), seed=1)
+    before = model(*inputs())
+    with first.speaking():
+        assert torch.equal(model(*inputs()), before)
+    with other.speaking():
+        assert not torch.equal(model(*inputs()), before)
+    other.take_values(first, 0.25)
+    for (name, own), copied in zip(first.parameters.items(), other.parameters.values(), strict=True):
+        assert torch.allclose(copied, 0.25 * own) if "lora_B" in name else not torch.equal(own, copied)
+
+
 def test_a_control_lora_widens_the_input_by_the_latents_of_its_control():
     adapter = plan_adapter(options(control_lora=True), layout()).attach(tiny_transformer())
     assert adapter.model.patch_embedding.base_layer.in_channels == 32
