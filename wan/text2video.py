@@ -31,6 +31,11 @@ class Sampler:
         if self.timesteps and len(self.timesteps) != self.steps:
             raise ValueError(f"{self.steps} steps cannot be at {len(self.timesteps)} timesteps")
 
+    def __str__(self) -> str:
+        """For people: "4 steps of lcm, guidance 1, shift 5"."""
+        steps, guidance = f"{self.steps} step{'s' * (self.steps != 1)}", " and ".join(f"{g:g}" for g in self.guidance)
+        return f"{steps} of {self.solver}, guidance {guidance}, shift {self.shift:g}"
+
     @property
     def is_guided(self) -> bool:
         """Whether any step asks for the unconditional answer too."""

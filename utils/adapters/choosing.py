@@ -124,10 +124,10 @@ def further_loras(
     wanted = resolve_also_loras(texts, [expert.name for expert in files.family.experts])
     there = {name: read_records(each, Path(name)) for name, each in facts.items()}
     loras = _read_loras(wanted, files, _notes_on(wanted, there))
-    for (path, _), chosen in zip(chain(*wanted.values()), chain(*loras.values()), strict=True):
+    for chosen in chain(*loras.values()):
         if chosen.lora.input_shapes:
             raise UserError(
-                f"--also_lora {path} is a control LoRA: previews show no control but that of --control_lora.\n"
+                f"--also_lora {chosen.path} is a control LoRA: previews show no control but that of --control_lora.\n"
                 "Try the LoRAs together with test_wan_control_lora.py."
             )
     return loras
@@ -164,7 +164,7 @@ def _read_loras(
         for path, strength in paths:
             lora, differences = fit_lora(read_lora(path), layout, path)
             Fusion().with_lora(layout, lora).widen(layout)
-            loras[name].append(Chosen(lora, strength))
+            loras[name].append(Chosen(lora, strength, path))
             notes += differences
     _say_each(notes)
     return loras
