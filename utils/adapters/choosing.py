@@ -111,6 +111,14 @@ def choose_loras(
     return _read_loras(wanted, files, notes, base.fusions)
 
 
+def split_loras(
+    loras: Mapping[str, Sequence[Chosen]], paths: Sequence[Path]
+) -> tuple[dict[str, list[Chosen]], dict[str, list[Chosen]]]:
+    """Of the LoRAs that `choose_loras` has chosen, those of `paths`, and the others."""
+    own = {name: [*each[:1]] if name in resolve_experts(paths, [*loras]) else [] for name, each in loras.items()}
+    return own, {name: [*each[len(own[name]) :]] for name, each in loras.items()}
+
+
 def further_loras(
     texts: Sequence[str], files: ModelFiles, facts: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 ) -> dict[str, list[Chosen]]:
