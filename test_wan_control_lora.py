@@ -4,9 +4,11 @@
     python test_wan_control_lora.py --lora_path wan-lora-00001000.safetensors --prompt "a fox in snow" --compare
     python test_wan_control_lora.py --lora_path fox_high_noise.safetensors fox_low_noise.safetensors --image fox.png
     python test_wan_control_lora.py --lora_path control.safetensors --input_video small.mp4
+    python test_wan_control_lora.py --lora_path fox.safetensors --also_lora speed.safetensors --check_lora
 
 The story: the LoRA names its base model; text, given frames, control and noise are prepared; the transformer samples,
-with --compare first without the LoRA; the VAE decodes; an mp4 and a contact sheet are written.
+with --compare first without the LoRA, with --check_lora also with another one and with both; the VAE decodes; an mp4
+and a contact sheet are written.
 """
 
 import math
@@ -17,12 +19,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from utils.adapters.beside import Chosen
-from utils.adapters.choosing import FusedBase, choose_loras, find_fused_base, leave_out_fused_base
+from utils.adapters.choosing import FusedBase, choose_loras, find_fused_base, leave_out_fused_base, split_loras
 from utils.adapters.lora_reader import read_lora
+from utils.adapters.overlap_report import reports
 from utils.adapters.pairs import find_pair
 from utils.adapters.stated_steps import statements
 from utils.common.console import say
@@ -40,7 +44,7 @@ from utils.encoding.samples import LatentEncoding
 from utils.encoding.sampling import Transformers, denoise
 from utils.encoding.text import TextEncoding, check_embedding_shape
 from utils.encoding.text_cache import load_embedding
-from utils.media.contact_sheet import contact_sheet
+from utils.media.contact_sheet import column_sheet, contact_sheet
 from utils.media.controls import make_control
 from utils.media.frames import crop_and_resize, read_frames, save_image, write_video
 from utils.setup.base import base_remarks, find_base
@@ -81,22 +85,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     if request.input_video is None and versions[-1].reads_control:
         raise UserError("--also_lora holds a control LoRA: give it as --lora_path, with --input_video")
     check_writable(opts.output_dir)
+    if opts.check_lora:
+        own, others = split_loras(loras, opts.lora_path)
+        for text in reports(own, others, partial(tqdm, desc="comparing", unit="weight", leave=False)):
+            say(f"\n{text}\n")
+        if versions[0].sampler == versions[-1].sampler:
+            say("note: the LoRA of --also_lora states no steps; if it is for few: --steps 4 --solver lcm --guidance 1")
     for statement in statements(loras):
         say(str(statement))
-    say(describe(request, versions, opts.strength, fused.describe(opts.compare)))
+    say(describe(request, versions, opts.strength, fused.describe(len(versions) > 1)))
     with explain_out_of_memory(), torch.no_grad():
         videos = generate(request, versions, opts, fused, files)
-    without = "_without_fused" if opts.without_fused else ""
-    write(opts.output_dir, f"{opts.lora_path[0].stem}{without}_seed{opts.seed}", videos, files.family.fps)
+    stem = f"{opts.lora_path[0].stem}{'_without_fused' * opts.without_fused}{'_check' * opts.check_lora}"
+    sheet = (column_sheet if opts.check_lora else contact_sheet)([*videos.items()])
+    write(opts.output_dir, f"{stem}_seed{opts.seed}", videos, sheet, files.family.fps)
 
 
 def plan_versions(
     opts: Options, request: Request, loras: Mapping[str, Sequence[Chosen]], family: Family
 ) -> list[Version]:
-    """The videos to generate, in their order. The base model is never sampled as a LoRA states."""
+    """The videos to generate, in their order. What has no LoRA distilled into few steps is never sampled in these."""
     size = request.width, request.height
-    with_loras = Version("with the LoRA", loras, opts.sampler(family, size, statements(loras)))
-    return [Version("without the LoRA", {}, opts.sampler(family, size)), with_loras] if opts.compare else [with_loras]
+    as_stated = opts.sampler(family, size, statements(loras))
+    if not opts.check_lora:
+        base = [Version("without the LoRA", {}, opts.sampler(family, size))] if opts.compare else []
+        return [*base, Version("with the LoRA", loras, as_stated)]
+    own, others = split_loras(loras, opts.lora_path)
+    usual = RequestOptions(seed=opts.seed).sampler(family, size)  # the options are for the other LoRA
+    return [
+        Version("base", {}, usual),
+        Version("LoRA", own, usual),
+        Version("other LoRA", others, as_stated),
+        Version("both", loras, as_stated),
+    ]
 
 
 def generate(
@@ -182,14 +203,14 @@ def read_control(request: Request, path: Path, device: torch.device) -> Tensor:
     return make_control(to_unit_range(pixels.to(device)), request.control_type)
 
 
-def write(folder: Path, stem: str, videos: dict[str, Tensor], fps: int) -> None:
-    """One mp4 with the videos side by side, and a contact sheet with a row for each. Existing files stay."""
+def write(folder: Path, stem: str, videos: dict[str, Tensor], sheet: Image.Image, fps: int) -> None:
+    """One mp4 with the videos side by side, and a sheet of their frames. Existing files stay."""
     taken = {path.stem for path in folder.glob("*.mp4")}
     name = next(name for name in (stem, *(f"{stem}_{n}" for n in range(2, 10_000))) if name not in taken)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_video(folder / f"{name}.mp4", torch.cat(list(videos.values()), dim=3), fps)
-        save_image(folder / f"{name}.png", contact_sheet(list(videos.items())))
+        save_image(folder / f"{name}.png", sheet)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
     say(f"wrote {folder / name}.mp4 ({' | '.join(videos)})\nwrote {folder / name}.png")

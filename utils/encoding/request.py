@@ -101,6 +101,13 @@ class Sampling:
     seed: int = option(42, "seed of the noise", minimum=0, maximum=MAX_SEED)
     strength: float = option(1.0, "strength of the LoRA")
     compare: bool = option(False, "also generate without the LoRA, from the same noise, side by side")
+    check_lora: bool = option(
+        False,
+        "does the LoRA survive beside that of --also_lora, which samples in few steps? Says what both change, and "
+        "shows the base model, each alone, and both. --steps, --solver, --guidance and --shift are for what has the "
+        "other LoRA; the rest is sampled as the model is",
+        requires="also_lora",
+    )
     output_dir: Path = option(Path("outputs/samples"), "where the mp4 and the contact sheet are written")
 
     def sampler(self, family: Family, size: tuple[int, int], stated: Sequence[StatedSteps] = ()) -> Sampler:
@@ -124,6 +131,8 @@ class RequestOptions(Content, SingleFiles, Sampling):
             raise UserError("--negative_prompt and --negative_embedding exclude each other: give one of them")
         if self.fuse_lora and self.without_fused:
             raise UserError("--fuse_lora and --without_fused exclude each other: give one of them")
+        if self.check_lora and self.compare:
+            raise UserError("--check_lora shows the base model too: leave out --compare")
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ def test_what_contradicts_itself_is_refused(options, lora, message):
         ({"prompt": "a", "embedding": Path("b")}, "--prompt and --embedding exclude each other"),
         ({"negative_prompt": "a", "negative_embedding": Path("b")}, "--negative_prompt and --negative_embedding"),
         ({"fuse_lora": (Path("a"),), "without_fused": True}, "--fuse_lora and --without_fused exclude each other"),
+        ({"check_lora": True, "compare": True}, "--check_lora shows the base model too: leave out --compare"),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(options, message):
