@@ -13,12 +13,15 @@ from safetensors.torch import save_file
 
 import test_wan_control_lora
 from tests.chosen import A14B
+from tests.documents import ROOT, read
 from tests.tiny import TINY_SHAPE, write_model
 from utils.adapters.lora_file import LoraFile, LoraPair
 from utils.adapters.lora_writer import write_lora
 from utils.common.errors import UserError
 from utils.media.contact_sheet import CELL, GAP
 from utils.media.probing import probe
+from wan.configs import FAMILIES
+from wan.utils.fm_solvers import listed_grid
 
 FOUR = {"denoising_steps": "1000 750 500 250", "shift": "6"}
 SIZE = "--embedding fox.safetensors --negative_embedding fox.safetensors --width 32 --height 32 --frames 5"
@@ -155,6 +158,17 @@ def test_a_check_compares_the_loras_of_each_expert(asked):
     assert "the high_noise expert\n" in said
     assert "the low_noise expert: not both LoRAs are for it, so there is nothing to compare" in said
     assert [len(each) for each in videos] == [80, 80, 4, 4]
+
+
+def test_the_page_has_the_levels_and_the_step_at_which_experts_change():
+    rows = re.findall(r"^\| ([\d ]+) \| (\d+) \| ([\d. ]+) \| (\d) \| (\d) \|$", read(ROOT / "docs/few_steps.md"), re.M)
+    assert len(rows) == 4
+    for steps, shift, levels, *changes in rows:
+        found = listed_grid([float(step) for step in steps.split()], float(shift))
+        assert levels == " ".join(f"{level:.3f}" for level in found)
+        for change, name in zip(changes, ("wan2.2-t2v-A14B", "wan2.2-i2v-A14B"), strict=True):
+            (boundary,) = FAMILIES[name].boundaries
+            assert int(change) == sum(level >= boundary for level in found)
 
 
 @pytest.mark.parametrize(
