@@ -4,9 +4,11 @@
     python test_wan_control_lora.py --lora_path wan-lora-00001000.safetensors --prompt "a fox in snow" --compare
     python test_wan_control_lora.py --lora_path fox_high_noise.safetensors fox_low_noise.safetensors --image fox.png
     python test_wan_control_lora.py --lora_path control.safetensors --input_video small.mp4
+    python test_wan_control_lora.py --lora_path fox.safetensors --also_lora speed.safetensors --check_lora
 
 The story: the LoRA names its base model; text, given frames, control and noise are prepared; the transformer samples,
-with --compare first without the LoRA; the VAE decodes; an mp4 and a contact sheet are written.
+with --compare first without the LoRA, with --check_lora also with another one and with both; the VAE decodes; an mp4
+and a contact sheet are written.
 """
 
 import math
@@ -15,144 +17,47 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from utils.adapters.beside import Chosen
-from utils.adapters.choosing import FusedBase, choose_loras, find_fused_base, leave_out_fused_base
-from utils.adapters.lora_file import LoraFile
+from utils.adapters.choosing import FusedBase, choose_loras, find_fused_base, leave_out_fused_base, split_loras
 from utils.adapters.lora_reader import read_lora
+from utils.adapters.overlap_report import reports
 from utils.adapters.pairs import find_pair
-from utils.adapters.wantraining import TEST_SCRIPT
+from utils.adapters.stated_steps import statements
 from utils.common.console import say
 from utils.common.decisions import Decisions
 from utils.common.device import explain_out_of_memory, pick_device
 from utils.common.errors import RunError, UserError
 from utils.common.files import check_writable
-from utils.common.formatting import counted
-from utils.common.options import Replaced, option, parse_options, run_script
-from utils.common.temp_rng import MAX_SEED
+from utils.common.options import parse_options, run_script
 from utils.common.tensors import map_tensors
-from utils.data.buckets import bucket_size, picture_size
 from utils.diffusion.flow import seeded_noise
 from utils.encoding.conditioning import Cond, Encoders, to_pixels, to_unit_range
-from utils.encoding.pictures import check_pictures, load_picture, load_pictures
+from utils.encoding.pictures import load_picture, load_pictures
+from utils.encoding.request import Request, RequestOptions, Version, complete, describe
 from utils.encoding.samples import LatentEncoding
 from utils.encoding.sampling import Transformers, denoise
-from utils.encoding.text import TextEncoding, check_embedding_shape, negative_prompt_file, read_prompt
+from utils.encoding.text import TextEncoding, check_embedding_shape
 from utils.encoding.text_cache import load_embedding
-from utils.media.contact_sheet import contact_sheet
-from utils.media.controls import CONTROL_TYPES, FROM_FILE, make_control
-from utils.media.description import MediaInfo
+from utils.media.contact_sheet import column_sheet, contact_sheet
+from utils.media.controls import make_control
 from utils.media.frames import crop_and_resize, read_frames, save_image, write_video
-from utils.media.probing import probe
 from utils.setup.base import base_remarks, find_base
-from utils.setup.model import SingleFiles, need_experts, open_given
+from utils.setup.model import need_experts, open_given
 from utils.storage.weights import StorageOptions
 from utils.training.attention import SamplingAttention
 from wan.checkpoints import CheckpointError, ModelFiles
-from wan.configs import Family, Grid
-from wan.text2video import Sampler
-from wan.utils.fm_solvers import SOLVERS
-
-BASE_RES = 624  # of the video that follows an input video, unless a size is given
-
-# ------------------------------------------------------------------------------------------------------------ options
+from wan.configs import Family
 
 
 @dataclass(frozen=True)
-class Content:
-    """content"""
-
-    replaced: ClassVar[Replaced] = TEST_SCRIPT
-    lora_path: tuple[Path, ...] = option(
-        (),
-        "LoRA file: from training, converted, or in another tool's format; for two experts HIGH LOW, or the name that "
-        "both share",
-        aliases=("lora",),
-    )
-    also_lora: tuple[str, ...] = option(
-        (), "further LoRAs, each FILE or FILE:STRENGTH", requires="lora_path", is_path=True
-    )
-    fuse_lora: tuple[Path, ...] = option(
-        (),
-        "what the LoRA was trained on top of with --fuse_lora, where that is not found: the very file, "
-        "since a converted one has another hash",
-        requires="lora_path",
-    )
-    without_fused: bool = option(False, "sample without what the LoRA was trained on top of", requires="lora_path")
-    pretrained_model_name_or_path: str | None = option(
-        None, "base model (default: the one the LoRA names, or its run)", is_path=True
-    )
-    prompt: str | None = option(None, "what to generate (default: an empty prompt)")
-    embedding: Path | None = option(None, "text embedding file to use instead of --prompt")
-    negative_prompt: str | None = option(None, "what to avoid (default: the model's own negative prompt)")
-    negative_embedding: Path | None = option(None, "text embedding file to use instead of --negative_prompt")
-    image: Path | None = option(None, "picture that the video starts from, for models that are given one")
-    last_image: Path | None = option(None, "picture that the video ends with", requires="image")
-    input_video: Path | None = option(None, "video or image that a control LoRA follows", aliases=("control_video",))
-    control_type: str | None = option(
-        None,
-        "how the input becomes the control; file: it is the control (default: as trained)",
-        choices=(*CONTROL_TYPES, FROM_FILE),
-        requires="input_video",
-    )
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """sampling"""
-
-    width: int | None = option(
-        None, "multiple of 16 or 32 (default: the model's, or by the shape of the picture or input video)", minimum=16
-    )
-    height: int | None = option(None, "multiple of 16 or 32", minimum=16)
-    frames: int | None = option(None, "4n + 1 (default: the model's, or what the input video has)", minimum=1)
-    steps: int | None = option(None, "sampling steps (default: the model's)", minimum=1)
-    guidance: tuple[float, ...] = option(
-        (),
-        "classifier-free guidance, 1: none; two: of the high and the low expert (default: the model's)",
-        minimum=0,
-        aliases=("cfg",),
-    )
-    shift: float | None = option(None, "shift of the noise levels (default: the model's)", minimum=0.01)
-    solver: str = option("unipc", "solver of the sampling steps; lcm: for models distilled into few", choices=SOLVERS)
-    seed: int = option(42, "seed of the noise", minimum=0, maximum=MAX_SEED)
-    strength: float = option(1.0, "strength of the LoRA")
-    compare: bool = option(False, "also generate without the LoRA, from the same noise, side by side")
-    output_dir: Path = option(Path("outputs/samples"), "where the mp4 and the contact sheet are written")
-
-
-@dataclass(frozen=True)
-class Options(Content, SingleFiles, Sampling, SamplingAttention, StorageOptions):
+class Options(RequestOptions, SamplingAttention, StorageOptions):
     """Generate a video with a LoRA."""
-
-    def __post_init__(self) -> None:
-        if self.prompt is not None and self.embedding is not None:
-            raise UserError("--prompt and --embedding exclude each other: an embedding is an encoded prompt")
-        if self.negative_prompt is not None and self.negative_embedding is not None:
-            raise UserError("--negative_prompt and --negative_embedding exclude each other: give one of them")
-        if self.fuse_lora and self.without_fused:
-            raise UserError("--fuse_lora and --without_fused exclude each other: give one of them")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is generated, with everything decided that the options left open."""
-
-    text: str | Path  # a prompt, or the file of its embedding
-    negative: str | Path
-    width: int
-    height: int
-    frames: int
-    sampler: Sampler
-    seed: int
-    pictures: Sequence[Path]  # one for each frame that the model is given, or none
-    input_video: Path | None
-    control_type: str
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -176,136 +81,52 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         fused = find_fused_base(opts.lora_path, opts.fuse_lora, files)
     loras = choose_loras(opts.lora_path, opts.strength, opts.also_lora, files, fused)
-    if request.input_video is None and any(chosen.lora.input_shapes for each in loras.values() for chosen in each):
+    versions = plan_versions(opts, request, loras, files.family)
+    if request.input_video is None and versions[-1].reads_control:
         raise UserError("--also_lora holds a control LoRA: give it as --lora_path, with --input_video")
     check_writable(opts.output_dir)
-    say(f"{describe(request, opts.strength)}{fused.describe(opts.compare)}")
+    if opts.check_lora:
+        own, others = split_loras(loras, opts.lora_path)
+        for text in reports(own, others, partial(tqdm, desc="comparing", unit="weight", leave=False)):
+            say(f"\n{text}\n")
+        if versions[0].sampler == versions[-1].sampler:
+            say("note: the LoRA of --also_lora states no steps; if it is for few: --steps 4 --solver lcm --guidance 1")
+    for statement in statements(loras):
+        say(str(statement))
+    say(describe(request, versions, opts.strength, fused.describe(len(versions) > 1)))
     with explain_out_of_memory(), torch.no_grad():
-        videos = generate(request, opts, loras, fused, files)
-    without = "_without_fused" if opts.without_fused else ""
-    write(opts.output_dir, f"{opts.lora_path[0].stem}{without}_seed{opts.seed}", videos, files.family.fps)
+        videos = generate(request, versions, opts, fused, files)
+    stem = f"{opts.lora_path[0].stem}{'_without_fused' * opts.without_fused}{'_check' * opts.check_lora}"
+    sheet = (column_sheet if opts.check_lora else contact_sheet)([*videos.items()])
+    write(opts.output_dir, f"{stem}_seed{opts.seed}", videos, sheet, files.family.fps)
 
 
-# --------------------------------------------------------------------------------------------------------- the request
-
-
-def complete(opts: Options, first: LoraFile, family: Family) -> Request:
-    """Decides what was left open: by pictures, the input video, the first LoRA's metadata, the model's own settings.
-
-    Raises UserError for what contradicts itself or does not fit the model.
-    """
-    if first.input_shapes and opts.input_video is None:
-        raise UserError("this is a control LoRA: pass the video to follow as --input_video")
-    if opts.input_video is not None and not first.input_shapes:
-        raise UserError(f"{opts.lora_path[0]} is not a control LoRA: it cannot follow --input_video")
-    pictures = [picture for picture in (opts.image, opts.last_image) if picture is not None]
-    check_given(pictures, first, family)
-
-    # A video has the shape of the picture that it starts from, and of the video that it follows also the length.
-    (width, height), frames = family.size, family.frames
-    info = None if opts.input_video is None else probe(opts.input_video)
-    if info is not None:
-        width, height = bucket_size(info.width, info.height, BASE_RES, family.grid)
-        frames = min(frames, usable_frames(info, family.grid))
-    elif pictures:
-        width, height = picture_size(probe(pictures[0]), width * height, family.grid)
-    guidance = opts.guidance or family.guidance
-    if len(guidance) not in (1, len(family.experts)):
-        raise UserError(
-            f"--guidance has {len(guidance)} values, but the model {counted(len(family.experts), 'expert')}"
-        )
-    negative: str | Path | None = opts.negative_embedding or opts.negative_prompt
-    width, height = fill_in_side(opts.width, opts.height, (width, height), family.grid)
-    shift, steps = opts.shift or family.shift_at(width, height), opts.steps or family.steps
-    request = Request(
-        text=opts.embedding or opts.prompt or "",
-        negative=read_prompt(negative_prompt_file(family)) if negative is None else negative,
-        width=width,
-        height=height,
-        frames=opts.frames or frames,
-        sampler=Sampler(opts.solver, steps, guidance, shift, family.boundaries, (opts.seed,)),
-        seed=opts.seed,
-        pictures=pictures,
-        input_video=opts.input_video,
-        control_type=opts.control_type or first.metadata.get("control") or "tile",
-    )
-    check_request(request, family.grid, info)
-    return request
-
-
-def fill_in_side(width: int | None, height: int | None, usual: tuple[int, int], grid: Grid) -> tuple[int, int]:
-    """(width, height): those that are given, else the usual ones; one that is given alone keeps the usual shape."""
-    if width and not height:
-        return width, max(round(width * usual[1] / usual[0] / grid.side), 1) * grid.side
-    if height and not width:
-        return max(round(height * usual[0] / usual[1] / grid.side), 1) * grid.side, height
-    return width or usual[0], height or usual[1]
-
-
-def check_given(pictures: Sequence[Path], first: LoraFile, family: Family) -> None:
-    """Raises UserError unless there are the pictures that the model, or a control LoRA for one without, starts from."""
-    if family.given:
-        if pictures or family.given_as == "channels":
-            names = "--image and --last_image" if len(family.given) > 1 else "--image"
-            check_pictures(pictures, family, names)
-        return
-    if first.metadata.get("control_i2v") and not pictures:
-        raise UserError("the LoRA was trained with --control_i2v: pass the picture to start from as --image")
-    if len(pictures) > 1 or (pictures and not first.input_shapes):
-        raise UserError("--image and --last_image: this is a text-to-video model, which starts from no picture")
-    for picture in pictures:
-        probe(picture)
-
-
-def check_request(request: Request, grid: Grid, info: MediaInfo | None) -> None:
-    """Raises UserError for sizes that the model does not have, and for a control that cannot be made."""
-    if request.width % grid.side or request.height % grid.side:
-        sizes = f"--width {request.width} and --height {request.height}"
-        raise UserError(f"{sizes} must be multiples of {grid.side}")
-    if request.control_type not in (*CONTROL_TYPES, FROM_FILE):
-        made = f"the LoRA follows {request.control_type!r}, which cannot be made here"
-        raise UserError(f"{made}; pass a video of it and --control_type {FROM_FILE}")
-    if request.frames % grid.frame != 1:
-        nearest = request.frames // grid.frame * grid.frame + 1
-        raise UserError(f"--frames {request.frames} must be {grid.frame}n + 1, like {nearest}")
-    if info is not None and request.frames > usable_frames(info, grid):
-        raise UserError(f"{request.input_video} has {info.frames} frames, too few for --frames {request.frames}")
-    if request.pictures and request.frames == 1:
-        raise UserError(f"--frames 1 is the picture itself: give at least {grid.frame + 1}")
-
-
-def usable_frames(info: MediaInfo, grid: Grid) -> int:
-    """The frames of a control video that fit the model: 4n + 1."""
-    return (info.frames - 1) // grid.frame * grid.frame + 1
-
-
-def describe(request: Request, strength: float) -> str:
-    """What is about to be generated, including what was left open: it decides the result too."""
-    sampler = request.sampler
-    guidance = " and ".join(f"{value:g}" for value in sampler.guidance)
-    given = "".join(f", from {picture}" for picture in request.pictures)
-    followed = f", following {request.input_video} ({request.control_type})" if request.input_video else ""
-    return (
-        f"{request.width}x{request.height}, {counted(request.frames, 'frame')}, {counted(sampler.steps, 'step')} of "
-        f"{sampler.solver}, guidance {guidance}, shift {sampler.shift:g}, seed {request.seed}, "
-        f"strength {strength:g}{given}{followed}"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------- generation
+def plan_versions(
+    opts: Options, request: Request, loras: Mapping[str, Sequence[Chosen]], family: Family
+) -> list[Version]:
+    """The videos to generate, in their order. What has no LoRA distilled into few steps is never sampled in these."""
+    size = request.width, request.height
+    as_stated = opts.sampler(family, size, statements(loras))
+    if not opts.check_lora:
+        base = [Version("without the LoRA", {}, opts.sampler(family, size))] if opts.compare else []
+        return [*base, Version("with the LoRA", loras, as_stated)]
+    own, others = split_loras(loras, opts.lora_path)
+    usual = RequestOptions(seed=opts.seed).sampler(family, size)  # the options are for the other LoRA
+    return [
+        Version("base", {}, usual),
+        Version("LoRA", own, usual),
+        Version("other LoRA", others, as_stated),
+        Version("both", loras, as_stated),
+    ]
 
 
 def generate(
-    request: Request,
-    opts: Options,
-    loras: Mapping[str, Sequence[Chosen]],
-    fused: FusedBase,
-    files: ModelFiles,
+    request: Request, versions: Sequence[Version], opts: Options, fused: FusedBase, files: ModelFiles
 ) -> dict[str, Tensor]:
-    """Videos (F, 3, H, W) uint8 by label: the control if there is one, without the LoRA if asked for, and with it."""
+    """Videos (F, 3, H, W) uint8 by label: the control if there is one, and each version."""
     # Models are loaded one after another, and only while they are needed: the text encoder alone takes 11 GB.
     device = pick_device()
-    text, negative = embed(request, opts, files, device)
+    text, negative = embed(request, any(version.sampler.is_guided for version in versions), opts, files, device)
     encoders = LatentEncoding(files, device).load()
     control = read_control(request, request.input_video, device) if request.input_video else None
     base, cond = condition(request, encoders, text, control)
@@ -313,17 +134,16 @@ def generate(
     del encoders
     noise = seeded_noise((1, *vae.latent_shape(request.frames, request.height, request.width)), request.seed).to(device)
 
-    # Noise and conditions are the same without and with the LoRA, so every difference between the videos is the LoRA's.
-    # What it was trained on top of is in both. Only the control is left out without the LoRA: the base model has no
-    # input channels for one, unless a control LoRA is in it.
+    # Noise and conditions are the same in all versions, so every difference between the videos is the LoRAs', and that
+    # of the steps that these state. What a LoRA was trained on top of is in all. Only the control is left out where no
+    # control LoRA is: the base model has no input channels for one.
     shape = files.shape
     storage = opts.storage(device, shape, noise[0, 0].numel() // math.prod(shape.patch_size), Decisions(str(device)))
-    transformers, latents = Transformers(files, loras, storage, fused.fusions, opts.attention), {}
-    base = cond if fused.reads_control else base
-    if opts.compare:
-        latents["without the LoRA"] = sample(request, transformers, noise, base, negative, "without the LoRA")
-    transformers.fuse()
-    latents["with the LoRA"] = sample(request, transformers, noise, cond, negative, "with the LoRA")
+    transformers, latents = Transformers(files, storage, fused.fusions, opts.attention), {}
+    for version in versions:
+        transformers.use(version.loras)
+        seen = cond if version.reads_control or fused.reads_control else base
+        latents[version.label] = sample(version, transformers, noise, seen, negative)
     transformers.unload()
 
     videos = {} if control is None else {"control": to_pixels(control)}
@@ -346,24 +166,24 @@ def condition(request: Request, encoders: Encoders, text: Tensor, control: Tenso
     return map_tensors(base, lambda part: part[None]), map_tensors(cond, lambda part: part[None])
 
 
-def sample(
-    request: Request, transformers: Transformers, noise: Tensor, cond: Cond, negative: Tensor | None, label: str
-) -> Tensor:
+def sample(version: Version, transformers: Transformers, noise: Tensor, cond: Cond, negative: Tensor | None) -> Tensor:
     """Latents (1, C, F, H, W) from the noise. Raises RunError where they are not finite: they would decode to black."""
-    progress = partial(tqdm, desc=label, unit="step")
-    latents = denoise(request.sampler, transformers.predict, noise, cond, negative, progress)
+    progress = partial(tqdm, desc=version.label, unit="step")
+    latents = denoise(version.sampler, transformers.predict, noise, cond, negative, progress)
     if not latents.isfinite().all():
         raise RunError(
-            f"the video {label} holds NaN or infinite values: the weights of the base model are damaged, or --strength "
-            "or --guidance is too large"
+            f"the video {version.label} holds NaN or infinite values: the weights of the base model are damaged, or "
+            "--strength or --guidance is too large"
         )
     return latents
 
 
-def embed(request: Request, opts: Options, files: ModelFiles, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def embed(
+    request: Request, is_guided: bool, opts: Options, files: ModelFiles, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
     """The embeddings (T, E) of the prompt and, where there is guidance, of the negative prompt; new ones are cached."""
     wanted = {"prompt": request.text}
-    if request.sampler.is_guided:
+    if is_guided:
         wanted["negative prompt"] = request.negative
     encoding = TextEncoding(files, device, opts.text_encoder_dtype)
     cache = encoding.shared_cache()
@@ -383,14 +203,14 @@ def read_control(request: Request, path: Path, device: torch.device) -> Tensor:
     return make_control(to_unit_range(pixels.to(device)), request.control_type)
 
 
-def write(folder: Path, stem: str, videos: dict[str, Tensor], fps: int) -> None:
-    """One mp4 with the videos side by side, and a contact sheet with a row for each. Existing files stay."""
+def write(folder: Path, stem: str, videos: dict[str, Tensor], sheet: Image.Image, fps: int) -> None:
+    """One mp4 with the videos side by side, and a sheet of their frames. Existing files stay."""
     taken = {path.stem for path in folder.glob("*.mp4")}
     name = next(name for name in (stem, *(f"{stem}_{n}" for n in range(2, 10_000))) if name not in taken)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_video(folder / f"{name}.mp4", torch.cat(list(videos.values()), dim=3), fps)
-        save_image(folder / f"{name}.png", contact_sheet(list(videos.items())))
+        save_image(folder / f"{name}.png", sheet)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from None
     say(f"wrote {folder / name}.mp4 ({' | '.join(videos)})\nwrote {folder / name}.png")

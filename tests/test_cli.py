@@ -27,7 +27,6 @@ from utils.adapters.lora_reader import read_lora
 from utils.common.options import parse_options
 from utils.media.probing import probe
 from wan.checkpoints import load_transformer, open_model
-from wan.configs import Grid
 from wan.names import diffusers_name
 
 REAL_CLIPS = ROOT.parent / "shared" / "real_clips"
@@ -193,11 +192,3 @@ def test_a_control_lora_is_trained_converted_and_followed(work, tmp_path, monkey
     test_wan_control_lora.main([*map(str, follow), *sizes])
     assert "control | without the LoRA | with the LoRA" in capsys.readouterr().out
     assert probe(next((tmp_path / "samples").glob("*.mp4"))).width == 3 * 96
-
-
-def test_a_side_that_is_given_alone_keeps_the_usual_shape():
-    usual, grid = (832, 480), Grid(frame=4, side=16)
-    sizes = [(None, None), (416, None), (None, 240), (96, 64)]
-    found = [test_wan_control_lora.fill_in_side(*size, usual, grid) for size in sizes]
-    assert found == [(832, 480), (416, 240), (416, 240), (96, 64)]
-    assert test_wan_control_lora.fill_in_side(96, None, (480, 832), grid) == (96, 160)

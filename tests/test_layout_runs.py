@@ -112,7 +112,7 @@ def story(request, tmp_path, monkeypatch) -> Story:
 def sampled(patch: pytest.MonkeyPatch, *arguments: object) -> Tensor:
     """The video that the test script would write."""
     written: list[dict[str, Tensor]] = []
-    patch.setattr(test_wan_control_lora, "write", lambda folder, name, videos, fps: written.append(videos))
+    patch.setattr(test_wan_control_lora, "write", lambda folder, name, videos, *_: written.append(videos))
     test_wan_control_lora.main([*map(str, arguments), *SIZES])
     (videos,) = written
     return videos["with the LoRA"]

@@ -88,7 +88,7 @@ def sample(monkeypatch) -> Sampled:
     def run(flags: str) -> dict[str, Tensor]:
         written: dict[str, Tensor] = {}
         monkeypatch.setattr(
-            test_wan_control_lora, "write", lambda _, stem, videos, __: written.update(videos | {stem: torch.empty(0)})
+            test_wan_control_lora, "write", lambda _, stem, videos, *__: written.update(videos | {stem: torch.empty(0)})
         )
         test_wan_control_lora.main([*flags.split(), *SIZE.split()])
         return written

@@ -24,6 +24,17 @@ class Sampler:
     shift: float  # of the noise levels; above 1: more steps at high noise
     boundaries: tuple[float, ...] = ()  # noise levels at and above which a guidance holds, for all but the last
     seeds: tuple[int, ...] = (0,)  # one for each sample, of the noise that a solver adds between its steps
+    timesteps: tuple[float, ...] = ()  # of each step, 0..1000 before the shift; by default the solver chooses them
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a list of another length than there are steps."""
+        if self.timesteps and len(self.timesteps) != self.steps:
+            raise ValueError(f"{self.steps} steps cannot be at {len(self.timesteps)} timesteps")
+
+    def __str__(self) -> str:
+        """For people: "4 steps of lcm, guidance 1, shift 5"."""
+        steps, guidance = f"{self.steps} step{'s' * (self.steps != 1)}", " and ".join(f"{g:g}" for g in self.guidance)
+        return f"{steps} of {self.solver}, guidance {guidance}, shift {self.shift:g}"
 
     @property
     def is_guided(self) -> bool:
@@ -49,7 +60,7 @@ class Sampler:
             answer = partial(predict, latents, timestep)
             return answer(cond) if uncond is None else guided(answer, cond, uncond, self.guidance_at(timestep))
 
-        solver = make_solver(self.solver, self.steps, self.shift, noise.device, self.seeds)
+        solver = make_solver(self.solver, self.steps, self.shift, noise.device, self.seeds, self.timesteps)
         return sample(velocity, noise, solver, progress)
 
     def guidance_at(self, timestep: Tensor) -> float:

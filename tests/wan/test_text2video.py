@@ -180,3 +180,19 @@ def test_the_seed_is_that_of_the_noise_between_steps():
         Sampler("lcm", 4, (1.0,), 5.0, seeds=(seed, 9)).denoise(Model(), draw(1), 1.0, None) for seed in (3, 3, 4)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_listed_steps_are_those_that_the_model_is_asked_at():
+    model = Model()
+    Sampler("lcm", 3, (1.0,), 5.0, timesteps=(1000, 600, 100)).denoise(model, draw(1), 1.0, None)
+    assert [timestep for timestep, _ in model.asked] == pytest.approx([1000, 1000 * 3 / 3.4, 1000 * 0.5 / 1.4])
+
+
+def test_a_list_has_as_many_entries_as_there_are_steps():
+    with pytest.raises(ValueError, match="4 steps cannot be at 2 timesteps"):
+        Sampler("lcm", 4, (1.0,), 5.0, timesteps=(1000, 500))
+
+
+def test_settings_say_what_they_are():
+    assert str(Sampler("lcm", 4, (1.0,), 5.0)) == "4 steps of lcm, guidance 1, shift 5"
+    assert str(Sampler("unipc", 1, (4.0, 3.5), 12.0)) == "1 step of unipc, guidance 4 and 3.5, shift 12"

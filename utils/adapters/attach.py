@@ -19,6 +19,7 @@ from utils.adapters.lora import (
     adapter_parameters,
     add_lora,
     extract_lora,
+    let_speak,
     select_modules,
     speaking,
     widen_patch_embedding,
@@ -197,6 +198,7 @@ class AdapterPlan:
         adapter = LoraAdapter(model, self.opts, name, self.facts)
         for copied in self.copies:
             adapter.named(copied).take_values(adapter)
+        let_speak(model, name)
         return adapter
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ class Chosen:
 
     lora: LoraFile
     strength: float
+    path: Path | None = None  # of its file, by which messages name it
 
 
 @contextmanager

@@ -111,6 +111,14 @@ def choose_loras(
     return _read_loras(wanted, files, notes, base.fusions)
 
 
+def split_loras(
+    loras: Mapping[str, Sequence[Chosen]], paths: Sequence[Path]
+) -> tuple[dict[str, list[Chosen]], dict[str, list[Chosen]]]:
+    """Of the LoRAs that `choose_loras` has chosen, those of `paths`, and the others."""
+    own = {name: [*each[:1]] if name in resolve_experts(paths, [*loras]) else [] for name, each in loras.items()}
+    return own, {name: [*each[len(own[name]) :]] for name, each in loras.items()}
+
+
 def further_loras(
     texts: Sequence[str], files: ModelFiles, facts: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 ) -> dict[str, list[Chosen]]:
@@ -124,10 +132,10 @@ def further_loras(
     wanted = resolve_also_loras(texts, [expert.name for expert in files.family.experts])
     there = {name: read_records(each, Path(name)) for name, each in facts.items()}
     loras = _read_loras(wanted, files, _notes_on(wanted, there))
-    for (path, _), chosen in zip(chain(*wanted.values()), chain(*loras.values()), strict=True):
+    for chosen in chain(*loras.values()):
         if chosen.lora.input_shapes:
             raise UserError(
-                f"--also_lora {path} is a control LoRA: previews show no control but that of --control_lora.\n"
+                f"--also_lora {chosen.path} is a control LoRA: previews show no control but that of --control_lora.\n"
                 "Try the LoRAs together with test_wan_control_lora.py."
             )
     return loras
@@ -164,7 +172,7 @@ def _read_loras(
         for path, strength in paths:
             lora, differences = fit_lora(read_lora(path), layout, path)
             Fusion().with_lora(layout, lora).widen(layout)
-            loras[name].append(Chosen(lora, strength))
+            loras[name].append(Chosen(lora, strength, path))
             notes += differences
     _say_each(notes)
     return loras

@@ -126,6 +126,12 @@ def speaking(model: nn.Module, adapter: str | None) -> Iterator[None]:
             _switch(layer, disabled, active)
 
 
+def let_speak(model: nn.Module, adapter: str) -> None:
+    """From here on the model answers with this adapter, outside of spans; only that is trainable."""
+    for layer in adapted_layers(model, adapter).values():
+        _switch(layer, False, [adapter])
+
+
 def _switch(layer: LoraLayer, disabled: bool, active: list[str]) -> None:
     if active != list(layer.active_adapters):
         layer.set_adapter(active)

@@ -25,30 +25,28 @@ from wan.text2video import Sampler, part_at
 class Transformers:
     """The transformers of a model, one of which is in memory: that of the noise level that is asked for.
 
-    They answer as the base model, with the LoRAs of `fusions` in it as in training, until `fuse` is called, and then
-    with `loras` too. Where weights are quantised or wait in main memory, these act beside them: added to codes, they
-    would be rounded away. They attend by `attention`, one of KERNELS.
+    They answer as the base model, with the LoRAs of `fusions` in it as in training, and with those of `use`. Where
+    weights are quantised or wait in main memory, the latter act beside them: added to codes, they would be rounded
+    away. They attend by `attention`, one of KERNELS.
     """
 
     def __init__(
         self,
         files: ModelFiles,
-        loras: Mapping[str, Sequence[Chosen]],
         storage: Storage,
         fusions: Mapping[str, Fusion] = MappingProxyType({}),
         attention: str = SDPA,
     ) -> None:
-        self.files, self.loras, self.storage, self.fusions = files, loras, storage, fusions
-        self.attention = attention
+        self.files, self.storage, self.fusions, self.attention = files, storage, fusions, attention
+        self._loras: Mapping[str, Sequence[Chosen]] = {}
         self._loaded: tuple[str, WanModel] | None = None
-        self._fused = False
         self._store = Store(storage)
         self._undo = ExitStack()  # of LoRAs beside the loaded model
 
-    def fuse(self) -> None:
-        """Adds the LoRAs, now and whenever a transformer is loaded again."""
-        self._fused = True
-        if self._loaded is not None and len(self.files.transformers) == 1:
+    def use(self, loras: Mapping[str, Sequence[Chosen]]) -> None:
+        """From now on these LoRAs are added, by the names of the transformers, and none of those before."""
+        had_none, self._loras = not any(self._loras.values()), loras
+        if had_none and self._loaded is not None and len(self.files.transformers) == 1:
             self._fuse(*self._loaded)
         else:
             self.unload()  # of two experts the one in memory is the low one, and the high one is asked next
@@ -80,12 +78,13 @@ class Transformers:
         stream = self._store.load(model, self.files.transformers[name], cast, fusion.targets, progress)
         if stream is not None:
             self._undo.enter_context(stream.followed(model))
-        if self._fused:
-            self._fuse(name, model)
+        self._fuse(name, model)
         return model
 
     def _fuse(self, name: str, model: WanModel) -> None:
-        loras = self.loras[name]
+        loras = self._loras.get(name, ())
+        if not loras:
+            return
         if self.storage.is_plain:
             for chosen in loras:
                 fuse_lora(model, chosen.lora, chosen.strength)

@@ -30,6 +30,22 @@ def contact_sheet(rows: list[tuple[str, Tensor]], columns: int = 8) -> Image.Ima
     return sheet
 
 
+def column_sheet(columns: list[tuple[str, Tensor]], rows: int = 8) -> Image.Image:
+    """One labelled column per video, uint8 (F, 3, H, W), all of one shape: the same up to `rows` frames of each."""
+    strips = [(label, thumbnails(frames, rows, CELL)) for label, frames in columns]
+    (_, first), *_ = strips
+    step, top = first[0].height + GAP, TEXT + 2 * GAP
+    sheet = Image.new("RGB", (len(columns) * (CELL + GAP) + GAP, top + len(first) * step), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(TEXT)
+    for column, (label, cells) in enumerate(strips):
+        left = GAP + column * (CELL + GAP)
+        draw.text((left, GAP), _shorten(label, font, CELL), "black", font)
+        for row, cell in enumerate(cells):
+            sheet.paste(cell, (left, top + row * step))
+    return sheet
+
+
 def thumbnails(frames: Tensor, count: int, width: int) -> list[Image.Image]:
     """At most `count` evenly spaced frames of uint8 (F, 3, H, W), in order, each `width` pixels wide."""
     chosen = torch.linspace(0, len(frames) - 1, min(count, len(frames))).round().long()

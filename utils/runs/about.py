@@ -25,7 +25,7 @@ def run_settings(opts: DescribedOptions, inputs: Inputs, total_steps: int, decis
     about = {**opts.base(opts.pretrained_model_name_or_path), "control": control, "shift": f"{opts.shift:g}"}
     about |= {"control_i2v": "true"} if opts.control_i2v else {}
     about |= {} if opts.expert_range == OWN_RANGE else {"expert_range": opts.expert_range}
-    about |= opts.about_few_steps(family, inputs.size)
+    about |= {key: text for stated in opts.stated(family, inputs.size) for key, text in stated.metadata.items()}
     options, facts = to_json(opts), Facts(training_table(opts), data.fingerprint, decisions.table(), base)
     about |= {"options": options} if opts.metadata == EVERYTHING else {}
     card = ModelCard(family, about["base_model"], inputs.size, data.clips_by_folder, opts.trigger or "")

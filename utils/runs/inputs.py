@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from types import MappingProxyType
 
 import torch
 
 from utils.adapters.attach import DTYPES, AdapterOptions, AdapterPlan
 from utils.adapters.beside import Chosen
 from utils.adapters.choosing import further_loras
+from utils.adapters.stated_steps import statements
 from utils.common.console import say
 from utils.common.decisions import Decisions
 from utils.common.errors import UserError
@@ -37,6 +39,7 @@ from wan.configs import Family
 from wan.modules.model import WanShape
 
 CPU = torch.device("cpu")
+NO_LORAS: Mapping[str, Sequence[Chosen]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,21 @@ def open_data(opts: InputOptions, folders: list[Folder], family: Family) -> Data
     return data
 
 
-def load_texts(opts: InputOptions, files: ModelFiles, device: torch.device, data: Dataset) -> Texts:
-    """The embeddings of all captions and prompts; what is not cached yet is encoded."""
+def load_texts(
+    opts: InputOptions,
+    files: ModelFiles,
+    device: torch.device,
+    data: Dataset,
+    further: Mapping[str, Sequence[Chosen]] = NO_LORAS,
+) -> Texts:
+    """The embeddings of all captions and prompts; what is not cached yet is encoded.
+
+    The LoRAs that act in previews may say how these are sampled.
+    """
     # Distillation and guided previews also need a negative prompt. --cache_embeddings encodes all that ship with us.
     prompts, family = opts.preview_prompts, files.family
-    sampler = opts.preview_sampler(family, family.size, bool(opts.distill_cfg))
+    stated = [*opts.stated(family, family.size), *statements(further)]
+    sampler = opts.preview_sampler(family, family.size, bool(opts.distill_cfg), stated)
     guided = bool(opts.distill_cfg) or opts.few_step or (bool(prompts) and sampler.is_guided)
     negatives = [opts.distill_negative or negative_prompt_file(family)] if guided else []
     others = shipped_prompts() if opts.cache_embeddings else []
@@ -137,9 +150,12 @@ def open_inputs(
         adapters = {name: replace(plan, copies=(CRITIC,)) for name, plan in adapters.items()}
     high = None if opts.high_lora is None else finished_student(opts.high_lora, opts, files)
     further = further_loras(opts.also_lora, files, {name: plan.facts for name, plan in adapters.items()})
+    if high is not None:
+        name = files.family.experts[0].name
+        further = {**further, name: [*further.get(name, ()), high]}
 
     # The text encoder takes 11 GB. It is loaded only if an embedding is missing, and freed before the next model.
-    texts = load_texts(opts, files, device, data)
+    texts = load_texts(opts, files, device, data, further)
 
     # Clips go through the VAE at every step, or once, to the cache; frames that the model is given through a vision
     # encoder too. Without held-out clips validation uses training clips.
@@ -160,7 +176,10 @@ def open_preview(opts: InputOptions, inputs: Inputs, validation: list[Batch], se
     follows = opts.control_lora or (family.given and opts.held_share and not images)
     if follows and not validation:
         validation = [inputs.load_batch(largest_window(chain(*inputs.plan.epoch(0))))]
-    sampler = opts.preview_sampler(family, size.bucket[:2], bool(opts.distill_cfg))
+    stated = [*opts.stated(family, inputs.size), *statements(inputs.further)]
+    sampler = opts.preview_sampler(family, size.bucket[:2], bool(opts.distill_cfg), stated)
+    if stated:
+        say(f"previews take {sampler}: {stated[0]}")
     scenes = Scenes(size.bucket, validation if follows else [], images)
     return make_preview(inputs.texts, sampler, seed, inputs.samples.open_encoders(), scenes)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from utils.adapters.attach import LoraAdapter
 from utils.adapters.beside import Chosen, beside
 from utils.adapters.choosing import choose_loras
+from utils.adapters.stated_steps import StatedSteps, read_statement
 from utils.common.errors import UserError
 from utils.common.options import option
 from utils.diffusion.few_step import own_steps, step_sigmas
@@ -22,7 +23,6 @@ from wan.configs import Expert, Family
 
 Opts = TypeVar("Opts", bound="FewStepOptions")
 DATA, ROLLOUT = INPUTS = ("data", "rollout")
-STEPS_KEY = "denoising_steps"  # in the metadata of a LoRA
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,10 @@ class FewStepOptions:
         """The guidance that is distilled into an expert's LoRA."""
         return expert.guidance if self.real_guidance_scale is None else self.real_guidance_scale
 
-    def about_few_steps(self, family: Family, size: tuple[int, int]) -> dict[str, str]:
-        """What a LoRA says of how it is sampled; nothing for one that needs the model's usual steps."""
-        if not self.few_step:
-            return {}
-        steps = " ".join(f"{step:g}" for step in self.denoising_list)
-        return {STEPS_KEY: steps, "shift": f"{self.shift_of_steps(family, size):g}"}
+    def stated(self, family: Family, size: tuple[int, int]) -> list[StatedSteps]:
+        """How a LoRA for videos of this (width, height) is sampled, where that differs from the model's own way."""
+        steps = StatedSteps(self.denoising_list, self.shift_of_steps(family, size), "this run's LoRA")
+        return [steps] if self.few_step else []
 
 
 def finished_student(path: Path, opts: FewStepOptions, files: ModelFiles) -> Chosen:
@@ -160,11 +158,11 @@ def finished_student(path: Path, opts: FewStepOptions, files: ModelFiles) -> Cho
     chosen = choose_loras((path,), 1.0, (), files)[family.experts[0].name]
     if not chosen:
         raise UserError(f"--high_lora {path} is not for the {family.experts[0].name} expert")
-    steps = " ".join(f"{step:g}" for step in opts.denoising_list)
-    stated = chosen[0].lora.metadata.get(STEPS_KEY)
-    if stated != steps:
-        known = f"for the steps {stated}" if stated else "for no list of steps"
-        raise UserError(f"--high_lora {path} was trained {known}, this run is for {steps}")
+    (own,), stated = opts.stated(family, family.size), read_statement(chosen[0].lora.metadata, path)
+    if stated is None:
+        raise UserError(f"--high_lora {path} was not distilled into few steps: give one that was, with --expert high")
+    if (stated.timesteps, stated.shift) != (own.timesteps, own.shift):
+        raise UserError(f"{stated}, but {own}: train both experts for the same steps")
     return chosen[0]
 
 

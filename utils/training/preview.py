@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.adapters.stated_steps import Asked, StatedSteps, choose_sampler
 from utils.common.errors import UserError
-from utils.common.formatting import counted
 from utils.common.options import expand_home, option
 from utils.common.tensors import map_tensors
 from utils.diffusion.flow import Predict, seeded_noise
@@ -22,8 +22,9 @@ from utils.encoding.text import Texts, read_prompt
 from wan.configs import Family
 from wan.modules.vae import WanVAE
 from wan.text2video import Sampler
-from wan.utils.fm_solvers import SOLVERS
+from wan.utils.fm_solvers import LCM, SOLVERS, UNIPC
 
+USUAL_STEPS = 20
 BRIEFLY = 4  # steps in which both experts are asked, whatever the shift of their family
 
 
@@ -41,20 +42,32 @@ class Previews:
         requires="sample_prompts",
         affects_training=False,
     )
-    sample_steps: int = option(
-        20, "sampling steps of a preview", minimum=1, requires="sample_prompts", affects_training=False
+    sample_steps: int | None = option(
+        None,
+        f"sampling steps of a preview (default: {USUAL_STEPS}, or those that a LoRA was distilled into)",
+        minimum=1,
+        requires="sample_prompts",
+        affects_training=False,
     )
-    sample_solver: str = option(
-        "unipc",
-        "solver of previews; lcm: for models distilled into few steps",
+    sample_solver: str | None = option(
+        None,
+        f"solver of previews (default: {UNIPC}, or {LCM} with a LoRA that was distilled into few steps)",
         choices=SOLVERS,
         requires="sample_prompts",
         affects_training=False,
     )
     sample_guidance: tuple[float, ...] = option(
         (),
-        "guidance of previews; two: of the high and the low expert (default: the model's; 1 with --distill_cfg)",
+        "guidance of previews; two: of the high and the low expert (default: the model's; 1 with --distill_cfg, or "
+        "with a LoRA that was distilled into few steps)",
         minimum=0,
+        requires="sample_prompts",
+        affects_training=False,
+    )
+    sample_shift: float | None = option(
+        None,
+        "shift of the noise levels of previews (default: the model's, or what a LoRA distilled into few steps states)",
+        minimum=0.01,
         requires="sample_prompts",
         affects_training=False,
     )
@@ -95,16 +108,18 @@ class Previews:
             raise UserError("--sample_images has no effect: in previews of one frame there is no first one to be given")
         return sets * count if len(sets) == 1 else sets
 
-    def preview_sampler(self, family: Family, size: tuple[int, int], distilled: bool) -> Sampler:
-        """As the family is sampled at this (width, height); without guidance where a LoRA has it distilled into it.
+    def preview_sampler(
+        self, family: Family, size: tuple[int, int], distilled: bool, stated: Sequence[StatedSteps] = ()
+    ) -> Sampler:
+        """As the family is sampled at this (width, height), or as LoRAs that were distilled into few steps state.
 
-        Options override both. Raises UserError for another number of guidances than experts.
+        Where only guidance is `distilled` into a LoRA there is none. Options override all of this. Raises UserError as
+        `choose_sampler` does.
         """
-        guidance = self.sample_guidance or ((1.0,) if distilled else family.guidance)
-        if len(guidance) not in (1, len(family.experts)):
-            count = counted(len(family.experts), "expert")
-            raise UserError(f"--sample_guidance has {len(guidance)} values, but the model {count}")
-        return Sampler(self.sample_solver, self.sample_steps, guidance, family.shift_at(*size), family.boundaries)
+        guidance = (1.0,) if distilled else family.guidance
+        usual = Sampler(UNIPC, USUAL_STEPS, guidance, family.shift_at(*size), family.boundaries)
+        asked = Asked(self.sample_steps, self.sample_solver, self.sample_guidance, self.sample_shift, "--sample_")
+        return choose_sampler(usual, asked, stated)
 
 
 @dataclass(frozen=True)
@@ -132,7 +147,7 @@ class Preview:
         """The largest of them, in so few steps that each expert is just asked: it needs as much memory."""
         largest = max(self.requests, key=lambda request: request.noise.numel())
         steps = BRIEFLY if self.sampler.boundaries else 1
-        return replace(self, requests=[largest], sampler=replace(self.sampler, steps=steps))
+        return replace(self, requests=[largest], sampler=replace(self.sampler, steps=steps, timesteps=()))
 
     def generate(self, predict: Predict[Cond]) -> list[tuple[str, Tensor]]:
         """Each prompt with its video (F, 3, H, W) uint8; a control is shown to the left of the video that follows it.

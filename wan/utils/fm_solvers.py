@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 NUM_TIMESTEPS = 1000
-LCM = "lcm"
-SOLVERS = ("unipc", "euler", LCM)
+UNIPC, EULER, LCM = SOLVERS = ("unipc", "euler", "lcm")
 
 
 class Solver(Protocol):
@@ -27,8 +26,7 @@ def sigma_grid(num_steps: int, shift: float) -> np.ndarray:
 
     sigma = shift * s / (1 + (shift - 1) * s) over s = linspace(0.999, 0, num_steps + 1)[:-1].
     """
-    s = np.linspace(0.999, 0.0, num_steps + 1)[:-1]
-    return shift * s / (1 + (shift - 1) * s)
+    return _shifted(np.linspace(0.999, 0.0, num_steps + 1)[:-1], shift)
 
 
 def few_step_grid(num_steps: int, shift: float) -> np.ndarray:
@@ -37,6 +35,20 @@ def few_step_grid(num_steps: int, shift: float) -> np.ndarray:
     Four steps are at 1000, 750, 500 and 250 before the shift.
     """
     s = (NUM_TIMESTEPS - np.floor(np.arange(num_steps) * (NUM_TIMESTEPS / num_steps))) / NUM_TIMESTEPS
+    return _shifted(s, shift)
+
+
+def listed_grid(timesteps: Sequence[float], shift: float) -> np.ndarray:
+    """The noise levels of steps that are listed on the 0..1000 scale before the shift, such as 1000, 750, 500, 250.
+
+    Rounded to nine digits, as they are where a model is distilled into these steps: a step at the boundary of two
+    experts is exactly there.
+    """
+    levels = _shifted(np.asarray(timesteps, dtype=np.float64) / NUM_TIMESTEPS, shift)
+    return np.array([round(level, 9) for level in levels.tolist()])
+
+
+def _shifted(s: np.ndarray, shift: float) -> np.ndarray:
     return shift * s / (1 + (shift - 1) * s)
 
 
@@ -69,18 +81,29 @@ class LcmSolver:
         return torch.cat(drawn).to(like.device)
 
 
-def make_solver(name: str, num_steps: int, shift: float, device: torch.device, seeds: Sequence[int] = (0,)) -> Solver:
-    """A fresh solver: "unipc" or "euler" on the official grid, or "lcm" on that of few steps.
+def make_solver(
+    name: str,
+    num_steps: int,
+    shift: float,
+    device: torch.device,
+    seeds: Sequence[int] = (0,),
+    timesteps: Sequence[float] = (),
+) -> Solver:
+    """A fresh solver: "unipc" or "euler" on the official grid, or "lcm" on that of few steps, or of listed ones.
 
     UniPC is the official default (order 2, bh2). Its timesteps are truncated to integers, as the official ones are. The
-    `seeds`, one for each sample, are those of the noise which "lcm" adds.
+    `seeds`, one for each sample, are those of the noise which "lcm" adds. Only "lcm" takes a list of `timesteps`, on
+    the 0..1000 scale before the shift; ValueError for another.
     """
     if name == LCM:
-        return LcmSolver(few_step_grid(num_steps, shift), seeds, device)
+        sigmas = listed_grid(timesteps, shift) if timesteps else few_step_grid(num_steps, shift)
+        return LcmSolver(sigmas, seeds, device)
+    if timesteps:
+        raise ValueError(f"{name} has steps of its own: only {LCM} takes a list of them")
     sigmas = sigma_grid(num_steps, shift)
-    if name == "unipc":
+    if name == UNIPC:
         return unipc(sigmas, device)
-    if name != "euler":
+    if name != EULER:
         raise ValueError(f"unknown solver {name!r}; known: {', '.join(SOLVERS)}")
     # Importing diffusers takes most of a second, which a run without previews need not wait for.
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler

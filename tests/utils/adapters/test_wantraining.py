@@ -49,7 +49,7 @@ def test_a_negative_embedding_is_used_in_place_of_the_negative_prompt(tmp_path, 
     opts = parse_options(TEST_SCRIPT, flags)
     files = open_model(write_model(tmp_path / "model"))
     request = test_wan_control_lora.complete(opts, LoraFile({}), files.family)
-    _, negative = test_wan_control_lora.embed(request, opts, files, torch.device("cpu"))
+    _, negative = test_wan_control_lora.embed(request, True, opts, files, torch.device("cpu"))
     assert torch.equal(negative, rows)
 
 

@@ -22,7 +22,6 @@ from utils.media.controls import ControlSignal
 from utils.media.frames import read_frames, save_image, write_video
 from utils.media.probing import MediaError
 from wan.configs import FAMILIES, Family
-from wan.text2video import Sampler
 
 GIVEN = {name: family for name, family in FAMILIES.items() if family.given}
 I2V, FLF2V = FAMILIES["wan2.1-i2v-14B-480P"], FAMILIES["wan2.1-flf2v-14B-720P"]
@@ -63,7 +62,7 @@ def conditions_at_sampling(
     followed = window.source.path if control else None
     request = script.Request(
         text="", negative="", width=window.width, height=window.height, frames=window.frames,
-        sampler=Sampler("unipc", 1, (1.0,), 5.0), seed=0, pictures=pictures, input_video=followed, control_type="tile",
+        seed=0, pictures=pictures, input_video=followed, control_type="tile",
     )  # fmt: skip
     video = script.read_control(request, followed, encoders.vae.device) if followed else None
     return script.condition(request, encoders, TEXT, video)

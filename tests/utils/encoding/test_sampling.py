@@ -77,25 +77,23 @@ def test_each_expert_answers_on_its_own_side_of_the_boundary_and_only_one_is_in_
 
     original = utils.encoding.sampling.build_transformer
     monkeypatch.setattr(utils.encoding.sampling, "build_transformer", build)
-    transformers = Transformers(experts, {HIGH: [], LOW: []}, hold_as("auto", CPU))
+    transformers = Transformers(experts, hold_as("auto", CPU))
     for timestep, expert in ((1000, 0), (875, 0), (874, 1), (0, 1), (999, 0)):
         found = transformers.predict(draw(), torch.tensor([timestep]), COND)
         torch.testing.assert_close(found, answer(expert_model(expert), timestep), rtol=1e-5, atol=1e-5)
     assert counts == [0, 0, 0]  # high, low, high again: nothing else was in memory when each was loaded
 
 
-def test_transformers_answer_as_the_base_until_they_are_fused_and_then_with_their_loras_whenever_loaded(
-    folder, experts
-):
+def test_transformers_answer_as_the_base_until_loras_are_used_and_then_with_these_whenever_loaded(folder, experts):
     loras = choose_loras([folder / "fox.safetensors"], 0.5, [f"{folder}/fast.safetensors"], experts)
-    transformers = Transformers(experts, loras, hold_as("auto", CPU))
+    transformers = Transformers(experts, hold_as("auto", CPU))
 
     def answers() -> list[Tensor]:
         return [transformers.predict(draw(), torch.tensor([timestep]), COND) for timestep in (900.0, 100.0, 950.0)]
 
     base = [answer(expert_model(number), t) for number, t in ((0, 900.0), (1, 100.0), (0, 950.0))]
     torch.testing.assert_close(answers(), base, rtol=1e-5, atol=1e-5)
-    transformers.fuse()
+    transformers.use(loras)
     further = read_lora(folder / "fast.safetensors"), 1.0
     high, low = (
         expert_model(number, (read_lora(folder / f"fox_{name}.safetensors"), 0.5), further)
@@ -107,13 +105,28 @@ def test_transformers_answer_as_the_base_until_they_are_fused_and_then_with_thei
 
 
 def test_a_transformer_that_is_in_memory_is_fused_where_it_is(folder, single, monkeypatch):
-    transformers = Transformers(
-        single, choose_loras([folder / "fast.safetensors"], 1.0, [], single), hold_as("auto", CPU)
-    )
+    loras = choose_loras([folder / "fast.safetensors"], 1.0, [], single)
+    transformers = Transformers(single, hold_as("auto", CPU))
     before = transformers.predict(draw(), torch.tensor([500.0]), COND)
     monkeypatch.setattr(utils.encoding.sampling, "build_transformer", None)
-    transformers.fuse()
+    transformers.use(loras)
     assert not torch.allclose(transformers.predict(draw(), torch.tensor([500.0]), COND), before)
+
+
+@pytest.mark.parametrize("held", [hold_as("auto", CPU), Storage(CPU, torch.float32, num_streamed=1)])
+def test_other_loras_take_the_place_of_those_before(folder, single, held):
+    loras = choose_loras([folder / "fast.safetensors"], 1.0, [f"{folder}/fox_high_noise.safetensors:0.5"], single)
+    first, second = ({"transformer": [chosen]} for chosen in loras["transformer"])
+    transformers, answers = Transformers(single, held), []
+    for used in ({}, first, second, loras, {}):
+        transformers.use(used)
+        answers.append(transformers.predict(draw(), torch.tensor([500.0]), COND).clone())
+        model = tiny_transformer()
+        for chosen in used.get("transformer", []):
+            fuse_lora(model, chosen.lora, chosen.strength)
+        expected = answer(model, 500.0)
+        torch.testing.assert_close(answers[-1], expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(answers[0], answers[-1]) and not torch.allclose(answers[1], answers[2], atol=1e-4)
 
 
 @pytest.mark.parametrize("held", [hold_as("auto", CPU), Storage(CPU, torch.float32, num_streamed=1)])
@@ -128,7 +141,7 @@ def test_what_loras_are_on_top_of_is_in_the_transformers_before_and_after_they_a
     said = ", on top of fox_high_noise.safetensors at 2 and fox_low_noise.safetensors at 2"
     assert fused.describe(False) == said and fused.describe(True) == f"{said}, with and without the LoRA"
     loras = choose_loras(top, 0.5, [], experts, fused)
-    transformers = Transformers(experts, loras, held, fused.fusions)
+    transformers = Transformers(experts, held, fused.fusions)
     for strength in (0.0, 0.5):
         for number, (name, timestep) in enumerate(((HIGH, 900.0), (LOW, 100.0))):
             below, lora = (read_lora(folder / f"{stem}_{name}.safetensors") for stem in ("fox", "top"))
@@ -137,7 +150,7 @@ def test_what_loras_are_on_top_of_is_in_the_transformers_before_and_after_they_a
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
             bare = answer(expert_model(number, (lora, strength)), timestep)
             assert (found - bare).abs().max() > 1e-3
-        transformers.fuse()
+        transformers.use(loras)
 
 
 def test_a_lora_is_tried_on_the_model_that_a_fused_control_lora_has_widened(folder, single, monkeypatch):
@@ -155,7 +168,7 @@ def test_a_lora_is_tried_on_the_model_that_a_fused_control_lora_has_widened(fold
     changed = []
     load = utils.encoding.sampling.Store.load
     monkeypatch.setattr(utils.encoding.sampling.Store, "load", lambda *a: changed.append(a[4]) or load(*a))
-    transformers = Transformers(single, {"transformer": []}, hold_as("auto", CPU), fused.fusions)
+    transformers = Transformers(single, hold_as("auto", CPU), fused.fusions)
     cond = replace(COND, channels=draw())
     assert transformers.predict(draw(), torch.tensor([500.0]), cond).shape == draw().shape
     assert changed == [{"patch_embedding.weight"}]  # what a file has quantised is not kept as it is stored there

@@ -82,9 +82,9 @@ def ask(transformers: Transformers, timestep: float = 500.0, cond: Cond = COND) 
 
 def single_answer(files: ModelFiles, lora: LoraFile, storage: Storage) -> list[Tensor]:
     """The answers without the LoRA, and with it, twice."""
-    transformers = Transformers(files, {"transformer": [Chosen(lora, 0.5)]}, storage)
+    transformers = Transformers(files, storage)
     base = ask(transformers)
-    transformers.fuse()
+    transformers.use({"transformer": [Chosen(lora, 0.5)]})
     return [base, ask(transformers), ask(transformers)]
 
 
@@ -120,8 +120,8 @@ def test_a_control_lora_widens_a_base_that_is_quantised_or_streamed(single, stor
     assert split_patch(lora)[0].pairs.keys() == {"patch_embedding"}
     answers = []
     for held in (Storage(CPU, FP32), storage):
-        transformers = Transformers(single, {"transformer": [Chosen(lora, 1.0)]}, held)
-        transformers.fuse()
+        transformers = Transformers(single, held)
+        transformers.use({"transformer": [Chosen(lora, 1.0)]})
         answers.append([ask(transformers, cond=cond), ask(transformers, cond=replace(cond, channels=0 * draw()))])
     assert relative_error(answers[1], answers[0]) < ERRORS["int8"]
     assert relative_error(answers[1][1:], answers[1][:1]) > 0.05  # the control is seen
@@ -136,9 +136,9 @@ def expert(number: int, lora: LoraFile) -> WanModel:
 @pytest.mark.parametrize("storage", [Storage(CPU, FP32, "int8"), Storage(CPU, FP32, "int8", num_streamed=1)])
 def test_experts_come_and_go_with_their_loras_however_they_are_held(experts, storage):
     loras = {HIGH: [Chosen(make_lora(0), 0.5)], LOW: [Chosen(make_lora(5), 0.5)]}
-    transformers = Transformers(experts, loras, storage)
+    transformers = Transformers(experts, storage)
     ask(transformers, 100.0)
-    transformers.fuse()
+    transformers.use(loras)
     found = [ask(transformers, timestep) for timestep in (950.0, 900.0, 100.0, 950.0)]
     with torch.no_grad():
         models = expert(0, make_lora(0)), expert(1, make_lora(5))
@@ -181,9 +181,9 @@ def refer(transformers: Transformers) -> tuple[weakref.ref[WanModel], list[Any]]
     ],
 )
 def test_what_is_unloaded_is_freed_at_once_on_either_side(single, without_gc, storage, fused):
-    transformers = Transformers(single, {"transformer": [Chosen(make_lora(), 0.5)]}, storage)
+    transformers = Transformers(single, storage)
     if fused:
-        transformers.fuse()
+        transformers.use({"transformer": [Chosen(make_lora(), 0.5)]})
     before = ask(transformers)
     model, weights = refer(transformers)
     assert model() is not None and not any(torch.UntypedStorage._expired(each) for each in weights)
@@ -194,7 +194,7 @@ def test_what_is_unloaded_is_freed_at_once_on_either_side(single, without_gc, st
 
 
 def test_an_expert_has_left_memory_before_the_other_is_read(experts, without_gc, monkeypatch):
-    transformers = Transformers(experts, {}, Storage(CPU, FP32, "int8", num_streamed=1))
+    transformers = Transformers(experts, Storage(CPU, FP32, "int8", num_streamed=1))
     ask(transformers, 950.0)
     model, weights = refer(transformers)
     own, seen = transformers._store.load, list[bool]()
@@ -209,7 +209,7 @@ def test_an_expert_has_left_memory_before_the_other_is_read(experts, without_gc,
 
 
 def test_nothing_is_unloaded_where_nothing_is_loaded(single):
-    transformers = Transformers(single, {}, Storage(CPU, FP32, num_streamed=1))
+    transformers = Transformers(single, Storage(CPU, FP32, num_streamed=1))
     transformers.unload()
     ask(transformers)
     transformers.unload()

@@ -8,7 +8,9 @@ import torch
 
 import train_wan_lora
 from tests.checkout import copy_prompts
+from tests.chosen import make_lora
 from tests.tiny import write_clips, write_model
+from utils.adapters.lora_writer import write_lora
 from utils.common.decisions import Decisions
 from utils.common.errors import UserError
 from utils.common.options import parse_options
@@ -122,6 +124,20 @@ def test_a_negative_prompt_is_encoded_where_something_is_guided(flags, negative)
     opts, inputs = opened(flags)
     texts = load_texts(opts, inputs.files, CPU, inputs.data)
     assert (texts.negative is not None) == negative
+
+
+def test_previews_take_the_steps_of_an_accelerator_beside_them_and_no_negative_prompt(tmp_path, capsys):
+    facts = {"denoising_steps": "1000 700 300", "shift": "6"}
+    write_lora(tmp_path / "fast.safetensors", replace(make_lora(0.01), metadata=facts))
+    flags = f"--sample_prompts fox --also_lora {tmp_path}/fast.safetensors:0.5"
+    opts, inputs = opened(flags)
+    assert inputs.texts.negative is None
+    sampler = open_preview(opts, inputs, [], seed=0).sampler
+    assert (sampler.solver, sampler.timesteps, sampler.shift) == ("lcm", (1000, 700, 300), 6)
+    said = "previews take 3 steps of lcm, guidance 1, shift 6: {}/fast.safetensors was distilled into 3 steps"
+    assert said.format(tmp_path) in capsys.readouterr().out
+    opts, inputs = opened(f"{flags} --sample_guidance 3")
+    assert inputs.texts.negative is not None and open_preview(opts, inputs, [], seed=0).sampler.guidance == (3,)
 
 
 def test_the_plan_counts_every_video_that_a_clip_is_encoded_from():

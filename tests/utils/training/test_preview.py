@@ -9,6 +9,7 @@ from PIL import Image
 from tests.encoders import encoders_of, family_encoders
 from tests.media import image
 from tests.tiny import tiny_vae
+from utils.adapters.stated_steps import StatedSteps
 from utils.common.errors import UserError
 from utils.data.loading import Clip
 from utils.diffusion.flow import seeded_noise
@@ -256,6 +257,30 @@ def test_previews_are_sampled_as_their_family_is_unless_options_say_otherwise():
     assert Previews(sample_guidance=(5.0, 2.0)).preview_sampler(a14b, a14b.size, distilled=False).guidance == (5.0, 2.0)
     with pytest.raises(UserError, match="--sample_guidance has 2 values, but the model 1 expert"):
         Previews(sample_guidance=(5.0, 2.0)).preview_sampler(I2V, I2V.size, distilled=False)
+
+
+def test_previews_are_sampled_as_a_lora_distilled_into_few_steps_states_unless_options_say_otherwise():
+    a14b = FAMILIES["wan2.2-t2v-A14B"]
+    stated = [StatedSteps((1000, 750, 500, 250), 5.0, "fast.safetensors")]
+
+    def found(distilled: bool = False, **options: object) -> Sampler:
+        return Previews(**options).preview_sampler(a14b, a14b.size, distilled, stated)
+
+    expected = Sampler("lcm", 4, (1.0,), 5.0, (0.875,), timesteps=(1000, 750, 500, 250))
+    assert found() == found(distilled=True) == found(sample_steps=4) == found(sample_solver="lcm") == expected
+    assert found(sample_steps=8) == replace(expected, steps=8, timesteps=())
+    assert found(sample_shift=12.0) == replace(expected, shift=12.0)
+    assert found(sample_guidance=(4.0, 3.0)) == replace(expected, guidance=(4.0, 3.0))
+    stated.append(StatedSteps((1000, 500), 5.0, "faster.safetensors"))
+    with pytest.raises(UserError, match="say how to sample with --sample_steps"):
+        found()
+    assert found(sample_steps=4) == replace(expected, timesteps=())
+
+
+def test_a_brief_preview_of_listed_steps_is_brief(vae):
+    requests = make_requests([("fox", text(1))], FREE, 0, encoders_of(vae))
+    sampler = Sampler("lcm", 6, (1.0,), 5.0, timesteps=(1000, 900, 800, 700, 600, 500))
+    assert Preview(requests, None, sampler, 16, vae).in_brief().sampler == replace(sampler, steps=1, timesteps=())
 
 
 def test_previews_of_a_model_for_two_sizes_are_sampled_with_the_shift_of_theirs():

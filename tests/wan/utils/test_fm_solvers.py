@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from wan.utils.fm_solvers import LCM, SOLVERS, few_step_grid, make_solver, sigma_grid
+from utils.diffusion.few_step import step_sigmas
+from wan.configs import FAMILIES
+from wan.utils.fm_solvers import LCM, SOLVERS, few_step_grid, listed_grid, make_solver, sigma_grid
 
 CPU = torch.device("cpu")
 
@@ -52,6 +54,34 @@ def test_the_grid_of_few_steps_is_that_of_comfyui(steps, shift):
 def test_few_steps_of_released_models():
     assert [round(1000 * sigma) for sigma in few_step_grid(4, 5.0)] == [1000, 938, 833, 625]
     assert [round(1000 * sigma) for sigma in few_step_grid(4, 12.0)] == [1000, 973, 923, 800]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0, 7.3])
+@pytest.mark.parametrize("steps", [(1000,), (1000, 750, 500, 250), (1000, 937.5, 833.3, 625.0), (999, 1)])
+def test_listed_steps_are_at_the_levels_that_a_model_was_distilled_at(steps, shift):
+    assert listed_grid(steps, shift).tolist() == step_sigmas(steps, shift)
+    solver = make_solver(LCM, len(steps), shift, CPU, timesteps=steps)
+    assert torch.equal(solver.sigmas, torch.tensor([*step_sigmas(steps, shift), 0.0]))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_even_steps_are_at_the_same_levels_whether_they_are_counted_or_listed(steps, shift):
+    listed = [1000 - number * 1000 / steps for number in range(steps)]
+    np.testing.assert_allclose(listed_grid(listed, shift), few_step_grid(steps, shift), atol=5e-10)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.boundaries])
+def test_a_listed_step_at_the_boundary_of_two_experts_is_exactly_there(name):
+    (boundary,), shift = FAMILIES[name].boundaries, 5.0
+    before_shift = 1000 * boundary / (shift - (shift - 1) * boundary)
+    assert listed_grid([1000, before_shift], shift).tolist() == [1.0, boundary]
+
+
+@pytest.mark.parametrize("name", sorted({*SOLVERS} - {LCM}))
+def test_only_lcm_takes_a_list_of_steps(name):
+    with pytest.raises(ValueError, match=f"{name} has steps of its own: only lcm takes a list of them"):
+        make_solver(name, 2, 5.0, CPU, timesteps=(1000, 500))
 
 
 def test_lcm_takes_what_the_model_sees_and_adds_noise_of_the_next_level():
