@@ -104,14 +104,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def plan_versions(
     opts: Options, request: Request, loras: Mapping[str, Sequence[Chosen]], family: Family
 ) -> list[Version]:
-    """The videos to generate, in their order. What has no LoRA distilled into few steps is never sampled in these."""
+    """The videos to generate, in their order, each sampled as its LoRAs state, or else as the model is."""
     size = request.width, request.height
     as_stated = opts.sampler(family, size, statements(loras))
     if not opts.check_lora:
         base = [Version("without the LoRA", {}, opts.sampler(family, size))] if opts.compare else []
         return [*base, Version("with the LoRA", loras, as_stated)]
     own, others = split_loras(loras, opts.lora_path)
-    usual = RequestOptions(seed=opts.seed).sampler(family, size)  # the options are for the other LoRA
+    usual = RequestOptions(seed=opts.seed).sampler(family, size)  # the options of sampling are for the other LoRA
     return [
         Version("base", {}, usual),
         Version("LoRA", own, usual),
