@@ -192,6 +192,9 @@ def workload(opts: InputOptions, family: Family, shape: WanShape, plan: Plan) ->
     loaded = len(family.experts) if opts.loads_others else len(roles)
     work = replace(work, loaded=loaded, has_average=bool(opts.ema_decay), accumulates=opts.gradient_accumulation > 1)
     work = replace(work, moment_bytes=KINDS[opts.optimizer].state_bytes)
+    if opts.few_step:
+        updates, passes = max(opts.passes(role.expert, family) for role in roles)
+        work = replace(work, adapters=2, updates=updates, passes=passes, is_taught=True)
     return replace(work, fp32_stream=opts.fp32_stream, keeps_ends=opts.keep_end_blocks)
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from utils.adapters.lora import add_lora, select_modules
 from utils.diffusion.objectives import squared_error
 from utils.training.checkpoint_plan import CheckpointPlan
-from utils.training.counting import Counts, count_step
+from utils.training.counting import Counts, count_forward, count_step
+from utils.training.fused_ops import fused_ops
 from utils.training.memory import Memory, prepare
 from wan.modules.clip import VisionShape
 from wan.modules.model import WanModel, WanShape, is_fp32, rotary_table
@@ -40,6 +41,10 @@ class Workload:
     accumulates: bool = False  # gradients of several batches: all of them exist while a batch runs
     fp32_stream: bool = False
     keeps_ends: bool = False  # whether the first and the last block are not quantised
+    adapters: int = 1  # of each transformer that are trained: a student has a critic
+    updates: float = 1.0  # forward and backward passes in a step, on average
+    passes: float = 0.0  # further passes in a step, without gradients, on average
+    is_taught: bool = False  # whether a pass with both texts runs beside what blocks keep
 
     @property
     def waiting(self) -> int:
@@ -124,6 +129,21 @@ def calibrate(work: Workload, dtype: torch.dtype, memory: Memory) -> Cost:
     few, many = (_count(replace(work, shape=replace(work.shape, num_layers=n)), dtype, memory) for n in DEPTHS)
     block = (many + few * -1) * (1 / (DEPTHS[1] - DEPTHS[0]))
     return Cost(block, few + block * -DEPTHS[0] + Counts(peak_bytes=_rotary_bytes(work)))
+
+
+@cache
+def calibrate_pass(work: Workload, dtype: torch.dtype, memory: Memory) -> tuple[Line, Counts, Counts]:
+    """What a pass without gradients takes: its peak by depth, and what a block and the rest compute and move."""
+    few, many = (_count_pass(replace(work, shape=replace(work.shape, num_layers=n)), dtype, memory) for n in DEPTHS)
+    block = (many + few * -1) * (1 / (DEPTHS[1] - DEPTHS[0]))
+    return Line.through(few.peak_bytes, many.peak_bytes), block, few + block * -DEPTHS[0]
+
+
+def _count_pass(work: Workload, dtype: torch.dtype, memory: Memory) -> Counts:
+    with torch.device(META):
+        loss, _ = training_step(work, dtype, memory, META)
+        with fused_ops():
+            return count_forward(loss)
 
 
 def _count(work: Workload, dtype: torch.dtype, memory: Memory) -> Counts:

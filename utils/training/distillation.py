@@ -143,6 +143,18 @@ class FewStepOptions:
         """The guidance that is distilled into an expert's LoRA."""
         return expert.guidance if self.real_guidance_scale is None else self.real_guidance_scale
 
+    def passes(self, expert: Expert, family: Family) -> tuple[float, float]:
+        """The passes in a step of an expert, on average: with gradients, and without.
+
+        The student's update asks the teacher with both texts, and the critic; the critic's asks the student. Each may
+        begin with a roll-out, through all steps of the expert above.
+        """
+        share, rolled = 1 / self.gen_update_interval, 0.0
+        if self.rolls_out:
+            above = 0 if expert == family.experts[0] else len(self.steps_of(family.experts[0], family))
+            rolled = above + (len(self.steps_of(expert, family)) - 1) / 2
+        return 1 + share, 1 + 3 * share + (1 + share) * rolled
+
     def stated(self, family: Family, size: tuple[int, int]) -> list[StatedSteps]:
         """How a LoRA for videos of this (width, height) is sampled, where that differs from the model's own way."""
         steps = StatedSteps(self.denoising_list, self.shift_of_steps(family, size), "this run's LoRA")

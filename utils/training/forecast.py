@@ -16,7 +16,17 @@ from torch import nn
 from utils.common.formatting import format_table
 from utils.storage.streaming import SLOTS
 from utils.storage.weights import PLAIN, QUANTISED, Storage, linear_layers
-from utils.training.calibration import META, Cost, Workload, calibrate, empty_model, lora_size, peak_of
+from utils.training.calibration import (
+    META,
+    Cost,
+    Peak,
+    Workload,
+    calibrate,
+    calibrate_pass,
+    empty_model,
+    lora_size,
+    peak_of,
+)
 from utils.training.cards import Card
 from utils.training.counting import BACKWARD_PRODUCTS, FORWARD_PRODUCTS
 from utils.training.memory import Memory
@@ -120,6 +130,12 @@ class Seconds:
     elementwise: float
     transfer: float = 0.0  # that is not hidden behind the others
 
+    def __add__(self, other: "Seconds") -> "Seconds":
+        return Seconds(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def __mul__(self, factor: float) -> "Seconds":
+        return Seconds(*(factor * value for value in vars(self).values()))
+
     @property
     def total(self) -> float:
         return float(sum(vars(self).values()))
@@ -200,9 +216,7 @@ def needed_flops(work: Workload, dtype: torch.dtype) -> float:
 
 def _cost(work: Workload, setting: Setting, strategy: str) -> Cost:
     """Of a strategy. Blocks on a GPU are compiled or fused."""
-    # What is counted does not depend on these: the counts are kept for all models of one width.
-    shape = replace(work.shape, num_layers=1)
-    counted_work = Workload(shape, work.tokens, work.batch, work.rank, work.targets)
+    counted_work = _counted(work)
 
     def counted(strategy: str) -> Cost:
         return calibrate(counted_work, setting.dtype, Memory(strategy, fuse=True, stream=_stream(work, setting)))
@@ -222,8 +236,11 @@ def _cost(work: Workload, setting: Setting, strategy: str) -> Cost:
 def _memory(work: Workload, setting: Setting, costs: Sequence[Cost], weights: Stored) -> tuple[DeviceBytes, HostBytes]:
     depth, lora, gradient = work.shape.num_layers, lora_size(work), work.adapter_dtype.itemsize
     peak = peak_of(costs, 0 if work.accumulates else gradient * lora.block)
+    if work.is_taught:
+        kept = sum(cost.block.peak_bytes for cost in costs)
+        peak = max(peak, Peak(kept, _pass_peak(work, setting), 0.0), key=lambda each: each.total)
     gradients = gradient * (lora.at(depth) if work.accumulates else lora.rest) + peak.gradients
-    adapter = work.experts * _bytes_of_number(work, setting) * lora.at(depth) + gradients
+    adapter = work.experts * work.adapters * _bytes_of_number(work, setting) * lora.at(depth) + gradients
     ends = 2 * (weights.end - weights.block)  # that they take more; the slots of a ring are as large as they
     device = DeviceBytes(
         blocks=(depth - setting.streamed) * weights.block + ends,
@@ -270,11 +287,37 @@ def _seconds(
     moved = counts.elementwise_bytes + passes * _dequantised_bytes(setting.weights, weights)
     products = counts.product_flops / (card.fp32 if exact else card.products)
     attention = counts.attention_flops / (card.fp32 if exact else card.attention)
-    seconds = Seconds(products, attention, moved / card.bandwidth)
+    seconds = Seconds(products, attention, moved / card.bandwidth) * work.updates + _passes(
+        work, setting, weights, card
+    )
     # Streamed weights arrive for the forward and again for the backward pass; inputs leave in one and return in the
     # other, and both directions at once. The GPU computes meanwhile.
-    arriving = 2 * setting.streamed * weights.block + host.inputs
+    arriving = (2 * work.updates + work.passes) * setting.streamed * weights.block + work.updates * host.inputs
     return replace(seconds, transfer=max(0.0, arriving / card.link - seconds.total))
+
+
+def _passes(work: Workload, setting: Setting, weights: Stored, card: Card) -> Seconds:
+    """Of the passes of a step that need no gradients."""
+    if not work.passes:
+        return Seconds(0.0, 0.0, 0.0)
+    _, block, rest = calibrate_pass(_counted(work), setting.dtype, Memory(fuse=True, stream=_stream(work, setting)))
+    counts, exact = block * work.shape.num_layers + rest, setting.weights == "fp32"
+    moved = counts.elementwise_bytes + work.shape.num_layers * _dequantised_bytes(setting.weights, weights)
+    products = counts.product_flops / (card.fp32 if exact else card.products)
+    attention = counts.attention_flops / (card.fp32 if exact else card.attention)
+    return Seconds(products, attention, moved / card.bandwidth) * work.passes
+
+
+def _pass_peak(work: Workload, setting: Setting) -> float:
+    """What a pass with both texts has alive at once; blocks keep nothing for one without gradients."""
+    doubled = replace(_counted(work), batch=2 * work.batch)
+    peak, _, _ = calibrate_pass(doubled, setting.dtype, Memory(fuse=True, stream=_stream(work, setting)))
+    return peak.at(work.shape.num_layers)
+
+
+def _counted(work: Workload) -> Workload:
+    """What is counted of a workload: the counts are kept for all models of one width."""
+    return Workload(replace(work.shape, num_layers=1), work.tokens, work.batch, work.rank, work.targets)
 
 
 def _dequantised_bytes(weights: str, sizes: Stored) -> float:

@@ -251,3 +251,32 @@ def test_an_expert_on_disk_takes_no_main_memory_but_for_what_is_no_block():
     streamed = found(both, streamed=20).host, found(both, streamed=20, idle_on_disk=True).host
     assert [host.streamed for host in streamed] == [2 * blocks, blocks]
     assert found(both, idle_on_disk=True).device == found(both).device
+
+
+STUDENT = replace(LARGE, adapters=2, updates=1.2, passes=1.6, is_taught=True)  # with a step of the LoRA in five
+
+
+def test_a_student_has_a_critic_and_passes_without_gradients():
+    alone, both = found(LARGE), found(STUDENT)
+    assert both.device.adapter - alone.device.adapter == pytest.approx(alone.device.adapter, rel=0.1)
+    once = found(replace(STUDENT, updates=1.0, passes=1.0)).seconds.total - alone.seconds.total
+    # A pass computes a third of the products of one with gradients whose blocks run again, at most a half of the rest.
+    assert 0.25 * alone.seconds.total < once < 0.4 * alone.seconds.total
+    assert both.seconds.total == pytest.approx(1.2 * alone.seconds.total + 1.6 * once, rel=1e-6)
+
+
+def test_the_pass_with_both_texts_is_foreseen_where_blocks_keep_much():
+    """With 'none' it runs beside all that blocks keep; a pass of twice the batch has about as much alive as a block."""
+    alone, taught = found(LARGE, checkpointing="none").device, found(STUDENT, checkpointing="none").device
+    more = (taught.kept + taught.working) - (alone.kept + alone.working)
+    assert 0 <= more < 0.1 * alone.kept
+    larger = replace(STUDENT, batch=2)
+    assert found(larger).device.working >= found(replace(larger, is_taught=False)).device.working
+
+
+def test_streamed_weights_come_once_more_for_each_pass():
+    slow = replace(CARD, link=1e9)
+    transfer = found(STUDENT, slow, streamed=40).seconds.transfer, found(LARGE, slow, streamed=40).seconds.transfer
+    computing = found(STUDENT, slow).seconds.total, found(LARGE, slow).seconds.total
+    arriving = [each + computed for each, computed in zip(transfer, computing, strict=True)]
+    assert arriving[0] == pytest.approx(arriving[1] * (2 * 1.2 + 1.6) / 2)
