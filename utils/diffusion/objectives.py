@@ -20,9 +20,7 @@ class Objective:
     mask_floor: float = option(0.1, "loss weight of black mask regions (white: 1)", minimum=0, maximum=1)
     distill_cfg: float = option(0.0, "distill classifier-free guidance of scale 1 + N into the LoRA; 0: off", minimum=0)
     distill_negative: Path | None = option(
-        None,
-        "negative prompt of --distill_cfg, a text or embedding file (default: the model's)",
-        requires="distill_cfg",
+        None, "negative prompt of --distill_cfg and --few_step, a text or embedding file (default: the model's)"
     )
 
 

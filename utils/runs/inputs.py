@@ -49,6 +49,8 @@ class InputOptions(SingleFiles, DataOptions, PromptOptions, Caches, GivenFrames,
     def check_start(self) -> None:
         """Raises UserError for options that do not go with few-step distillation, or with where it starts."""
         check_prompts(self, self, Rules.of(self), self.few_step, self.rolls_out)
+        if self.distill_negative is not None and not (self.distill_cfg or self.few_step):
+            raise UserError("--distill_negative requires --distill_cfg or --few_step")
         if self.few_step and self.control_lora:
             raise UserError("--few_step has no control: leave out --control_lora, and train the control without it")
         if self.critic_alignment and self.adapter_dtype == "bf16":
