@@ -60,11 +60,6 @@ class InputOptions(SingleFiles, DataOptions, PromptOptions, Caches, GivenFrames,
         """The only frames that are read of a clip; None: all of them."""
         return places_to_read(family, self.prompts is None) if self.rolls_out else None
 
-    @property
-    def loads_others(self) -> bool:
-        """Whether an expert that is not trained is loaded too: for previews, or to begin with its samples."""
-        return bool(self.preview_prompts or self.high_lora)
-
 
 @dataclass(frozen=True)
 class Inputs:

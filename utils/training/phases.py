@@ -54,12 +54,18 @@ class TrainingOptions(
         if self.few_step:
             self.check_few_step(family, [role.expert for role in roles])
             self._check_objective(min(role.opts.max_train_steps for role in roles))
-        # An expert that is not trained is loaded for previews.
-        self.check_idle_expert(len(roles) if self.sample_prompts is None else len(family.experts))
+        self.check_idle_expert(len(family.experts) if self.loads_others else len(roles))
         for role in roles:
             role.opts.check_warmup()
             role.opts.check_rate()
+            if self.few_step:
+                replace(role.opts, learning_rate=role.opts.spec_of(CRITIC).learning_rate).check_rate()
         return roles
+
+    @property
+    def loads_others(self) -> bool:
+        """Whether an expert that is not trained is loaded too: for previews, or to begin with its samples."""
+        return self.sample_prompts is not None or self.high_lora is not None
 
     def _check_objective(self, num_steps: int) -> None:
         """Raises UserError for options that would be ignored, and for a run in which the LoRA has no update."""
