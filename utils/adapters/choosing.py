@@ -111,6 +111,12 @@ def choose_loras(
     return _read_loras(wanted, files, notes, base.fusions)
 
 
+def choose_lora_of(path: Path, expert: str, files: ModelFiles) -> Chosen | None:
+    """The LoRA of one expert; None where the file, or pair, is not for it. Reports and raises as `choose_loras`."""
+    own = resolve_experts((path,), [each.name for each in files.family.experts])
+    return _read_loras({expert: [(own[expert], 1.0)]}, files)[expert][0] if expert in own else None
+
+
 def split_loras(
     loras: Mapping[str, Sequence[Chosen]], paths: Sequence[Path]
 ) -> tuple[dict[str, list[Chosen]], dict[str, list[Chosen]]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from utils.adapters.attach import LoraAdapter
 from utils.adapters.beside import Chosen, beside
-from utils.adapters.choosing import choose_loras
+from utils.adapters.choosing import choose_lora_of
 from utils.adapters.stated_steps import StatedSteps, read_statement
 from utils.common.errors import UserError
 from utils.common.options import option
@@ -91,7 +91,7 @@ class FewStepOptions:
     def denoising_list(self) -> tuple[float, ...]:
         """All steps on the 1000..0 scale before the shift; evenly spaced ones as ComfyUI's scheduler "simple" does."""
         count = self.denoising_steps
-        even = (float(NUM_TIMESTEPS - index * NUM_TIMESTEPS // count) for index in range(count))
+        even = (float(NUM_TIMESTEPS - int(index * (NUM_TIMESTEPS / count))) for index in range(count))
         return self.denoising_step_indices_list or tuple(even)
 
     def shift_of_steps(self, family: Family, size: tuple[int, int] | None = None) -> float:
@@ -167,15 +167,15 @@ def finished_student(path: Path, opts: FewStepOptions, files: ModelFiles) -> Cho
     Raises UserError where the file is for another model or expert, or was distilled into other steps.
     """
     family = files.family
-    chosen = choose_loras((path,), 1.0, (), files)[family.experts[0].name]
-    if not chosen:
+    chosen = choose_lora_of(path, family.experts[0].name, files)
+    if chosen is None:
         raise UserError(f"--high_lora {path} is not for the {family.experts[0].name} expert")
-    (own,), stated = opts.stated(family, family.size), read_statement(chosen[0].lora.metadata, path)
+    (own,), stated = opts.stated(family, family.size), read_statement(chosen.lora.metadata, path)
     if stated is None:
         raise UserError(f"--high_lora {path} was not distilled into few steps: give one that was, with --expert high")
     if (stated.timesteps, stated.shift) != (own.timesteps, own.shift):
         raise UserError(f"{stated}, but {own}: train both experts for the same steps")
-    return chosen[0]
+    return chosen
 
 
 def distil(

@@ -10,7 +10,13 @@ import utils.storage.load
 from tests.chosen import A14B, HIGH, LOW, make_lora, write_loras
 from tests.tiny import write_model
 from utils.adapters.beside import Chosen
-from utils.adapters.choosing import choose_loras, find_fused_base, further_loras, leave_out_fused_base
+from utils.adapters.choosing import (
+    choose_lora_of,
+    choose_loras,
+    find_fused_base,
+    further_loras,
+    leave_out_fused_base,
+)
 from utils.adapters.lora_writer import write_lora
 from utils.adapters.provenance import fused_file, to_metadata
 from utils.common.errors import UserError
@@ -57,6 +63,13 @@ def test_the_lora_of_one_expert_leaves_the_other_as_it_is_and_says_so(folder, ex
     chosen = choose_loras([folder / "fox_low_noise.safetensors"], 1.0, [], experts)
     assert values(chosen) == {HIGH: [], LOW: [(0.02, 1.0)]}
     assert capsys.readouterr().out.count("no LoRA for the high_noise expert: it runs as the base") == 1
+
+
+def test_of_one_expert_alone_nothing_is_said_of_the_other(folder, experts, capsys):
+    for name in ("fox.safetensors", "fox_high_noise.safetensors"):
+        assert values({HIGH: [choose_lora_of(folder / name, HIGH, experts)]}) == {HIGH: [(0.01, 1.0)]}
+    assert choose_lora_of(folder / "fox_low_noise.safetensors", HIGH, experts) is None
+    assert capsys.readouterr().out == ""
 
 
 def test_what_does_not_fit_is_said_once_although_two_experts_are_given_it(folder, experts, capsys):
