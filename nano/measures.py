@@ -1,6 +1,7 @@
-"""How fast shapes move, and how much videos of the same scenes differ: what a model may lose in few steps.
+"""What videos show whatever their colours: motion and shape, how fast shapes move, and how much videos differ.
 
-Both are compared between two sets of videos of the same scenes, such as a student's and its teacher's.
+Speed and variety are what a model may lose in few steps. They are compared between two sets of videos of the same
+scenes, such as a student's and its teacher's.
 """
 
 import math
@@ -11,8 +12,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from nano.probe import MIN_AREA, find_shape, find_style
-from nano.world import Scene
+from nano.probe import MIN_AREA, MIN_SEEN, RIM, UNCLEAR, Seen, find_shape, name_motion, name_shape
+from nano.world import SIDE, Scene
 
 STRAIGHT = ("left", "right", "up", "down")
 MOVING = (*STRAIGHT, "orbiting")
@@ -26,11 +27,50 @@ class Course:
     size: Tensor  # (F,) in pixels, the root of its area
 
 
+def look(video: Tensor) -> tuple[Seen, Tensor]:
+    """The shape in frames (F, 3, side, side) uint8, and the background (3, 1, side, side) behind it.
+
+    The background is the plane through the border: it may be of any colour, or change from one to another.
+    """
+    pixels, place = video.float(), torch.linspace(-1, 1, SIDE)
+    grid = torch.stack([torch.ones(SIDE, SIDE), place.expand(SIDE, SIDE), place[:, None].expand(SIDE, SIDE)], dim=-1)
+    border = pixels.median(dim=0).values[:, RIM].mT  # a shape covers a part of it for a while only
+    plane = torch.linalg.lstsq(grid[RIM], border).solution
+    background = (grid @ plane).permute(2, 0, 1)[:, None]
+    return find_shape(pixels, background), background
+
+
+def adherence_in_any_colours(videos: Sequence[Tensor], scenes: Sequence[Scene]) -> dict[str, float]:
+    """The share of videos that show the motion, and the shape, of their scene."""
+    found = [_read(video) for video in videos]
+    motions = [motion == scene.motion for (motion, _), scene in zip(found, scenes, strict=True)]
+    shapes = [shape == scene.shape for (_, shape), scene in zip(found, scenes, strict=True)]
+    return {"motion": sum(motions) / len(motions), "shape": sum(shapes) / len(shapes)}
+
+
+def _read(video: Tensor) -> tuple[str, str]:
+    seen, _ = look(video)
+    shown = seen.area > MIN_AREA
+    if shown.float().mean() < MIN_SEEN:
+        return UNCLEAR, UNCLEAR
+    return name_motion(seen), name_shape(seen, shown)
+
+
+def variety_of_colours(videos: Sequence[Tensor]) -> dict[str, float]:
+    """The standard deviation among videos on the 0..255 scale, the root of the mean over the channels.
+
+    Of the shape's colour, and of that of the background, in the mean over the picture.
+    """
+    looks = [look(video) for video in videos]
+    shapes = torch.stack([seen.colour for seen, _ in looks])
+    backgrounds = torch.stack([background.mean(dim=(1, 2, 3)) for _, background in looks])
+    spreads = {"shape's colour": shapes, "background's colour": backgrounds}
+    return {name: colours.var(dim=0).mean().sqrt().item() for name, colours in spreads.items()}
+
+
 def course(video: Tensor) -> Course | None:
     """The course of the shape in frames (F, 3, side, side) uint8; None where some frame does not show it."""
-    pixels = video.float()
-    _, background = find_style(pixels)
-    seen = find_shape(pixels, background)
+    seen, _ = look(video)
     return None if (seen.area <= MIN_AREA).any() else Course(seen.middle, seen.area.sqrt())
 
 

@@ -296,11 +296,12 @@ def write_dataset(
     style: str | None = None,
     motion: str | None = None,
     from_middle: bool = False,
+    colourless_share: float = 0.0,
 ) -> None:
     """Writes a dataset for the trainer: `count` clips as mp4 files, each with its caption in a .txt file.
 
     With a style, or a `motion` of LESSONS, most clips show it and have its word in their captions; the rest are the
-    world's own.
+    world's own. Of these the `colourless_share` have any colours, and captions that name none.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"dataset {seed}")
@@ -312,5 +313,9 @@ def write_dataset(
         if is_lesson and motion is not None:
             scene = replace(scene, motion=motion)
         path = folder / f"{index:03d}.mp4"
-        write_video(path, to_frames(render(scene, rng, shown, from_middle)), FPS)
-        path.with_suffix(".txt").write_text(caption(scene, rng, shown) + "\n", encoding="utf-8")
+        if index < colourless_share * count:
+            clip, text = recoloured(scene, rng, from_middle), colourless_caption(scene, rng)
+        else:
+            clip, text = render(scene, rng, shown, from_middle), caption(scene, rng, shown)
+        write_video(path, to_frames(clip), FPS)
+        path.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")

@@ -25,10 +25,11 @@ from utils.common.files import replacing
 from utils.media.frames import save_image
 from wan.checkpoints import ModelFiles, load_text_encoder, load_transformer, load_vae, open_model
 from wan.modules.model import WanModel
+from wan.text2video import Sampler
 
 PAIR = {"high_noise": NANO / "high_noise", "low_noise": MODEL}
 COMMON = (
-    "--output_dir runs --base_res 64 --batch_size 4 --cache_latents 1 --lr_scheduler linear --val_samples 0 "
+    "--output_dir runs --base_res 64 --batch_size 4 --lr_scheduler linear --val_samples 0 "
     "--checkpointing_steps 50 --keep_checkpoints 1"
 )
 ROWS = 6  # of a sheet
@@ -66,10 +67,10 @@ def image_to_video() -> dict[str, Path]:
     return {"high_noise": NANO / "i2v", "low_noise": shutil.copytree(NANO / "i2v", copy, dirs_exist_ok=True)}
 
 
-def trained(flags: str, parts: dict[str, Path]) -> dict[str, Path]:
-    """The LoRA of each expert, or "lora", trained by the command line on ./clips; an interrupted one continues."""
+def trained(flags: str, parts: dict[str, Path], source: str = "--dataset clips --cache_latents 1") -> dict[str, Path]:
+    """The LoRA of each expert, or "lora", trained by the command line, on ./clips; an interrupted one continues."""
     given = [word for name, path in parts.items() for word in (f"--{name}", str(path))]
-    model = ["--dataset", "clips", "--pretrained_model_name_or_path", str(MODEL), *given]
+    model = [*source.split(), "--pretrained_model_name_or_path", str(MODEL), *given]
     resume = ["--resume_from_checkpoint", "latest"] if any(Path("runs").glob(f"*/{CHECKPOINTS}/{STATES}")) else []
     train_wan_lora.main([*model, *COMMON.split(), *flags.split(), *resume])
     # A run that was killed before its first state has left its folder behind.
@@ -83,13 +84,19 @@ def trained(flags: str, parts: dict[str, Path]) -> dict[str, Path]:
 class Stage:
     """A small model, by its experts or none, and what is sampled from it: a video for each scene, the same noise."""
 
-    def __init__(self, parts: dict[str, Path], scenes: Sequence[Scene], seed: str) -> None:
+    def __init__(
+        self,
+        parts: dict[str, Path],
+        scenes: Sequence[Scene],
+        seed: str,
+        describe: Callable[[Scene, random.Random], str] = caption,
+    ) -> None:
         self.files: ModelFiles = open_model(MODEL, **parts)
         self.scenes, self.device = scenes, pick_device()
         self.vae = load_vae(self.files, self.device)
         self.encoder = load_text_encoder(self.files, torch.float32, self.device)
         rng = random.Random(seed)
-        self.prompts = [caption(scene, rng) for scene in scenes]
+        self.prompts = [describe(scene, rng) for scene in scenes]
         (self.negative,) = self.encoder.encode([""])
         self.noise = noise_of(self.vae, range(len(scenes)))
         self.pictures = first_frames(scenes, seed) if self.files.family.given else []
@@ -105,11 +112,13 @@ class Stage:
             found.append(model)
         return found
 
-    def film(self, loras: dict[str, Path], prompts: Sequence[str] | None = None) -> list[Tensor]:
+    def film(
+        self, loras: dict[str, Path], prompts: Sequence[str] | None = None, sampler: Sampler | None = None
+    ) -> list[Tensor]:
         """Videos (F, 3, H, W) uint8, guided by these prompts or by those of the scenes."""
-        texts, sampler = self.encoder.encode(list(prompts or self.prompts)), sampler_of(self.files.family)
-        given = self.given or None
-        return generate(self.models(loras), self.vae, texts, self.noise, self.negative, given, sampler)
+        texts, usual = self.encoder.encode(list(prompts or self.prompts)), sampler_of(self.files.family)
+        given, negative = self.given or None, self.negative
+        return generate(self.models(loras), self.vae, texts, self.noise, negative, given, sampler or usual)
 
     def film_unprompted(self, loras: dict[str, Path], controls: Sequence[Tensor] = ()) -> list[Tensor]:
         """Videos without prompt and guidance, which follow control latents (16, f, h, w), if there are any."""

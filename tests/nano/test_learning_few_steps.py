@@ -1,0 +1,80 @@
+"""What small Wans keep in two steps without guidance, by the side of twenty with it. Each test takes minutes."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from nano.measures import adherence_in_any_colours, speed, variety, variety_of_colours
+from nano.pretrain_families import sampler_of
+from nano.probe import adherence
+from nano.world import Scene, caption, colourless_caption, split, write_dataset
+from tests.checkout import copy_prompts
+from tests.experiments import PAIR, ROWS, Figures, Stage, experiment_folder, once, trained, write_sheet
+
+TESTED = split()[1]
+CLIPS, STEPS, COLOURLESS = 256, 2, 0.75
+NANO: dict[str, Path] = {}  # the model with one transformer
+COMMON = (
+    f"--few_step --denoising_steps {STEPS} --few_step_shift 5 --real_guidance_scale 1.5 --gen_update_interval 4 "
+    "--learning_rate 2e-3 --learning_rate_critic 2e-3 --critic_alignment 0.1 --lora_target all-linear --lora_rank 16 "
+    "--val_samples 1 --val_steps 400"
+)
+CLIPS_GIVEN = "--dataset clips --cache_latents 1"
+PROMPTS_GIVEN = "--prompts prompts.txt --distill_input rollout --prompt_shape 1:1 --max_frames 17"
+pytestmark = pytest.mark.nano_distill
+
+
+@pytest.fixture(autouse=True)
+def folder(request, tmp_path, monkeypatch) -> Path:
+    """The working folder, with a copy of the negative prompts, beside which their embeddings are written."""
+    folder = experiment_folder(request.node.name, tmp_path)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", copy_prompts(tmp_path / "embeddings"))
+    return folder
+
+
+def stages(parts: dict[str, Path], scenes: Sequence[Scene] = TESTED) -> dict[str, Stage]:
+    """Prompts of these scenes that name all, and those that leave the colours open."""
+    found = {"named": caption, "colourless": colourless_caption}
+    return {name: Stage(parts, scenes, f"few steps, {name}", describe) for name, describe in found.items()}
+
+
+def measured(name: str, videos: Sequence[Tensor]) -> dict[str, float]:
+    """What is compared of the videos of a stage."""
+    if name == "named":
+        return adherence(videos, TESTED) | {"speed": speed(videos, TESTED)} | variety(videos, TESTED)
+    return adherence_in_any_colours(videos, TESTED) | {"speed": speed(videos, TESTED)} | variety_of_colours(videos)
+
+
+def film(stage: Stage, loras: dict[str, Path], steps: int = 20, guidance: float = 2.5) -> list[Tensor]:
+    usual = sampler_of(stage.files.family)
+    few = replace(usual, solver="lcm", steps=steps, guidance=(guidance,) * len(usual.guidance))
+    return stage.film(loras, sampler=usual if steps == 20 else few)
+
+
+def references(parts: dict[str, Path]) -> Figures:
+    figures = {}
+    for name, stage in stages(parts).items():
+        figures[f"teacher, {name}"] = measured(name, film(stage, {}))
+        figures[f"undistilled, {name}"] = measured(name, film(stage, {}, STEPS, 1.0))
+        figures[f"undistilled and guided, {name}"] = measured(name, film(stage, {}, STEPS))
+    return figures
+
+
+def student(parts: dict[str, Path], flags: str, source: str) -> Figures:
+    write_dataset(Path("clips"), CLIPS, seed=1, colourless_share=COLOURLESS)
+    texts = [path.read_text(encoding="utf-8") for path in sorted(Path("clips").glob("*.txt"))]
+    Path("prompts.txt").write_text("".join(texts), encoding="utf-8")
+    loras = trained(f"{COMMON} {flags}", parts, source)
+    figures = {}
+    for name, stage in stages(parts).items():
+        figures[f"student, {name}"] = measured(name, film(stage, loras, STEPS, 1.0))
+    first = stages(parts, TESTED[:ROWS])["colourless"]
+    columns = {"20 steps, guidance 2.5": film(first, {}), "2 steps": film(first, {}, STEPS, 1.0)}
+    write_sheet(first.prompts, columns | {"2 steps, distilled": film(first, loras, STEPS, 1.0)})
+    return figures
