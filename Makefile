@@ -8,6 +8,7 @@
 # make gpu-bench   what is left of the measurements on a GPU, in parts of at most eight minutes, and their table
 # make nano-check  proofs that training teaches, on the small Wan
 # make nano-check-families  the same for image-to-video and for two experts; continues where it was interrupted
+# make nano-check-distill  what few steps keep on the small Wans; on two cores, continues where it was interrupted
 # make nano-check-memory  how many steps optimizers need on the small Wan; about two hours on one free core, resumable
 # make learning    what LoRAs learn on quantised bases of the small Wan; about two hours on one free core, resumable
 
@@ -15,7 +16,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test test-slow crash-check families-check nano-check nano-check-families nano-check-memory learning gpu-bench check clean
+.PHONY: venv demo test test-slow crash-check families-check nano-check nano-check-families nano-check-distill nano-check-memory learning gpu-bench check clean
 
 venv: $(VENV)/.complete
 
@@ -33,7 +34,7 @@ check: venv
 
 # Two processes, each with a file of tests at a time and one thread. Waiting threads that spin slow other processes down.
 test: check
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not nano and not nano_families and not crash and not families"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not nano and not nano_families and not nano_distill and not crash and not families"
 
 test-slow: venv
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow
@@ -49,6 +50,10 @@ nano-check: venv
 
 nano-check-families: venv
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m nano_families -s
+
+# Two processes, each with an experiment at a time and one thread.
+nano-check-distill: venv
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal -m nano_distill
 
 nano-check-memory: venv
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.optimizers
