@@ -111,10 +111,10 @@ def plan_versions(
         base = [Version("without the LoRA", {}, opts.sampler(family, size))] if opts.compare else []
         return [*base, Version("with the LoRA", loras, as_stated)]
     own, others = split_loras(loras, opts.lora_path)
-    usual = RequestOptions(seed=opts.seed).sampler(family, size)  # the options of sampling are for the other LoRA
+    without = RequestOptions(seed=opts.seed)  # the options of sampling are for the other LoRA
     return [
-        Version("base", {}, usual),
-        Version("LoRA", own, usual),
+        Version("base", {}, without.sampler(family, size)),
+        Version("LoRA", own, without.sampler(family, size, statements(own))),
         Version("other LoRA", others, as_stated),
         Version("both", loras, as_stated),
     ]

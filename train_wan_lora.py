@@ -190,7 +190,7 @@ def open_session(opts: Options, inputs: Inputs, device: torch.device, compiled: 
     learner = Learner([each for role in roles for each in make_trainables(role, adapters[role.name])])
     turns = make_turns(opts, inputs, adapters, experts, learner)
     schedule = Schedule(turns, [role.opts.max_train_steps for role in roles], opts.expert_phase_steps)
-    steps_per_epoch = plan.steps_per_epoch(opts.gradient_accumulation)
+    steps_per_epoch = plan.steps_per_epoch(opts.batches_per_step)
     say(f"\n{format_plan(plan, steps_per_epoch, schedule.total_steps)} on {describe(device)}")
     for role in roles:
         say(f"{role.label}{adapters[role.name].describe()}, {role.opts.describe_rate()}")
@@ -364,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The plan draws everything random about the data, from the seed and the number of the epoch alone. The order of
     # samples therefore does not depend on worker processes, and a resumed run continues in it.
     plan = make_plan(data.train, opts.limits(files.family.grid), opts.seed, opts.cache_latents)
-    opts = with_epochs(opts, plan.steps_per_epoch(opts.gradient_accumulation))
+    opts = with_epochs(opts, plan.steps_per_epoch(opts.batches_per_step))
     steps = {name: count for role in opts.roles(files.family) for name, count in count_updates(role).items()}
 
     # A resumed run must have the options and clips of the saved one. Differences are listed, and are an error without

@@ -1,9 +1,7 @@
 """What small Wans keep in two steps without guidance, by the side of twenty with it. Each test takes minutes."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from nano.pretrain_families import sampler_of
 from nano.probe import adherence
 from nano.world import Scene, caption, colourless_caption, split, write_dataset
 from tests.checkout import copy_prompts
-from tests.experiments import PAIR, ROWS, Figures, Stage, experiment_folder, once, trained, write_sheet
+from tests.experiments import ROWS, Figures, Stage, experiment_folder, trained, write_sheet
 
 TESTED = split()[1]
 CLIPS, STEPS, COLOURLESS = 256, 2, 0.75

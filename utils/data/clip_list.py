@@ -6,6 +6,7 @@ Paths are relative to the dataset's folder, and never lead out of it: a row can 
 has found. Other keys, such as width and height, are not read: files are measured. This is the metadata of VideoX-Fun.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ def _fault(row: Row, path: Path | None, found: ClipList, folder: Path) -> str:
     if any(kind(name).anchor or ".." in kind(name).parts for kind in (PurePosixPath, PureWindowsPath)):
         return f"names {name}, which may lie elsewhere: write the path from {folder} on, without .."
     if path is None:
-        there = any((folder / spelled).is_file() for spelled in _spellings(name))
+        there = any(os.path.isfile(folder / spelled) for spelled in _spellings(name))
         reason = "is no video or image that is trained on here" if there else f"is not in {folder}"
         return f"names {name}, which {reason}"
     if path in found.rows:

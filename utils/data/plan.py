@@ -8,6 +8,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from statistics import mean
 from typing import TypeVar
 
@@ -110,9 +111,9 @@ class Plan:
         """Every window that a sample can be, where they are fixed; else none."""
         return flatten_windows(self.fixed or [])
 
-    def steps_per_epoch(self, gradient_accumulation: int) -> int:
+    def steps_per_epoch(self, batches_per_step: int | Fraction) -> int:
         """Optimizer steps of the first epoch; the last one may have fewer batches."""
-        return -(-len(self.epoch(0)) // gradient_accumulation)
+        return math.ceil(len(self.epoch(0)) / Fraction(batches_per_step))
 
     def epoch(self, epoch: int) -> list[tuple[Window, ...]]:
         """The batches of one epoch in order: at most `batch_size` windows of equal bucket each.

@@ -35,7 +35,7 @@ from utils.media.inspection import Inspector
 from utils.media.masks import BLACK
 
 _UNREAD = Kind("file", f"not read, as no decoder here knows the format: {CONVERT}")
-_UNLISTED = Kind("file", "not used, as --clip_list does not name it")
+_UNLISTED = Kind("file", "not used, as it is not in --clip_list")
 _ORPHAN = Kind("caption file", "not used, as no clip has this name")
 
 

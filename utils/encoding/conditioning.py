@@ -72,16 +72,16 @@ class GivenFrames:
         if self.i2v_probability is not None and family.given_as != "latents":
             always = "is always given its frames" if family.given else "is given no frames"
             raise UserError(f"--i2v_probability has no effect: this model {always}")
-        self._check_mode(family)
+        self._check_mode(family, has_frames)
         if reads_first and not family.given:
             raise UserError("--load_first_frame has no effect: this model is given no frames")
         if reads_first and self.i2v_probability == 0:
             raise UserError("--load_first_frame has no effect with --i2v_probability 0: no sample is given its frame")
 
-    def _check_mode(self, family: Family) -> None:
+    def _check_mode(self, family: Family, has_frames: bool) -> None:
         """Raises UserError for a --train_mode that is not how this model is trained."""
-        given, is_mixed = self.train_mode, family.given_as == "latents"
-        mode = TI2V if is_mixed and self.held_share else I2V if family.given and not is_mixed else NORMAL
+        given, is_mixed = self.train_mode, family.given_as == "latents" and has_frames
+        mode = TI2V if is_mixed and self.held_share else I2V if family.given_as == "channels" else NORMAL
         if given in (None, mode):
             return
         others = {(TI2V, NORMAL): ", or --i2v_probability 0", (NORMAL, TI2V): ", or leave out --i2v_probability 0"}

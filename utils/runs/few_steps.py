@@ -32,10 +32,13 @@ def watch_variety(
     clips: Sequence[Batch],
     decisions: Decisions,
 ) -> dict[str, Variety]:
-    """What is measured of each student at validation, by its phase, on the smallest clip; nothing without clips.
+    """What is measured of each student at validation, by its phase, on the smallest clip; nothing without one.
 
+    A video if there is any, since a still shows no motion; of a model that is given frames a still shows nothing.
     Measures the teachers, which takes a while.
     """
+    videos = [clip for clip in clips if clip.latents.shape[2] > 1]
+    clips = videos if videos or inputs.files.family.given else clips
     if not clips:
         return {}
     clip, found = min(clips, key=lambda clip: clip.latents.numel()), {}

@@ -10,6 +10,7 @@ import torch
 from utils.adapters.attach import DTYPES, AdapterOptions, AdapterPlan
 from utils.adapters.beside import Chosen
 from utils.adapters.choosing import further_loras
+from utils.adapters.pairs import parse_also_lora
 from utils.adapters.stated_steps import statements
 from utils.common.console import say
 from utils.common.decisions import Decisions
@@ -147,6 +148,8 @@ def open_inputs(
         adapters = {name: replace(plan, copies=(CRITIC,)) for name, plan in adapters.items()}
     high = None if opts.high_lora is None else finished_student(opts.high_lora, opts, files)
     further = further_loras(opts.also_lora, files, {name: plan.facts for name, plan in adapters.items()})
+    if opts.high_lora in [parse_also_lora(text)[0] for text in opts.also_lora]:
+        raise UserError(f"--also_lora {opts.high_lora} is --high_lora, which acts in previews anyway: leave it out")
     if high is not None:
         name = files.family.experts[0].name
         further = {**further, name: [*further.get(name, ()), high]}
@@ -177,6 +180,10 @@ def open_preview(opts: InputOptions, inputs: Inputs, validation: list[Batch], se
     sampler = opts.preview_sampler(family, size.bucket[:2], bool(opts.distill_cfg), stated)
     if stated:
         say(f"previews take {sampler}: {stated[0]}")
+    others = inputs.files.transformers.keys() - {role.name for role in inputs.roles}
+    for name in others if opts.few_step else ():
+        if not inputs.further.get(name):
+            say(f"note: in previews the {name} expert has no LoRA for few steps: give it as --also_lora")
     scenes = Scenes(size.bucket, validation if follows else [], images)
     return make_preview(inputs.texts, sampler, seed, inputs.samples.open_encoders(), scenes)
 

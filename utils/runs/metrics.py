@@ -3,12 +3,12 @@
 import math
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import psutil
 import torch
@@ -75,6 +75,7 @@ class Means:
     weight: float = 0.0  # the sum of all weights so far, which approaches 1
     clipped: float = 0.0  # 1 for each update whose gradient was clipped, 0 for others
     limit: float = 0.0  # of the loss, where there is one
+    below: float = 0.0  # 1 once the loss was below its limit
 
     def after(self, loss: float, grad_norm: float, max_grad_norm: float, limit: float = 0.0) -> "Means":
         """The means after one more update. `clipped` stays where no gradient is clipped (`max_grad_norm` 0)."""
@@ -82,12 +83,14 @@ class Means:
         weight = SMOOTHING * self.weight + (1 - SMOOTHING)
         clipped = SMOOTHING * self.clipped + (1 - SMOOTHING) * (grad_norm > max_grad_norm)
         limit = SMOOTHING * self.limit + (1 - SMOOTHING) * limit
-        return Means(smooth, weight, clipped if max_grad_norm else self.clipped, limit)
+        is_known = weight > 1 - SMOOTHING ** (FEWEST - 0.5)
+        below = 1.0 if is_known and smooth < limit else self.below
+        return Means(smooth, weight, clipped if max_grad_norm else self.clipped, limit, below)
 
     @property
     def diverges(self) -> bool:
-        """Whether the loss is above its limit, if it has one, over enough updates."""
-        return 0 < self.limit < self.smooth and self.weight > 1 - SMOOTHING ** (FEWEST - 0.5)
+        """Whether the mean loss has risen above its limit, if it has one, from below it."""
+        return bool(self.below) and 0 < self.limit < self.smooth
 
     @property
     def loss(self) -> float:
@@ -101,11 +104,15 @@ class Means:
 
 
 class SavedMetrics(TypedDict):
-    """What a resumed run continues: steps in a row that were not finite, the last validated step, means by phase."""
+    """What a resumed run continues: updates in a row that were not finite, the last validated step, means by phase.
+
+    `variety` is the largest that each student has had, as a share of its teacher's; earlier versions have none.
+    """
 
     bad_steps: int
     validated_at: int
     means: dict[str, dict[str, float]]
+    variety: NotRequired[dict[str, float]]
 
 
 class Metrics:
@@ -126,17 +133,20 @@ class Metrics:
         self._pending: deque[_Numbers] = deque()
         self._means: dict[str, Means] = {}
         self._phase = ORDINARY  # of the update that was read last
-        self._bad_steps = 0
+        self._bad_steps: Counter[str] = Counter()  # of each phase, in a row
+        self._variety: dict[str, float] = {}
         self._validated_at = -1
         self.restart_clock()
 
     def state_dict(self) -> SavedMetrics:
         means = {phase: asdict(means) for phase, means in self._means.items()}
-        return {"bad_steps": self._bad_steps, "validated_at": self._validated_at, "means": means}
+        saved: SavedMetrics = {"bad_steps": self._bad_steps.total(), "validated_at": self._validated_at, "means": means}
+        return {**saved, "variety": dict(self._variety)} if self._variety else saved
 
     def load_state_dict(self, saved: SavedMetrics) -> None:
         self._means = {phase: Means(**means) for phase, means in saved["means"].items()}
-        self._bad_steps, self._validated_at = saved["bad_steps"], saved["validated_at"]
+        self._bad_steps = Counter({next(iter(self._means), ORDINARY): saved["bad_steps"]})
+        self._validated_at, self._variety = saved["validated_at"], dict(saved.get("variety", {}))
 
     @property
     def is_validated(self) -> bool:
@@ -182,9 +192,9 @@ class Metrics:
         self._phase = phase
         self.board.scalar(f"{phase}/learning_rate", numbers.learning_rate, step)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self._skipped(step, loss, grad_norm)
+            self._skipped(numbers, loss, grad_norm)
             return
-        self._bad_steps = 0
+        self._bad_steps[phase] = 0
         limit = values.get("loss_limit", 0.0)
         means = self._means[phase] = self.means(phase).after(loss, grad_norm, self.max_grad_norm, limit)
         for name, value in values.items():
@@ -198,11 +208,11 @@ class Metrics:
                 f"{means.limit / means.weight:.3f} if it answered zero\ntry a lower learning rate for it"
             )
 
-    def _skipped(self, step: int, loss: float, grad_norm: float) -> None:
-        self._bad_steps += 1
-        self.say(f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite, the update was skipped")
-        if self._bad_steps >= MAX_BAD_STEPS:
-            raise RunError(f"{MAX_BAD_STEPS} steps in a row were not finite; try a lower --learning_rate")
+    def _skipped(self, numbers: _Numbers, loss: float, grad_norm: float) -> None:
+        self._bad_steps[numbers.phase] += 1
+        self.say(f"step {numbers.step}: loss {loss}, gradient norm {grad_norm}: not finite, the update was skipped")
+        if self._bad_steps.total() >= MAX_BAD_STEPS:  # a critic that learns does not make good for its student
+            raise RunError(f"{MAX_BAD_STEPS} steps in a row were not finite; try a lower learning rate")
 
     def _write_speed(self) -> None:
         elapsed = time.perf_counter() - self._since
@@ -224,7 +234,8 @@ class Metrics:
     def log_validation(self, measured: Mapping[str, Losses], variety: Mapping[str, float] = NO_NUMBERS) -> None:
         """Writes for each phase one loss per noise level and their mean. The step is validated then.
 
-        `variety` is that of students as a share of their teachers'. Raises RunError where one has collapsed.
+        `variety` is that of students as a share of their teachers'. Raises RunError where one has collapsed: where it
+        is a small part of the largest that there was, or of the teacher's.
         """
         for phase, losses in measured.items():
             self._write_validation(phase, losses)
@@ -234,11 +245,13 @@ class Metrics:
         self._validated_at = self.step
         self.restart_clock()
         for phase, share in variety.items():
-            if not share >= COLLAPSED:
+            # Before it learns, a student sees the mean of all videos in pure noise, and its samples differ little.
+            largest = self._variety[phase] = max(share, self._variety.get(phase, 0.0))
+            if not share >= COLLAPSED * min(1.0, largest):
                 raise RunError(
-                    f"step {self.step}: the {phase} has collapsed: it makes almost the same of every noise, less than "
-                    f"{COLLAPSED:g} of the teacher's variance\ntry a lower --learning_rate, or a higher "
-                    "--learning_rate_critic or --gen_update_interval"
+                    f"step {self.step}: the {phase} has collapsed: its samples differed {largest:.2f} times as much as "
+                    f"the teacher's, and now {share:.2f} times\ntry a lower --learning_rate, a higher "
+                    "--learning_rate_critic or --gen_update_interval, or --critic_alignment"
                 )
 
     def _write_validation(self, phase: str, losses: Losses) -> None:

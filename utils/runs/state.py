@@ -39,7 +39,7 @@ FACTS, CHECKSUM = "facts", "sha256"
 FORMAT = 3
 COUNTS = ("bad_steps", "validated_at")
 MEANS = {field.name for field in fields(Means)}
-FORMER_MEANS = MEANS - {"limit"}  # of version 0.2, and of the first states of format 3
+FORMER_MEANS = MEANS - {"limit", "below"}  # of version 0.2, and of the first states of format 3
 CHANGES_SHOWN = 20
 
 
@@ -323,7 +323,10 @@ def _check_facts(content: Mapping[str, Any], step: object) -> None:
     if not all(isinstance(value, str) for value in content["data"].values()):
         raise TypeError("data")
     metrics = content["metrics"]
-    if metrics.keys() != {*COUNTS, "means"} or not _is_count(metrics["bad_steps"]):
+    variety = metrics.get("variety", {})
+    if not isinstance(variety, dict) or not all(map(_is_finite, variety.values())):
+        raise ValueError("metrics")
+    if metrics.keys() - {"variety"} != {*COUNTS, "means"} or not _is_count(metrics["bad_steps"]):
         raise ValueError("metrics")
     if not isinstance(metrics["validated_at"], int) or not isinstance(metrics["means"], dict):
         raise TypeError("metrics")

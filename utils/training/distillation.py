@@ -48,6 +48,7 @@ class FewStepOptions:
         None,
         "shift of these steps, and of the noise levels at which the models are compared (default: the model's)",
         minimum=0.01,
+        maximum=1000,
         requires="few_step",
     )
     gen_update_interval: int = option(

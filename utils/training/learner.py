@@ -80,8 +80,8 @@ class Trainable:
         zero = int(torch.stack([(parameter == 0).all() for parameter in self.adapter.parameters.values()]).sum())
         if zero:
             raise RunError(
-                f"after {WATCHED_STEP} steps {zero} matrices of the {self.name} are still zero: it does not learn\n"
-                "is --learning_rate zero, or too small?"
+                f"after {WATCHED_STEP} updates {zero} matrices of the {self.name} are still zero: it does not learn\n"
+                f"is --learning_rate{'' if self.exported else '_critic'} zero, or too small?"
             )
 
     def state_dict(self) -> StateDict:

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from typing import Self, TypeVar
 
 from utils.adapters.attach import LoraAdapter
 from utils.common.errors import UserError
+from utils.common.formatting import counted
 from utils.diffusion.flow import Predict
 from utils.diffusion.objectives import Loss, Objective
 from utils.encoding.conditioning import Batch, Cond, make_predict
@@ -78,10 +80,14 @@ class TrainingOptions(
         if self.mask_floor != Objective.mask_floor:
             raise UserError("--mask_floor would be ignored: --few_step compares distributions, not positions")
         if num_steps < self.gen_update_interval and not self.epochs:
-            raise UserError(
-                f"--max_train_steps {num_steps} is below --gen_update_interval {self.gen_update_interval}: "
-                "the LoRA would not be trained"
-            )
+            fewer = f"{counted(num_steps, 'step')} are fewer than --gen_update_interval {self.gen_update_interval}"
+            raise UserError(f"{fewer}: the LoRA would not be trained.\nGive more --max_train_steps or --epochs")
+
+    @property
+    def batches_per_step(self) -> Fraction:
+        """How many batches a step takes, on average: each update has its own."""
+        updates = 1 + Fraction(1, self.gen_update_interval) if self.few_step else Fraction(1)
+        return self.gradient_accumulation * updates
 
     def num_updates(self, name: str) -> int:
         """Those of one adapter in the whole run: of the LoRA, or of its critic."""
@@ -101,10 +107,10 @@ class TrainingOptions(
 
     def describe_rate(self) -> str:
         """How fast is learned, and what."""
-        if self.few_step:
-            return self._describe_few_steps()
         distilled = f", guidance {1 + self.distill_cfg:g} distilled" if self.distill_cfg else ""
         by = "" if self.optimizer == ADAMW else f"{self.optimizer}, "
+        if self.few_step:
+            return f"{by}{self._describe_few_steps()}"
         return f"{by}learning rate {self.learning_rate:g}, shift {self.shift:g}{distilled}"
 
     def _describe_few_steps(self) -> str:

@@ -3,6 +3,7 @@
 A student that makes the same of every noise has collapsed, long before its pictures look bad.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -44,20 +45,34 @@ class Variety:
     count: int = 64
 
     def with_teacher(self, name: str, decisions: Decisions) -> "Variety":
-        """With the variance of the teacher, which is measured once in a run and kept under this name.
+        """With the variance of the teacher, kept under this name as long as it would be the same.
 
-        Raises UserError where a state has no number there.
+        Raises UserError where a state holds something else there.
         """
         key = f"variety_{name}"
-        known = decisions.made.get(key) or decisions.saved.get(key)
+        known = decisions.made.get(key) or decisions.saved.get(key, "")
+        number, _, identity = known.partition(" ")
         try:
-            taught = self.of_teacher() if known is None else float(known)
+            taught = float(number) if known and identity == self._identity else self.of_teacher()
         except ValueError:
-            raise UserError(
-                f"the saved run's {key} is {known!r}: its state is damaged, or of a newer version"
-            ) from None
-        decisions.record(key, repr(taught))
+            raise UserError(f"the saved run's {key} is {known!r}: its state is damaged") from None
+        decisions.record(key, f"{taught!r} {self._identity}")
         return replace(self, taught=taught)
+
+    @property
+    def _identity(self) -> str:
+        """16 hex digits of all that decides the teacher's samples besides its weights."""
+        few_step = self.few_step
+        facts = (self.seed, self.count, few_step.guidance, few_step.shift, few_step.interval, few_step.sigmas[0])
+        digest = hashlib.sha256(repr(facts).encode())
+
+        def add(tensor: Tensor) -> Tensor:
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+            return tensor
+
+        add(few_step.negative)
+        map_tensors(self.batch, add)
+        return digest.hexdigest()[:16]
 
     def share_of_student(self) -> float:
         """The student's variance by the teacher's. The student speaks."""

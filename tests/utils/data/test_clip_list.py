@@ -52,7 +52,7 @@ LINES = "\n".join(map(json.dumps, ROWS))
 @pytest.mark.parametrize(("rows", "name"), [(ROWS, "m.json"), (CSV, "m.csv"), (LINES, "m.jsonl"), (ROWS, "m.txt")])
 def test_a_list_says_which_clips_are_used_and_their_captions(clips, rows, name, capsys):
     assert captions_of(opened(clips, rows, name)) == TEXTS
-    assert "2 files such as train/fox.mov are not used, as --clip_list does not name it" in capsys.readouterr().out
+    assert "2 files such as train/fox.mov are not used, as it is not in --clip_list" in capsys.readouterr().out
 
 
 def test_a_list_may_lie_elsewhere_and_its_captions_win_over_caption_files(clips, tmp_path_factory):

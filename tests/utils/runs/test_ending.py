@@ -31,7 +31,7 @@ def test_three_steps_in_a_row_that_are_not_finite_end_the_run_and_name_the_last_
             log(run, math.nan)
         run.metrics.flush()
     assert str(caught.value) == (
-        f"3 steps in a row were not finite; try a lower --learning_rate\nthe last checkpoint is {path}"
+        f"3 steps in a row were not finite; try a lower learning rate\nthe last checkpoint is {path}"
     )
 
 
@@ -46,7 +46,7 @@ def test_three_in_a_row_without_a_checkpoint_say_so_also_when_read_apart(run):
 def test_a_lora_that_stays_zero_ends_the_run_and_is_not_saved(run):
     for parameter in run.learner.trainables["lora"].adapter.parameters.values():
         parameter.data.zero_()
-    reason = "after 10 steps 2 matrices of the lora are still zero"
+    reason = "after 10 updates 2 matrices of the lora are still zero"
     with pytest.raises(RunError, match=reason) as caught, save_on_exit(run, Stop()):
         for _ in range(11):
             run.learner.begin_step()

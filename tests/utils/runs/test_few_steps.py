@@ -104,7 +104,8 @@ def test_each_student_is_watched_on_the_smallest_clip_as_its_own_expert(measured
     assert list(found) == ["high_noise_student", "low_noise_student"] and spoken == [HIGH, LOW]
     assert [each.few_step for each in found.values()] == [*few_steps.values()] == [each.few_step for each in measured]
     assert [each.taught for each in found.values()] == [1.0, 2.0]
-    assert decisions.made == {"variety_high_noise_student": "1.0", "variety_low_noise_student": "2.0"}
+    kept = {name: value.split()[0] for name, value in decisions.made.items()}
+    assert kept == {"variety_high_noise_student": "1.0", "variety_low_noise_student": "2.0"}
     for each in found.values():
         assert torch.equal(each.batch.latents, CLIPS[1].latents) and each.seed == 5
 
@@ -124,6 +125,28 @@ def test_a_resumed_run_measures_no_teacher_again(measured):
     resumed = replace(decisions, saved=decisions.table(), made={})
     (found,) = watch_variety(inputs, few_steps, students(few_steps, []), CLIPS, resumed).values()
     assert len(measured) == 1 and found.taught == 1.0 and resumed.table() == decisions.table()
+
+
+def test_what_would_change_the_teachers_samples_lets_it_be_measured_again(measured):
+    inputs, adapters, experts = inputs_of(A14B, "--expert low")
+    few_steps, decisions = make_few_steps(inputs, adapters, experts), Decisions("cpu")
+    watch_variety(inputs, few_steps, students(few_steps, []), CLIPS, decisions)
+    other = {name: replace(each, guidance=9.0) for name, each in few_steps.items()}
+    for changed, clips in ((other, CLIPS), (few_steps, CLIPS[:1])):
+        resumed = replace(decisions, saved=decisions.table(), made={})
+        watch_variety(inputs, changed, students(changed, []), clips, resumed)
+        assert resumed.made["variety_low_noise_student"].split()[0] == str(float(len(measured)))
+    assert len(measured) == 3
+
+
+def test_a_video_is_watched_rather_than_a_still_and_a_still_only_where_it_shows_something(measured):
+    still = replace(clip(2, 2), latents=torch.zeros(1, 16, 1, 2, 2))
+    for family, clips, watched in ((A14B, [still, *CLIPS], CLIPS[1]), (A14B, [still], still), (TI2V, [still], None)):
+        inputs, adapters, experts = inputs_of(family)
+        few_steps = make_few_steps(inputs, adapters, experts)
+        found = watch_variety(inputs, few_steps, students(few_steps, []), clips, Decisions("cpu"))
+        shapes = {each.batch.latents.shape for each in found.values()}
+        assert shapes == ({watched.latents.shape} if watched else set())
 
 
 def test_without_clips_nothing_is_watched(measured):

@@ -218,7 +218,7 @@ def test_a_student_or_critic_with_more_steps_than_this_run_is_refused_by_the_opt
     check_resume_compatible(state, Optimization(), FACTS.data, True, dict.fromkeys(state.steps_taken, 2))
 
 
-@pytest.mark.parametrize("limits", [{}, {"limit": 0.75}])
+@pytest.mark.parametrize("limits", [{}, {"limit": 0.75, "below": 1.0}])
 def test_means_survive_with_a_limit_and_those_of_earlier_versions_have_none(tmp_path, limits):
     means, path = MEANS | limits, tmp_path / "checkpoints" / "state-00000000.safetensors"
     path.parent.mkdir()

@@ -65,7 +65,7 @@ def outcome(loss: Tensor | Loss, parameters: dict[str, nn.Parameter]) -> list[Te
     return [loss.detach(), *torch.autograd.grad(loss, list(parameters.values()))]
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective", "offload"])
 @pytest.mark.parametrize("family", [T2V, I2V], ids=lambda family: family.name)
 def test_one_base_gives_the_losses_and_gradients_of_three_models(checkpointing, family):
     batch, shared = make_batch(family), few_step(base(checkpointing, family))

@@ -79,9 +79,13 @@ def test_a_student_is_judged_by_its_teacher_and_a_constant_one_has_collapsed(mea
 def test_the_teachers_is_kept_and_what_a_state_says_is_checked(measured):
     found = measured(0.3).with_teacher("student", decisions := Decisions("cpu"))
     again = measured(0.3).with_teacher("student", Decisions("other", decisions.table()))
-    assert again.taught == found.taught == float(decisions.made["variety_student"])
-    with pytest.raises(UserError, match="variety_student is 'much'"):
-        measured(0.3).with_teacher("student", Decisions("cpu", {"variety_student": "much"}))
+    number, identity = decisions.made["variety_student"].split()
+    assert again.taught == found.taught == float(number)
+    with pytest.raises(UserError, match="variety_student is 'much"):
+        measured(0.3).with_teacher("student", Decisions("cpu", {"variety_student": f"much {identity}"}))
+    kept = Decisions("cpu", {"variety_student": f"99.0 {identity}"})
+    assert measured(0.3).with_teacher("student", kept).taught == 99
+    assert replace(measured(0.3), seed=2).with_teacher("student", kept).taught < 1
 
 
 def test_a_frame_that_is_given_does_not_count(measured):
