@@ -1,9 +1,11 @@
 """Two small experts with LoRAs that change their answers, and steps that they take in turns."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import train_wan_lora
 from tests.adapted import fill
@@ -17,6 +19,7 @@ from utils.training.experts import Experts, load_experts, plan_experts
 from utils.training.memory import Memory
 from wan.checkpoints import ModelFiles
 from wan.configs import FAMILIES
+from wan.modules.model import WanModel
 
 A14B = FAMILIES["wan2.2-i2v-A14B"]
 HIGH, LOW = "high_noise", "low_noise"
@@ -65,3 +68,22 @@ def take_turns(experts: Experts, adapters: dict[str, LoraAdapter]) -> list[Tenso
 def in_turns(files: ModelFiles, storage: Storage, flags: str = ADAPTED) -> list[Tensor]:
     """What such steps give with weights that are held so."""
     return take_turns(*held_pair(files, storage, flags))
+
+
+class Moves(TorchFunctionMode):
+    """Records what would be moved where, and leaves it where it is."""
+
+    def __init__(self, models: Mapping[str, WanModel]) -> None:
+        super().__init__()
+        self.names = {
+            tensor.data_ptr(): (model, name)
+            for model, module in models.items()
+            for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        }
+        self.seen: list[tuple[str, str, str]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func is Tensor.to and args[0].data_ptr() in self.names:
+            self.seen.append((*self.names[args[0].data_ptr()], args[1].type))
+            return args[0]
+        return func(*args, **(kwargs or {}))

@@ -87,7 +87,7 @@ class Means:
     @property
     def diverges(self) -> bool:
         """Whether the loss is above its limit, if it has one, over enough updates."""
-        return 0 < self.limit < self.smooth and self.weight >= 1 - SMOOTHING**FEWEST
+        return 0 < self.limit < self.smooth and self.weight > 1 - SMOOTHING ** (FEWEST - 0.5)
 
     @property
     def loss(self) -> float:

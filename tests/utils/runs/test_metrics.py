@@ -9,7 +9,10 @@ import torch
 import utils.runs.metrics
 from tests.runs import log, open_a_run, scalars
 from utils.common.errors import RunError
-from utils.runs.metrics import Losses, Metrics
+from utils.diffusion.objectives import Loss
+from utils.runs.metrics import FEWEST, Losses, Metrics
+from utils.runs.run import Run
+from utils.training.learner import Update
 
 
 @pytest.fixture
@@ -201,3 +204,100 @@ def test_the_means_of_each_phase_are_restored(run):
     again.close()
     assert again.state_dict() == saved and again.means("high_noise") == run.metrics.means("high_noise")
     assert saved["means"].keys() == {"high_noise", "low_noise"} and saved["bad_steps"] == 1
+
+
+# ------------------------------------------------------------------------------------------- a student and its critic
+
+
+def log_critic(run: Run, loss: float, limit: float) -> None:
+    """A step of a critic, whose loss would be the limit if it answered zero."""
+    run.metrics.log("critic", Loss(torch.tensor(loss), torch.tensor(limit)), Update(torch.tensor(1.0), 0.5))
+    run.metrics.end_step(tokens=1)
+
+
+def test_what_is_watched_beside_a_loss_is_in_tensorboard_under_its_phase(tmp_path):
+    with open_a_run(tmp_path) as run:
+        for distance in (0.25, None, 0.5):  # in the second step the student is not due
+            if distance is not None:
+                loss = Loss(torch.tensor(4.0), watched={"distance": torch.tensor(distance)})
+                run.metrics.log("student", loss, Update(torch.tensor(1.0), 0.5))
+            log_critic(run, 1.0, 2.0)
+        run.metrics.flush()
+    found = scalars(run.folder)
+    assert found["student/distance"] == {1: 0.25, 3: 0.5} and found["student/loss"] == {1: 4.0, 3: 4.0}
+    assert found["critic/loss"] == dict.fromkeys((1, 2, 3), 1.0)
+    assert found["critic/loss_limit"] == dict.fromkeys((1, 2, 3), 2.0)
+    assert "student/loss_limit" not in found and "critic/distance" not in found
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_critic_that_is_worse_than_an_answer_of_zero_ends_the_run_once_that_is_certain(run, at_once):
+    for _ in range(FEWEST - 1):
+        log_critic(run, 2.5, 1.25)
+        if at_once:
+            run.metrics.flush()
+    run.metrics.flush()
+    log_critic(run, 2.5, 1.25)
+    said = f"step {FEWEST}: the critic diverges: its mean loss is 2.500, and would be 1.250 if it answered zero"
+    with pytest.raises(RunError, match=f"{said}\ntry a lower learning rate for it"):
+        run.metrics.flush()
+
+
+def test_a_loss_that_is_large_but_below_its_limit_or_has_none_ends_nothing(run):
+    for step in range(3 * FEWEST):
+        log_critic(run, 99.0, 100.0)
+        log(run, 1e6, phase="student")
+        log_critic(run, 101.0 if step % 3 else 0.0, 100.0)  # its mean counts
+    run.metrics.flush()
+    assert run.metrics.means("critic").weight > 1 - 0.98**FEWEST
+
+
+def test_a_critic_that_begins_to_diverge_late_ends_the_run_when_its_mean_does(run):
+    for _ in range(50):
+        log_critic(run, 0.5, 1.0)
+    run.metrics.flush()
+    smooth = run.metrics.means("critic")
+    steps = 0
+    with pytest.raises(RunError, match="the critic diverges"):
+        while steps < 100:
+            log_critic(run, 1.5, 1.0)
+            steps += 1
+            run.metrics.flush()
+    # 0.5 (0.98^n (1 - 0.98^50)) + 1.5 (1 - 0.98^n) passes 1 - 0.98^(n + 50) after n = 25 steps.
+    assert steps == 25 and smooth.loss == pytest.approx(0.5)
+
+
+def test_a_resumed_run_knows_the_mean_limit(run):
+    for _ in range(FEWEST - 1):
+        log_critic(run, 2.5, 1.25)
+    run.metrics.flush()
+    again = Metrics(run.folder, total_steps=99, step=FEWEST - 1)
+    again.load_state_dict(json.loads(json.dumps(run.metrics.state_dict())))
+    again.log("critic", Loss(torch.tensor(2.5), torch.tensor(1.25)), Update(torch.tensor(1.0), 0.5))
+    with pytest.raises(RunError, match="the critic diverges"):
+        again.flush()
+    again.close()
+
+
+def test_means_of_earlier_versions_have_no_limit_and_go_on(run):
+    former = {"smooth": 0.08, "weight": 0.02, "clipped": 0.0}
+    run.metrics.load_state_dict({"bad_steps": 0, "validated_at": -1, "means": {"train": former}})
+    assert run.metrics.means().loss == pytest.approx(4.0) and run.metrics.means().limit == 0.0
+    log(run, 2.0)
+    run.metrics.flush()
+    assert run.metrics.means().loss == pytest.approx((0.98 * 4 + 2) / 1.98) and not run.metrics.means().diverges
+
+
+def test_the_variety_of_students_is_logged_and_said_and_a_collapse_ends_the_run(tmp_path, capsys):
+    with open_a_run(tmp_path) as run:
+        log(run, 4.0)
+        run.metrics.log_validation({}, {"high_noise_student": 0.25, "low_noise_student": 1.5})
+        log(run, 4.0)
+        with pytest.raises(RunError, match="step 2: the low_noise_student has collapsed"):
+            run.metrics.log_validation({}, {"high_noise_student": 1.0, "low_noise_student": 0.2499})
+        assert run.metrics.is_validated
+        with pytest.raises(RunError, match="the student has collapsed"):
+            run.metrics.log_validation({}, {"student": math.nan})
+    assert scalars(run.folder)["val/low_noise_student/variety"] == pytest.approx({1: 1.5, 2: 0.2499})
+    said = "".join(capsys.readouterr())
+    assert "step 1: samples of the high_noise_student differ 0.25 times as much as the teacher's" in said

@@ -1,18 +1,15 @@
 """Two experts: which are trained, with which options, which answers, and which is on the device."""
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 import utils.storage.load
-from tests.experts import A14B, COND, HIGH, LOW, TEXT, draw, held_pair, in_turns, options
+from tests.experts import A14B, COND, HIGH, LOW, TEXT, Moves, draw, held_pair, in_turns, options
 from tests.loras import make_pair
 from tests.tiny import TINY_SHAPE, tiny_shape, tiny_transformer, write_model
 from tests.trainees import equal
@@ -124,25 +121,6 @@ def test_a_zero_is_a_value_of_its_own():
 
 
 # ------------------------------------------------------------------------------------------------- who is on the device
-
-
-class Moves(TorchFunctionMode):
-    """Records what would be moved where, and leaves it where it is."""
-
-    def __init__(self, models: Mapping[str, WanModel]) -> None:
-        super().__init__()
-        self.names = {
-            tensor.data_ptr(): (model, name)
-            for model, module in models.items()
-            for name, tensor in (*module.named_parameters(), *module.named_buffers())
-        }
-        self.seen: list[tuple[str, str, str]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        if func is Tensor.to and args[0].data_ptr() in self.names:
-            self.seen.append((*self.names[args[0].data_ptr()], args[1].type))
-            return args[0]
-        return func(*args, **(kwargs or {}))
 
 
 def adapted_pair() -> dict[str, WanModel]:

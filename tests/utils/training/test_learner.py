@@ -7,10 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.runs import EXPERT_SPECS, SPEC, SmallLora, small_learner, take_step, take_turn, two_experts
+from tests.runs import EXPERT_SPECS, SPEC, SmallLora, settings, small_learner, take_step, take_turn, two_experts
 from utils.common.errors import RunError, UserError
+from utils.runs.run import write_checkpoint
+from utils.runs.state import read_state
 from utils.training.learner import WATCHED_STEP, Learner, Trainable
 from utils.training.optim import learning_rate_factor
+
+METRICS = {"bad_steps": 0, "validated_at": -1, "means": {}}
 
 
 def values_of(learner: Learner) -> list[Tensor]:
@@ -242,6 +246,28 @@ def test_the_parameters_of_a_learner_are_those_of_all_its_trainables():
     own = [list(trainable.adapter.parameters.values()) for trainable in learner.trainables.values()]
     assert [id(parameter) for parameter in learner.parameters] == [id(parameter) for each in own for parameter in each]
     assert len(own) == 2 and all(own)
+
+
+def student_and_critic() -> Learner:
+    return Learner([Trainable("lora", SmallLora(), SPEC, 0.9), Trainable("critic", SmallLora(), SPEC, exported=False)])
+
+
+def test_a_critic_is_in_the_state_and_never_a_file(tmp_path):
+    learner = student_and_critic()
+    take_step(learner)
+    assert list(learner.exported) == ["lora"] and list(learner.trainables) == ["lora", "critic"]
+    (tmp_path / "checkpoints").mkdir()
+    written = write_checkpoint(tmp_path / "checkpoints", learner, settings(tmp_path), METRICS)
+    names = ["state-00000001", "wan-lora-00000001", "wan-lora-00000001-ema"]
+    assert sorted(path.stem for path in (tmp_path / "checkpoints").iterdir()) == names
+    assert [path.stem for path in written] == ["wan-lora-00000001"]
+    state, again = read_state(tmp_path / "checkpoints" / f"{names[0]}.safetensors"), student_and_critic()
+    assert state.steps_taken == {"lora": 1, "critic": 1}
+    state.restore(again)
+    before = [parameter.detach().clone() for parameter in again.parameters]
+    for each in (learner, again):
+        take_step(each, seed=9)
+    assert equal([*again.parameters], [*learner.parameters]) and not equal([*again.parameters], before)
 
 
 # ----------------------------------------------------------------------------------------------------- matrices in bf16
