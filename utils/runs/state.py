@@ -32,6 +32,7 @@ from utils.common.formatting import counted
 from utils.common.options import training_differences
 from utils.common.tensor_files import TensorFileError, file_metadata, read_tensors, write_tensors
 from utils.runs.metrics import ORDINARY, Means, SavedMetrics
+from utils.training.few_step import CRITIC
 from utils.training.learner import Learner, StateDict
 
 FACTS, CHECKSUM = "facts", "sha256"
@@ -211,14 +212,7 @@ def check_resume_compatible(
     `steps` are those that each trainable of this run takes. Raises it too where the saved run trained others, or has
     taken more steps with one of them.
     """
-    taken = state.steps_taken
-    if taken.keys() != steps.keys():
-        raise UserError(f"{state.path} holds {', '.join(taken)}, this run trains {', '.join(steps)}: see --expert")
-    for name, count in taken.items():
-        if count > steps[name]:
-            whose = "this run" if name == LORA else f"the {name} expert in this run"
-            total = counted(steps[name], "step")
-            raise UserError(f"{state.path} is of step {count}, past the {total} of {whose}: raise {_length_of(name)}")
+    _check_steps(state, steps)
     before = _with_decisions(state.facts, options)
     changes = [*training_differences(before, options), *_data_changes(state.facts.data, data)]
     both = [name for name, digest in base.items() if state.facts.base.get(name, digest) != digest]
@@ -236,6 +230,28 @@ def _with_decisions(facts: Facts, options: Any) -> dict[str, Any]:
     """The saved options. One that left a decision to the machine has its outcome, where that is what is given now."""
     same = {name: value for name, value in facts.decided.items() if getattr(options, name, None) == value}
     return {name: same.get(name, value) if value == "auto" else value for name, value in facts.options.items()}
+
+
+def _check_steps(state: State, steps: Mapping[str, int]) -> None:
+    """Raises UserError where this run trains others than the saved one, or where one has taken more steps already.
+
+    A critic takes every step, and is asked first: its student takes some of them.
+    """
+    taken = state.steps_taken
+    if others := taken.keys() ^ steps.keys():
+        which = "--few_step" if all(name.endswith(CRITIC) for name in others) else "--expert"
+        raise UserError(f"{state.path} holds {', '.join(taken)}, this run trains {', '.join(steps)}: see {which}")
+    distils = any(name.endswith(CRITIC) for name in taken)
+    for name, count in sorted(taken.items(), key=lambda each: not each[0].endswith(CRITIC)):
+        if count <= steps[name]:
+            continue
+        own = name.removesuffix(CRITIC).removesuffix("_") or LORA
+        whose = "this run" if own == LORA else f"the {own} expert in this run"
+        if distils and own == name:
+            total = counted(steps[name], "update")
+            raise UserError(f"{state.path} is past the {total} of the LoRA of {whose}: lower --gen_update_interval")
+        total = counted(steps[name], "step")
+        raise UserError(f"{state.path} is of step {count}, past the {total} of {whose}: raise {_length_of(own)}")
 
 
 def _length_of(trainable: str) -> str:

@@ -196,6 +196,40 @@ def test_a_state_of_other_trainables_or_with_more_steps_of_one_is_refused(tmp_pa
         check_resume_compatible(state, Optimization(), FACTS.data, True, {"high_noise": 9})
 
 
+@pytest.mark.parametrize(
+    ("names", "steps", "message"),
+    [
+        ((), (), "holds lora, critic, this run trains lora: see --few_step"),
+        (("lora", "critic"), (1, 1), "is of step 2, past the 1 step of this run: raise --max_train_steps$"),
+        (("lora", "critic"), (1, 2), "is past the 1 update of the LoRA of this run: lower --gen_update_interval"),
+        (
+            ("low_noise", "low_noise_critic"),
+            (1, 1),
+            "is of step 2, past the 1 step of the low_noise expert in this run: raise .* or --low_max_train_steps$",
+        ),
+        (("low_noise", "low_noise_critic"), (1, 9), "past the 1 update of the LoRA of the low_noise expert in this"),
+    ],
+)
+def test_a_student_or_critic_with_more_steps_than_this_run_is_refused_by_the_option(tmp_path, names, steps, message):
+    state = read_state(saved(tmp_path, names or ("lora", "critic")))
+    given = dict(zip(names, steps, strict=True)) or {"lora": 9}
+    with pytest.raises(UserError, match=message):
+        check_resume_compatible(state, Optimization(), FACTS.data, True, given)
+    check_resume_compatible(state, Optimization(), FACTS.data, True, dict.fromkeys(state.steps_taken, 2))
+
+
+@pytest.mark.parametrize("limits", [{}, {"limit": 0.75}])
+def test_means_survive_with_a_limit_and_those_of_earlier_versions_have_none(tmp_path, limits):
+    means, path = MEANS | limits, tmp_path / "checkpoints" / "state-00000000.safetensors"
+    path.parent.mkdir()
+    write_state(path, small_learner().state_dict(), FACTS, {**METRICS, "means": {"critic": means}})
+    assert read_state(path).metrics["means"] == {"critic": means}
+    for wrong in ({"limit": math.inf}, {"other": 1.0}):
+        write_state(path, small_learner().state_dict(), FACTS, {**METRICS, "means": {"critic": means | wrong}})
+        with pytest.raises(UserError, match="is not a training state"):
+            read_state(path)
+
+
 def test_every_flipped_bit_is_found(tmp_path):
     path = saved(tmp_path)
     whole = path.read_bytes()
