@@ -193,7 +193,7 @@ def open_session(opts: Options, inputs: Inputs, device: torch.device, compiled: 
     steps_per_epoch = plan.steps_per_epoch(opts.batches_per_step)
     say(f"\n{format_plan(plan, steps_per_epoch, schedule.total_steps)} on {describe(device)}")
     for role in roles:
-        say(f"{role.label}{adapters[role.name].describe()}, {role.opts.describe_rate()}")
+        say(f"{role.label}{adapters[role.name].describe()}, {role.opts.describe_rate(role.expert, files.family)}")
 
     # A condition that is lost on its way to the model costs hours, and shows only in the result.
     # The longest clips have every condition; a still has no first frame that could be given.
@@ -371,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # --allow_changes.
     state = find_state(opts.resume_from_checkpoint, opts.output_dir) if opts.resume_from_checkpoint else None
     if state is not None:
-        base = base_contents(opts.roles(files.family), files)
+        base = base_contents(opts.roles(files.family), files, opts.other_files)
         check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes, steps, base)
 
     with explain_out_of_memory():

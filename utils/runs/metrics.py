@@ -241,7 +241,8 @@ class Metrics:
             self._write_validation(phase, losses)
         for phase, share in variety.items():
             self.board.scalar(f"val/{phase}/variety", share, self.step)
-            self.say(f"step {self.step}: samples of the {phase} differ {share:.2f} times as much as the teacher's")
+            what = f"samples of the {phase} differ {share:.2f} times as much as the teacher's"
+            self.say(f"step {self.step}: {what}, best near 1")
         self._validated_at = self.step
         self.restart_clock()
         for phase, share in variety.items():

@@ -84,6 +84,11 @@ class FewStepOptions:
     )
 
     @property
+    def other_files(self) -> dict[str, Path | None]:
+        """The files that training reads besides model and clips, by the names of their options."""
+        return {"high_lora": self.high_lora}
+
+    @property
     def rolls_out(self) -> bool:
         """Whether the student starts from its own samples."""
         return self.distill_input == ROLLOUT

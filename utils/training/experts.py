@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, zip_longest
+from pathlib import Path
+from types import MappingProxyType
 from typing import Generic, Self, TypeVar
 
 import torch
@@ -36,6 +38,7 @@ from wan.text2video import part_at
 T = TypeVar("T")
 Opts = TypeVar("Opts", bound=AdapterOptions)
 CPU = torch.device("cpu")
+NO_FILES: Mapping[str, Path | None] = MappingProxyType({})
 SIDES = ("high", "low")
 DISK = "disk"
 PLACES = ("auto", "memory", DISK)  # where an expert waits
@@ -308,13 +311,17 @@ def plan_experts(roles: Sequence[Role[Opts]], files: ModelFiles) -> dict[str, Ad
     return plans
 
 
-def base_contents(roles: Sequence[Role[Opts]], files: ModelFiles) -> dict[str, str]:
+def base_contents(
+    roles: Sequence[Role[Opts]], files: ModelFiles, others: Mapping[str, Path | None] = NO_FILES
+) -> dict[str, str]:
     """What is trained on, by content: a hash for each transformer in training, and for each file of --fuse_lora.
 
-    What such a file was itself trained on top of is recorded in it. Raises UserError for a file that cannot be read.
+    And for those of `others`, by the names of their options. What such a file was itself trained on top of is recorded
+    in it. Raises UserError for a file that cannot be read.
     """
-    given = roles[0].opts.fuse_lora
-    fused = {f"--fuse_lora {path.name}": content_hash(path) for path in (files_of(given) if given else ())}
+    given = {"fuse_lora": roles[0].opts.fuse_lora, **others}
+    read = [(name, each) for name, path in given.items() if path is not None for each in files_of(path)]
+    fused = {f"--{name} {path.name}": content_hash(path) for name, path in read}
     trained = {f"the base model's {role.name}": files.transformers[role.name] for role in roles}
     return {name: transformer_fingerprint(transformer) for name, transformer in trained.items()} | fused
 

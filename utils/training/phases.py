@@ -10,7 +10,7 @@ from typing import Self, TypeVar
 from utils.adapters.attach import LoraAdapter
 from utils.common.errors import UserError
 from utils.common.formatting import counted
-from utils.diffusion.flow import Predict
+from utils.diffusion.flow import NUM_TIMESTEPS, Predict
 from utils.diffusion.objectives import Loss, Objective
 from utils.encoding.conditioning import Batch, Cond, make_predict
 from utils.storage.weights import StorageOptions
@@ -25,7 +25,7 @@ from utils.training.optimizers import ADAMW, OptimizerSpec
 from utils.training.planning import PlanOptions
 from utils.training.preview import Previews
 from utils.training.validation import Losses, Validation, quantiles, validation_loss
-from wan.configs import Family
+from wan.configs import Expert, Family
 from wan.modules.model import WanModel
 
 Opts = TypeVar("Opts", bound="TrainingOptions")
@@ -105,17 +105,20 @@ class TrainingOptions(
         warmup = self.lr_warmup_steps // self.gen_update_interval
         return replace(spec, total_steps=self.num_updates(name), warmup_steps=warmup)
 
-    def describe_rate(self) -> str:
-        """How fast is learned, and what."""
+    def describe_rate(self, expert: Expert, family: Family) -> str:
+        """How fast an expert's LoRA learns, and what."""
         distilled = f", guidance {1 + self.distill_cfg:g} distilled" if self.distill_cfg else ""
         by = "" if self.optimizer == ADAMW else f"{self.optimizer}, "
         if self.few_step:
-            return f"{by}{self._describe_few_steps()}"
+            return f"{by}{self._describe_few_steps(expert, family)}"
         return f"{by}learning rate {self.learning_rate:g}, shift {self.shift:g}{distilled}"
 
-    def _describe_few_steps(self) -> str:
+    def _describe_few_steps(self, expert: Expert, family: Family) -> str:
+        steps = ", ".join(f"{NUM_TIMESTEPS * sigma:.0f}" for sigma in self.steps_of(expert, family))
         rates = f"learning rate {self.learning_rate:g}, of its critic {self.spec_of(CRITIC).learning_rate:g}"
-        return f"{rates}, an update after each {self.gen_update_interval} of the critic, on {self.distill_input}"
+        count, every = counted(self.num_updates(STUDENT), "update"), self.gen_update_interval
+        what = f"guidance {self.guidance_of_teacher(expert):g} distilled into steps at {steps}, on {self.distill_input}"
+        return f"{rates}, {count}, one after each {every} of the critic; {what}"
 
 
 @dataclass(frozen=True)
