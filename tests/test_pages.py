@@ -62,7 +62,7 @@ def desk(tmp_path: Path, monkeypatch) -> None:
         save_image(Path(place), Image.new("RGB", (160, 96), "olive"))
     video(Path("small.mp4"), caption=None)
     listed = [{"file_path": "train/1.mp4", "text": "a clip", "type": "video"}]
-    clip = video(Path("datasets/internal_datasets/train/1.mp4"), caption=None)
+    clip = video(Path("datasets/internal_datasets/train/1.mp4"))
     (clip.parents[1] / "metadata.json").write_text(json.dumps(listed), encoding="utf-8")
     Path("prompts.txt").write_text("a red cat\na blue house\n", encoding="utf-8")
 
@@ -108,7 +108,8 @@ def shortened(arguments: list[str]) -> list[str]:
     write_released(opts.pretrained_model_name_or_path)
     if opts.video_sample_size:
         return [*arguments, *SMALL_SIZES.split()]
-    lengths = ["--epochs", "1"] if opts.epochs else ["--max_train_steps", "2"]
+    steps = opts.gen_update_interval if opts.few_step else 2
+    lengths = ["--epochs", "1"] if opts.epochs else ["--max_train_steps", str(steps)]
     lengths += ["--high_max_train_steps", "2"] if opts.high_max_train_steps else []
     lengths += ["--sample_steps", "1"] if opts.sample_prompts else []
     lengths += ["--blocks_to_swap", str(TINY_SHAPE.num_layers)] if opts.blocks_to_swap else []

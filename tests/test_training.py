@@ -114,7 +114,7 @@ def test_a_bf16_base_as_on_a_gpu_trains_fp32_adapters(tmp_path: Path, batch: Bat
     negative = torch.randn(3, TINY_SHAPE.text_dim) if opts.distill_cfg else None
     sample = batch if opts.control_lora else Batch(batch.latents, Cond(batch.cond.text))
     for _ in range(3):
-        loss = train_wan_lora.training_loss(sample, opts, (0.0, 1.0), model, negative)
+        loss = train_wan_lora.training_loss(sample, opts, (0.0, 1.0), model, negative).value
         loss.backward()
         assert loss.dtype == torch.float32 and updater.step(1.0).isfinite()
     assert all(parameter.dtype == torch.float32 and parameter.abs().max() > 0 for parameter in parameters)

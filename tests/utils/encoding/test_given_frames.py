@@ -181,7 +181,7 @@ def test_training_shows_a_given_first_frame_clean_and_does_not_count_it(monkeypa
 
     monkeypatch.setattr(train_wan_lora, "make_predict", lambda model: right_but_for_the_first_frame)
     opts = parse_options(train_wan_lora.Options, ["--i2v_probability", probability])
-    loss = train_wan_lora.training_loss(batch, opts, (0.0, 1.0), tiny_transformer(), None)
+    loss = train_wan_lora.training_loss(batch, opts, (0.0, 1.0), tiny_transformer(), None).value
     assert loss.item() == pytest.approx(expected, abs=1e-3)  # 3 squared, in one of three latent frames
     assert shown[0].tolist() == [probability == "1"] * 2
 
