@@ -47,10 +47,11 @@ def experiment_folder(name: str, fallback: Path) -> Path:
     return folder
 
 
-def once(measure: Callable[[], Figures]) -> Figures:
-    """What is measured in the working folder, now or by an earlier start."""
-    path = Path("figures.json")
+def once(measure: Callable[[], Figures], folder: Path = Path()) -> Figures:
+    """What is measured, now or by an earlier start, which has left it in the folder: the working folder by default."""
+    path = folder / "figures.json"
     if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         figures = measure()
         with replacing(path) as unfinished:
             unfinished.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

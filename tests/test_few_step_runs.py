@@ -86,7 +86,7 @@ REFUSED = {
     "--distill_cfg 1": "--few_step distils guidance too",
     "--shift 5": "it is --few_step_shift",
     "--mask_floor 0.5 --load_mask": "--mask_floor would be ignored",
-    "--gen_update_interval 9": "--max_train_steps 8 is below --gen_update_interval 9",
+    "--gen_update_interval 9": "8 steps are fewer than --gen_update_interval 9",
     "--denoising_steps 2 --denoising_step_indices_list 1000 500": "exclude each other",
     "--denoising_step_indices_list 1000 250 500": "must descend",
     "--denoising_step_indices_list 750 500": "begins at 750",

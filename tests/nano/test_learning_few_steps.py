@@ -76,3 +76,33 @@ def student(parts: dict[str, Path], flags: str, source: str) -> Figures:
     columns = {"20 steps, guidance 2.5": film(first, {}), "2 steps": film(first, {}, STEPS, 1.0)}
     write_sheet(first.prompts, columns | {"2 steps, distilled": film(first, loras, STEPS, 1.0)})
     return figures
+
+
+def reference_of(parts: dict[str, Path], name: str) -> Figures:
+    """The figures of the undistilled model, in a folder beside those of its students."""
+    return once(partial(references, parts), Path("..") / f"undistilled_{name}")
+
+
+def check(figures: Figures, base: Figures) -> None:
+    """What a student must keep of its teacher; and that the undistilled model does not, or nothing would be shown."""
+    for name in ("named", "colourless"):
+        student, teacher = figures[f"student, {name}"], base[f"teacher, {name}"]
+        for what in {"colour", "background", "motion", "shape"} & student.keys():
+            assert student[what] >= teacher[what] - 0.05, f"{name}: {what}"
+        assert abs(student["speed"] / teacher["speed"] - 1) <= 0.1
+    student, teacher = figures["student, colourless"], base["teacher, colourless"]
+    for what in COLOURS:
+        assert student[what] >= 0.9 * teacher[what]
+        assert base["undistilled, colourless"][what] <= 0.75 * teacher[what]
+
+
+def test_a_student_that_learns_from_clips():
+    check(once(partial(student, NANO, FROM_CLIPS, CLIPS_GIVEN)), reference_of(NANO, "nano"))
+
+
+def test_a_student_that_learns_from_prompts_alone():
+    check(once(partial(student, NANO, FROM_PROMPTS, PROMPTS_GIVEN)), reference_of(NANO, "nano"))
+
+
+def test_the_students_of_two_experts():
+    check(once(partial(student, PAIR, FROM_CLIPS_IN_TURNS, CLIPS_GIVEN)), reference_of(PAIR, "pair"))

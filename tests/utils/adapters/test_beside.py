@@ -305,7 +305,7 @@ def test_previews_show_further_loras_and_training_gives_the_same_lora(folder, tm
     flags += " --sample_prompts fox --sample_every 10 --sample_steps 2 --gradient_checkpointing"
     shown, losses = [], []
     monkeypatch.setattr(Metrics, "log_previews", lambda run, videos, fps: shown.append(videos[0][1]))
-    monkeypatch.setattr(Metrics, "log_validation", lambda run, values: losses.append(values))
+    monkeypatch.setattr(Metrics, "log_validation", lambda run, values, variety: losses.append(values))
     results = []
     for name, further in {"without": "", "with": "--also_lora speed.safetensors:0.8 style.safetensors"}.items():
         train_wan_lora.main([*flags.split(), *further.split(), "--output_dir", str(tmp_path / name)])

@@ -267,7 +267,7 @@ def test_a_student_and_its_critic_learn_from_such_batches(tmp_path, model, famil
         for batch in islice(stream, 3):
             for name, loss_of in ((STUDENT, losses.student_loss), (CRITIC, losses.critic_loss)):
                 with speaking(shared, name):
-                    loss = loss_of(batch)
+                    loss = loss_of(batch).value
                     loss.backward()
                 assert loss.isfinite() and all(matrix.grad.any() for matrix in parameters[name])
                 optimizers[name].step()
