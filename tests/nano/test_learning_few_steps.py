@@ -1,7 +1,12 @@
-"""What small Wans keep in two steps without guidance, by the side of twenty with it. Each test takes minutes."""
+"""What small Wans keep in four steps without guidance, by the side of twenty with it. Each test takes minutes.
+
+Prompts that name all of a scene leave nothing open: there the undistilled model does as well in four steps as in
+twenty. What it loses shows where prompts leave the colours open: they become the mean of all colours, a gray.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,16 +17,20 @@ from nano.pretrain_families import sampler_of
 from nano.probe import adherence
 from nano.world import Scene, caption, colourless_caption, split, write_dataset
 from tests.checkout import copy_prompts
-from tests.experiments import ROWS, Figures, Stage, experiment_folder, trained, write_sheet
+from tests.experiments import PAIR, ROWS, Figures, Stage, experiment_folder, once, trained, write_sheet
 
 TESTED = split()[1]
-CLIPS, STEPS, COLOURLESS = 256, 2, 0.75
+CLIPS, STEPS, COLOURLESS = 256, 4, 0.75
+COLOURS = ("shape's colour", "background's colour")
 NANO: dict[str, Path] = {}  # the model with one transformer
 COMMON = (
-    f"--few_step --denoising_steps {STEPS} --few_step_shift 5 --real_guidance_scale 1.5 --gen_update_interval 4 "
-    "--learning_rate 2e-3 --learning_rate_critic 2e-3 --critic_alignment 0.1 --lora_target all-linear --lora_rank 16 "
-    "--val_samples 1 --val_steps 400"
+    f"--few_step --denoising_steps {STEPS} --few_step_shift 5 --gen_update_interval 4 --learning_rate 2e-3 "
+    "--learning_rate_critic 2e-3 --critic_alignment 0.1 --lora_target all-linear --lora_rank 16 --val_samples 1 "
+    "--val_steps 400"
 )
+FROM_CLIPS = f"{COMMON} --real_guidance_scale 1.5 --max_train_steps 1200"
+FROM_PROMPTS = f"{COMMON} --real_guidance_scale 1.5 --max_train_steps 1000"
+IN_TURNS = f"{COMMON} --real_guidance_scale 1.5 --max_train_steps 700 --expert_phase_steps 50"
 CLIPS_GIVEN = "--dataset clips --cache_latents 1"
 PROMPTS_GIVEN = "--prompts prompts.txt --distill_input rollout --prompt_shape 1:1 --max_frames 17"
 pytestmark = pytest.mark.nano_distill
@@ -68,13 +77,13 @@ def student(parts: dict[str, Path], flags: str, source: str) -> Figures:
     write_dataset(Path("clips"), CLIPS, seed=1, colourless_share=COLOURLESS)
     texts = [path.read_text(encoding="utf-8") for path in sorted(Path("clips").glob("*.txt"))]
     Path("prompts.txt").write_text("".join(texts), encoding="utf-8")
-    loras = trained(f"{COMMON} {flags}", parts, source)
+    loras = trained(flags, parts, source)
     figures = {}
     for name, stage in stages(parts).items():
         figures[f"student, {name}"] = measured(name, film(stage, loras, STEPS, 1.0))
     first = stages(parts, TESTED[:ROWS])["colourless"]
-    columns = {"20 steps, guidance 2.5": film(first, {}), "2 steps": film(first, {}, STEPS, 1.0)}
-    write_sheet(first.prompts, columns | {"2 steps, distilled": film(first, loras, STEPS, 1.0)})
+    columns = {"20 steps, guidance 2.5": film(first, {}), f"{STEPS} steps": film(first, {}, STEPS, 1.0)}
+    write_sheet(first.prompts, columns | {f"{STEPS} steps, distilled": film(first, loras, STEPS, 1.0)})
     return figures
 
 
@@ -83,26 +92,34 @@ def reference_of(parts: dict[str, Path], name: str) -> Figures:
     return once(partial(references, parts), Path("..") / f"undistilled_{name}")
 
 
-def check(figures: Figures, base: Figures) -> None:
-    """What a student must keep of its teacher; and that the undistilled model does not, or nothing would be shown."""
+def check(figures: Figures, base: Figures, least: float) -> None:
+    """What a student keeps of its teacher; of the variety of the background's colours so much at least."""
     for name in ("named", "colourless"):
         student, teacher = figures[f"student, {name}"], base[f"teacher, {name}"]
         for what in {"colour", "background", "motion", "shape"} & student.keys():
             assert student[what] >= teacher[what] - 0.05, f"{name}: {what}"
         assert abs(student["speed"] / teacher["speed"] - 1) <= 0.1
     student, teacher = figures["student, colourless"], base["teacher, colourless"]
-    for what in COLOURS:
-        assert student[what] >= 0.9 * teacher[what]
-        assert base["undistilled, colourless"][what] <= 0.75 * teacher[what]
+    undistilled = base["undistilled, colourless"]
+    for what, share in zip(COLOURS, (0.9, least), strict=True):
+        assert student[what] >= share * teacher[what], what
+        assert student[what] >= undistilled[what] + 0.1 * teacher[what], f"{what}: what is shown without training"
 
 
-def test_a_student_that_learns_from_clips():
-    check(once(partial(student, NANO, FROM_CLIPS, CLIPS_GIVEN)), reference_of(NANO, "nano"))
+def test_the_undistilled_model_loses_the_variety_of_colours():
+    base = reference_of(NANO, "nano")
+    for name in ("undistilled", "undistilled and guided"):
+        background = base[f"{name}, colourless"]["background's colour"]
+        assert background <= 0.75 * base["teacher, colourless"]["background's colour"]
 
 
 def test_a_student_that_learns_from_prompts_alone():
-    check(once(partial(student, NANO, FROM_PROMPTS, PROMPTS_GIVEN)), reference_of(NANO, "nano"))
+    check(once(partial(student, NANO, FROM_PROMPTS, PROMPTS_GIVEN)), reference_of(NANO, "nano"), 0.75)
 
 
 def test_the_students_of_two_experts():
-    check(once(partial(student, PAIR, FROM_CLIPS_IN_TURNS, CLIPS_GIVEN)), reference_of(PAIR, "pair"))
+    check(once(partial(student, PAIR, IN_TURNS, CLIPS_GIVEN)), reference_of(PAIR, "pair"), 0.5)
+
+
+def test_a_student_that_learns_from_clips():
+    check(once(partial(student, NANO, FROM_CLIPS, CLIPS_GIVEN)), reference_of(NANO, "nano"), 0.55)
