@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from nano.picture import comparison
 from nano.pretrain_families import NANO, channels_of, first_frames, sampler_of
 from nano.sampling import generate, noise_of
 from nano.world import Scene, caption
+from tests.checkout import copy_prompts
 from utils.adapters.fusion import fuse_lora
 from utils.adapters.lora_reader import read_lora
 from utils.common.checkpoint_names import CHECKPOINTS, LORA, STATES, list_checkpoints
@@ -44,6 +46,14 @@ def experiment_folder(name: str, fallback: Path) -> Path:
         return fallback
     folder = ROOT / "outputs" / "nano_families" / version.replace(" ", "_") / name
     folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def enter_experiment(name: str, fallback: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes an experiment's folder the working folder; embeddings of negative prompts are written beside a copy."""
+    folder = experiment_folder(name, fallback)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", copy_prompts(fallback / "embeddings"))
     return folder
 
 

@@ -65,3 +65,11 @@ def test_a_folder_belongs_to_a_commit_and_an_experiment(tmp_path, monkeypatch):
     assert folder.is_dir() and folder.parts[-2:] == ("1234567_with_local_changes_89abcde", "one")
     monkeypatch.setattr("tests.experiments.commit", lambda root: "unknown")
     assert experiment_folder("one", tmp_path) == tmp_path
+
+
+def test_what_several_experiments_need_is_measured_once_in_a_folder_of_its_own(folder):
+    measured = []
+    for _ in range(2):
+        figures = once(lambda: measured.append(1) or {"teacher": {"speed": 2.0}}, Path("shared") / "teacher")
+        assert figures == {"teacher": {"speed": 2.0}}
+    assert measured == [1] and not Path("figures.json").exists()

@@ -13,12 +13,11 @@ from nano.demo import CLIPS, STYLE, make_trials
 from nano.pretrain_families import kept
 from nano.probe import adherence
 from nano.world import LESSONS, render, split, write_dataset
-from tests.checkout import copy_prompts
 from tests.experiments import (
     PAIR,
     Figures,
     Stage,
-    experiment_folder,
+    enter_experiment,
     image_to_video,
     once,
     trained,
@@ -34,11 +33,8 @@ pytestmark = pytest.mark.nano_families
 
 @pytest.fixture(autouse=True)
 def folder(request, tmp_path, monkeypatch) -> Path:
-    """The working folder, with a copy of the negative prompts, beside which their embeddings are written."""
-    folder = experiment_folder(request.node.name, tmp_path)
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", copy_prompts(tmp_path / "embeddings"))
-    return folder
+    """The working folder of the test's experiment."""
+    return enter_experiment(request.node.name, tmp_path, monkeypatch)
 
 
 def frames_kept(videos: Sequence[Tensor], pictures: Sequence[Tensor]) -> dict[str, float]:

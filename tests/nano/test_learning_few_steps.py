@@ -16,8 +16,7 @@ from nano.measures import adherence_in_any_colours, speed, variety, variety_of_c
 from nano.pretrain_families import sampler_of
 from nano.probe import adherence
 from nano.world import Scene, caption, colourless_caption, split, write_dataset
-from tests.checkout import copy_prompts
-from tests.experiments import PAIR, ROWS, Figures, Stage, experiment_folder, once, trained, write_sheet
+from tests.experiments import PAIR, ROWS, Figures, Stage, enter_experiment, once, trained, write_sheet
 
 TESTED = split()[1]
 CLIPS, STEPS, COLOURLESS = 256, 4, 0.75
@@ -38,11 +37,8 @@ pytestmark = pytest.mark.nano_distill
 
 @pytest.fixture(autouse=True)
 def folder(request, tmp_path, monkeypatch) -> Path:
-    """The working folder, with a copy of the negative prompts, beside which their embeddings are written."""
-    folder = experiment_folder(request.node.name, tmp_path)
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("utils.encoding.text.EMBEDDINGS", copy_prompts(tmp_path / "embeddings"))
-    return folder
+    """The working folder of the test's experiment."""
+    return enter_experiment(request.node.name, tmp_path, monkeypatch)
 
 
 def stages(parts: dict[str, Path], scenes: Sequence[Scene] = TESTED) -> dict[str, Stage]:

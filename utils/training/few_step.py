@@ -81,16 +81,15 @@ class FewStep:
     @torch.no_grad()
     def first(self, batch: Batch, cond: Cond) -> Noisy:
         """Latents at the first of the steps: noise, clips with noise, or samples of the expert above with noise."""
-        noise, sigma = torch.randn_like(batch.latents), torch.full((len(batch.latents),), self.sigmas[0])
+        noise, clean = torch.randn_like(batch.latents), batch.latents
         if self.sigmas[0] == 1:
             return pure_noise(noise)
-        clean = batch.latents
         if self.rolls_out and self.upper is not None:
             with self.upper.answering() as predict:
                 start = pure_noise(torch.randn_like(noise))
                 noisy = roll_out(predict, start, cond, self.upper.sigmas, len(self.upper.sigmas) - 1)
                 clean = predict_latents(predict, noisy, cond)
-        return add_noise(clean, noise, sigma.to(noise.device))
+        return add_noise(clean, noise, torch.full((len(noise),), self.sigmas[0], device=noise.device))
 
     def _sample(self, batch: Batch, cond: Cond) -> Tensor:
         """What the student, which speaks, makes of noisy latents at one of its steps: clean ones."""

@@ -311,6 +311,9 @@ def test_the_variety_of_students_is_logged_and_said_and_a_collapse_ends_the_run(
         assert run.metrics.is_validated
         with pytest.raises(RunError, match="the student has collapsed"):
             run.metrics.log_validation({}, {"student": math.nan})
+    assert scalars(run.folder)["val/low_noise_student/variety"] == pytest.approx({1: 1.5, 2: 0.2499})
+    said = "".join(capsys.readouterr())
+    assert "step 1: samples of the high_noise_student differ 0.25 times as much as the teacher's" in said
 
 
 def test_a_student_that_differs_little_before_it_learns_has_not_collapsed_until_it_has_lost_that(run):
@@ -321,15 +324,3 @@ def test_a_student_that_differs_little_before_it_learns_has_not_collapsed_until_
     with pytest.raises(RunError, match="the student has collapsed: its samples differed 0.40 times .* now 0.09 times"):
         again.log_validation({}, {"student": 0.09})
     again.close()
-
-
-def test_a_collapse_is_in_tensorboard_too(tmp_path, capsys):
-    with open_a_run(tmp_path) as run:
-        log(run, 4.0)
-        run.metrics.log_validation({}, {"high_noise_student": 0.25, "low_noise_student": 1.5})
-        log(run, 4.0)
-        with pytest.raises(RunError, match="has collapsed"):
-            run.metrics.log_validation({}, {"low_noise_student": 0.2499})
-    assert scalars(run.folder)["val/low_noise_student/variety"] == pytest.approx({1: 1.5, 2: 0.2499})
-    said = "".join(capsys.readouterr())
-    assert "step 1: samples of the high_noise_student differ 0.25 times as much as the teacher's" in said
