@@ -65,6 +65,7 @@ from utils.training.checkpoint_plan import CheckpointPlan
 from utils.training.compilation import explain_failed_compilation
 from utils.training.conditions import check_conditions
 from utils.training.experts import DISK, Experts, base_contents, load_experts
+from utils.training.few_step import FewStep
 from utils.training.fit import Fit, find_fit, given_of
 from utils.training.learner import Learner
 from utils.training.optim import with_epochs
@@ -144,15 +145,15 @@ def training_loss(
 
 
 def make_turns(
-    opts: Options, inputs: Inputs, adapters: Mapping[str, LoraAdapter], experts: Experts, learner: Learner
+    inputs: Inputs,
+    adapters: Mapping[str, LoraAdapter],
+    experts: Experts,
+    learner: Learner,
+    few_steps: Mapping[str, FewStep],
 ) -> list[list[Phase]]:
     """The phases of a step, by whose turn it is: most runs have one of one, and two experts take turns."""
-    if opts.few_step:  # a LoRA and its critic are two phases of one step
-        losses = make_few_steps(inputs, adapters, experts)
-        return [
-            make_few_step_phases(role, adapters[role.name], experts, learner, losses[role.name])
-            for role in inputs.roles
-        ]
+    if few_steps:  # a LoRA and its critic are two phases of one step
+        return [make_few_step_phases(r, adapters[r.name], experts, learner, few_steps[r.name]) for r in inputs.roles]
     loss = partial(training_loss, negative=inputs.texts.negative)
     return [[make_phase(role, adapters[role.name], experts, learner, loss)] for role in inputs.roles]
 
@@ -188,7 +189,8 @@ def open_session(opts: Options, inputs: Inputs, device: torch.device, compiled: 
 
     # Only LoRAs are trained; base models are frozen.
     learner = Learner([each for role in roles for each in make_trainables(role, adapters[role.name])])
-    turns = make_turns(opts, inputs, adapters, experts, learner)
+    few_steps = make_few_steps(inputs, adapters, experts) if opts.few_step else {}
+    turns = make_turns(inputs, adapters, experts, learner, few_steps)
     schedule = Schedule(turns, [role.opts.max_train_steps for role in roles], opts.expert_phase_steps)
     steps_per_epoch = plan.steps_per_epoch(opts.batches_per_step)
     say(f"\n{format_plan(plan, steps_per_epoch, schedule.total_steps)} on {describe(device)}")
@@ -207,8 +209,7 @@ def open_session(opts: Options, inputs: Inputs, device: torch.device, compiled: 
         validation = [inputs.load_batch(window) for window in clips]
     preview = open_preview(opts, inputs, validation, opts.seed) if inputs.texts.previews else None
     validation, variety = hold_share(validation, opts.held_share), {}
-    if opts.few_step:  # its loss says nothing about a student; how much its samples differ does
-        few_steps = make_few_steps(inputs, adapters, experts)
+    if few_steps:  # its loss says nothing about a student; how much its samples differ does
         variety = watch_variety(inputs, few_steps, [student for student, _ in turns], validation, decisions)
         validation = []
     needed = opts.flags(files) + opts.storage_flags + needed_flags(files.family, opts.control_signal)

@@ -1,4 +1,4 @@
-"""Few-step distillation that is killed in the middle of a step goes on as if nothing had happened, bit for bit."""
+"""Few-step distillation that is killed in the middle of a step ends as an unbroken one does, bit for bit."""
 
 import os
 import signal

@@ -41,7 +41,7 @@ def few_step_grid(num_steps: int, shift: float) -> np.ndarray:
 def listed_grid(timesteps: Sequence[float], shift: float) -> np.ndarray:
     """The noise levels of steps that are listed on the 0..1000 scale before the shift, such as 1000, 750, 500, 250.
 
-    Rounded to nine digits, as they are where a model is distilled into these steps: a step at the boundary of two
+    Rounded to nine digits, like the levels that a model is distilled at: a step at the boundary of two
     experts is exactly there.
     """
     levels = _shifted(np.asarray(timesteps, dtype=np.float64) / NUM_TIMESTEPS, shift)
