@@ -17,7 +17,7 @@ from utils.common.options import option
 from utils.diffusion.few_step import own_steps, step_sigmas
 from utils.diffusion.flow import NUM_TIMESTEPS
 from utils.training.experts import Experts, Role
-from utils.training.few_step import FewStep, Upper
+from utils.training.few_step import Diversity, FewStep, Upper
 from wan.checkpoints import ModelFiles
 from wan.configs import Expert, Family
 
@@ -70,6 +70,14 @@ class FewStepOptions:
         minimum=0,
         requires="few_step",
     )
+    diversity_weight: float = option(
+        0.25,
+        "against sameness: weight of the distance of what the first step makes of noise from where the teacher's own "
+        "steps lead; 0: off",
+        minimum=0,
+        requires="few_step",
+    )
+    diversity_steps: int = option(8, "number of these steps of the teacher", minimum=1, requires="few_step")
     distill_input: str = option(
         DATA,
         "what the LoRA is trained on; data: clips with noise; rollout: its own samples, of which clips give the size "
@@ -153,13 +161,16 @@ class FewStepOptions:
         """The passes in a step of an expert, on average: with gradients, and without.
 
         The student's update asks the teacher with both texts, and the critic; the critic's asks the student. Each may
-        begin with a roll-out, through all steps of the expert above.
+        begin with a roll-out, through all steps of the expert above. From the first step the teacher is followed.
         """
-        share, rolled = 1 / self.gen_update_interval, 0.0
+        share, rolled, followed = 1 / self.gen_update_interval, 0.0, 0.0
+        if self.diversity_weight:
+            asked = self.diversity_steps + (expert.sigmas[0] > 0)
+            followed = 2 * asked / len(self.steps_of(expert, family))
         if self.rolls_out:
             above = 0 if expert == family.experts[0] else len(self.steps_of(family.experts[0], family))
             rolled = above + (len(self.steps_of(expert, family)) - 1) / 2
-        return 1 + share, 1 + 3 * share + (1 + share) * rolled
+        return 1 + share, 1 + (3 + followed) * share + (1 + share) * rolled
 
     def stated(self, family: Family, size: tuple[int, int]) -> list[StatedSteps]:
         """How a LoRA for videos of this (width, height) is sampled, where that differs from the model's own way."""
@@ -212,4 +223,5 @@ def distil(
         negative,
         rolls_out=opts.rolls_out,
         upper=upper,
+        diversity=Diversity(opts.diversity_weight, opts.diversity_steps),
     )

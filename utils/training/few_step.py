@@ -10,7 +10,7 @@ from torch import Tensor
 
 from utils.adapters.lora import ADAPTER, speaking
 from utils.common.tensors import map_tensors
-from utils.diffusion.few_step import noised_to_steps, predict_latents, pure_noise, roll_out, student_loss
+from utils.diffusion.few_step import follow, noised_to_steps, predict_latents, pure_noise, roll_out, student_loss
 from utils.diffusion.flow import Noisy, Predict, add_noise, sample_noisy
 from utils.diffusion.objectives import Loss, squared_error
 from utils.encoding.conditioning import Batch, Cond, draw_held, loss_weight, make_predict, replace_text
@@ -26,6 +26,18 @@ class Upper:
 
     sigmas: Sequence[float]  # its steps
     answering: Callable[[], AbstractContextManager[Predict[Cond]]]  # a span in which it is there to answer
+
+
+@dataclass(frozen=True)
+class Diversity:
+    """What keeps the first step from making the same of every noise: it is drawn to where the teacher leads from it.
+
+    As the regression loss of DMD, https://arxiv.org/abs/2311.18828, section 3.3; for the first step alone as in DP-DMD,
+    https://arxiv.org/abs/2602.03139.
+    """
+
+    weight: float = 0.0
+    num_steps: int = 8  # of the teacher
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class FewStep:
     held_share: float = 0.0  # of the samples that are given their first latent frame, where they can be
     rolls_out: bool = False  # whether the student starts from its own samples, and not from clips
     upper: Upper | None = None  # for a roll-out that does not begin at pure noise
+    diversity: Diversity = Diversity()
 
     def __post_init__(self) -> None:
         if not self.sigmas:
@@ -53,13 +66,33 @@ class FewStep:
             raise ValueError(f"a student that rolls out begins at noise level 1, not at {self.sigmas[0]:g}")
 
     def student_loss(self, batch: Batch) -> Loss:
-        """As `utils.diffusion.few_step.student_loss`, for the student's samples. The student speaks."""
+        """As `utils.diffusion.few_step.student_loss`, for the student's samples, and their `diversity_loss`.
+
+        The student speaks.
+        """
         cond = draw_held(batch.cond, self.held_share)
-        latents = self._sample(batch, cond)
-        matched = student_loss(
-            latents, self.teach, self._voice(CRITIC), cond, self.shift, self.interval, _weight(batch, cond)
-        )
-        return Loss(matched.loss, watched={"distance": matched.distance})
+        noisy, weight = self._start(batch, cond), _weight(batch, cond)
+        latents = self._answer(noisy, cond)
+        matched = student_loss(latents, self.teach, self._voice(CRITIC), cond, self.shift, self.interval, weight)
+        loss = matched.loss + self.diversity_loss(latents, noisy, cond, weight)
+        return Loss(loss, watched={"distance": matched.distance})
+
+    def diversity_loss(self, latents: Tensor, noisy: Noisy, cond: Cond, weight: Tensor | None) -> Tensor | float:
+        """The weighted distance of what the student made of `noisy` from where the teacher's own steps lead.
+
+        Of those samples that are at the student's first step, summed, over the number of all.
+        """
+        chosen = noisy.sigma >= torch.tensor(self.sigmas[0], dtype=noisy.sigma.dtype, device=noisy.sigma.device)
+        if not self.diversity.weight or not chosen.any():
+            return 0.0
+
+        def choose(tensor: Tensor) -> Tensor:
+            return tensor[chosen]
+
+        start, given, (low, _) = map_tensors(noisy, choose), map_tensors(cond, choose), self.interval
+        target = follow(self.teach, start, given, self.diversity.num_steps, self.shift, low)
+        error = squared_error(latents[chosen], target, None if weight is None else weight[chosen])
+        return self.diversity.weight * chosen.float().mean() * error
 
     def critic_loss(self, batch: Batch) -> Loss:
         """How far the critic's velocity is from that of the student's samples. The critic speaks.
@@ -68,7 +101,7 @@ class FewStep:
         """
         cond = draw_held(batch.cond, self.held_share)
         with torch.no_grad(), speaking(self.model, STUDENT):
-            latents = self._sample(batch, cond)
+            latents = self._answer(self._start(batch, cond), cond)
         noisy, weight = sample_noisy(latents, self.shift, self.interval), _weight(batch, cond)
         velocity = make_predict(self.model)(noisy.latents, noisy.timestep, cond)
         limit = squared_error(torch.zeros_like(velocity), noisy.velocity, weight)
@@ -91,12 +124,13 @@ class FewStep:
                 clean = predict_latents(predict, noisy, cond)
         return add_noise(clean, noise, torch.full((len(noise),), self.sigmas[0], device=noise.device))
 
-    def _sample(self, batch: Batch, cond: Cond) -> Tensor:
-        """What the student, which speaks, makes of noisy latents at one of its steps: clean ones."""
-        latents = predict_latents(make_predict(self.model), self._start(batch, cond), cond)
+    def _answer(self, noisy: Noisy, cond: Cond) -> Tensor:
+        """What the student, which speaks, makes of noisy latents: clean ones."""
+        latents = predict_latents(make_predict(self.model), noisy, cond)
         return latents if cond.first is None else hold_first(latents, cond.first, cond.held)
 
     def _start(self, batch: Batch, cond: Cond) -> Noisy:
+        """Noisy latents at the student's steps."""
         if not self.rolls_out:
             return noised_to_steps(batch.latents, self.sigmas)
         exit_at = int(torch.randint(len(self.sigmas), ()))

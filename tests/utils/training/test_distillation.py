@@ -20,7 +20,7 @@ from utils.diffusion.few_step import step_sigmas
 from utils.encoding.conditioning import Batch, Cond, make_predict
 from utils.training.distillation import ROLLOUT, FewStepOptions, distil, finished_student
 from utils.training.experts import Experts, Role
-from utils.training.few_step import CRITIC, STUDENT, FewStep
+from utils.training.few_step import CRITIC, STUDENT, Diversity, FewStep
 from wan.checkpoints import ModelFiles, open_model
 from wan.configs import FAMILIES, Family
 from wan.utils.fm_solvers import few_step_grid
@@ -96,6 +96,19 @@ def test_the_guidance_that_is_distilled_is_that_of_each_expert(family, guidance)
     assert [options().guidance_of_teacher(expert) for expert in family.experts] == guidance
     given = options(real_guidance_scale=1.0)
     assert {given.guidance_of_teacher(expert) for expert in family.experts} == {1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "high", "low"),
+    [
+        ({"diversity_weight": 0.0}, 1.6, 1.6),
+        ({}, 1.6 + 0.2 * 2 * 9 / 3, 1.6 + 0.2 * 2 * 8),
+        ({"diversity_steps": 4}, 1.6 + 0.2 * 2 * 5 / 3, 1.6 + 0.2 * 2 * 4),
+    ],
+)
+def test_the_passes_of_a_step_count_those_from_the_first_of_three_steps_and_from_one_alone(changes, high, low):
+    found = [options(**changes).passes(expert, T2V) for expert in T2V.experts]
+    assert found == [(1.2, pytest.approx(high)), (1.2, pytest.approx(low))]
 
 
 def test_a_lora_states_all_steps_of_both_experts_and_the_shift_of_its_size():
@@ -185,6 +198,7 @@ def test_an_expert_is_distilled_at_its_own_steps_and_compared_at_its_own_noise_l
         assert found.sigmas == options().steps_of(expert, family) and found.shift == family.shift
         assert found.guidance == (2.0 if family is I2V else expert.guidance) and found.negative is NEGATIVE
         assert not found.rolls_out and found.upper is None
+        assert found.diversity == Diversity(options().diversity_weight, options().diversity_steps)
 
 
 def test_only_the_low_expert_on_its_own_samples_begins_with_those_of_the_other():

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 
 import pytest
 import torch
@@ -10,17 +11,19 @@ from torch import Tensor, nn
 from tests.adapted import fill
 from tests.tiny import IMAGE_DIM, TINY_SHAPE, tiny_shape, tiny_transformer
 from utils.adapters.lora import adapter_parameters, add_lora, select_modules, speaking
-from utils.diffusion.few_step import noised_to_steps, predict_latents, student_loss
+from utils.common.tensors import map_tensors
+from utils.diffusion.few_step import follow, noised_to_steps, predict_latents, student_loss
 from utils.diffusion.flow import sample_noisy
 from utils.diffusion.objectives import Loss, squared_error
 from utils.encoding.conditioning import Batch, Cond, make_predict, replace_text
-from utils.training.few_step import CRITIC, STUDENT, FewStep, guided_together
+from utils.training.few_step import CRITIC, STUDENT, Diversity, FewStep, guided_together
 from utils.training.memory import Memory, prepare
 from wan.configs import FAMILIES
 from wan.modules.model import WanModel
 from wan.text2video import guided
 
 SIGMAS, INTERVAL, SHIFT, GUIDANCE = [1.0, 0.75], (0.2, 0.9), 3.0, 4.0
+DIVERSITY = Diversity(0.5, num_steps=2)
 NAMES = ("wan2.1-t2v-1.3B", "wan2.2-ti2v-5B", "wan2.2-i2v-A14B", "wan2.1-flf2v-14B-720P")
 T2V, TI2V, I2V, FLF2V = (FAMILIES[name] for name in NAMES)
 
@@ -68,7 +71,7 @@ def outcome(loss: Tensor | Loss, parameters: dict[str, nn.Parameter]) -> list[Te
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective", "offload"])
 @pytest.mark.parametrize("family", [T2V, I2V], ids=lambda family: family.name)
 def test_one_base_gives_the_losses_and_gradients_of_three_models(checkpointing, family):
-    batch, shared = make_batch(family), few_step(base(checkpointing, family))
+    batch, shared = make_batch(family), few_step(base(checkpointing, family), diversity=DIVERSITY)
     student, critic = (base("none", family, (name,)) for name in (STUDENT, CRITIC))
     teacher = base("none", family, ())
 
@@ -76,9 +79,14 @@ def test_one_base_gives_the_losses_and_gradients_of_three_models(checkpointing, 
     with speaking(shared.model, STUDENT):
         found = outcome(shared.student_loss(batch), adapter_parameters(shared.model, STUDENT))
     torch.manual_seed(5)
-    latents = predict_latents(make_predict(student), noised_to_steps(batch.latents, SIGMAS), batch.cond)
+    noisy = noised_to_steps(batch.latents, SIGMAS)
+    latents = predict_latents(make_predict(student), noisy, batch.cond)
     guide = partial(guided_together, make_predict(teacher), negative=NEGATIVE, guidance=GUIDANCE)
     loss = student_loss(latents, guide, make_predict(critic), batch.cond, SHIFT, INTERVAL).loss
+    (first,) = (noisy.sigma == 1).nonzero()  # one of both samples is at the first step
+    start, cond = (map_tensors(value, itemgetter(first)) for value in (noisy, batch.cond))
+    target = follow(guide, start, cond, DIVERSITY.num_steps, SHIFT, INTERVAL[0])
+    loss = loss + DIVERSITY.weight * squared_error(latents[first], target) / 2
     assert same(found, outcome(loss, adapter_parameters(student, STUDENT)))
 
     torch.manual_seed(6)
@@ -135,6 +143,42 @@ def test_guidance_in_one_pass_is_guidance_in_two(family, length):
     assert torch.equal(guided_together(predict, batch.latents, timestep, cond, negative, 1.0), answer(cond))
 
 
+# -------------------------------------------------------------------------------------------------------- variety
+
+
+def test_only_what_is_at_the_first_step_is_drawn_to_where_the_teacher_leads():
+    model, batch, seen = base(), make_batch(), set()
+    for seed in range(12):
+        values = []
+        for diversity in (Diversity(), DIVERSITY, Diversity(2 * DIVERSITY.weight, DIVERSITY.num_steps)):
+            torch.manual_seed(seed)
+            with speaking(model, STUDENT):
+                values.append(few_step(model, diversity=diversity).student_loss(batch).value.item())
+        torch.manual_seed(seed)
+        at_first = noised_to_steps(batch.latents, SIGMAS).sigma.eq(1).any().item()
+        assert (values[1] > values[0]) == at_first and (values[1] == values[0]) != at_first
+        assert values[2] - values[0] == pytest.approx(2 * (values[1] - values[0]), rel=1e-3)
+        seen.add(at_first)
+    assert seen == {True, False}
+
+
+def test_a_student_that_rolls_out_is_drawn_there_too():
+    model, rolled = base(), {"rolls_out": True, "sigmas": [1.0, 0.75]}
+    exits = set()
+    for seed in range(8):
+        values = []
+        for diversity in (Diversity(), DIVERSITY):
+            torch.manual_seed(seed)
+            with speaking(model, STUDENT):
+                shared = few_step(model, diversity=diversity, **rolled)
+                values.append(shared.student_loss(make_batch()).value.item())
+        torch.manual_seed(seed)
+        exit_at = int(torch.randint(2, ()))
+        assert (values[1] > values[0]) == (exit_at == 0)
+        exits.add(exit_at)
+    assert exits == {0, 1}
+
+
 # ------------------------------------------------------------------------------------------- where the student starts
 
 
@@ -169,9 +213,9 @@ def test_the_student_starts_from_clips_or_from_its_own_samples(rolls_out, monkey
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_first_frame_that_is_given_counts_nothing(share):
-    shared, batch = few_step(base(family=TI2V), held_share=share), make_batch(TI2V)
+    shared, batch = few_step(base(family=TI2V), held_share=share, diversity=DIVERSITY), make_batch(TI2V)
     seen = []
-    predicted = shared._sample
+    predicted = shared._answer
 
     def watched(*given):
         latents = predicted(*given)
@@ -179,7 +223,7 @@ def test_a_first_frame_that_is_given_counts_nothing(share):
         seen.append(latents)
         return latents
 
-    object.__setattr__(shared, "_sample", watched)
+    object.__setattr__(shared, "_answer", watched)
     with speaking(shared.model, STUDENT):
         shared.student_loss(batch).value.backward()
     (latents,) = seen
