@@ -2,8 +2,7 @@
 
 The student answers with clean latents x0 at the noise levels of its few steps. Its distribution is moved towards the
 teacher's, along the difference of two scores: that of the teacher at x0 with new noise, and that of the critic, which
-learns the student's own distribution by flow matching. DMD2, https://arxiv.org/abs/2405.14867, section 3. Alone, this
-prefers the likeliest samples: what the first step makes of each noise is drawn to where the teacher leads from it too.
+learns the student's own distribution by flow matching. DMD2, https://arxiv.org/abs/2405.14867, section 3.
 
 Shapes: latents (B, C, F, H, W), sigma (B,); everything fp32.
 """
@@ -22,7 +21,6 @@ from utils.diffusion.flow import (
     add_noise,
     sample_noisy,
     shift_sigma,
-    unshift_sigma,
     velocity_to_latents,
 )
 from utils.diffusion.objectives import squared_error
@@ -71,28 +69,6 @@ def roll_out(
         latents = predict_latents(student, noisy, cond)
         noisy = add_noise(latents, torch.randn_like(latents), torch.full_like(noisy.sigma, following))
     return noisy
-
-
-@torch.no_grad()
-def follow(
-    teacher: Predict[Condition], start: Noisy, cond: Condition, num_steps: int, shift: float, low: float = 0.0
-) -> Tensor:
-    """The clean latents to which the teacher's own steps lead from `start`, whose noise level all samples share.
-
-    These are steps of the Adams-Bashforth method of order 2, even before the shift, down to the noise level `low`. The
-    first is one of Euler's. Where `low` is above 0, the result is what the teacher sees there.
-    """
-    first, last = (unshift_sigma(sigma, shift) for sigma in (start.sigma[0].item(), low))
-    levels = shift_sigma(torch.linspace(first, last, num_steps + 1, device=start.sigma.device), shift)
-    sizes, latents, before = levels.diff(), start.latents, None
-    for sigma, size, size_before in zip(levels[:-1], sizes, sizes.roll(1), strict=True):
-        velocity = teacher(latents, (sigma * NUM_TIMESTEPS).expand(len(latents)), cond).float()
-        change = torch.zeros_like(velocity) if before is None else velocity - before
-        latents, before = latents + size * (velocity + size / (2 * size_before) * change), velocity
-    if low == 0:
-        return latents
-    reached = levels[-1:].expand(len(latents))
-    return velocity_to_latents(latents, teacher(latents, reached * NUM_TIMESTEPS, cond).float(), reached)
 
 
 def predict_latents(predict: Predict[Condition], noisy: Noisy, cond: Condition) -> Tensor:

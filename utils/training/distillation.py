@@ -72,12 +72,12 @@ class FewStepOptions:
     )
     diversity_weight: float = option(
         0.25,
-        "against sameness: weight of the distance of what the first step makes of noise from where the teacher's own "
-        "steps lead; 0: off",
+        "weight of a loss that keeps samples varied: how far the results of the first step are from the teacher's "
+        "samples of the same noise; 0: off",
         minimum=0,
         requires="few_step",
     )
-    diversity_steps: int = option(8, "number of these steps of the teacher", minimum=1, requires="few_step")
+    diversity_steps: int = option(8, "number of the teacher's steps for these samples", minimum=1, requires="few_step")
     distill_input: str = option(
         DATA,
         "what the LoRA is trained on; data: clips with noise; rollout: its own samples, of which clips give the size "
@@ -122,6 +122,8 @@ class FewStepOptions:
             raise UserError(f"--denoising_step_indices_list {listed} must descend, such as 1000 750 500 250")
         if given and given[0] != NUM_TIMESTEPS:
             raise UserError(f"--denoising_step_indices_list begins at {given[0]:g}: it must begin at 1000, with noise")
+        if not self.diversity_weight and self.diversity_steps != defaults.diversity_steps:
+            raise UserError("--diversity_steps would be ignored: --diversity_weight is 0")
         for expert in experts:
             if not self.steps_of(expert, family):
                 raise UserError(self._without_step(expert, family))
@@ -160,17 +162,18 @@ class FewStepOptions:
     def passes(self, expert: Expert, family: Family) -> tuple[float, float]:
         """The passes in a step of an expert, on average: with gradients, and without.
 
-        The student's update asks the teacher with both texts, and the critic; the critic's asks the student. Each may
-        begin with a roll-out, through all steps of the expert above. From the first step the teacher is followed.
+        The student's update asks the teacher, with both texts unless its guidance is 1, and the critic; the critic's
+        asks the student. Each may begin with a roll-out, through all steps of the expert above. Of samples at the first
+        step the teacher makes its own.
         """
-        share, rolled, followed = 1 / self.gen_update_interval, 0.0, 0.0
-        if self.diversity_weight:
-            asked = self.diversity_steps + (expert.sigmas[0] > 0)
-            followed = 2 * asked / len(self.steps_of(expert, family))
+        share, rolled = 1 / self.gen_update_interval, 0.0
+        texts = 1 if self.guidance_of_teacher(expert) == 1 else 2
+        asked = self.diversity_steps + (expert.sigmas[0] > 0) if self.diversity_weight else 0
+        taught = texts * (1 + asked / len(self.steps_of(expert, family)))
         if self.rolls_out:
             above = 0 if expert == family.experts[0] else len(self.steps_of(family.experts[0], family))
             rolled = above + (len(self.steps_of(expert, family)) - 1) / 2
-        return 1 + share, 1 + (3 + followed) * share + (1 + share) * rolled
+        return 1 + share, 1 + (1 + taught) * share + (1 + share) * rolled
 
     def stated(self, family: Family, size: tuple[int, int]) -> list[StatedSteps]:
         """How a LoRA for videos of this (width, height) is sampled, where that differs from the model's own way."""

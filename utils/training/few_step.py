@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +12,17 @@ from torch import Tensor
 
 from utils.adapters.lora import ADAPTER, speaking
 from utils.common.tensors import map_tensors
-from utils.diffusion.few_step import follow, noised_to_steps, predict_latents, pure_noise, roll_out, student_loss
-from utils.diffusion.flow import Noisy, Predict, add_noise, sample_noisy
+from utils.diffusion.few_step import noised_to_steps, predict_latents, pure_noise, roll_out, student_loss
+from utils.diffusion.flow import Noisy, Predict, add_noise, sample_noisy, shift_sigma, unshift_sigma
 from utils.diffusion.objectives import Loss, squared_error
 from utils.encoding.conditioning import Batch, Cond, draw_held, loss_weight, make_predict, replace_text
 from wan.image2video import hold_first
 from wan.modules.model import WanModel
+from wan.text2video import sample
+from wan.utils.fm_solvers import unipc
 
 STUDENT, CRITIC = ADAPTER, "critic"  # the adapters of a model
+FIRST = 0.999  # where the official grid begins, before the shift
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,11 @@ class Upper:
 
 @dataclass(frozen=True)
 class Diversity:
-    """What keeps the first step from making the same of every noise: it is drawn to where the teacher leads from it.
+    """A loss that keeps samples varied: how far the results of the first step are from the teacher's samples.
 
-    As the regression loss of DMD, https://arxiv.org/abs/2311.18828, section 3.3; for the first step alone as in DP-DMD,
-    https://arxiv.org/abs/2602.03139.
+    Both begin with the same noise. It is the regression loss of DMD, https://arxiv.org/abs/2311.18828, section 3.3, but
+    with samples that the teacher makes meanwhile, and for the first step alone, as in DP-DMD,
+    https://arxiv.org/abs/2602.03139. There that step has no other loss.
     """
 
     weight: float = 0.0
@@ -74,25 +80,33 @@ class FewStep:
         noisy, weight = self._start(batch, cond), _weight(batch, cond)
         latents = self._answer(noisy, cond)
         matched = student_loss(latents, self.teach, self._voice(CRITIC), cond, self.shift, self.interval, weight)
-        loss = matched.loss + self.diversity_loss(latents, noisy, cond, weight)
-        return Loss(loss, watched={"distance": matched.distance})
+        if not self.diversity.weight:
+            return Loss(matched.loss, watched={"distance": matched.distance})
+        diversity = self.diversity_loss(latents, noisy, cond, weight)
+        loss = matched.loss + self.diversity.weight * diversity
+        return Loss(loss, watched={"distance": matched.distance, "diversity": diversity})
 
-    def diversity_loss(self, latents: Tensor, noisy: Noisy, cond: Cond, weight: Tensor | None) -> Tensor | float:
-        """The weighted distance of what the student made of `noisy` from where the teacher's own steps lead.
+    def diversity_loss(self, latents: Tensor, noisy: Noisy, cond: Cond, weight: Tensor | None) -> Tensor:
+        """The mean squared distance of `latents` from what the teacher samples from `noisy`, of which they were made.
 
-        Of those samples that are at the student's first step, summed, over the number of all.
+        Samples that are not at the student's first step count as no distance.
         """
-        chosen = noisy.sigma >= torch.tensor(self.sigmas[0], dtype=noisy.sigma.dtype, device=noisy.sigma.device)
-        if not self.diversity.weight or not chosen.any():
-            return 0.0
+        target, chosen = latents.detach().clone(), noisy.sigma == self.sigmas[0]
+        if chosen.any():
+            start, given = map_tensors(noisy, itemgetter(chosen)), map_tensors(cond, itemgetter(chosen))
+            target[chosen] = self.sample_teacher(start, given, self.diversity.num_steps)
+        return squared_error(latents, target, weight)
 
-        def choose(tensor: Tensor) -> Tensor:
-            return tensor[chosen]
+    @torch.no_grad()
+    def sample_teacher(self, start: Noisy, cond: Cond, num_steps: int) -> Tensor:
+        """The teacher's clean latents from `start`, at the student's first step: as the model is sampled, by UniPC.
 
-        start, given, (low, _) = map_tensors(noisy, choose), map_tensors(cond, choose), self.interval
-        target = follow(self.teach, start, given, self.diversity.num_steps, self.shift, low)
-        error = squared_error(latents[chosen], target, None if weight is None else weight[chosen])
-        return self.diversity.weight * chosen.float().mean() * error
+        Where the interval ends above 0 they are what the teacher sees there.
+        """
+        low, high = (unshift_sigma(sigma, self.shift) for sigma in (self.interval[0], self.sigmas[0]))
+        even = torch.linspace(min(high, FIRST), low, num_steps + 1, dtype=torch.float64)
+        levels = shift_sigma(even if low else even[:-1], self.shift).numpy()
+        return sample(partial(self.teach, cond=cond), start.latents, unipc(levels, start.latents.device))
 
     def critic_loss(self, batch: Batch) -> Loss:
         """How far the critic's velocity is from that of the student's samples. The critic speaks.

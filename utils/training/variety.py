@@ -7,7 +7,6 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,14 +17,12 @@ from utils.common.errors import UserError
 from utils.common.temp_rng import temp_rng
 from utils.common.tensors import map_tensors
 from utils.diffusion.few_step import TINY, predict_latents, roll_out
-from utils.diffusion.flow import Noisy, shift_sigma, unshift_sigma
+from utils.diffusion.flow import Noisy
 from utils.encoding.conditioning import Batch, make_predict
 from utils.training.few_step import FewStep
-from wan.text2video import sample as integrate
-from wan.utils.fm_solvers import unipc
 
 COLLAPSED = 0.25  # of the teacher's variance
-TEACHER_STEPS, FIRST = 20, 0.999  # of the official grid: where it begins, before the shift
+TEACHER_STEPS = 20
 FRAMES, TOKENS = 5, 1600  # the most latent frames, and tokens, of a sample that is measured
 
 
@@ -91,14 +88,9 @@ class Variety:
 
     def of_teacher(self) -> float:
         """That of guided samples from the same starts, in TEACHER_STEPS steps of UniPC, as the model is sampled."""
-        few_step = self.few_step
-        low, high = (unshift_sigma(sigma, few_step.shift) for sigma in (few_step.interval[0], few_step.sigmas[0]))
-        even = torch.linspace(min(high, FIRST), low, TEACHER_STEPS + 1, dtype=torch.float64)
-        levels = shift_sigma(even if low else even[:-1], few_step.shift).numpy()
 
         def sample(start: Noisy, batch: Batch) -> Tensor:
-            solver = unipc(levels, start.latents.device)
-            return integrate(partial(few_step.teach, cond=batch.cond), start.latents, solver)
+            return self.few_step.sample_teacher(start, batch.cond, TEACHER_STEPS)
 
         return self._measure(sample, "variety of the teacher's samples")
 

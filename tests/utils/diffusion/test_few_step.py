@@ -8,7 +8,6 @@ from torch import Tensor
 
 from utils.diffusion.few_step import (
     distance_to_teacher,
-    follow,
     matching_gradient,
     matching_loss,
     noised_to_steps,
@@ -89,45 +88,6 @@ def test_with_the_sign_flipped_it_does_not():
 def test_with_noise_outside_of_the_teachers_interval_it_does_not():
     mean, deviation = train((0.0, 1.0), interval=(0.0, 1.0), taught=(0.8, 1.0))
     assert not (torch.allclose(mean, WANTED, atol=0.2) and torch.allclose(deviation, DEVIATION, atol=0.2))
-
-
-# ------------------------------------------------------------------------------------------- where the teacher leads
-
-
-@pytest.mark.parametrize(("high", "low"), [(1.0, 0.0), (1.0, 0.9), (0.8, 0.0), (0.8, 0.5)])
-def test_where_the_teacher_leads_from_noise(high, low):
-    def spread(sigma: float) -> Tensor:
-        return on_channels(((1 - sigma) ** 2 * DEVIATION**2 + sigma**2).sqrt())
-
-    clean, noise = torch.randn(2, 50, 2, 1, 1, 1, generator=torch.Generator().manual_seed(0))
-    start = add_noise(clean, noise, torch.full((50,), high))
-    # The flow of a Gaussian keeps each sample at the same number of deviations from the mean.
-    wanted = on_channels(WANTED)
-    reached = (1 - low) * wanted + spread(low) / spread(high) * (start.latents - (1 - high) * wanted)
-    expected = reached - low * teacher(reached, torch.full((50,), low * 1000), MEANS["cond"]) if low else reached
-
-    def error(num_steps: int) -> float:
-        return (follow(teacher, start, MEANS["cond"], num_steps, SHIFT, low) - expected).abs().max().item()
-
-    assert error(80) < 0.01
-    assert error(20) > 3 * error(40), "of order 2"
-    assert expected.std(dim=0).max() > 0.1, "what is made of different noise differs"
-
-
-def test_the_teacher_is_asked_at_its_own_steps_alone():
-    asked: list[float] = []
-
-    def answer(latents: Tensor, timestep: Tensor, cond: str) -> Tensor:
-        assert cond == "a fox" and not torch.is_grad_enabled() and len(set(timestep.tolist())) == 1
-        asked.append(timestep[0].item())
-        return latents
-
-    start = add_noise(*torch.randn(2, 3, 2, 1, 1, 1), torch.full((3,), 0.75))
-    follow(answer, start, "a fox", 2, 3.0, 0.0)
-    assert asked == pytest.approx([750, 500])
-    asked.clear()
-    follow(answer, start, "a fox", 2, 3.0, 0.5)
-    assert asked == pytest.approx([750, 642.857, 500], rel=1e-4), "even before the shift: 1/2, 3/8, 1/4"
 
 
 # ------------------------------------------------------------------------------------------------- the gradient itself
