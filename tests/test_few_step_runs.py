@@ -91,6 +91,7 @@ REFUSED = {
     "--denoising_step_indices_list 1000 250 500": "must descend",
     "--denoising_step_indices_list 750 500": "begins at 750",
     "--high_lora x.safetensors": "--high_lora would be ignored",
+    "--diversity_weight 0 --diversity_steps 4": "--diversity_steps would be ignored",
     "--control_lora": "--few_step has no control",
     "--benchmark": "--benchmark times ordinary steps",
     "--adapter_dtype bf16": "--critic_alignment would be lost",

@@ -252,7 +252,7 @@ class Metrics:
                 raise RunError(
                     f"step {self.step}: the {phase} has collapsed: its samples differed {largest:.2f} times as much as "
                     f"the teacher's, and now {share:.2f} times\ntry a lower --learning_rate, a higher "
-                    "--learning_rate_critic or --gen_update_interval, or --critic_alignment"
+                    "--learning_rate_critic, --gen_update_interval or --diversity_weight, or --critic_alignment"
                 )
 
     def _write_validation(self, phase: str, losses: Losses) -> None:

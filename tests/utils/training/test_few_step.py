@@ -1,5 +1,6 @@
 """A student, its critic and their teacher on one frozen base: as three models of the same weights would learn."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from operator import itemgetter
@@ -12,15 +13,15 @@ from tests.adapted import fill
 from tests.tiny import IMAGE_DIM, TINY_SHAPE, tiny_shape, tiny_transformer
 from utils.adapters.lora import adapter_parameters, add_lora, select_modules, speaking
 from utils.common.tensors import map_tensors
-from utils.diffusion.few_step import noised_to_steps, predict_latents, student_loss
-from utils.diffusion.flow import sample_noisy
+from utils.diffusion.few_step import noised_to_steps, predict_latents, pure_noise, student_loss
+from utils.diffusion.flow import latents_to_velocity, sample_noisy
 from utils.diffusion.objectives import Loss, squared_error
 from utils.encoding.conditioning import Batch, Cond, make_predict, replace_text
-from utils.training.few_step import CRITIC, STUDENT, Diversity, FewStep, guided_together
+from utils.training.few_step import CRITIC, STUDENT, Diversity, FewStep, Upper, guided_together
 from utils.training.memory import Memory, prepare
 from wan.configs import FAMILIES
 from wan.modules.model import WanModel
-from wan.text2video import guided
+from wan.text2video import Sampler, guided
 
 SIGMAS, INTERVAL, SHIFT, GUIDANCE = [1.0, 0.75], (0.2, 0.9), 3.0, 4.0
 DIVERSITY = Diversity(0.5, num_steps=2)
@@ -147,37 +148,71 @@ def test_guidance_in_one_pass_is_guidance_in_two(family, length):
 # -------------------------------------------------------------------------------------------------------- variety
 
 
-def test_only_what_is_at_the_first_step_is_drawn_to_where_the_teacher_leads():
-    model, batch, seen = base(), make_batch(), set()
-    for seed in range(12):
+LOW = {"sigmas": [0.833333333, 0.625], "interval": (0.0, 0.9)}
+ABOVE = Upper([1.0, 0.9375], lambda: nullcontext(make_predict(base(adapters=()))))
+STARTS = {
+    "clips": {},
+    "its own samples": {"rolls_out": True},
+    "clips, for low noise": LOW,
+    "samples of the expert above": LOW | {"rolls_out": True, "upper": ABOVE},
+}
+
+
+@pytest.mark.parametrize("changes", STARTS.values(), ids=STARTS)
+def test_what_is_made_in_the_first_step_is_compared_with_the_teachers_samples_of_the_same_noise(changes, monkeypatch):
+    model, batch, first = base(), make_batch(), changes.get("sigmas", SIGMAS)[0]
+    begin, sample_teacher, started, asked, seen = FewStep._start, FewStep.sample_teacher, [], [], set()
+
+    def start(*given):
+        started.append(begin(*given))
+        return started[-1]
+
+    def sample(shared, noisy, *given):
+        asked.append(noisy.latents)
+        return sample_teacher(shared, noisy, *given)
+
+    monkeypatch.setattr(FewStep, "_start", start)
+    monkeypatch.setattr(FewStep, "sample_teacher", sample)
+    for seed in range(6):
         values = []
-        for diversity in (Diversity(), DIVERSITY, Diversity(2 * DIVERSITY.weight, DIVERSITY.num_steps)):
+        for weight in (0.0, 0.5, 1.0):
             torch.manual_seed(seed)
             with speaking(model, STUDENT):
-                values.append(few_step(model, diversity=diversity).student_loss(batch).value.item())
-        torch.manual_seed(seed)
-        at_first = noised_to_steps(batch.latents, SIGMAS).sigma.eq(1).any().item()
-        assert (values[1] > values[0]) == at_first and (values[1] == values[0]) != at_first
+                shared = few_step(model, diversity=Diversity(weight, 2), **changes)
+                values.append(shared.student_loss(batch).value.item())
+        chosen = (started[-1].sigma - first).abs() < 1e-6
+        assert (values[1] > values[0]) == chosen.any() and (values[1] == values[0]) != chosen.any()
         assert values[2] - values[0] == pytest.approx(2 * (values[1] - values[0]), rel=1e-3)
-        seen.add(at_first)
+        assert not chosen.any() or torch.equal(asked[-1], started[-1].latents[chosen])
+        seen.add(chosen.any().item())
     assert seen == {True, False}
 
 
-def test_a_student_that_rolls_out_is_drawn_there_too():
-    model, rolled = base(), {"rolls_out": True, "sigmas": [1.0, 0.75]}
-    exits = set()
-    for seed in range(8):
-        values = []
-        for diversity in (Diversity(), DIVERSITY):
-            torch.manual_seed(seed)
-            with speaking(model, STUDENT):
-                shared = few_step(model, diversity=diversity, **rolled)
-                values.append(shared.student_loss(make_batch()).value.item())
-        torch.manual_seed(seed)
-        exit_at = int(torch.randint(2, ()))
-        assert (values[1] > values[0]) == (exit_at == 0)
-        exits.add(exit_at)
-    assert exits == {0, 1}
+@pytest.mark.parametrize("family", [T2V, I2V], ids=lambda family: family.name)
+def test_the_teacher_samples_as_the_model_is_sampled(family):
+    model, batch = base(family=family, adapters=()), make_batch(family)
+    noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(4))
+    sampler = Sampler("unipc", 5, (GUIDANCE,), SHIFT)
+    expected = sampler.denoise(make_predict(model), noise, batch.cond, replace_text(batch.cond, NEGATIVE))
+    found = few_step(model, interval=(0.0, 1.0)).sample_teacher(pure_noise(noise), batch.cond, 5)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shift", [3.0, 5.0, 12.0, 16.0])
+def test_few_steps_of_the_teacher_keep_the_spread_of_what_is_decided_in_the_first_step(shift, monkeypatch):
+    """That is what is large in relation to noise, such as the mean colour of many positions."""
+    deviation = 8.0
+
+    def exact(shared, latents, timestep, cond):
+        sigma = (timestep / 1000).view(-1, 1, 1, 1, 1)
+        clean = (1 - sigma) * deviation**2 / ((1 - sigma) ** 2 * deviation**2 + sigma**2) * latents
+        return latents_to_velocity(latents, clean, timestep / 1000)
+
+    monkeypatch.setattr(FewStep, "teach", exact)
+    start = pure_noise(torch.ones(1, 1, 1, 1, 1))
+    shared = few_step(None, shift=shift, interval=(0.0, 1.0))
+    found = shared.sample_teacher(start, make_batch().cond, Diversity().num_steps)
+    assert found.item() == pytest.approx(deviation, rel=0.05)
 
 
 # ------------------------------------------------------------------------------------------- where the student starts
@@ -212,24 +247,27 @@ def test_the_student_starts_from_clips_or_from_its_own_samples(rolls_out, monkey
     assert exits == ({1, 2, 3} if rolls_out else {1})
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_a_first_frame_that_is_given_counts_nothing(share):
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_first_frame_that_is_given_counts_nothing(share, monkeypatch):
     shared, batch = few_step(base(family=TI2V), held_share=share, diversity=DIVERSITY), make_batch(TI2V)
-    seen = []
-    predicted = shared._answer
+    answer, made, seen = FewStep._answer, [], set()
 
-    def watched(*given):
-        latents = predicted(*given)
-        latents.retain_grad()
-        seen.append(latents)
-        return latents
+    def watched(shared, noisy, cond):
+        made.append((answer(shared, noisy, cond), cond.held, noisy.sigma == 1))
+        made[-1][0].retain_grad()
+        return made[-1][0]
 
-    object.__setattr__(shared, "_answer", watched)
-    with speaking(shared.model, STUDENT):
-        shared.student_loss(batch).value.backward()
-    (latents,) = seen
-    assert torch.equal(latents[:, :, :1], batch.cond.first) == bool(share)
-    assert latents.grad[:, :, :1].any() != bool(share) and latents.grad[:, :, 1:].any()
+    monkeypatch.setattr(FewStep, "_answer", watched)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        with speaking(shared.model, STUDENT):
+            shared.student_loss(batch).value.backward()
+        latents, *drawn = made[-1]
+        for sample, gradient, given, held, first in zip(latents, latents.grad, batch.cond.first, *drawn, strict=True):
+            assert torch.equal(sample[:, :1], given) == held
+            assert gradient[:, :1].any() != held and gradient[:, 1:].any()
+            seen.add((held.item(), first.item()))
+    assert seen == {(held, first) for held in {share > 0, share == 1} for first in (True, False)}
 
 
 def test_a_mask_of_a_clip_has_no_effect():
