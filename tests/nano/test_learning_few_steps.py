@@ -87,8 +87,8 @@ def reference_of(parts: dict[str, Path], name: str) -> Figures:
     return once(partial(references, parts), Path("..") / f"undistilled_{name}")
 
 
-def check(figures: Figures, base: Figures, least: float) -> None:
-    """What a student keeps of its teacher; of the variety of the background's colours so much at least."""
+def check(figures: Figures, base: Figures) -> None:
+    """What a student keeps of its teacher."""
     for name in ("named", "colourless"):
         student, teacher = figures[f"student, {name}"], base[f"teacher, {name}"]
         for what in {"colour", "background", "motion", "shape"} & student.keys():
@@ -96,8 +96,8 @@ def check(figures: Figures, base: Figures, least: float) -> None:
         assert abs(student["speed"] / teacher["speed"] - 1) <= 0.1
     student, teacher = figures["student, colourless"], base["teacher, colourless"]
     undistilled = base["undistilled, colourless"]
-    for what, share in zip(COLOURS, (0.9, least), strict=True):
-        assert student[what] >= share * teacher[what], what
+    for what in COLOURS:
+        assert student[what] >= 0.9 * teacher[what], what
         assert student[what] >= undistilled[what] + 0.1 * teacher[what], f"{what}: what is shown without training"
 
 
@@ -109,12 +109,12 @@ def test_the_undistilled_model_loses_the_variety_of_colours():
 
 
 def test_a_student_that_learns_from_prompts_alone():
-    check(once(partial(student, NANO, ALONE, PROMPTS_GIVEN)), reference_of(NANO, "nano"), 0.75)
+    check(once(partial(student, NANO, ALONE, PROMPTS_GIVEN)), reference_of(NANO, "nano"))
 
 
 def test_the_students_of_two_experts():
-    check(once(partial(student, PAIR, IN_TURNS, CLIPS_GIVEN)), reference_of(PAIR, "pair"), 0.8)
+    check(once(partial(student, PAIR, IN_TURNS, CLIPS_GIVEN)), reference_of(PAIR, "pair"))
 
 
 def test_a_student_that_learns_from_clips():
-    check(once(partial(student, NANO, ALONE, CLIPS_GIVEN)), reference_of(NANO, "nano"), 0.55)
+    check(once(partial(student, NANO, ALONE, CLIPS_GIVEN)), reference_of(NANO, "nano"))
