@@ -77,7 +77,9 @@ class FewStepOptions:
         minimum=0,
         requires="few_step",
     )
-    diversity_steps: int = option(8, "number of the teacher's steps for these samples", minimum=1, requires="few_step")
+    diversity_steps: int = option(
+        8, "number of the teacher's steps in the samples of --diversity_weight", minimum=1, requires="few_step"
+    )
     distill_input: str = option(
         DATA,
         "what the LoRA is trained on; data: clips with noise; rollout: its own samples, of which clips give the size "
