@@ -93,7 +93,10 @@ def trained(flags: str, parts: dict[str, Path], source: str = "--dataset clips -
 
 
 class Stage:
-    """A small model, by its experts or none, and what is sampled from it: a video for each scene, the same noise."""
+    """A small model, by its experts or none, and what is sampled from it: a video for each scene.
+
+    Each has a noise of its own, those of the seeds from `first_noise` on, whichever LoRAs the model has.
+    """
 
     def __init__(
         self,
@@ -101,6 +104,7 @@ class Stage:
         scenes: Sequence[Scene],
         seed: str,
         describe: Callable[[Scene, random.Random], str] = caption,
+        first_noise: int = 0,
     ) -> None:
         self.files: ModelFiles = open_model(MODEL, **parts)
         self.scenes, self.device = scenes, pick_device()
@@ -109,7 +113,7 @@ class Stage:
         rng = random.Random(seed)
         self.prompts = [describe(scene, rng) for scene in scenes]
         (self.negative,) = self.encoder.encode([""])
-        self.noise = noise_of(self.vae, range(len(scenes)))
+        self.noise = noise_of(self.vae, range(first_noise, first_noise + len(scenes)))
         self.pictures = first_frames(scenes, seed) if self.files.family.given else []
         self.given = channels_of(self.pictures, self.vae) if self.pictures else []
 

@@ -4,6 +4,7 @@ Prompts that name all of a scene leave nothing open: there the undistilled model
 twenty. What it loses shows where prompts leave the colours open: they become the mean of all colours, a gray.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -41,16 +42,17 @@ def folder(request, tmp_path, monkeypatch) -> Path:
 
 
 def stages(parts: dict[str, Path], scenes: Sequence[Scene] = TESTED) -> dict[str, Stage]:
-    """Prompts of these scenes that name all, and those that leave the colours open."""
-    found = {"named": caption, "colourless": colourless_caption}
-    return {name: Stage(parts, scenes, f"few steps, {name}", describe) for name, describe in found.items()}
+    """Prompts of these scenes that name all, and those that leave the colours open: two noises for each scene."""
+    found = {"named": (caption, 0), "colourless": (colourless_caption, len(TESTED))}
+    return {name: Stage(parts, scenes, f"few steps, {name}", *how) for name, how in found.items()}
 
 
 def measured(name: str, videos: Sequence[Tensor]) -> dict[str, float]:
     """What is compared of the videos of a stage."""
+    found = {"speed": speed(videos, TESTED)} | variety(videos, TESTED)
     if name == "named":
-        return adherence(videos, TESTED) | {"speed": speed(videos, TESTED)} | variety(videos, TESTED)
-    return adherence_in_any_colours(videos, TESTED) | {"speed": speed(videos, TESTED)} | variety_of_colours(videos)
+        return adherence(videos, TESTED) | found
+    return adherence_in_any_colours(videos, TESTED) | found | variety_of_colours(videos)
 
 
 def film(stage: Stage, loras: dict[str, Path], steps: int = 20, guidance: float = 2.5) -> list[Tensor]:
@@ -87,6 +89,11 @@ def reference_of(parts: dict[str, Path], name: str) -> Figures:
     return once(partial(references, parts), Path("..") / f"undistilled_{name}")
 
 
+def spread(figures: Figures, who: str, what: str) -> float:
+    """Of a property of the videos of both kinds of prompts, each of which has a noise of its own."""
+    return math.hypot(*(figures[f"{who}, {name}"][what] for name in ("named", "colourless"))) / math.sqrt(2)
+
+
 def check(figures: Figures, base: Figures) -> None:
     """What a student keeps of its teacher."""
     for name in ("named", "colourless"):
@@ -94,6 +101,9 @@ def check(figures: Figures, base: Figures) -> None:
         for what in {"colour", "background", "motion", "shape"} & student.keys():
             assert student[what] >= teacher[what] - 0.05, f"{name}: {what}"
         assert abs(student["speed"] / teacher["speed"] - 1) <= 0.1
+    for what in ("place", "size"):
+        student, teacher = (spread(found, who, what) for found, who in ((figures, "student"), (base, "teacher")))
+        assert student >= 0.9 * teacher, what
     student, teacher = figures["student, colourless"], base["teacher, colourless"]
     undistilled = base["undistilled, colourless"]
     for what in COLOURS:

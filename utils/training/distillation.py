@@ -17,7 +17,7 @@ from utils.common.options import option
 from utils.diffusion.few_step import own_steps, step_sigmas
 from utils.diffusion.flow import NUM_TIMESTEPS
 from utils.training.experts import Experts, Role
-from utils.training.few_step import Diversity, FewStep, Upper
+from utils.training.few_step import Diversity, FewStep, Upper, teacher_sigmas
 from wan.checkpoints import ModelFiles
 from wan.configs import Expert, Family
 
@@ -72,13 +72,17 @@ class FewStepOptions:
     )
     diversity_weight: float = option(
         0.25,
-        "weight of a loss that keeps samples varied: how far the results of the first step are from the teacher's "
-        "samples of the same noise; 0: off",
+        "weight of a loss that keeps samples varied: how far the LoRA's results are from the teacher's samples of the "
+        "same noisy latents; 0: off",
         minimum=0,
         requires="few_step",
     )
     diversity_steps: int = option(
-        8, "number of the teacher's steps in the samples of --diversity_weight", minimum=1, requires="few_step"
+        8,
+        "number of the teacher's steps in the samples of --diversity_weight; from later steps of the LoRA as many as "
+        "are left",
+        minimum=1,
+        requires="few_step",
     )
     distill_input: str = option(
         DATA,
@@ -165,16 +169,18 @@ class FewStepOptions:
         """The passes in a step of an expert, on average: with gradients, and without.
 
         The student's update asks the teacher, with both texts unless its guidance is 1, and the critic; the critic's
-        asks the student. Each may begin with a roll-out, through all steps of the expert above. Of samples at the first
-        step the teacher makes its own.
+        asks the student. Each may begin with a roll-out, through all steps of the expert above. From where the student
+        answers the teacher samples too.
         """
         share, rolled = 1 / self.gen_update_interval, 0.0
         texts = 1 if self.guidance_of_teacher(expert) == 1 else 2
-        asked = self.diversity_steps + (expert.sigmas[0] > 0) if self.diversity_weight else 0
-        taught = texts * (1 + asked / len(self.steps_of(expert, family)))
+        steps, shift = self.steps_of(expert, family), self.shift_of_steps(family)
+        asked = [teacher_sigmas(self.diversity_steps, step, steps[0], expert.sigmas[0], shift) for step in steps]
+        sampled = sum(map(len, asked)) / len(steps) if self.diversity_weight else 0
+        taught = texts * (1 + sampled)
         if self.rolls_out:
             above = 0 if expert == family.experts[0] else len(self.steps_of(family.experts[0], family))
-            rolled = above + (len(self.steps_of(expert, family)) - 1) / 2
+            rolled = above + (len(steps) - 1) / 2
         return 1 + share, 1 + (1 + taught) * share + (1 + share) * rolled
 
     def stated(self, family: Family, size: tuple[int, int]) -> list[StatedSteps]:

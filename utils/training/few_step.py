@@ -1,5 +1,6 @@
 """Few-step distillation on one frozen base: student and critic are adapters, and the base alone is the teacher."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -35,15 +36,14 @@ class Upper:
 
 @dataclass(frozen=True)
 class Diversity:
-    """A loss that keeps samples varied: how far the results of the first step are from the teacher's samples.
+    """A loss that keeps samples varied: how far results are from what the teacher samples from the same noisy latents.
 
-    Both begin with the same noise. It is the regression loss of DMD, https://arxiv.org/abs/2311.18828, section 3.3, but
-    with samples that the teacher makes meanwhile, and for the first step alone, as in DP-DMD,
-    https://arxiv.org/abs/2602.03139. There that step has no other loss.
+    It is the regression loss of DMD, https://arxiv.org/abs/2311.18828, section 3.3, but with samples that the teacher
+    makes meanwhile, and for each of the steps. DP-DMD, https://arxiv.org/abs/2602.03139, has it for the first one.
     """
 
     weight: float = 0.0
-    num_steps: int = 8  # of the teacher
+    num_steps: int = 8  # of the teacher, from the student's first step
 
 
 @dataclass(frozen=True)
@@ -87,26 +87,24 @@ class FewStep:
         return Loss(loss, watched={"distance": matched.distance, "diversity": diversity})
 
     def diversity_loss(self, latents: Tensor, noisy: Noisy, cond: Cond, weight: Tensor | None) -> Tensor:
-        """The mean squared distance of `latents` from what the teacher samples from `noisy`, of which they were made.
-
-        Samples that are not at the student's first step count as no distance.
-        """
-        target, chosen = latents.detach().clone(), noisy.sigma == self.sigmas[0]
-        if chosen.any():
-            start, given = map_tensors(noisy, itemgetter(chosen)), map_tensors(cond, itemgetter(chosen))
-            target[chosen] = self.sample_teacher(start, given, self.diversity.num_steps)
+        """The mean squared distance of `latents`, made of `noisy`, from what the teacher samples from the same."""
+        target = torch.empty_like(latents)
+        for sigma in self.sigmas:
+            chosen = noisy.sigma == sigma
+            if chosen.any():
+                given = map_tensors(cond, itemgetter(chosen))
+                target[chosen] = self.sample_teacher(noisy.latents[chosen], sigma, given, self.diversity.num_steps)
         return squared_error(latents, target, weight)
 
     @torch.no_grad()
-    def sample_teacher(self, start: Noisy, cond: Cond, num_steps: int) -> Tensor:
-        """The teacher's clean latents from `start`, at the student's first step: as the model is sampled, by UniPC.
+    def sample_teacher(self, noisy: Tensor, sigma: float, cond: Cond, num_steps: int) -> Tensor:
+        """The teacher's clean latents from noisy ones at the student's step `sigma`: as the model is sampled, by UniPC.
 
-        Where the interval ends above 0 they are what the teacher sees there.
+        The `num_steps` are those from the student's first step. Where the interval ends above 0 the latents are what
+        the teacher sees there.
         """
-        low, high = (unshift_sigma(sigma, self.shift) for sigma in (self.interval[0], self.sigmas[0]))
-        even = torch.linspace(min(high, FIRST), low, num_steps + 1, dtype=torch.float64)
-        levels = shift_sigma(even if low else even[:-1], self.shift).numpy()
-        return sample(partial(self.teach, cond=cond), start.latents, unipc(levels, start.latents.device))
+        levels = teacher_sigmas(num_steps, sigma, self.sigmas[0], self.interval[0], self.shift)
+        return sample(partial(self.teach, cond=cond), noisy, unipc(levels.numpy(), noisy.device))
 
     def critic_loss(self, batch: Batch) -> Loss:
         """How far the critic's velocity is from that of the student's samples. The critic speaks.
@@ -158,6 +156,18 @@ class FewStep:
                 return make_predict(self.model)(latents, timestep, cond)
 
         return answer
+
+
+def teacher_sigmas(num_steps: int, sigma: float, first: float, low: float, shift: float) -> Tensor:
+    """The noise levels (N,) at which the teacher answers from `sigma` on: those of even steps, before the shift.
+
+    It takes `num_steps` from the level `first` to `low`; from one between them as many as are left, rounded up. Above 0
+    `low` itself is the last level.
+    """
+    low, first, here = (unshift_sigma(level, shift) for level in (low, first, sigma))
+    left = math.ceil(round(num_steps * (here - low) / ((first - low) or 1), 6))
+    even = torch.linspace(min(here, FIRST), low, left + 1, dtype=torch.float64)
+    return shift_sigma(even if low else even[:-1], shift)
 
 
 def _weight(batch: Batch, cond: Cond) -> Tensor | None:
