@@ -17,7 +17,7 @@ from utils.common.options import option
 from utils.diffusion.few_step import own_steps, step_sigmas
 from utils.diffusion.flow import NUM_TIMESTEPS
 from utils.training.experts import Experts, Role
-from utils.training.few_step import Diversity, FewStep, Upper, teacher_sigmas
+from utils.training.few_step import Diversity, FewStep, Upper
 from wan.checkpoints import ModelFiles
 from wan.configs import Expert, Family
 
@@ -78,11 +78,7 @@ class FewStepOptions:
         requires="few_step",
     )
     diversity_steps: int = option(
-        8,
-        "number of the teacher's steps in the samples of --diversity_weight; from later steps of the LoRA as many as "
-        "are left",
-        minimum=1,
-        requires="few_step",
+        8, "number of the teacher's steps in the samples of --diversity_weight", minimum=1, requires="few_step"
     )
     distill_input: str = option(
         DATA,
@@ -174,13 +170,11 @@ class FewStepOptions:
         """
         share, rolled = 1 / self.gen_update_interval, 0.0
         texts = 1 if self.guidance_of_teacher(expert) == 1 else 2
-        steps, shift = self.steps_of(expert, family), self.shift_of_steps(family)
-        asked = [teacher_sigmas(self.diversity_steps, step, steps[0], expert.sigmas[0], shift) for step in steps]
-        sampled = sum(map(len, asked)) / len(steps) if self.diversity_weight else 0
+        sampled = self.diversity_steps + (expert.sigmas[0] > 0) if self.diversity_weight else 0
         taught = texts * (1 + sampled)
         if self.rolls_out:
             above = 0 if expert == family.experts[0] else len(self.steps_of(family.experts[0], family))
-            rolled = above + (len(steps) - 1) / 2
+            rolled = above + (len(self.steps_of(expert, family)) - 1) / 2
         return 1 + share, 1 + (1 + taught) * share + (1 + share) * rolled
 
     def stated(self, family: Family, size: tuple[int, int]) -> list[StatedSteps]:

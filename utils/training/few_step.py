@@ -1,10 +1,8 @@
 """Few-step distillation on one frozen base: student and critic are adapters, and the base alone is the teacher."""
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from operator import itemgetter
 
 import torch
@@ -19,11 +17,11 @@ from utils.diffusion.objectives import Loss, squared_error
 from utils.encoding.conditioning import Batch, Cond, draw_held, loss_weight, make_predict, replace_text
 from wan.image2video import hold_first
 from wan.modules.model import WanModel
-from wan.text2video import sample
 from wan.utils.fm_solvers import unipc
 
 STUDENT, CRITIC = ADAPTER, "critic"  # the adapters of a model
 FIRST = 0.999  # where the official grid begins, before the shift
+CLOSE = 1e-6  # the least distance, before the shift, over which a solver steps
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Diversity:
     """
 
     weight: float = 0.0
-    num_steps: int = 8  # of the teacher, from the student's first step
+    num_steps: int = 8  # of the teacher
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class FewStep:
             raise ValueError(f"a student that rolls out begins at noise level 1, not at {self.sigmas[0]:g}")
 
     def student_loss(self, batch: Batch) -> Loss:
-        """As `utils.diffusion.few_step.student_loss`, for the student's samples, and their `diversity_loss`.
+        """As `utils.diffusion.few_step.student_loss`, for the student's samples, and with the loss of `Diversity`.
 
         The student speaks.
         """
@@ -82,29 +80,35 @@ class FewStep:
         matched = student_loss(latents, self.teach, self._voice(CRITIC), cond, self.shift, self.interval, weight)
         if not self.diversity.weight:
             return Loss(matched.loss, watched={"distance": matched.distance})
-        diversity = self.diversity_loss(latents, noisy, cond, weight)
+        diversity = squared_error(latents, self.sample_teacher(noisy, cond, self.diversity.num_steps), weight)
         loss = matched.loss + self.diversity.weight * diversity
         return Loss(loss, watched={"distance": matched.distance, "diversity": diversity})
 
-    def diversity_loss(self, latents: Tensor, noisy: Noisy, cond: Cond, weight: Tensor | None) -> Tensor:
-        """The mean squared distance of `latents`, made of `noisy`, from what the teacher samples from the same."""
-        target = torch.empty_like(latents)
-        for sigma in self.sigmas:
-            chosen = noisy.sigma == sigma
-            if chosen.any():
-                given = map_tensors(cond, itemgetter(chosen))
-                target[chosen] = self.sample_teacher(noisy.latents[chosen], sigma, given, self.diversity.num_steps)
-        return squared_error(latents, target, weight)
-
     @torch.no_grad()
-    def sample_teacher(self, noisy: Tensor, sigma: float, cond: Cond, num_steps: int) -> Tensor:
-        """The teacher's clean latents from noisy ones at the student's step `sigma`: as the model is sampled, by UniPC.
+    def sample_teacher(self, start: Noisy, cond: Cond, num_steps: int) -> Tensor:
+        """The teacher's clean latents from noisy ones, in so many steps of UniPC, as the model is sampled.
 
-        The `num_steps` are those from the student's first step. Where the interval ends above 0 the latents are what
-        the teacher sees there.
+        Each sample is at one of the student's steps. Where the interval ends above 0, clean is what the teacher sees
+        there.
         """
-        levels = teacher_sigmas(num_steps, sigma, self.sigmas[0], self.interval[0], self.shift)
-        return sample(partial(self.teach, cond=cond), noisy, unipc(levels.numpy(), noisy.device))
+        latents, device = list(start.latents.split(1)), start.latents.device
+        solvers = [unipc(self._levels(sigma, num_steps).numpy(), device) for sigma in start.sigma.tolist()]
+        for index in range(max(len(solver.timesteps) for solver in solvers)):
+            rows = [row for row, solver in enumerate(solvers) if index < len(solver.timesteps)]
+            timestep = torch.stack([solvers[row].timesteps[index] for row in rows])
+            noisy = torch.cat([latents[row] for row in rows])
+            velocity = self.teach(noisy, timestep, map_tensors(cond, itemgetter(rows)))
+            for row, time, answer in zip(rows, timestep, velocity.split(1), strict=True):
+                (latents[row],) = solvers[row].step(answer, time, latents[row], return_dict=False)
+        return torch.cat(latents)
+
+    def _levels(self, sigma: float, num_steps: int) -> Tensor:
+        """The noise levels (N,) at which the teacher answers from `sigma` on: evenly spaced before the shift."""
+        low, high = (unshift_sigma(level, self.shift) for level in (self.interval[0], sigma))
+        if high < low + CLOSE:
+            return torch.tensor([sigma])
+        even = torch.linspace(min(high, FIRST), low, num_steps + 1, dtype=torch.float64)
+        return shift_sigma(even if low else even[:-1], self.shift)
 
     def critic_loss(self, batch: Batch) -> Loss:
         """How far the critic's velocity is from that of the student's samples. The critic speaks.
@@ -156,18 +160,6 @@ class FewStep:
                 return make_predict(self.model)(latents, timestep, cond)
 
         return answer
-
-
-def teacher_sigmas(num_steps: int, sigma: float, first: float, low: float, shift: float) -> Tensor:
-    """The noise levels (N,) at which the teacher answers from `sigma` on: those of even steps, before the shift.
-
-    It takes `num_steps` from the level `first` to `low`; from one between them as many as are left, rounded up. Above 0
-    `low` itself is the last level.
-    """
-    low, first, here = (unshift_sigma(level, shift) for level in (low, first, sigma))
-    left = math.ceil(round(num_steps * (here - low) / ((first - low) or 1), 6))
-    even = torch.linspace(min(here, FIRST), low, left + 1, dtype=torch.float64)
-    return shift_sigma(even if low else even[:-1], shift)
 
 
 def _weight(batch: Batch, cond: Cond) -> Tensor | None:

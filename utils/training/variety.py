@@ -90,8 +90,7 @@ class Variety:
         """That of guided samples from the same starts, in TEACHER_STEPS steps of UniPC, as the model is sampled."""
 
         def sample(start: Noisy, batch: Batch) -> Tensor:
-            few_step = self.few_step
-            return few_step.sample_teacher(start.latents, few_step.sigmas[0], batch.cond, TEACHER_STEPS)
+            return self.few_step.sample_teacher(start, batch.cond, TEACHER_STEPS)
 
         return self._measure(sample, "variety of the teacher's samples")
 

@@ -1,5 +1,6 @@
 """A student, its critic and their teacher on one frozen base: as three models of the same weights would learn."""
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -13,8 +14,8 @@ from tests.adapted import fill
 from tests.tiny import IMAGE_DIM, TINY_SHAPE, tiny_shape, tiny_transformer
 from utils.adapters.lora import adapter_parameters, add_lora, select_modules, speaking
 from utils.common.tensors import map_tensors
-from utils.diffusion.few_step import noised_to_steps, predict_latents, student_loss
-from utils.diffusion.flow import latents_to_velocity, sample_noisy
+from utils.diffusion.few_step import noised_to_steps, predict_latents, pure_noise, student_loss
+from utils.diffusion.flow import Noisy, add_noise, latents_to_velocity, sample_noisy
 from utils.diffusion.objectives import Loss, squared_error
 from utils.encoding.conditioning import Batch, Cond, make_predict, replace_text
 from utils.training.few_step import (
@@ -24,7 +25,6 @@ from utils.training.few_step import (
     FewStep,
     Upper,
     guided_together,
-    teacher_sigmas,
 )
 from utils.training.memory import Memory, prepare
 from wan.configs import FAMILIES
@@ -92,11 +92,8 @@ def test_one_base_gives_the_losses_and_gradients_of_three_models(checkpointing, 
     latents = predict_latents(make_predict(student), noisy, batch.cond)
     guide = partial(guided_together, make_predict(teacher), negative=NEGATIVE, guidance=GUIDANCE)
     loss = student_loss(latents, guide, make_predict(critic), batch.cond, SHIFT, INTERVAL).loss
-    (first,) = (noisy.sigma == 1).nonzero()  # one of both samples is at the first step
-    target = torch.empty_like(latents)
-    for sigma, rows in zip(SIGMAS, (first, 1 - first), strict=True):
-        given = noisy.latents[rows], sigma, map_tensors(batch.cond, itemgetter(rows)), DIVERSITY.num_steps
-        target[rows] = few_step(teacher).sample_teacher(*given)
+    assert len(noisy.sigma.unique()) == 2
+    target = few_step(teacher).sample_teacher(noisy, batch.cond, DIVERSITY.num_steps)
     loss = loss + DIVERSITY.weight * squared_error(latents, target)
     assert same(found, outcome(loss, adapter_parameters(student, STUDENT)))
 
@@ -168,51 +165,33 @@ STARTS = {
 
 
 @pytest.mark.parametrize("changes", STARTS.values(), ids=STARTS)
-def test_what_each_step_makes_is_compared_with_the_teachers_samples_of_the_same_latents(changes, monkeypatch):
-    model, batch, sigmas = base(), make_batch(), changes.get("sigmas", SIGMAS)
-    begin, sample_teacher, started, asked, seen = FewStep._start, FewStep.sample_teacher, [], [], set()
+def test_what_a_step_makes_is_compared_with_the_teachers_samples_of_the_same_latents(changes, monkeypatch):
+    model, batch = base(), make_batch()
+    begin, sample_teacher, started, asked = FewStep._start, FewStep.sample_teacher, [], []
 
     def start(*given):
         started.append(begin(*given))
         return started[-1]
 
-    def sample(shared, noisy, sigma, *given):
-        asked.append((noisy, sigma))
-        return sample_teacher(shared, noisy, sigma, *given)
+    def sample(shared, noisy, *given):
+        asked.append(noisy)
+        return sample_teacher(shared, noisy, *given)
 
     monkeypatch.setattr(FewStep, "_start", start)
     monkeypatch.setattr(FewStep, "sample_teacher", sample)
     for seed in range(6):
         values = []
         for weight in (0.0, 0.5, 1.0):
-            asked.clear()
             torch.manual_seed(seed)
             with speaking(model, STUDENT):
                 shared = few_step(model, diversity=Diversity(weight, 2), **changes)
                 values.append(shared.student_loss(batch).value.item())
-            assert weight or not asked
         assert values[2] - values[0] == pytest.approx(2 * (values[1] - values[0]), rel=1e-3)
         assert values[1] > values[0]
-        for noisy, sigma in asked:
-            assert torch.equal(noisy, started[-1].latents[(started[-1].sigma - sigma).abs() < 1e-6])
-        assert sum(len(noisy) for noisy, _ in asked) == len(batch.latents)
-        seen |= {sigma for _, sigma in asked}
-    assert seen == set(sigmas)
-
-
-@pytest.mark.parametrize(
-    ("sigma", "low", "even"),
-    [
-        (1.0, 0.0, [0.999 * left / 8 for left in range(8, 0, -1)]),  # the official grid begins at 0.999
-        (0.9375, 0.0, [0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
-        (0.625, 0.0, [0.25, 0.125]),
-        (0.9375, 0.833333333, [0.75, 0.6875, 0.625, 0.5625, 0.5]),  # which is the boundary
-        (0.833333333, 0.833333333, [0.5]),
-    ],
-)
-def test_the_teacher_takes_as_many_of_its_eight_steps_as_are_left(sigma, low, even):
-    found = teacher_sigmas(8, sigma, 1.0, low, 5.0)
-    assert found.tolist() == pytest.approx([5 * level / (1 + 4 * level) for level in even])
+    assert len(asked) == 2 * 6  # not with a weight of 0
+    assert all(any(noisy is one for one in started) for noisy in asked)
+    levels = {round(sigma, 6) for noisy in asked for sigma in noisy.sigma.tolist()}
+    assert levels == {round(sigma, 6) for sigma in changes.get("sigmas", SIGMAS)}
 
 
 @pytest.mark.parametrize("family", [T2V, I2V], ids=lambda family: family.name)
@@ -221,14 +200,29 @@ def test_the_teacher_samples_as_the_model_is_sampled(family):
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(4))
     sampler = Sampler("unipc", 5, (GUIDANCE,), SHIFT)
     expected = sampler.denoise(make_predict(model), noise, batch.cond, replace_text(batch.cond, NEGATIVE))
-    found = few_step(model, interval=(0.0, 1.0)).sample_teacher(noise, 1.0, batch.cond, 5)
+    found = few_step(model, interval=(0.0, 1.0)).sample_teacher(pure_noise(noise), batch.cond, 5)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("shift", [3.0, 5.0, 12.0, 16.0])
-def test_few_steps_of_the_teacher_keep_the_spread_of_what_is_decided_in_the_first_step(shift, monkeypatch):
-    """That is what is large in relation to noise, such as the mean colour of many positions."""
-    deviation = 8.0
+def test_samples_at_different_steps_are_sampled_as_each_alone():
+    model, batch = base(adapters=()), make_batch()
+    shared = few_step(model, interval=(0.75, 1.0))  # at whose boundary the second one is
+    start = add_noise(batch.latents, torch.randn_like(batch.latents), torch.tensor(SIGMAS))
+    together = shared.sample_teacher(start, batch.cond, 3)
+    for row in range(2):
+        pick = itemgetter(slice(row, row + 1))
+        alone = shared.sample_teacher(map_tensors(start, pick), map_tensors(batch.cond, pick), 3)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+    seen = predict_latents(shared.teach, map_tensors(start, pick), map_tensors(batch.cond, pick))
+    torch.testing.assert_close(alone, seen, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("low", [0.0, 0.4])
+@pytest.mark.parametrize("shift", [3.0, 5.0, 12.0])
+@pytest.mark.parametrize(("step", "deviation"), [(1.0, 8.0), (0.75, 8.0), (0.5, 8.0), (0.25, 8.0), (0.25, 1.0)])
+def test_few_steps_of_the_teacher_keep_the_spread_of_what_is_decided_there(step, deviation, shift, low, monkeypatch):
+    """At first that is what is large in relation to noise, such as the mean colour of many positions."""
+    sigma = shift * step / (1 + (shift - 1) * step)
 
     def exact(shared, latents, timestep, cond):
         sigma = (timestep / 1000).view(-1, 1, 1, 1, 1)
@@ -236,9 +230,12 @@ def test_few_steps_of_the_teacher_keep_the_spread_of_what_is_decided_in_the_firs
         return latents_to_velocity(latents, clean, timestep / 1000)
 
     monkeypatch.setattr(FewStep, "teach", exact)
-    noise, shared = torch.ones(1, 1, 1, 1, 1), few_step(None, shift=shift, interval=(0.0, 1.0))
-    found = shared.sample_teacher(noise, 1.0, make_batch().cond, Diversity().num_steps)
-    assert found.item() == pytest.approx(deviation, rel=0.05)
+    noise, at = torch.ones(1, 1, 1, 1, 1), torch.tensor([sigma])
+    start = Noisy(noise * math.hypot((1 - sigma) * deviation, sigma), noise, noise, at)
+    shared = few_step(None, shift=shift, interval=(low, 1.0))
+    found = shared.sample_teacher(start, make_batch(batch=1).cond, Diversity().num_steps)
+    variance = (1 - low) ** 2 * deviation**2
+    assert found.item() == pytest.approx(deviation * math.sqrt(variance / (variance + low**2)), rel=0.08)
 
 
 # ------------------------------------------------------------------------------------------- where the student starts
