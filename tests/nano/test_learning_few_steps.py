@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from torch import Tensor
@@ -90,8 +91,8 @@ def reference_of(parts: dict[str, Path], name: str) -> Figures:
 
 
 def spread(figures: Figures, who: str, what: str) -> float:
-    """Of a property of the videos of both kinds of prompts, each of which has a noise of its own."""
-    return math.hypot(*(figures[f"{who}, {name}"][what] for name in ("named", "colourless"))) / math.sqrt(2)
+    """The deviation of a property over the videos of both kinds of prompts."""
+    return math.sqrt(mean(figures[f"{who}, {name}"][what] ** 2 for name in ("named", "colourless")))
 
 
 def check(figures: Figures, base: Figures) -> None:
@@ -102,8 +103,7 @@ def check(figures: Figures, base: Figures) -> None:
             assert student[what] >= teacher[what] - 0.05, f"{name}: {what}"
         assert abs(student["speed"] / teacher["speed"] - 1) <= 0.1
     for what in ("place", "size"):
-        student, teacher = (spread(found, who, what) for found, who in ((figures, "student"), (base, "teacher")))
-        assert student >= 0.9 * teacher, what
+        assert spread(figures, "student", what) >= 0.9 * spread(base, "teacher", what), what
     student, teacher = figures["student, colourless"], base["teacher, colourless"]
     undistilled = base["undistilled, colourless"]
     for what in COLOURS:
