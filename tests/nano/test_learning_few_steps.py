@@ -25,12 +25,12 @@ CLIPS, STEPS, COLOURLESS = 256, 4, 0.75
 COLOURS = ("shape's colour", "background's colour")
 NANO: dict[str, Path] = {}  # the model with one transformer
 COMMON = (
-    f"--few_step --denoising_steps {STEPS} --few_step_shift 5 --real_guidance_scale 2.5 --gen_update_interval 8 "
+    f"--few_step --denoising_steps {STEPS} --few_step_shift 5 --real_guidance_scale 1.25 --gen_update_interval 8 "
     "--learning_rate 2e-3 --learning_rate_critic 2e-3 --critic_alignment 0.1 --lora_target all-linear --lora_rank 16 "
     "--val_samples 1 --val_steps 400"
 )
 ALONE = f"{COMMON} --max_train_steps 1600"
-IN_TURNS = f"{COMMON} --max_train_steps 1000 --expert_phase_steps 50"
+IN_TURNS = f"{COMMON} --max_train_steps 1400 --expert_phase_steps 50"
 CLIPS_GIVEN = "--dataset clips --cache_latents 1"
 PROMPTS_GIVEN = "--prompts prompts.txt --distill_input rollout --prompt_shape 1:1 --max_frames 17"
 pytestmark = pytest.mark.nano_distill
@@ -90,9 +90,9 @@ def reference_of(parts: dict[str, Path], name: str) -> Figures:
     return once(partial(references, parts), Path("..") / f"undistilled_{name}")
 
 
-def spread(figures: Figures, who: str, what: str) -> float:
-    """The deviation of a property over the videos of both kinds of prompts."""
-    return math.sqrt(mean(figures[f"{who}, {name}"][what] ** 2 for name in ("named", "colourless")))
+def places(figures: Figures, who: str) -> float:
+    """How much they differ, over both kinds of prompts. In some colours shapes are hard to see, and sizes are wrong."""
+    return math.sqrt(mean(figures[f"{who}, {name}"]["place"] ** 2 for name in ("named", "colourless")))
 
 
 def check(figures: Figures, base: Figures) -> None:
@@ -102,8 +102,8 @@ def check(figures: Figures, base: Figures) -> None:
         for what in {"colour", "background", "motion", "shape"} & student.keys():
             assert student[what] >= teacher[what] - 0.05, f"{name}: {what}"
         assert abs(student["speed"] / teacher["speed"] - 1) <= 0.1
-    for what in ("place", "size"):
-        assert spread(figures, "student", what) >= 0.9 * spread(base, "teacher", what), what
+    assert places(figures, "student") >= 0.9 * places(base, "teacher")
+    assert figures["student, named"]["size"] >= 0.9 * base["teacher, named"]["size"]
     student, teacher = figures["student, colourless"], base["teacher, colourless"]
     undistilled = base["undistilled, colourless"]
     for what in COLOURS:
@@ -127,4 +127,4 @@ def test_the_students_of_two_experts():
 
 
 def test_a_student_that_learns_from_clips():
-    check(once(partial(student, NANO, ALONE, CLIPS_GIVEN)), reference_of(NANO, "nano"))
+    check(once(partial(student, NANO, f"{ALONE} --diversity_weight 0.5", CLIPS_GIVEN)), reference_of(NANO, "nano"))
