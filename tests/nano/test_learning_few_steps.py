@@ -30,8 +30,8 @@ COMMON = (
     "--val_samples 1 --val_steps 400"
 )
 ALONE = f"{COMMON} --max_train_steps 1600"
-IN_TURNS = f"{COMMON} --max_train_steps 1000 --expert_phase_steps 50"
-CLIPS_GIVEN = "--dataset clips --cache_latents 1 --diversity_weight 0.5"
+IN_TURNS = f"{COMMON} --max_train_steps 1400 --expert_phase_steps 50"
+CLIPS_GIVEN = "--dataset clips --cache_latents 1"
 PROMPTS_GIVEN = "--prompts prompts.txt --distill_input rollout --prompt_shape 1:1 --max_frames 17"
 pytestmark = pytest.mark.nano_distill
 
@@ -119,7 +119,7 @@ def test_the_undistilled_model_loses_the_variety_of_colours():
 
 
 def test_the_students_of_two_experts():
-    """The teacher of the high-noise expert sees a mean at the boundary, so that places and sizes are less varied."""
+    """The high-noise teacher ends at the boundary, where it sees a mean: places may vary less for that."""
     check(once(partial(student, PAIR, IN_TURNS, CLIPS_GIVEN)), reference_of(PAIR, "pair"), least=0.8)
 
 
@@ -128,4 +128,4 @@ def test_a_student_that_learns_from_prompts_alone():
 
 
 def test_a_student_that_learns_from_clips():
-    check(once(partial(student, NANO, ALONE, CLIPS_GIVEN)), reference_of(NANO, "nano"))
+    check(once(partial(student, NANO, f"{ALONE} --diversity_weight 0.5", CLIPS_GIVEN)), reference_of(NANO, "nano"))
