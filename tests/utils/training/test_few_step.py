@@ -18,14 +18,7 @@ from utils.diffusion.few_step import noised_to_steps, predict_latents, pure_nois
 from utils.diffusion.flow import Noisy, add_noise, latents_to_velocity, sample_noisy
 from utils.diffusion.objectives import Loss, squared_error
 from utils.encoding.conditioning import Batch, Cond, make_predict, replace_text
-from utils.training.few_step import (
-    CRITIC,
-    STUDENT,
-    Diversity,
-    FewStep,
-    Upper,
-    guided_together,
-)
+from utils.training.few_step import CRITIC, STUDENT, Diversity, FewStep, Upper, guided_together
 from utils.training.memory import Memory, prepare
 from wan.configs import FAMILIES
 from wan.modules.model import WanModel
@@ -209,12 +202,9 @@ def test_samples_at_different_steps_are_sampled_as_each_alone():
     shared = few_step(model, interval=(0.75, 1.0))  # at whose boundary the second one is
     start = add_noise(batch.latents, torch.randn_like(batch.latents), torch.tensor(SIGMAS))
     together = shared.sample_teacher(start, batch.cond, 3)
-    for row in range(2):
-        pick = itemgetter(slice(row, row + 1))
-        alone = shared.sample_teacher(map_tensors(start, pick), map_tensors(batch.cond, pick), 3)
-        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
-    seen = predict_latents(shared.teach, map_tensors(start, pick), map_tensors(batch.cond, pick))
-    torch.testing.assert_close(alone, seen, rtol=1e-4, atol=1e-4)
+    first, second = ([map_tensors(each, itemgetter([row])) for each in (start, batch.cond)] for row in range(2))
+    alone = [shared.sample_teacher(*first, 3), predict_latents(shared.teach, *second)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("low", [0.0, 0.4])
