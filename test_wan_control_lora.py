@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_default:
         opts = replace(opts, **find_base(opts, path, first.metadata))
     files = open_given(opts, opts.pretrained_model_name_or_path, is_default)
-    need_experts(files, (), with_others=True)
+    need_experts(files, (), ["sampling"])
     opts.check_storage(files.shape.num_layers)
     opts.check_attention(pick_device(), is_fp32=opts.weight_dtype == "fp32")
     request = complete(opts, first, files.family)

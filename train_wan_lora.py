@@ -183,7 +183,7 @@ def open_session(opts: Options, inputs: Inputs, device: torch.device, compiled: 
     # The other random numbers come from torch's generator: the LoRA's first values, then noise and noise levels.
     torch.manual_seed(opts.seed)
     kept = CheckpointPlan(memory.checkpointing, files.shape.num_layers)
-    with_others = bool(inputs.texts.previews or inputs.high)
+    with_others = bool(opts.needs_others_for)
     with doing("loading the transformer"):
         experts, adapters = load_experts(roles, inputs.adapters, files, memory, kept, storage, with_others)
 
@@ -357,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_writable(opts.output_dir)
     files = open_given(opts, name, is_default)
     opts.check_name_for(files.family)
-    need_experts(files, [role.name for role in opts.roles(files.family)], opts.loads_others)
+    need_experts(files, [role.name for role in opts.roles(files.family)], opts.needs_others_for)
     opts.check_storage(files.shape.num_layers)
     data = open_data(opts, folders, files.family)
     opts.say_unheard(data.train)
@@ -372,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # --allow_changes.
     state = find_state(opts.resume_from_checkpoint, opts.output_dir) if opts.resume_from_checkpoint else None
     if state is not None:
-        base = base_contents(opts.roles(files.family), files, opts.other_files)
+        base = base_contents(opts.roles(files.family), files, opts.other_files, opts.high_lora is not None)
         check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes, steps, base)
 
     with explain_out_of_memory():

@@ -193,7 +193,7 @@ def workload(opts: InputOptions, family: Family, shape: WanShape, plan: Plan) ->
     windows, roles = plan.largest_batch, opts.roles(family)
     rank, dtype = max(role.opts.lora_rank for role in roles), DTYPES[opts.adapter_dtype]
     work = Workload(shape, windows[0].tokens, len(windows), rank, opts.lora_target, len(roles), dtype)
-    loaded = len(family.experts) if opts.loads_others else len(roles)
+    loaded = len(family.experts) if opts.needs_others_for else len(roles)
     work = replace(work, loaded=loaded, has_average=bool(opts.ema_decay), accumulates=opts.gradient_accumulation > 1)
     work = replace(work, moment_bytes=KINDS[opts.optimizer].state_bytes)
     if opts.few_step:

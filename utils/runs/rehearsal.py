@@ -107,7 +107,7 @@ def rehearse_step(
         if plan.is_open:
             plan.settle(measure() if decisions is None else _kept_room(decisions, measure))
             say(plan.describe(batch.tokens(phase.model.shape.patch_size)))
-        _run_with_less(run_alone, plan)
+        _run_with_less(run_alone, phase, plan)
         if accumulates:
             run()
         phase.step()
@@ -116,7 +116,7 @@ def rehearse_step(
         idle = [updater for updater in updaters if id(updater.parameters[0]) not in known]
         others = sum(updater.bytes_of_first_step() for updater in idle)
         _moments = torch.empty(others, dtype=torch.uint8, device=batch.latents.device)
-        _run_with_less(run_alone, plan)
+        _run_with_less(run_alone, phase, plan)
     if decisions is not None and plan.room is not None:
         decisions.record(ROOM, str(plan.room))
 
@@ -154,13 +154,17 @@ def _drop_gradients(parameters: Sequence[nn.Parameter]) -> None:
         parameter.grad = None
 
 
-def _run_with_less(run: Callable[[], None], plan: CheckpointPlan) -> None:
-    """Runs a step as it will be. Where memory is full, blocks keep less, as long as that is possible."""
+def _run_with_less(run: Callable[[], None], phase: Phase, plan: CheckpointPlan) -> None:
+    """Runs a step as it will be. Where memory is full, blocks keep less, as long as that is possible.
+
+    Each try begins with the expert of the phase on the device: a failed one may have left another there.
+    """
     while True:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         try:
-            return run()
+            with phase.speaking():
+                return run()
         except torch.OutOfMemoryError:
             if plan.strategy != AUTO or not plan.settle_for_less(LESS):
                 raise

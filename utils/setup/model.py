@@ -130,15 +130,15 @@ def find_given_tokenizer(opts: SingleFiles, name: str) -> tuple[Path, int] | Non
         return None
 
 
-def need_experts(files: ModelFiles, trained: Sequence[str], with_others: bool) -> None:
-    """Raises UserError where an expert was not given that is trained or, `with_others`, that sampling goes through."""
+def need_experts(files: ModelFiles, trained: Sequence[str], needed_for: Sequence[str]) -> None:
+    """Raises UserError where an expert is not given that is trained; where `needed_for` says something, any expert."""
     for name in _missing_experts(files):
         if name in trained:
             (there,) = files.transformers
             other = f"train the other one alone: --expert {there.removesuffix('_noise')}"
             raise UserError(f"the {name} expert is not given: --{name} FILE, or {other}")
-        if with_others:
-            raise UserError(f"the {name} expert is not given, and sampling goes through both: --{name} FILE")
+        if needed_for:
+            raise UserError(f"the {name} expert is not given, but needed for {' and '.join(needed_for)}: --{name} FILE")
 
 
 def alternatives(files: ModelFiles, is_given: bool) -> Iterator[str]:

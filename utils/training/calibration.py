@@ -36,7 +36,7 @@ class Workload:
     experts: int = 1  # transformers that are trained in turns
     adapter_dtype: torch.dtype = torch.float32
     moment_bytes: float = 8.0  # that the optimizer keeps of each number of the LoRA
-    loaded: int = 1  # transformers that are loaded; some may serve previews alone
+    loaded: int = 1  # transformers that are loaded; some may not be trained
     has_average: bool = False  # a moving average of the LoRA
     accumulates: bool = False  # gradients of several batches: all of them exist while a batch runs
     fp32_stream: bool = False

@@ -312,18 +312,22 @@ def plan_experts(roles: Sequence[Role[Opts]], files: ModelFiles) -> dict[str, Ad
 
 
 def base_contents(
-    roles: Sequence[Role[Opts]], files: ModelFiles, others: Mapping[str, Path | None] = NO_FILES
+    roles: Sequence[Role[Opts]],
+    files: ModelFiles,
+    others: Mapping[str, Path | None] = NO_FILES,
+    learns_from_others: bool = False,
 ) -> dict[str, str]:
-    """What is trained on, by content: a hash for each transformer in training, and for each file of --fuse_lora.
+    """What is trained on, by content: a hash for each transformer, and for each file.
 
-    And for those of `others`, by the names of their options. What such a file was itself trained on top of is recorded
-    in it. Raises UserError for a file that cannot be read.
+    Of transformers, those in training, or with `learns_from_others` all; of files, those of --fuse_lora, and `others`
+    by the names of their options. What such a file was itself trained on top of is recorded in it. Raises UserError for
+    a file that cannot be read.
     """
     given = {"fuse_lora": roles[0].opts.fuse_lora, **others}
     read = [(name, each) for name, path in given.items() if path is not None for each in files_of(path)]
     fused = {f"--{name} {path.name}": content_hash(path) for name, path in read}
-    trained = {f"the base model's {role.name}": files.transformers[role.name] for role in roles}
-    return {name: transformer_fingerprint(transformer) for name, transformer in trained.items()} | fused
+    names = list(files.transformers) if learns_from_others else [role.name for role in roles]
+    return {f"the base model's {name}": transformer_fingerprint(files.transformers[name]) for name in names} | fused
 
 
 def load_experts(
@@ -339,8 +343,8 @@ def load_experts(
 
     By the plan `kept` the blocks of all are checkpointed; `storage` says how their weights are held.
 
-    One that is not trained is loaded `with_others`: it serves previews, where it answers without an adapter. Raises
-    UserError where main memory is too small for those that wait in it.
+    One that is not trained is loaded `with_others`: it answers without an adapter, in previews and for samples that go
+    through both. Raises UserError where main memory is too small for those that wait in it.
     """
     trained = [role.name for role in roles]
     names = [name for name in files.transformers if name in trained or with_others]

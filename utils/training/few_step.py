@@ -103,12 +103,15 @@ class FewStep:
         return torch.cat(latents)
 
     def _levels(self, sigma: float, num_steps: int) -> Tensor:
-        """The noise levels (N,) at which the teacher answers from `sigma` on: evenly spaced before the shift."""
+        """The noise levels (N,) at which the teacher answers from `sigma` on: evenly spaced before the shift.
+
+        Rounded, so that one at the boundary of two experts is exactly there.
+        """
         low, high = (unshift_sigma(level, self.shift) for level in (self.interval[0], sigma))
         if high < low + CLOSE:
             return torch.tensor([sigma])
         even = torch.linspace(min(high, FIRST), low, num_steps + 1, dtype=torch.float64)
-        return shift_sigma(even if low else even[:-1], self.shift)
+        return shift_sigma(even if low else even[:-1], self.shift).round(decimals=9)
 
     def critic_loss(self, batch: Batch) -> Loss:
         """How far the critic's velocity is from that of the student's samples. The critic speaks.

@@ -56,7 +56,7 @@ class TrainingOptions(
         if self.few_step:
             self.check_few_step(family, [role.expert for role in roles])
             self._check_objective(min(role.opts.max_train_steps for role in roles))
-        self.check_idle_expert(len(family.experts) if self.loads_others else len(roles))
+        self.check_idle_expert(len(family.experts) if self.needs_others_for else len(roles))
         for role in roles:
             role.opts.check_warmup()
             role.opts.check_rate()
@@ -65,9 +65,10 @@ class TrainingOptions(
         return roles
 
     @property
-    def loads_others(self) -> bool:
-        """Whether an expert that is not trained is loaded too: for previews, or to begin with its samples."""
-        return self.sample_prompts is not None or self.high_lora is not None
+    def needs_others_for(self) -> list[str]:
+        """What an expert that is not trained is loaded for; empty where it is not."""
+        previews = [] if self.sample_prompts is None else ["previews (--sample_prompts)"]
+        return previews + ([] if self.high_lora is None else ["samples to begin with (--high_lora)"])
 
     def _check_objective(self, num_steps: int) -> None:
         """Raises UserError for options that would be ignored, and for a run in which the LoRA has no update."""

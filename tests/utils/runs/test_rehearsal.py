@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -62,6 +63,22 @@ class Rehearsal:
     def run(self, decisions: Decisions | None = None) -> None:
         step = partial(rehearse_step, self.phase, self.batch, self.plan, self.learner, decisions)
         rehearse(self.learner, {"training": step})
+
+
+def in_spans(it: Rehearsal) -> list[int]:
+    """The numbers of the spans in which its phase speaks that are open, from now on."""
+    spans, numbers = [], count()
+
+    @contextmanager
+    def speaking() -> Iterator[None]:
+        spans.append(next(numbers))
+        try:
+            yield
+        finally:
+            spans.pop()
+
+    it.phase = replace(it.phase, speaking=speaking)
+    return spans
 
 
 @pytest.fixture(autouse=True)
@@ -271,19 +288,11 @@ def test_room_is_left_for_gradients_and_moments_of_all_that_is_trained(monkeypat
 
 
 def test_the_phase_speaks_in_forward_and_backward_and_only_there():
-    it = Rehearsal("full")
-    spans, seen = [], []
-
-    @contextmanager
-    def speaking() -> Iterator[None]:
-        spans.append("open")
-        yield
-        spans.append("closed")
-
-    it.model.blocks[0].ffn.register_forward_hook(lambda *_: seen.append(list(spans)))
-    it.phase = replace(it.phase, speaking=speaking)
+    it, seen = Rehearsal("full"), []
+    spans = in_spans(it)
+    it.model.blocks[0].ffn.register_forward_hook(lambda *_: seen.append(len(spans)))
     it.run()
-    assert seen == [["open"]] * 4 and spans == ["open", "closed"]
+    assert len(seen) == 4 and all(seen) and not spans
 
 
 def test_parameters_that_the_loss_does_not_reach_are_no_error():
@@ -320,24 +329,27 @@ def test_two_rehearsals_draw_the_same_numbers():
 
 def test_the_room_is_measured_while_the_phase_speaks(monkeypatch):
     # Of two experts the one that speaks is on the device; before, it may wait on the CPU.
-    it = Rehearsal()
-    spans: list[str] = []
-
-    @contextmanager
-    def speaking() -> Iterator[None]:
-        spans.append("open")
-        yield
-        spans.append("closed")
-
-    measured: list[list[str]] = []
-    monkeypatch.setattr(
-        rehearsal,
-        "measure_room",
-        lambda *_: measured.append(list(spans)) or Room(1 << 40, 0, TOKENS, dict.fromkeys(LADDER, 1.0)),
-    )
-    it.phase = replace(it.phase, speaking=speaking)
+    it, measured = Rehearsal(), []
+    spans, room = in_spans(it), Room(1 << 40, 0, TOKENS, dict.fromkeys(LADDER, 1.0))
+    monkeypatch.setattr(rehearsal, "measure_room", lambda *_: measured.append(len(spans)) or room)
     it.run()
-    assert measured == [["open"]] and spans == ["open", "closed"]
+    assert measured == [1] and not spans
+
+
+def test_each_try_begins_with_the_expert_of_the_phase(memory):
+    """A try that ran out of memory may have left another one on the device."""
+    it, opened = Rehearsal(), []
+    spans, loss = in_spans(it), it.loss
+
+    def fail_once(batch: Batch) -> Loss:
+        opened.append(spans[-1])
+        if len(opened) == 2:  # the first is in the measurement of the room
+            raise torch.OutOfMemoryError
+        return loss(batch)
+
+    it.phase = replace(it.phase, loss=fail_once)
+    it.run()
+    assert len(opened) == len(set(opened)) > 3
 
 
 def test_main_memory_is_given_back_where_no_block_waits_in_it():

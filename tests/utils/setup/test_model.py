@@ -186,12 +186,12 @@ def test_the_flags_of_a_run_of_one_expert_ask_for_the_other():
 
 def test_the_experts_that_are_trained_or_sampled_with_have_to_be_given():
     alone = released(EXPERTS.name, low_noise="low.safetensors")
-    need_experts(alone, ["low_noise"], with_others=False)
-    need_experts(released(EXPERTS.name), ["high_noise", "low_noise"], with_others=True)
+    need_experts(alone, ["low_noise"], [])
+    need_experts(released(EXPERTS.name), ["high_noise", "low_noise"], ["sampling"])
     with pytest.raises(UserError, match="the high_noise expert is not given: --high_noise FILE, or train .* low$"):
-        need_experts(alone, ["high_noise", "low_noise"], with_others=False)
-    with pytest.raises(UserError, match="high_noise expert is not given, and sampling goes through both"):
-        need_experts(alone, ["low_noise"], with_others=True)
+        need_experts(alone, ["high_noise", "low_noise"], [])
+    with pytest.raises(UserError, match="not given, but needed for previews and sampling: --high_noise FILE"):
+        need_experts(alone, ["low_noise"], ["previews", "sampling"])
 
 
 def test_a_lora_names_its_base_by_the_folder_or_by_the_files():

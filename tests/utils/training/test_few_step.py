@@ -207,6 +207,16 @@ def test_samples_at_different_steps_are_sampled_as_each_alone():
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("boundary", [0.875, 0.9])
+@pytest.mark.parametrize("shift", [3.0, 5.0, 8.0, 12.0])
+def test_the_teacher_of_high_noise_is_asked_last_at_the_boundary_itself(boundary, shift):
+    model, asked = base(adapters=()), []
+    model.register_forward_pre_hook(lambda _, args: asked.append(args[1].tolist()))
+    shared = few_step(model, interval=(boundary, 1.0), shift=shift, guidance=1.0)
+    shared.sample_teacher(pure_noise(make_batch().latents), make_batch().cond, 2)
+    assert asked[-1] == [1000 * boundary] * 2
+
+
 @pytest.mark.parametrize("low", [0.0, 0.4])
 @pytest.mark.parametrize("shift", [3.0, 5.0, 12.0])
 @pytest.mark.parametrize(("step", "deviation"), [(1.0, 8.0), (0.75, 8.0), (0.5, 8.0), (0.25, 8.0), (0.25, 1.0)])
