@@ -30,7 +30,7 @@ COMMON = (
     "--val_samples 1 --val_steps 400"
 )
 ALONE = f"{COMMON} --max_train_steps 1600"
-IN_TURNS = f"{COMMON} --max_train_steps 1400 --expert_phase_steps 50"
+IN_TURNS = f"{COMMON} --max_train_steps 1000 --expert_phase_steps 50"
 CLIPS_GIVEN = "--dataset clips --cache_latents 1"
 PROMPTS_GIVEN = "--prompts prompts.txt --distill_input rollout --prompt_shape 1:1 --max_frames 17"
 pytestmark = pytest.mark.nano_distill
@@ -111,16 +111,16 @@ def check(figures: Figures, base: Figures, least: float = 0.9) -> None:
         assert student[what] >= undistilled[what] + 0.1 * teacher[what], f"{what}: what is shown without training"
 
 
+def test_the_students_of_two_experts():
+    """The longest test comes first: the other process does most of the rest meanwhile."""
+    check(once(partial(student, PAIR, IN_TURNS, PROMPTS_GIVEN)), reference_of(PAIR, "pair"), least=0.85)
+
+
 def test_the_undistilled_model_loses_the_variety_of_colours():
     base = reference_of(NANO, "nano")
     for name in ("undistilled", "undistilled and guided"):
         background = base[f"{name}, colourless"]["background's colour"]
         assert background <= 0.75 * base["teacher, colourless"]["background's colour"]
-
-
-def test_the_students_of_two_experts():
-    """The high-noise teacher ends at the boundary, where it sees a mean: places may vary less for that."""
-    check(once(partial(student, PAIR, IN_TURNS, CLIPS_GIVEN)), reference_of(PAIR, "pair"), least=0.8)
 
 
 def test_a_student_that_learns_from_prompts_alone():
