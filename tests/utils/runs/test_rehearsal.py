@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -65,17 +64,15 @@ class Rehearsal:
         rehearse(self.learner, {"training": step})
 
 
-def in_spans(it: Rehearsal) -> list[int]:
-    """The numbers of the spans in which its phase speaks that are open, from now on."""
-    spans, numbers = [], count()
+def in_spans(it: Rehearsal) -> list[object]:
+    """The spans in which its phase speaks that are open, from now on."""
+    spans = []
 
     @contextmanager
     def speaking() -> Iterator[None]:
-        spans.append(next(numbers))
-        try:
-            yield
-        finally:
-            spans.pop()
+        spans.append(object())
+        yield
+        spans.pop()
 
     it.phase = replace(it.phase, speaking=speaking)
     return spans
@@ -304,11 +301,7 @@ def test_parameters_that_the_loss_does_not_reach_are_no_error():
 
 def test_memory_that_is_too_small_is_reported_now():
     it = Rehearsal()
-
-    def full(batch: Batch) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    it.phase = replace(it.phase, loss=full)
+    it.phase = replace(it.phase, loss=Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(torch.OutOfMemoryError):
         it.run()
     assert it.plan.is_open
@@ -336,8 +329,7 @@ def test_the_room_is_measured_while_the_phase_speaks(monkeypatch):
     assert measured == [1] and not spans
 
 
-def test_each_try_begins_with_the_expert_of_the_phase(memory):
-    """A try that ran out of memory may have left another one on the device."""
+def test_each_try_begins_with_the_expert_of_the_phase():  # one that failed may have left another on the device
     it, opened = Rehearsal(), []
     spans, loss = in_spans(it), it.loss
 
