@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import train_wan_lora
-from tests.tiny import write_clips, write_model
+from tests.tiny import tiny_shape, tiny_transformer, write_clips, write_model, write_transformer
 from utils.adapters.lora_reader import read_lora
 from utils.common.errors import RunError, UserError
 from utils.common.tensor_files import read_tensors
@@ -80,6 +80,10 @@ def test_the_low_expert_begins_with_samples_of_the_finished_high_one(work, monke
     }.items():
         with pytest.raises((UserError, RunError), match=message):
             train(f"{flags} {change}")
+    family = FAMILIES["wan2.2-t2v-A14B"]
+    write_transformer(work / "model" / family.experts[0].folder, tiny_transformer(tiny_shape(family), 7), 1, family)
+    with pytest.raises(UserError, match="the base model's high_noise has another content"):
+        train(f"{flags} --resume_from_checkpoint latest")
 
 
 REFUSED = {
