@@ -372,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # --allow_changes.
     state = find_state(opts.resume_from_checkpoint, opts.output_dir) if opts.resume_from_checkpoint else None
     if state is not None:
-        base = base_contents(opts.roles(files.family), files, opts.other_files, opts.high_lora is not None)
+        base = base_contents(opts.roles(files.family), files, opts.other_files)
         check_resume_compatible(state, opts, data.fingerprint, opts.allow_changes, steps, base)
 
     with explain_out_of_memory():

@@ -20,8 +20,7 @@ class DescribedOptions(SetupOptions, InputOptions, RunOptions):
 
 def run_settings(opts: DescribedOptions, inputs: Inputs, total_steps: int, decisions: Decisions) -> RunSettings:
     """What is decided of a run before it begins. Raises UserError for a base model that cannot be read."""
-    data, family = inputs.data, inputs.files.family
-    base = base_contents(inputs.roles, inputs.files, opts.other_files, opts.high_lora is not None)
+    data, family, base = inputs.data, inputs.files.family, base_contents(inputs.roles, inputs.files, opts.other_files)
     control = FROM_FILE if any(source.control for source in data.train) else opts.control_type * opts.control_lora
     about = {**opts.base(opts.pretrained_model_name_or_path), "control": control, "shift": f"{opts.shift:g}"}
     about |= {"control_i2v": "true"} if opts.control_i2v else {}

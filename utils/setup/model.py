@@ -131,7 +131,7 @@ def find_given_tokenizer(opts: SingleFiles, name: str) -> tuple[Path, int] | Non
 
 
 def need_experts(files: ModelFiles, trained: Sequence[str], needed_for: Sequence[str]) -> None:
-    """Raises UserError where an expert is not given that is trained; where `needed_for` says something, any expert."""
+    """Raises UserError where an expert is not given that is trained, or any, if `needed_for` says what they are for."""
     for name in _missing_experts(files):
         if name in trained:
             (there,) = files.transformers

@@ -312,21 +312,18 @@ def plan_experts(roles: Sequence[Role[Opts]], files: ModelFiles) -> dict[str, Ad
 
 
 def base_contents(
-    roles: Sequence[Role[Opts]],
-    files: ModelFiles,
-    others: Mapping[str, Path | None] = NO_FILES,
-    learns_from_others: bool = False,
+    roles: Sequence[Role[Opts]], files: ModelFiles, others: Mapping[str, Path | None] = NO_FILES
 ) -> dict[str, str]:
-    """What is trained on, by content: a hash for each transformer, and for each file.
+    """What is trained on, by content: a hash for each transformer in training, and for each file of --fuse_lora.
 
-    Of transformers, those in training, or with `learns_from_others` all; of files, those of --fuse_lora, and `others`
-    by the names of their options. What such a file was itself trained on top of is recorded in it. Raises UserError for
-    a file that cannot be read.
+    And for those of `others`, LoRAs of experts that are not trained, by the names of their options; where there is one,
+    all transformers count. What a LoRA was itself trained on top of is recorded in it. Raises UserError for a file that
+    cannot be read.
     """
     given = {"fuse_lora": roles[0].opts.fuse_lora, **others}
     read = [(name, each) for name, path in given.items() if path is not None for each in files_of(path)]
     fused = {f"--{name} {path.name}": content_hash(path) for name, path in read}
-    names = list(files.transformers) if learns_from_others else [role.name for role in roles]
+    names = list(files.transformers) if any(others.values()) else [role.name for role in roles]
     return {f"the base model's {name}": transformer_fingerprint(files.transformers[name]) for name in names} | fused
 
 
